@@ -1,0 +1,1 @@
+"""vitrim takes a trained Vision Transformer and gives back a smaller, really faster, dense one."""
