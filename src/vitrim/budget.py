@@ -1,0 +1,91 @@
+"""How small a model must become: ``macs=0.5``, ``macs=2.3G``, ``params=12M``, or several joined by commas."""
+
+import math
+import re
+from typing import Self
+
+from vitrim.cost import Cost
+from vitrim.errors import BudgetError
+from vitrim.plain import Node, did_you_mean
+
+__all__ = ["SLACK", "Budget"]
+
+SLACK = 0.02
+"""A budget is spent: what a method finds is at most this share below it."""
+
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([kmg]?)", re.IGNORECASE)
+
+
+class Budget(Node):
+    """Upper bounds; each is a share of the parent in (0, 1], or a number above 1."""
+
+    macs: float | None = None
+    params: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``name=value[, name=value]``.
+
+        A value in (0, 1] is a share of the parent; one with a unit (k, M, G), or a whole number of 1000 and more, is
+        absolute.
+
+        Raises:
+            BudgetError: saying what must hold and what came.
+        """
+        bounds: dict[str, float] = {}
+        for part in text.split(","):
+            name, equals, value = (piece.strip() for piece in part.partition("="))
+            if not equals:
+                raise BudgetError(f"a budget must look like macs=0.5 or params=12M, but got '{text}'")
+            if name not in cls.model_fields:
+                near = did_you_mean(name, cls.model_fields)
+                raise BudgetError(f"a budget must bound macs or params, but got '{name}'{near}")
+            if name in bounds:
+                raise BudgetError(f"a budget must bound {name} once, but got '{text}'")
+            bounds[name] = _value(name, value)
+        return cls(**bounds)
+
+    def __str__(self) -> str:
+        """The text that `parse` reads."""
+        return ",".join(f"{name}={value:.15g}" for name, value in self.bounds().items())
+
+    def bounds(self) -> dict[str, float]:
+        """The bounds given, by name."""
+        return {name: value for name in ("macs", "params") if (value := getattr(self, name)) is not None}
+
+    def limits(self, parent: Cost) -> dict[str, int]:
+        """Largest admitted whole numbers, for a model made from `parent`.
+
+        Raises:
+            BudgetError: if an absolute bound is not below the parent.
+        """
+        limits = {}
+        for name, value in self.bounds().items():
+            whole = getattr(parent, name)
+            if value > whole:
+                raise BudgetError(f"budget of {name} must be at most {whole:,}, the model's own, but got {value:,.0f}")
+            limits[name] = math.floor(value * whole) if value <= 1 else math.floor(value)
+        return limits
+
+    def admits(self, cost: Cost, parent: Cost) -> bool:
+        """Whether `cost` is within every bound."""
+        return all(getattr(cost, name) <= limit for name, limit in self.limits(parent).items())
+
+    def spent(self, cost: Cost, parent: Cost) -> float:
+        """Largest share of a bound that `cost` takes; a budget well spent gives ``1 - SLACK`` to 1."""
+        return max(getattr(cost, name) / max(limit, 1) for name, limit in self.limits(parent).items())
+
+
+def _value(name: str, text: str) -> float:
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        raise BudgetError(f"budget of {name} must be a number such as 0.5, 2.3G or 12M, but got '{text}'")
+    value = float(match[1]) * _UNITS[match[2].lower()]
+    if match[2] == "" and 1 < value < 1000:
+        raise BudgetError(
+            f"budget of {name} must be a share in (0, 1] or a number with a unit such as 2.3G, but got '{text}'"
+        )
+    if not 0 < value < math.inf:
+        raise BudgetError(f"budget of {name} must be above 0, but got '{text}'")
+    return value

@@ -1,0 +1,190 @@
+"""Families of models: one file each, found because the file exists.
+
+A family describes a model as a spec, hosts our blocks in it, and builds an empty one from a spec. Everything else in
+the house asks here and does not know how many families there are.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from vitrim.errors import AdoptError, SpecError, WeightsError
+from vitrim.nn import Block
+from vitrim.plain import did_you_mean
+from vitrim.spec import Spec
+
+__all__ = ["Family", "adopt", "blocks_of", "build", "describe", "family_of", "get", "host", "names"]
+
+
+class Family(Protocol):
+    """What a family file offers, as functions of the module."""
+
+    TEST_PRESETS: dict[str, dict[str, object]]
+    """Small models for the laws: a name and the keyword arguments of `example`."""
+
+    def handles(self, model: nn.Module) -> bool:
+        """Whether `model` is of this family."""
+        ...
+
+    def example(self, **arguments: object) -> nn.Module:
+        """A small model with random weights."""
+        ...
+
+    def describe(self, model: nn.Module) -> Spec:
+        """The spec of a living model, timm's or ours."""
+        ...
+
+    def foreign_blocks(self, model: nn.Module) -> list[nn.Module]:
+        """Every block in order, whoever made it."""
+        ...
+
+    def host(self, model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
+        """A copy of `model` with other blocks; the two share no parameter."""
+        ...
+
+    def build(self, spec: Spec) -> nn.Module:
+        """An empty host for `spec`, without blocks' weights."""
+        ...
+
+
+def names() -> list[str]:
+    """Names of all families."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def get(name: str) -> Family:
+    """The family called `name`.
+
+    Raises:
+        SpecError: if there is none.
+    """
+    if name not in names():
+        raise SpecError(f"a family must be one of {', '.join(names())}, but got '{name}'{did_you_mean(name, names())}")
+    family: Family = importlib.import_module(f"{__name__}.{name}")  # type: ignore[assignment]
+    return family
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family that handles `model`.
+
+    Raises:
+        AdoptError: if none does.
+    """
+    for name in names():
+        family = get(name)
+        if family.handles(model):
+            return family
+    raise AdoptError(
+        f"a model must be of a family that vitrim knows ({', '.join(names())}), but got {type(model).__name__}; "
+        "see `vitrim models`"
+    )
+
+
+def describe(model: nn.Module) -> Spec:
+    """The spec of a living model, timm's or ours; always read from the model itself, so it stays true.
+
+    Raises:
+        AdoptError: naming the path and the reason, if a part cannot be represented.
+    """
+    return family_of(model).describe(model)
+
+
+def blocks_of(model: nn.Module) -> list[tuple[str, Block]]:
+    """Our blocks of an adopted model with their paths.
+
+    Raises:
+        AdoptError: if the model was not adopted.
+    """
+    blocks = family_of(model).foreign_blocks(model)
+    paths = [path for path, _, _ in describe(model).blocks()]
+    ours = [(path, block) for path, block in zip(paths, blocks, strict=True) if isinstance(block, Block)]
+    if len(ours) != len(blocks):
+        raise AdoptError("a model must be adopted before it is cut, but its blocks are not ours; call vitrim.adopt")
+    return ours
+
+
+def adopt(model: nn.Module) -> nn.Module:
+    """Take a timm model in: a copy whose blocks are ours, filled with its weights and proved to answer the same.
+
+    The argument is left as it was and shares no parameter with the result. Adopting twice is adopting once.
+
+    Args:
+        model: a timm model of a known family, on any device and of any floating type.
+
+    Returns:
+        A model of the same class, with the same parameter names and the same logits.
+
+    Raises:
+        AdoptError: naming the path and the reason, if a part cannot be represented, or if the logits differ.
+        WeightsError: naming the parameter, if a weight is not finite.
+    """
+    check_finite(model)
+    spec, family = describe(model), family_of(model)
+    blocks = []
+    for (path, stage, node), old in zip(spec.blocks(), family.foreign_blocks(model), strict=True):
+        with torch.device("meta"):
+            block = Block(stage.width, node, stage.form)
+        state = {name: value.detach().clone() for name, value in old.state_dict().items()}
+        mine = set(block.state_dict())
+        if mine != set(state):
+            odd = sorted(mine ^ set(state))
+            raise AdoptError(f"{path}: parameters must be those of a plain block, but {', '.join(odd)} differ")
+        block.load_state_dict(state, assign=True)
+        frozen = {name for name, parameter in old.named_parameters() if not parameter.requires_grad}
+        for name, parameter in block.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        blocks.append(block)
+    adopted = family.host(model, blocks)
+    _prove(model, adopted, spec)
+    return adopted
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse weights that are not finite.
+
+    Raises:
+        WeightsError: naming the parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise WeightsError(f"{name}: weights must be finite, but some are NaN or infinite; load a sound checkpoint")
+
+
+@torch.no_grad()
+def _prove(model: nn.Module, adopted: nn.Module, spec: Spec) -> None:
+    """Compare logits on random input; relative 1e-5 in float32 and finer, eight roundings in shorter types."""
+    first = next(model.parameters())
+    channels = getattr(model, "in_chans", 3)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, channels, *spec.image, generator=generator).to(first.device, first.dtype)
+    modes = [m.training for m in model.modules()]
+    outputs = [net.eval()(x) for net in (model, adopted)]
+    for module, mode in zip(model.modules(), modes, strict=True):
+        module.training = mode
+    adopted.train(model.training)
+    before, after = (out.double() for out in outputs)
+    scale = float(before.abs().max())
+    apart = float((after - before).abs().max())
+    allowed = max(1e-5, 8 * torch.finfo(first.dtype).eps if first.dtype.itemsize < 4 else 0.0) * max(scale, 1e-6)
+    if not apart <= allowed:
+        raise AdoptError(
+            f"$: logits must stay within {allowed:.1e} of {type(model).__name__}'s, but differ by {apart:.1e}; "
+            "please report this model"
+        )
+
+
+def host(model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
+    """A copy of `model` with other blocks; the two share no parameter."""
+    return family_of(model).host(model, blocks)
+
+
+def build(spec: Spec) -> nn.Module:
+    """A model of structure `spec` with unset weights, to be filled by ``load_state_dict``."""
+    family = get(spec.family)
+    shell = family.build(spec)
+    blocks = [Block(stage.width, block, stage.form) for _, stage, block in spec.blocks()]
+    return family.host(shell, blocks)

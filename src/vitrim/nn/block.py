@@ -1,0 +1,86 @@
+"""The transformer block, built from a spec node.
+
+B images, N tokens, D width.
+"""
+
+import torch
+from timm.layers import DropPath, LayerScale
+from torch import Tensor, nn
+
+from vitrim.nn.attention import Attention
+from vitrim.nn.axis import Axis
+from vitrim.nn.layers import make_norm
+from vitrim.nn.mlp import Mlp
+from vitrim.spec import Attention as AttentionSpec
+from vitrim.spec import Block as BlockSpec
+from vitrim.spec import Form
+
+__all__ = ["Block", "Constant"]
+
+
+class Constant(nn.Module):
+    """What remains of a branch that lost all its channels: its output bias, after layer scale.
+
+    Args:
+        width: D.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Return the bias for every token of `x`, ``(B, N, D)``."""
+        return self.bias.expand_as(x)
+
+
+class Block(nn.Module):
+    """A pre-norm block: ``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``.
+
+    It answers to whatever timm passes to its own block. A branch that a plan took away is None; a branch that lost all
+    its channels is a `Constant`, without norm and layer scale.
+
+    Args:
+        width: D.
+        spec: mixer, hidden neurons, drop path.
+        form: what the blocks of the stage have in common.
+    """
+
+    def __init__(self, width: int, spec: BlockSpec, form: Form) -> None:
+        super().__init__()
+        self.spec, self.form, self.width = spec, form, width
+        mixer, hidden = spec.mixer, spec.hidden
+
+        attends = isinstance(mixer, AttentionSpec) and len(mixer.v) > 0
+        constant = isinstance(mixer, AttentionSpec) and not attends and form.out_bias
+        self.norm1 = make_norm(form.norm, width) if attends else nn.Identity()
+        self.attn: Attention | Constant | None = None
+        if attends and isinstance(mixer, AttentionSpec):
+            self.attn = Attention(width, mixer, form)
+        elif constant:
+            self.attn = Constant(width)
+        self.ls1 = LayerScale(width) if attends and form.layer_scale else nn.Identity()
+        self.drop_path1 = DropPath(spec.drop_path)
+
+        self.norm2 = make_norm(form.norm, width) if hidden else nn.Identity()
+        self.mlp: Mlp | Constant | None = None
+        if hidden:
+            self.mlp = Mlp(width, hidden, form)
+        elif hidden == 0 and form.mlp_out_bias:
+            self.mlp = Constant(width)
+        self.ls2 = LayerScale(width) if hidden and form.layer_scale else nn.Identity()
+        self.drop_path2 = DropPath(spec.drop_path)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Map tokens ``(B, N, D)`` to ``(B, N, D)``; masks as in `Attention.forward`."""
+        if self.attn is not None:
+            mixed = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+            x = x + self.drop_path1(self.ls1(mixed))
+        if self.mlp is not None:
+            x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x
+
+    def axes(self) -> tuple[Axis, ...]:
+        """Every axis of this block."""
+        parts = [part for part in (self.attn, self.mlp) if isinstance(part, Attention | Mlp)]
+        return tuple(axis for part in parts for axis in part.axes())

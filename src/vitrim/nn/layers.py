@@ -1,0 +1,119 @@
+"""Norms and activations by the names that a spec uses.
+
+A name says the library and the class: ``timm.LayerNorm``, ``torch.GELU``. Only layers that are known to be what a block
+needs are on the lists: norms over the last dimension, activations that work on each element by itself.
+"""
+
+from typing import Any
+
+import timm.layers
+import torch
+from torch import nn
+
+from vitrim.errors import AdoptError, SpecError
+from vitrim.plain import did_you_mean
+from vitrim.spec import Norm
+
+__all__ = ["activation_name", "make_activation", "make_norm", "norm_of"]
+
+_NORMS = frozenset(
+    {
+        "timm.LayerNorm",
+        "timm.LayerNormFp32",
+        "timm.RmsNorm",
+        "timm.RmsNormFp32",
+        "timm.SimpleNorm",
+        "timm.SimpleNormFp32",
+        "torch.LayerNorm",
+        "torch.RMSNorm",
+    }
+)
+_ACTIVATIONS = frozenset(
+    {
+        "timm.GELU",
+        "timm.GELUTanh",
+        "timm.QuickGELU",
+        "timm.Mish",
+        "timm.Swish",
+        "torch.ELU",
+        "torch.GELU",
+        "torch.Hardswish",
+        "torch.LeakyReLU",
+        "torch.Mish",
+        "torch.ReLU",
+        "torch.ReLU6",
+        "torch.SELU",
+        "torch.Sigmoid",
+        "torch.SiLU",
+        "torch.Softplus",
+        "torch.Tanh",
+    }
+)
+
+
+def _name(module: nn.Module) -> str:
+    kind = type(module)
+    library = "timm" if kind.__module__.startswith("timm.") else "torch"
+    return f"{library}.{kind.__name__}"
+
+
+def _class(name: str, known: frozenset[str]) -> Any:
+    if name not in known:
+        raise SpecError(f"a layer must be one that vitrim knows, but got '{name}'{did_you_mean(name, known)}")
+    library, _, kind = name.partition(".")
+    found = getattr(timm.layers if library == "timm" else nn, kind, None)
+    if found is None:
+        raise SpecError(f"layer '{name}' must exist in the installed {library}, but it does not; install a newer one")
+    return found
+
+
+def norm_of(module: nn.Module, at: str) -> Norm:
+    """Describe a norm layer.
+
+    Raises:
+        AdoptError: if the layer is none that is known.
+    """
+    name = _name(module)
+    if name not in _NORMS:
+        raise AdoptError(f"{at}: a norm must be one of {', '.join(sorted(_NORMS))}, but got {name}")
+    eps = module.eps
+    return Norm(
+        name=name,
+        eps=float(eps) if isinstance(eps, float) else torch.finfo(torch.float32).eps,
+        weight=getattr(module, "weight", None) is not None,
+        bias=getattr(module, "bias", None) is not None,
+    )
+
+
+def make_norm(norm: Norm, width: int) -> nn.Module:
+    """Build a norm over `width` channels."""
+    kind = _class(norm.name, _NORMS)
+    affine = "elementwise_affine" if norm.name.startswith("torch.") else "affine"
+    layer: nn.Module = kind(width, eps=norm.eps, **{affine: norm.weight})
+    if not norm.bias and getattr(layer, "bias", None) is not None:
+        layer.bias = None
+    return layer
+
+
+def activation_name(module: nn.Module, at: str) -> str:
+    """Name an activation.
+
+    Raises:
+        AdoptError: if it is not known to work on each element by itself, or has arguments of its own.
+    """
+    if isinstance(module, nn.GELU) and module.approximate == "tanh" and _name(module) == "torch.GELU":
+        return "timm.GELUTanh"
+    name = _name(module)
+    if name not in _ACTIVATIONS:
+        raise AdoptError(f"{at}: an activation must be one of {', '.join(sorted(_ACTIVATIONS))}, but got {name}")
+    plain, mine = vars(_class(name, _ACTIVATIONS)()), vars(module)
+    for key, value in plain.items():
+        if not key.startswith("_") and key not in ("training", "inplace") and mine.get(key) != value:
+            raise AdoptError(f"{at}: {name} must have its default {key} = {value}, but has {mine.get(key)}")
+    return name
+
+
+def make_activation(name: str) -> nn.Module:
+    """Build an activation; never in place, for taps may listen to its input."""
+    layer: nn.Module = _class(name, _ACTIVATIONS)()
+    return layer

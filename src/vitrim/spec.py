@@ -1,0 +1,141 @@
+"""What a model is: a tree of frozen values, from the host down to the width of every head.
+
+D width of the residual stream, N tokens, H heads, K channels of a head, M hidden neurons.
+
+A place has one path everywhere, in a spec, a plan, a report and an error: ``stages.0.blocks.3.hidden``.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from vitrim.plain import Node
+
+__all__ = ["Attention", "Block", "Form", "Host", "Mixer", "Norm", "Skip", "Spec", "Stage"]
+
+
+class Norm(Node):
+    """A normalisation layer, by the name of its class in ``timm.layers`` or ``torch.nn``."""
+
+    name: str
+    eps: float
+    weight: bool = True
+    bias: bool = True
+
+    def params(self, width: int) -> int:
+        """Parameters of this norm over `width` channels."""
+        return width * (self.weight + self.bias)
+
+
+class Form(Node):
+    """What the blocks of one stage have in common besides their widths.
+
+    `head_norm` is the norm over the channels of each query and key head, `mixed_norm` the one over all heads' outputs
+    together, `hidden_norm` the one over the hidden neurons. A norm ties the channels it runs over: cutting one of them
+    would change the statistics of the others, so those channels can only be cut together with the whole branch.
+    """
+
+    norm: Norm
+    qkv_bias: bool
+    out_bias: bool
+    mlp: Literal["plain", "glu", "swiglu"]
+    gate_first: bool = False
+    activation: str
+    hidden_bias: bool
+    mlp_out_bias: bool
+    layer_scale: bool = False
+    head_norm: Norm | None = None
+    head_norm_width: NonNegativeInt = 0
+    mixed_norm: Norm | None = None
+    hidden_norm: Norm | None = None
+    attention_drop: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    drop: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @property
+    def factors(self) -> int:
+        """Linear layers from the width to the hidden neurons: 2 where a gate multiplies them, else 1."""
+        return 1 if self.mlp == "plain" else 2
+
+
+class Attention(Node):
+    """Self-attention with one query/key width and one value width for each living head.
+
+    A head without channels does not exist. Without heads the branch is a constant, its output bias. `scale` multiplies
+    the logits; after a cut it stays that of the dense parent, whatever the widths are.
+    """
+
+    kind: Literal["attention"] = "attention"
+    qk: tuple[PositiveInt, ...]
+    v: tuple[PositiveInt, ...]
+    scale: PositiveFloat
+
+    @model_validator(mode="after")
+    def _heads(self) -> Self:
+        if len(self.qk) != len(self.v):
+            raise ValueError(f"qk and v must name the same heads, but got {len(self.qk)} and {len(self.v)}")
+        return self
+
+
+class Skip(Node):
+    """No branch at all: the residual stream passes by."""
+
+    kind: Literal["skip"] = "skip"
+
+
+Mixer = Annotated[Attention | Skip, Field(discriminator="kind")]
+
+
+class Block(Node):
+    """One transformer block; `hidden` counts MLP neurons: 0 leaves the output bias, None leaves no branch."""
+
+    mixer: Mixer
+    hidden: NonNegativeInt | None
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Stage(Node):
+    """A run of blocks at one width and one grid of patches; prefix tokens come before the patches."""
+
+    width: PositiveInt
+    grid: tuple[PositiveInt, PositiveInt]
+    prefix: NonNegativeInt
+    form: Form
+    blocks: tuple[Block, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that enter the first block."""
+        return self.grid[0] * self.grid[1] + self.prefix
+
+
+class Host(Node):
+    """All that is not a block: whose model it is, how to build it, and what it costs.
+
+    `macs` and `params` were counted on the host itself, `macs_per_token` is what its head spends on each token that
+    leaves the last block (attention pooling).
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    macs: NonNegativeInt
+    macs_per_token: NonNegativeInt = 0
+    params: NonNegativeInt
+    pretrained: dict[str, Any] = {}
+
+
+class Spec(Node):
+    """A whole model. Equal specs are models of one structure."""
+
+    family: str
+    host: Host
+    image: tuple[PositiveInt, PositiveInt]
+    classes: NonNegativeInt
+    stages: tuple[Stage, ...]
+
+    def blocks(self) -> list[tuple[str, Stage, Block]]:
+        """Every block with its path and its stage, in order."""
+        return [
+            (f"stages.{i}.blocks.{j}", stage, block)
+            for i, stage in enumerate(self.stages)
+            for j, block in enumerate(stage.blocks)
+        ]

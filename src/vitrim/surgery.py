@@ -1,0 +1,134 @@
+"""The only way a model gets smaller: `apply(parent, plan) -> child`.
+
+D width, H heads, K channels of a head, M hidden neurons.
+
+Surgery knows no layer by name. It asks the parent's blocks for their axes, builds the child's blocks from the child's
+spec, and slices each parameter along the dimensions that its axes index.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.errors import PlanError
+from vitrim.families import blocks_of, describe, host
+from vitrim.nn import Attention as MixerModule
+from vitrim.nn import Axis, Block, Constant
+from vitrim.plan import BlockPlan, Plan
+from vitrim.spec import Attention, Form
+from vitrim.spec import Block as BlockSpec
+
+__all__ = ["apply", "kept_entries"]
+
+Kept = tuple[tuple[int, ...], ...]
+
+
+def apply(parent: nn.Module, plan: Plan, *, grafts: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Cut `parent` according to `plan`.
+
+    Args:
+        parent: an adopted model; left as it was.
+        plan: what to cut.
+        grafts: parameters of the child, by name, that are no slice of the parent's.
+
+    Returns:
+        A dense model of the parent's class that shares no parameter with it, on its device, in its mode.
+
+    Raises:
+        PlanError: naming the path, if the plan does not fit the model; nothing has been built then.
+        AdoptError: if the parent was not adopted.
+    """
+    spec = describe(parent)
+    child = plan.child(spec)
+    blocks = [
+        _cut(old, child_block, stage.form, stage.width, decision)
+        for (_, old), (_, stage, child_block), decision in zip(
+            blocks_of(parent), child.blocks(), plan.blocks(), strict=True
+        )
+    ]
+    model = host(parent, blocks)
+    _graft(model, grafts or {})
+    return model
+
+
+def kept_entries(block: Block, plan: BlockPlan) -> dict[str, dict[int, Tensor]]:
+    """Which entries of each parameter of `block` a plan keeps.
+
+    Returns:
+        For each cut parameter (name relative to the block) and each cut dimension, the kept indices, rising. Parameters
+        that are not named are kept whole, if their branch is.
+    """
+    runs: dict[str, dict[int, list[tuple[int, Tensor]]]] = {}
+    for axis, kept in _decisions(block, plan):
+        index = _flat(axis, kept)
+        for member in axis.members:
+            runs.setdefault(member.parameter, {}).setdefault(member.dim, []).append((member.offset, index))
+    entries: dict[str, dict[int, Tensor]] = {}
+    for name, by_dim in runs.items():
+        entries[name] = {
+            dim: torch.cat([offset + index for offset, index in sorted(pieces, key=lambda piece: piece[0])])
+            for dim, pieces in by_dim.items()
+        }
+    return entries
+
+
+def _decisions(block: Block, plan: BlockPlan) -> Iterator[tuple[Axis, Kept]]:
+    mixer = block.spec.mixer
+    kept: dict[str, Kept] = {}
+    if isinstance(mixer, Attention):
+        kept["qk"], kept["v"] = plan.heads(mixer)
+    if plan.hidden is not None:
+        kept["hidden"] = (plan.hidden,)
+    for axis in block.axes():
+        yield axis, kept.get(axis.name, tuple(tuple(range(size)) for size in axis.groups))
+
+
+def _flat(axis: Axis, kept: Kept) -> Tensor:
+    flat, start = [], 0
+    for group, indices in zip(axis.groups, kept, strict=True):
+        flat += [start + i for i in indices]
+        start += group
+    return torch.tensor(flat, dtype=torch.long)
+
+
+@torch.no_grad()
+def _cut(old: Block, spec: BlockSpec, form: Form, width: int, plan: BlockPlan) -> Block:
+    with torch.device("meta"):
+        block = Block(width, spec, form)
+    entries = kept_entries(old, plan)
+    source = dict(old.named_parameters())
+    constants = {"attn.bias": (old.attn, old.ls1), "mlp.bias": (old.mlp, old.ls2)}
+    for name, empty in list(block.named_parameters()):
+        if name in constants and name not in source:
+            branch, scale = constants[name]
+            value, grad = _constant(branch, scale), True
+        else:
+            value, grad = source[name], source[name].requires_grad
+            for dim, index in entries.get(name, {}).items():
+                value = value.index_select(dim, index.to(value.device))
+        if value.shape != empty.shape:
+            raise PlanError(f"{name}: the plan must give {tuple(empty.shape)}, but gives {tuple(value.shape)}")
+        owner, _, leaf = name.rpartition(".")
+        setattr(block.get_submodule(owner), leaf, nn.Parameter(value.detach().clone(), requires_grad=grad))
+    return block
+
+
+def _constant(branch: nn.Module | None, scale: nn.Module) -> Tensor:
+    """What a branch without channels adds: its output bias after layer scale."""
+    if branch is None or isinstance(branch, Constant):
+        raise PlanError("a branch must have channels to lose, but it has none")
+    last = branch.get_submodule("proj" if isinstance(branch, MixerModule) else "fc2")
+    scaled: Tensor = scale(last.bias)
+    return scaled
+
+
+def _graft(model: nn.Module, grafts: Mapping[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, value in grafts.items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            have = tuple(parameters[name].shape) if name in parameters else "no such parameter"
+            raise PlanError(f"{name}: a graft must fit the child, which has {have}, but got {tuple(value.shape)}")
+    with torch.no_grad():
+        for name, value in grafts.items():
+            parameters[name].copy_(value)
