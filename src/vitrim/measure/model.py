@@ -1,0 +1,63 @@
+"""What both measurements need from a model: its input, and a way to run it and leave it as it was."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitrim.errors import RecipeError
+
+__all__ = ["Image", "home_of", "image_of", "resting"]
+
+Image = tuple[int, int, int]
+"""Channels, height and width of one image."""
+
+
+def image_of(model: nn.Module, image: Image | None = None) -> Image:
+    """Channels, height and width of what `model` takes; `image` wins where given.
+
+    timm's ``pretrained_cfg`` keeps the published size after ``set_input_size``; the patch embedding tells the truth.
+
+    Raises:
+        RecipeError: if `image` is malformed, or the model does not say what it takes.
+    """
+    if image is not None:
+        if len(image) != 3 or any(not _whole(size) or size < 1 for size in image):
+            raise RecipeError(f"image must be (channels, height, width), each at least 1, but got {image}")
+        return image
+    stem: Any = getattr(model, "patch_embed", None)
+    size = getattr(stem, "img_size", None)
+    channels = getattr(getattr(stem, "proj", None), "in_channels", None)
+    if size is None or channels is None:
+        raise RecipeError(
+            f"a model must have a patch embedding that knows its image size, but {type(model).__name__} has none; "
+            "pass image=(channels, height, width)"
+        )
+    return int(channels), int(size[0]), int(size[1])
+
+
+def home_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and floating-point type of `model`, those of its first parameter."""
+    for tensor in model.parameters():
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    return torch.device("cpu"), torch.get_default_dtype()
+
+
+@contextlib.contextmanager
+def resting(*models: nn.Module) -> Iterator[None]:
+    """Put `models` in eval mode, and give each of their modules its own mode back afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

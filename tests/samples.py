@@ -1,0 +1,106 @@
+"""Models and plans that the laws are tried on: every preset of every family, and random plans for each."""
+
+import functools
+import random
+
+import torch
+
+from vitrim import families
+from vitrim.plan import BlockPlan, Plan
+from vitrim.spec import Attention, Skip, Spec
+
+PRESETS = [
+    pytest_id for family in families.names() for pytest_id in [(family, name) for name in families.get(family).TEST_PRESETS]
+]
+IDS = [f"{family}-{name}" for family, name in PRESETS]
+
+
+def timm_model(family: str, preset: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    """A random timm model in which every parameter matters (no zero biases, no unit norms)."""
+    torch.manual_seed(1)
+    module = families.get(family)
+    model = module.example(**module.TEST_PRESETS[preset])
+    for parameter in model.parameters():
+        centre = 1.0 if parameter.dim() == 1 and bool((parameter == 1).all()) else 0.0
+        torch.nn.init.normal_(parameter, centre, 0.25)
+    return model.to(dtype).eval()
+
+
+@functools.cache
+def _adopted(family: str, preset: str) -> torch.nn.Module:
+    return families.adopt(timm_model(family, preset))
+
+
+def adopted(family: str, preset: str) -> torch.nn.Module:
+    """The same, adopted; shared between tests, so it must be left as it is."""
+    return _adopted(family, preset)
+
+
+def images(spec: Spec, count: int = 2, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(count, 3, *spec.image, generator=torch.Generator().manual_seed(7), dtype=dtype)
+
+
+def random_plan(spec: Spec, seed: int, skips: bool = True) -> Plan:
+    """A plan of every kind of cut that the form of each block allows."""
+    rng = random.Random(seed)
+    return Plan.of(spec, [_random_block(rng, stage.form, block, skips) for _, stage, block in spec.blocks()])
+
+
+def _some(rng: random.Random, size: int, least: int = 0) -> tuple[int, ...]:
+    return tuple(sorted(rng.sample(range(size), rng.randint(min(least, size), size))))
+
+
+def _random_block(rng, form, block, skips):
+    fields = {}
+    if skips and rng.random() < 0.12:
+        fields["mixer"] = Skip()
+    elif isinstance(block.mixer, Attention) and block.mixer.v and rng.random() < 0.9:
+        fields |= _random_heads(rng, form, block.mixer)
+    if skips and rng.random() < 0.12:
+        fields["mlp"] = Skip()
+    elif block.hidden and form.hidden_norm is None and rng.random() < 0.9:
+        fields["hidden"] = () if rng.random() < 0.15 else _some(rng, block.hidden, 1)
+    return BlockPlan(**fields)
+
+
+def _random_heads(rng, form, mixer):
+    tied_qk, tied_v = form.head_norm is not None, form.mixed_norm is not None
+    dead = not tied_v and rng.random() < 0.15
+    qk, v = [], []
+    for a, b in zip(mixer.qk, mixer.v, strict=True):
+        gone = dead or (not tied_v and rng.random() < 0.25)
+        qk.append(() if gone else tuple(range(a)) if tied_qk else _some(rng, a, 1))
+        v.append(() if gone else tuple(range(b)) if tied_v else _some(rng, b, 1))
+    return {"qk": tuple(qk), "v": tuple(v)}
+
+
+def masks_of(spec: Spec, plan: Plan) -> dict[str, torch.Tensor]:
+    """The 0/1 masks at the taps that say what `plan` cuts."""
+    masks = {}
+    for (path, _, block), decision in zip(spec.blocks(), plan.blocks(), strict=True):
+        if decision.mixer is not None:
+            masks[f"{path}.mixer"] = torch.zeros(1, dtype=torch.float64)
+        elif isinstance(block.mixer, Attention) and (decision.qk is not None or decision.v is not None):
+            qk, v = decision.heads(block.mixer)
+            masks[f"{path}.qk"] = _mask(block.mixer.qk, qk)
+            masks[f"{path}.v"] = _mask(block.mixer.v, v)
+        if decision.mlp is not None:
+            masks[f"{path}.mlp"] = torch.zeros(1, dtype=torch.float64)
+        elif decision.hidden is not None:
+            masks[f"{path}.hidden"] = _mask((block.hidden,), (decision.hidden,))
+    return masks
+
+
+def _mask(groups, kept):
+    parts = []
+    for size, indices in zip(groups, kept, strict=True):
+        part = torch.zeros(size, dtype=torch.float64)
+        part[list(indices)] = 1
+        parts.append(part)
+    return torch.cat(parts)
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference, relative to the largest entry."""
+    a, b = a.detach(), b.detach()
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))

@@ -1,0 +1,214 @@
+"""The house stands in one line: each room leans only on rooms before it, and the words answer without torch."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vitrim
+import vitrim.errors
+
+SOURCE = Path(vitrim.__file__).parent
+ROOMS = (
+    "errors plain spec plan cost budget "
+    "nn families "
+    "measure observe surgery store "
+    "data train "
+    "search contract methods "
+    "recipe run export report cli demo"
+).split()
+WORDS = frozenset({"errors", "plain", "spec", "plan", "cost", "budget"})
+DOORS = frozenset({"", "__main__"})
+STRANGERS = frozenset({"methods", "families"})
+HEAVY = frozenset({"torch", "torchvision", "timm", "accelerate"})
+LONGEST = 400
+WIDEST = 15
+
+
+def modules() -> list[str]:
+    """Every module below vitrim, as a dotted name without the leading ``vitrim``."""
+    return sorted(dotted(path.relative_to(SOURCE)) for path in SOURCE.rglob("*.py"))
+
+
+def dotted(path: Path) -> str:
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def file_of(module: str) -> Path:
+    path = SOURCE.joinpath(*module.split(".")) if module else SOURCE
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def imports(source: str) -> Iterator[str]:
+    """Every name that `source` imports at any depth; ``from a import b`` gives ``a.b``."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def complaints(module: str, source: str) -> list[str]:
+    """What is wrong with the imports of `module`, in sentences; empty when the house is in order."""
+    return [text for name in imports(source) if (text := complaint(module, name))]
+
+
+def complaint(module: str, name: str) -> str | None:
+    room, first = room_of(module), name.split(".")[0]
+    if name.startswith("."):
+        return f"{module} imports {name}: imports must be absolute"
+    if first in HEAVY and (room in WORDS or room == "report"):
+        return f"{module} imports {name}: the words and the report must answer without torch"
+    if first != "vitrim" or room in DOORS or name == "vitrim.__version__":
+        return None
+    theirs = name.split(".")[1:]
+    if not theirs or theirs[0] not in ROOMS:
+        return f"{module} imports {name}: a room must import rooms, not the front door"
+    if theirs[0] == room:
+        return _neighbour(module, theirs)
+    if room not in ROOMS:
+        return f"{module} is in no room: name '{room}' in the line of rooms"
+    if room == "report" and theirs[0] not in WORDS:
+        return f"{module} imports {name}: the report must import only the words"
+    if ROOMS.index(theirs[0]) > ROOMS.index(room):
+        return f"{module} imports {name}: {room} must lean only on rooms before it"
+    return None
+
+
+def _neighbour(module: str, theirs: list[str]) -> str | None:
+    """Files of a package may import each other, except where each must stand alone."""
+    room, *mine = module.split(".")
+    if room not in STRANGERS or not mine:
+        return None
+    other = file_of(".".join(theirs[:2]))
+    if len(theirs) > 1 and other.exists() and theirs[1] != mine[0] and not theirs[1].startswith("_"):
+        return f"{module} imports vitrim.{'.'.join(theirs)}: files of {room} must not import one another"
+    return None
+
+
+def too_long(source: str) -> bool:
+    return len(source.splitlines()) > LONGEST
+
+
+def bad_error(kind: type) -> bool:
+    """Whether an error class is outside the tree, or is no builtin besides."""
+    builtin = [base for base in kind.__mro__ if base.__module__ == "builtins" and issubclass(base, Exception)]
+    return not issubclass(kind, vitrim.errors.VitrimError) or builtin in ([], [Exception])
+
+
+@pytest.mark.parametrize("module", modules())
+def test_a_room_leans_only_on_rooms_before_it(module: str):
+    assert complaints(module, file_of(module).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("spec", "import vitrim.plan"),
+        ("plan", "from vitrim.cost import cost_of"),
+        ("plan", "def f():\n    from vitrim import cost"),
+        ("nn.block", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from vitrim.train import fit"),
+        ("nn.block", "from .axis import Axis"),
+        ("nn.block", "import vitrim"),
+        ("nn.block", "from vitrim import adopt"),
+        ("report.page", "from vitrim.measure import cost"),
+        ("report.page", "from vitrim.recipe import Recipe"),
+        ("report.page", "import torch.nn as nn"),
+        ("plan", "def f():\n    import timm"),
+        ("cellar", "import vitrim.spec"),
+        ("run", "from vitrim.cli import main"),
+    ],
+)
+def test_a_wrong_import_is_seen(module: str, source: str):
+    assert len(complaints(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("plan", "from vitrim.spec import Spec\nimport json"),
+        ("cost", "from vitrim import plan"),
+        ("nn.block", "from vitrim.nn.axis import Axis\nimport torch"),
+        ("report.page", "from vitrim.plan import read_plan\nfrom vitrim.report.sheet import sheet"),
+        ("store", "from vitrim import __version__"),
+        ("demo", "from vitrim.cli import main"),
+        ("", "from vitrim.cli import main"),
+    ],
+)
+def test_a_right_import_passes(module: str, source: str):
+    assert complaints(module, source) == []
+
+
+def test_files_that_stand_alone_do_not_meet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(sys.modules[__name__], "SOURCE", tmp_path)
+    (tmp_path / "methods").mkdir()
+    for name in ("taylor", "random", "__init__", "_common"):
+        (tmp_path / "methods" / f"{name}.py").touch()
+    assert complaints("methods.taylor", "from vitrim.methods.random import Random")
+    assert complaints("methods.taylor", "from vitrim.methods import random")
+    assert not complaints("methods.taylor", "from vitrim.methods._common import helper")
+    assert not complaints("methods.taylor", "from vitrim.methods import names")
+    assert not complaints("methods", "from vitrim.methods import random")
+
+
+@pytest.mark.parametrize("module", modules())
+def test_no_file_is_long(module: str):
+    assert not too_long(file_of(module).read_text(encoding="utf-8")), f"{module} must have at most {LONGEST} lines"
+
+
+def test_a_long_file_is_seen():
+    assert too_long("\n" * (LONGEST + 1))
+    assert not too_long("\n" * LONGEST)
+
+
+def test_the_front_door_is_narrow():
+    names = getattr(vitrim, "__all__", [])
+    assert len(names) <= WIDEST
+    assert len(set(names)) == len(names)
+    missing = [name for name in names if not hasattr(vitrim, name)]
+    assert missing == []
+
+
+def test_every_error_is_also_a_builtin():
+    root = vitrim.errors.VitrimError
+    kinds = [kind for _, kind in inspect.getmembers(vitrim.errors, inspect.isclass) if kind is not root]
+    assert kinds
+    assert [kind.__name__ for kind in kinds if bad_error(kind)] == []
+    assert sorted(vitrim.errors.__all__) == sorted(kind.__name__ for kind in [root, *kinds])
+
+
+def test_a_wrong_error_is_seen():
+    assert bad_error(type("Outside", (ValueError,), {}))
+    assert bad_error(type("Nothing", (vitrim.errors.VitrimError,), {}))
+    assert not bad_error(type("Right", (vitrim.errors.VitrimError, ValueError), {}))
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Heavy packages that a fresh interpreter holds after `statement`."""
+    code = f"{statement}\nimport sys\nprint(*sorted(name for name in {sorted(HEAVY)} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_words_and_report_run_without_torch():
+    light = [name for name in modules() if room_of(name) in WORDS or room_of(name) == "report"]
+    assert loaded_after("import vitrim\n" + "\n".join(f"import vitrim.{name}" for name in light)) == set()
+
+
+def test_the_sheet_runs_without_matplotlib():
+    code = "import sys, vitrim.report, vitrim.report.sheet; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_torch_is_seen_when_it_is_there():
+    assert "torch" in loaded_after("import sys; sys.modules['torch'] = sys")
