@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.samples import IDS, PRESETS, adopted, apart, images, masks_of, random_plan, timm_model
 from tests.tolerance import EXACT, SINGLE
 from vitrim import families, surgery
-from vitrim.cost import cost_of
+from vitrim.costs import cost_of
 from vitrim.errors import PlanError
 from vitrim.families import describe
 from vitrim.nn import Attention

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vitrim.budget import Budget
     from vitrim.errors import VitrimError
-    from vitrim.families import adopt
-    from vitrim.families import describe as spec
+    from vitrim.families import adopt, describe
     from vitrim.measure import cost, latency
     from vitrim.plan import Plan
     from vitrim.run import compress
@@ -29,12 +28,12 @@ _HOMES = {
     "adopt": "families",
     "apply": "surgery",
     "compress": "run",
+    "describe": "families",
     "cost": "measure",
     "evaluate": "train",
     "latency": "measure",
     "load": "store",
     "save": "store",
-    "spec": "families:describe",
 }
 
 __all__ = [
@@ -46,11 +45,11 @@ __all__ = [
     "apply",
     "compress",
     "cost",
+    "describe",
     "evaluate",
     "latency",
     "load",
     "save",
-    "spec",
 ]
 
 
@@ -58,7 +57,6 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'vitrim' has no attribute '{name}'")
-    room, _, attribute = home.partition(":")
-    value = getattr(importlib.import_module(f"vitrim.{room}"), attribute or name)
+    value = getattr(importlib.import_module(f"vitrim.{home}"), name)
     globals()[name] = value
     return value

@@ -4,7 +4,7 @@ import math
 import re
 from typing import Self
 
-from vitrim.cost import Cost
+from vitrim.costs import Cost
 from vitrim.errors import BudgetError
 from vitrim.plain import Node, did_you_mean
 
