@@ -1,6 +1,6 @@
 """What a model costs by arithmetic, what PyTorch counts, and how long it takes on this machine."""
 
-from vitrim.cost import Cost
+from vitrim.costs import Cost
 from vitrim.measure.count import cost, counted
 from vitrim.measure.latency import Latency, latency
 

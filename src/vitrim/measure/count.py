@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrim.cost import Cost, cost_of
+from vitrim.costs import Cost, cost_of
 from vitrim.errors import AdoptError
 from vitrim.families import describe
 from vitrim.measure.model import Image, home_of, image_of, resting
