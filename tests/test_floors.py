@@ -14,14 +14,14 @@ import vitrim.errors
 
 SOURCE = Path(vitrim.__file__).parent
 ROOMS = (
-    "errors plain spec plan cost budget "
+    "errors plain spec plan costs budget "
     "nn families "
     "measure observe surgery store "
     "data train "
     "search contract methods "
     "recipe run export report cli demo"
 ).split()
-WORDS = frozenset({"errors", "plain", "spec", "plan", "cost", "budget"})
+WORDS = frozenset({"errors", "plain", "spec", "plan", "costs", "budget"})
 DOORS = frozenset({"", "__main__"})
 STRANGERS = frozenset({"methods", "families"})
 HEAVY = frozenset({"torch", "torchvision", "timm", "accelerate"})
@@ -115,8 +115,8 @@ def test_a_room_leans_only_on_rooms_before_it(module: str):
     ("module", "source"),
     [
         ("spec", "import vitrim.plan"),
-        ("plan", "from vitrim.cost import cost_of"),
-        ("plan", "def f():\n    from vitrim import cost"),
+        ("plan", "from vitrim.costs import cost_of"),
+        ("plan", "def f():\n    from vitrim import costs"),
         ("nn.block", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from vitrim.train import fit"),
         ("nn.block", "from .axis import Axis"),
         ("nn.block", "import vitrim"),
@@ -137,9 +137,9 @@ def test_a_wrong_import_is_seen(module: str, source: str):
     ("module", "source"),
     [
         ("plan", "from vitrim.spec import Spec\nimport json"),
-        ("cost", "from vitrim import plan"),
+        ("costs", "from vitrim import plan"),
         ("nn.block", "from vitrim.nn.axis import Axis\nimport torch"),
-        ("report.page", "from vitrim.plan import read_plan\nfrom vitrim.report.sheet import sheet"),
+        ("report.page", "from vitrim.plan import read_plan\nfrom vitrim.report.blocks import sheet"),
         ("store", "from vitrim import __version__"),
         ("demo", "from vitrim.cli import main"),
         ("", "from vitrim.cli import main"),
@@ -206,7 +206,7 @@ def test_words_and_report_run_without_torch():
 
 
 def test_the_sheet_runs_without_matplotlib():
-    code = "import sys, vitrim.report, vitrim.report.sheet; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, vitrim.report.blocks; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -2,6 +2,6 @@
 
 from vitrim.costs import Cost
 from vitrim.measure.count import cost, counted
-from vitrim.measure.latency import Latency, latency
+from vitrim.measure.clock import Latency, latency
 
 __all__ = ["Cost", "Latency", "cost", "counted", "latency"]

@@ -1,0 +1,177 @@
+"""What a plan keeps, block by block, with what each block costs before and after.
+
+Light on purpose: ``vitrim explain`` answers from here without loading torch or matplotlib.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+from vitrim.costs import block_cost, cost_of
+from vitrim.plan import BlockPlan, Plan
+from vitrim.spec import Attention, Block, Spec
+
+__all__ = ["HOST", "Fate", "Head", "Row", "fates", "sheet", "total"]
+
+HOST = "stem and head"
+"""Path of the row for all that is not a block."""
+
+
+class Head(NamedTuple):
+    """Channels of one head of the parent: kept and had, of queries and keys, and of values."""
+
+    qk: int
+    qk_before: int
+    v: int
+    v_before: int
+
+    @property
+    def lives(self) -> bool:
+        """Whether the head is still there."""
+        return self.v > 0
+
+
+class Fate(NamedTuple):
+    """What becomes of one block.
+
+    `heads` lists every head of the parent, None where the parent has no attention; `attention` and `mlp` say
+    ``"kept"``, ``"skipped"`` where the plan takes the branch away, or ``"none"`` where the parent had none.
+    """
+
+    path: str
+    attention: str
+    heads: tuple[Head, ...]
+    mlp: str
+    hidden: int
+    hidden_before: int
+    macs_before: int
+    macs: int
+    params_before: int
+    params: int
+
+
+class Row(NamedTuple):
+    """One line of the sheet; `share` is macs after over macs before, None where there were none."""
+
+    path: str
+    heads: str
+    qk: str
+    v: str
+    hidden: str
+    macs_before: int
+    macs: int
+    share: float | None
+    params_before: int
+    params: int
+
+
+def fates(parent: Spec, plan: Plan) -> list[Fate]:
+    """What becomes of every block of `parent`.
+
+    Raises:
+        PlanError: if the plan does not fit `parent`.
+    """
+    child = plan.child(parent)
+    return [
+        _fate(path, before, decision, block_cost(before, stage.form, stage.width, stage.tokens), after_cost)
+        for (path, stage, before), decision, after_cost in zip(
+            parent.blocks(), plan.blocks(), _costs(child), strict=True
+        )
+    ]
+
+
+def _costs(spec: Spec) -> list[tuple[int, int]]:
+    return [block_cost(block, stage.form, stage.width, stage.tokens) for _, stage, block in spec.blocks()]
+
+
+def _fate(path: str, block: Block, plan: BlockPlan, before: tuple[int, int], after: tuple[int, int]) -> Fate:
+    had = block.hidden or 0
+    kept = had if plan.hidden is None else len(plan.hidden)
+    return Fate(
+        path=path,
+        attention=_branch(isinstance(block.mixer, Attention), plan.mixer is not None),
+        heads=_heads(block, plan),
+        mlp=_branch(block.hidden is not None, plan.mlp is not None),
+        hidden=0 if plan.mlp is not None else kept,
+        hidden_before=had,
+        macs_before=before[0],
+        macs=after[0],
+        params_before=before[1],
+        params=after[1],
+    )
+
+
+def _branch(had: bool, skipped: bool) -> str:
+    if not had:
+        return "none"
+    return "skipped" if skipped else "kept"
+
+
+def _heads(block: Block, plan: BlockPlan) -> tuple[Head, ...]:
+    mixer = block.mixer
+    if not isinstance(mixer, Attention):
+        return ()
+    if plan.mixer is not None:
+        return tuple(Head(0, qk, 0, v) for qk, v in zip(mixer.qk, mixer.v, strict=True))
+    kept_qk, kept_v = plan.heads(mixer)
+    return tuple(Head(len(kq), q, len(kv), v) for kq, q, kv, v in zip(kept_qk, mixer.qk, kept_v, mixer.v, strict=True))
+
+
+def sheet(parent: Spec, plan: Plan) -> list[Row]:
+    """One row a block and a last one for stem and head; their sums are the cost of parent and child.
+
+    Raises:
+        PlanError: if the plan does not fit `parent`.
+    """
+    return [*(_row(fate) for fate in fates(parent, plan)), _host_row(parent, plan)]
+
+
+def _row(fate: Fate) -> Row:
+    living = [head for head in fate.heads if head.lives]
+    hidden = f"{fate.hidden:,} of {fate.hidden_before:,}" if fate.mlp == "kept" else fate.mlp
+    kept = fate.attention == "kept"
+    return Row(
+        path=fate.path,
+        heads=f"{len(living)} of {len(fate.heads)}" if kept else fate.attention,
+        qk=widths([head.qk for head in living]) if kept else "",
+        v=widths([head.v for head in living]) if kept else "",
+        hidden=hidden,
+        macs_before=fate.macs_before,
+        macs=fate.macs,
+        share=_share(fate.macs, fate.macs_before),
+        params_before=fate.params_before,
+        params=fate.params,
+    )
+
+
+def _host_row(parent: Spec, plan: Plan) -> Row:
+    before, after = (cost_of(_bare(spec)) for spec in (parent, plan.child(parent)))
+    share = _share(after.macs, before.macs)
+    return Row(HOST, "", "", "", "", before.macs, after.macs, share, before.params, after.params)
+
+
+def _bare(spec: Spec) -> Spec:
+    """The spec without its blocks: stages keep their tokens, which the host's head may be priced by."""
+    stages = tuple(stage.model_copy(update={"blocks": ()}) for stage in spec.stages)
+    return spec.model_copy(update={"stages": stages})
+
+
+def total(rows: Sequence[Row]) -> Row:
+    """The sum of all rows."""
+    before, after = sum(row.macs_before for row in rows), sum(row.macs for row in rows)
+    params_before, params = sum(row.params_before for row in rows), sum(row.params for row in rows)
+    return Row("total", "", "", "", "", before, after, _share(after, before), params_before, params)
+
+
+def _share(after: int, before: int) -> float | None:
+    return after / before if before else None
+
+
+def widths(values: Sequence[int]) -> str:
+    """Widths of heads in order, equal neighbours together: ``2x64 + 48``; a range where that would be long."""
+    if not values:
+        return "0"
+    runs = [(value, len(list(group))) for value, group in groupby(values)]
+    if len(runs) > 4:
+        return f"{min(values)} to {max(values)}, sum {sum(values)}"
+    return " + ".join(f"{count}x{value}" if count > 1 else str(value) for value, count in runs)

@@ -1,0 +1,202 @@
+"""Curves and scatters, drawn by matplotlib as SVG that takes its colours and fonts from the page.
+
+matplotlib draws in stand-in colours, which are then replaced by the page's variables: one drawing is readable on a
+light and on a dark page.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from html import escape
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from vitrim.report.folder import Record, Run, number
+
+__all__ = ["compared", "curves", "trials"]
+
+INK, SOFT, LINE = "#010101", "#020202", "#030303"
+SERIES = ("#040404", "#050505", "#060606", "#070707")
+_VARIABLES = {
+    INK: "var(--ink)",
+    SOFT: "var(--soft)",
+    LINE: "var(--line)",
+    SERIES[0]: "var(--qk)",
+    SERIES[1]: "var(--mlp)",
+    SERIES[2]: "var(--v)",
+    SERIES[3]: "var(--other)",
+}
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": SOFT,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "legend.labelcolor": SOFT,
+    "lines.linewidth": 1.6,
+    "text.color": INK,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
+POINTS = 300
+"""Most points of a curve; more are averaged, since a page of a long run should stay small."""
+
+
+def curves(log: Sequence[Record]) -> str | None:
+    """Loss above top-1, a column a stage, over the lines of the log; None where nothing can be drawn."""
+    stages: dict[str, list[Record]] = {}
+    for line in log:
+        stages.setdefault(str(line.get("stage", "")), []).append(line)
+    columns = [(name, lines) for name, lines in stages.items() if _series(lines, "loss") or _series(lines, "top1")]
+    if not columns:
+        return None
+    scored = any(_series(lines, "top1") for _, lines in columns)
+
+    def draw(figure: Figure) -> None:
+        grid = figure.subplots(1 + scored, len(columns), squeeze=False)
+        for index, (name, lines) in enumerate(columns):
+            _losses(grid[0][index], name, lines)
+            if scored:
+                _scores(grid[1][index], lines)
+            grid[-1][index].set_xlabel("step")
+
+    words = "Loss" + (" and top-1" if scored else "") + " over steps of " + ", ".join(name for name, _ in columns)
+    return _svg(draw, words, 9.2, 2.3 + 2.0 * scored)
+
+
+def trials(records: Sequence[Record]) -> str | None:
+    """Score of each trial against its MACs, or its number where they are not told; None where there is no score."""
+    across = "macs" if all(number(record, "macs") is not None for record in records) else "trial"
+    points = [(x, y) for r in records if (x := number(r, across)) is not None and (y := number(r, "score")) is not None]
+    if not points:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.scatter([x for x, _ in points], [y for _, y in points], s=18, color=SERIES[0], alpha=0.75, linewidths=0)
+        axes.set_xlabel("multiply-accumulates" if across == "macs" else "trial")
+        axes.set_ylabel("score")
+
+    return _svg(draw, f"Score of {len(points)} trials", 9.2, 2.6)
+
+
+def compared(runs: Sequence[Run]) -> str | None:
+    """Top-1 against the share of the MACs, a point a run; None where fewer than two runs have both."""
+    found: list[tuple[float, float, Run]] = []
+    for run in runs:
+        share, score = number(run.measured, "macs_ratio"), number(run.measured, "top1")
+        if share is not None and score is not None:
+            found.append((share, score, run))
+    if len(found) < 2:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        methods = sorted({str(run.measured.get("method", "")) for *_, run in found})
+        for index, method in enumerate(methods):
+            mine = [(x, y) for x, y, run in found if str(run.measured.get("method", "")) == method]
+            x, y = [x for x, _ in mine], [y for _, y in mine]
+            color, marker = SERIES[index % len(SERIES)], "osD^vP*X"[index // len(SERIES) % 8]
+            # A label that starts with an underscore would be left out of the legend.
+            axes.scatter(x, y, s=34, color=color, marker=marker, label=method.lstrip("_") or "?")
+        for share, score, run in found:
+            axes.annotate(run.name, (share, score), (6, 4), textcoords="offset points", fontsize=8.5, color=SOFT)
+        parents = sorted({t for *_, run in found if (t := number(run.measured, "top1_parent")) is not None})
+        if parents:
+            axes.scatter([1.0] * len(parents), parents, s=60, color=INK, marker="*", label="parent")
+        axes.set_xlabel("multiply-accumulates, share of the parent")
+        axes.set_ylabel("top-1 in percent")
+        axes.margins(0.12)
+        axes.legend(loc="best")
+
+    return _svg(draw, f"Top-1 against the share of multiply-accumulates of {len(found)} runs", 9.2, 3.6)
+
+
+def _losses(axes: Any, name: str, lines: Sequence[Record]) -> None:
+    axes.set_title(name)
+    for index, key in enumerate(("loss", "task", "penalty")):
+        series = _series(lines, key)
+        if series:
+            axes.plot(*_thin(series), color=SERIES[index], label=key, alpha=1.0 if key == "loss" else 0.75)
+    axes.set_ylabel("loss")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="best")
+
+
+def _scores(axes: Any, lines: Sequence[Record]) -> None:
+    series = _series(lines, "top1")
+    if not series:
+        axes.set_axis_off()
+        return
+    steps, scores = zip(*series, strict=True)
+    axes.plot(steps, scores, color=SERIES[2], marker="o", markersize=3.5)
+    axes.set_ylabel("top-1 in percent")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def _series(lines: Sequence[Record], key: str) -> list[tuple[float, float]]:
+    """Points (step, value) of the lines that have `key`; a line without a step stands at its place."""
+    points = []
+    for index, line in enumerate(lines):
+        value, step = number(line, key), number(line, "step")
+        if value is not None:
+            points.append((float(index) if step is None else step, value))
+    return points
+
+
+def _thin(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Means over equal runs of points, at most `POINTS` of them."""
+    size = -(-len(points) // POINTS)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [fmean(x for x, _ in group) for group in groups], [fmean(y for _, y in group) for group in groups]
+
+
+def _svg(draw: Callable[[Figure], None], words: str, wide: float, high: float) -> str:
+    """Draw a figure of `wide` x `high` inches, and return it as SVG that belongs into a page."""
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": words}), warnings.catch_warnings():
+        # The browser has glyphs that matplotlib's measuring font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure = Figure(figsize=(wide, high), layout="constrained")
+        FigureCanvasSVG(figure)
+        draw(figure)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return _adopted(text.getvalue(), words)
+
+
+def _adopted(svg: str, words: str) -> str:
+    """An inline SVG without what a page has itself: prolog, metadata, global style, names of groups, sizes, colours."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace("xlink:href=", "href=")
+    svg = re.sub(r"font: (?:[\w.]+ )?([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, variable)
+    box = re.search(r'viewBox="[^"]*"', svg)
+    start = f'<svg class="plot" {box[0] if box else ""} role="img" aria-label="{escape(words)}">'
+    return re.sub(r"<svg[^>]*>", lambda _: start, svg, count=1).strip()

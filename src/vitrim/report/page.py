@@ -1,0 +1,163 @@
+"""The report as one self-contained page, and its tables as Markdown."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from types import ModuleType
+
+from vitrim.report import tables
+from vitrim.report.blocks import fates
+from vitrim.report.folder import Run, read_runs
+from vitrim.report.picture import picture
+from vitrim.report.style import STYLE
+from vitrim.report.tables import Table
+
+__all__ = ["html", "markdown"]
+
+LEGEND = (
+    ("qk", "queries and keys kept"),
+    ("v", "values kept"),
+    ("mlp", "neurons kept"),
+    ("cost", "MACs after"),
+    ("whole", "the parent's"),
+    ("dead", "gone"),
+)
+
+
+def html(folders: Sequence[Path]) -> str:
+    """One page about one run, or about several with a comparison first.
+
+    It holds its style and pictures, loads nothing, and is the same for the same folders.
+
+    Args:
+        folders: run folders; each needs ``measured.json``, any other part is left out while it is missing.
+
+    Raises:
+        RunError: if there is no folder, or one cannot be read.
+        PlanError: if a ``plan.json`` is damaged.
+    """
+    runs = read_runs(folders)
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    body = _alone(runs[0]) if len(runs) == 1 else _together(runs)
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en">',
+            '<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{escape(title)} · vitrim</title>",
+            f"<style>{STYLE}</style></head>",
+            f"<body><main>\n{body}\n</main></body>",
+            "</html>\n",
+        ]
+    )
+
+
+def markdown(folders: Sequence[Path]) -> str:
+    """The tables of `html` as Markdown.
+
+    Args:
+        folders: run folders, as for `html`.
+
+    Raises:
+        RunError: if there is no folder, or one cannot be read.
+        PlanError: if a ``plan.json`` is damaged.
+    """
+    runs = read_runs(folders)
+    parts = [] if len(runs) == 1 else ["# Runs", _markdown_table(tables.comparison(runs))]
+    level = "#" if len(runs) == 1 else "##"
+    for run in runs:
+        parts += [f"{level} {_markdown_text(run.name)}", _markdown_text(tables.outcome(run.measured))]
+        for table in (tables.result(run.measured), tables.block_table(run), tables.provenance(run.measured)):
+            if table is not None and table.rows:
+                parts += [f"{level}# {table.caption}", _markdown_table(table)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _alone(run: Run) -> str:
+    sentence = escape(tables.outcome(run.measured))
+    return f'<header><h1>{escape(run.name)}</h1>\n<p class="outcome">{sentence}</p></header>\n{_run(run)}'
+
+
+def _together(runs: Sequence[Run]) -> str:
+    parts = [
+        f"<header><h1>{len(runs)} runs</h1>",
+        '<p class="outcome">Each run is a smaller model made from a parent; the sections below tell them one by one.'
+        "</p></header>",
+        _table(tables.comparison(runs), "small"),
+    ]
+    plot = _plots().compared(runs)
+    if plot:
+        parts += ["<h3>Top-1 against cost</h3>", f"<figure>{plot}</figure>"]
+    for run in runs:
+        sentence = escape(tables.outcome(run.measured))
+        parts += [f'<section>\n<h2>{escape(run.name)}</h2>\n<p class="outcome">{sentence}</p>', _run(run), "</section>"]
+    return "\n".join(parts)
+
+
+def _run(run: Run) -> str:
+    parts = [_table(tables.result(run.measured), "result"), *_kept(run), *_course(run), *_origin(run)]
+    return "\n".join(parts)
+
+
+def _kept(run: Run) -> list[str]:
+    table = tables.block_table(run)
+    if table is None or run.parent is None or run.plan is None:
+        return []
+    keys = "".join(f'<span class="key {kind}">{words}</span>' for kind, words in LEGEND)
+    drawn = picture(fates(run.parent, run.plan))
+    return [
+        "<h3>What was kept</h3>",
+        f'<figure><figcaption>{keys}</figcaption><div class="wide">{drawn}</div></figure>',
+        f"<details><summary>Numbers of every block</summary>{_table(table, 'small sums')}</details>",
+    ]
+
+
+def _course(run: Run) -> list[str]:
+    parts = []
+    if plot := _plots().curves(run.log):
+        parts += ["<h3>Course of search and training</h3>", f"<figure>{plot}</figure>"]
+    if plot := _plots().trials(run.trials):
+        parts += ["<h3>Trials</h3>", f"<figure>{plot}</figure>"]
+    return parts
+
+
+def _plots() -> ModuleType:
+    # matplotlib takes longer to load than `vitrim explain` may take, and that needs this package only for its rows.
+    from vitrim.report import curves
+
+    return curves
+
+
+def _origin(run: Run) -> list[str]:
+    parts = []
+    table = tables.provenance(run.measured)
+    if table.rows:
+        parts += ["<h3>Settings and origin</h3>", _table(table, "facts small", headless=True)]
+    if run.recipe is not None:
+        parts.append(f"<details><summary>Recipe, as resolved</summary><pre>{escape(run.recipe)}</pre></details>")
+    return parts
+
+
+def _table(table: Table, kind: str, headless: bool = False) -> str:
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' if cell else "<td></td>" for cell in table.head)
+    rows = "\n".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
+        for row in table.rows
+    )
+    top = "" if headless else f"<thead><tr>{head}</tr></thead>\n"
+    return (
+        f'<div class="wide"><table class="{kind}"><caption>{escape(table.caption)}</caption>\n'
+        f"{top}<tbody>\n{rows}\n</tbody></table></div>"
+    )
+
+
+def _markdown_table(table: Table) -> str:
+    rule = ("---", *("---:" for _ in table.head[1:]))
+    lines = [table.head, rule, *table.rows]
+    return "\n".join("| " + " | ".join(map(_markdown_text, cells)) + " |" for cells in lines)
+
+
+def _markdown_text(text: str) -> str:
+    """Text that stays one cell and no markup, whatever stands in it."""
+    flat = " ".join(text.split())
+    return "".join(f"\\{sign}" if sign in "\\`*_[]|#" else sign for sign in escape(flat, quote=False))

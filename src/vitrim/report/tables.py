@@ -1,0 +1,144 @@
+"""The tables of a report as rows of text; the page and the Markdown lay out the same cells."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from vitrim.report.blocks import Row, sheet, total
+from vitrim.report.folder import Record, Run, number
+
+__all__ = ["Table", "block_table", "comparison", "outcome", "provenance", "result", "short"]
+
+DASH = "–"  # noqa: RUF001 an en dash says "no value" in a cell
+
+
+class Table(NamedTuple):
+    """A caption, a heading and rows of cells; the first column names the row, all others are numbers."""
+
+    caption: str
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+def short(value: float | None) -> str:
+    """A count with its unit: ``2.30 G``, ``22.1 M``."""
+    if value is None:
+        return DASH
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            digits = max(0, 2 - len(str(int(abs(value) / size))) + 1)
+            return f"{value / size:.{digits}f} {unit}"
+    return f"{value:g}"
+
+
+def _percent(value: float | None) -> str:
+    return DASH if value is None else f"{value:.1f} %"
+
+
+def _ratio(value: float | None) -> str:
+    return DASH if value is None else f"{value:.3f}"
+
+
+def _milliseconds(value: float | None) -> str:
+    return DASH if value is None else f"{value:.2f} ms"
+
+
+def _points(value: float) -> str:
+    # Rounding first, so that a loss of 0.04 points reads as 0.0 and not as a minus nothing.
+    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "\N{MINUS SIGN}") + " points"
+
+
+def result(measured: Record) -> Table:
+    """Parent and child side by side."""
+    rows = [
+        _side_by_side(measured, "multiply-accumulates", "macs", short),
+        _side_by_side(measured, "parameters", "params", short),
+        _side_by_side(measured, "latency", "latency", _milliseconds, "_ms"),
+    ]
+    mine, theirs = number(measured, "top1"), number(measured, "top1_parent")
+    change = _points(mine - theirs) if mine is not None and theirs is not None else DASH
+    rows.insert(2, ("top-1", _percent(theirs), _percent(mine), change))
+    agreement = number(measured, "agreement")
+    if agreement is not None:
+        rows.insert(3, ("same answer as the parent", DASH, _percent(agreement), DASH))
+    return Table("Parent and child", ("", "parent", "child", "child / parent"), rows)
+
+
+def _side_by_side(
+    measured: Record, label: str, name: str, show: Callable[[float | None], str], unit: str = ""
+) -> tuple[str, ...]:
+    theirs, mine = number(measured, f"{name}_parent{unit}"), number(measured, f"{name}{unit}")
+    return label, show(theirs), show(mine), _with_spread(measured, name)
+
+
+def _with_spread(measured: Record, name: str) -> str:
+    text = _ratio(number(measured, f"{name}_ratio"))
+    low, high = number(measured, f"{name}_ratio_low"), number(measured, f"{name}_ratio_high")
+    return text if low is None or high is None else f"{text} ({low:.3f} to {high:.3f})"
+
+
+def comparison(runs: Sequence[Run]) -> Table:
+    """One row a run."""
+    head = ("run", "method", "MACs", "of parent", "parameters", "of parent", "top-1", "parent's", "latency ratio")
+    return Table("All runs", head, [_compared(run) for run in runs])
+
+
+def _compared(run: Run) -> tuple[str, ...]:
+    measured = run.measured
+    return (
+        run.name,
+        str(measured.get("method", DASH)),
+        short(number(measured, "macs")),
+        _ratio(number(measured, "macs_ratio")),
+        short(number(measured, "params")),
+        _ratio(number(measured, "params_ratio")),
+        _percent(number(measured, "top1")),
+        _percent(number(measured, "top1_parent")),
+        _ratio(number(measured, "latency_ratio")),
+    )
+
+
+def block_table(run: Run) -> Table | None:
+    """What every block keeps, and the sums; None while there is no plan."""
+    if run.parent is None or run.plan is None:
+        return None
+    rows = sheet(run.parent, run.plan)
+    head = ("block", "heads", "q/k widths", "v widths", "neurons", "MACs before", "after", "share")
+    return Table("Every block", head, [_line(row) for row in (*rows, total(rows))])
+
+
+def _line(row: Row) -> tuple[str, ...]:
+    share = DASH if row.share is None else f"{100 * row.share:.1f} %"
+    return row.path, row.heads, row.qk, row.v, row.hidden, f"{row.macs_before:,}", f"{row.macs:,}", share
+
+
+def provenance(measured: Record) -> Table:
+    """Everything measured or set that the other tables do not show."""
+    shown = {"top1", "top1_parent", "agreement", "latency_ms", "latency_parent_ms"}
+    for name in ("macs", "params", "latency"):
+        shown |= {name, f"{name}_parent", f"{name}_ratio", f"{name}_ratio_low", f"{name}_ratio_high"}
+    rows = [(str(key), _plain(value)) for key, value in measured.items() if key not in shown]
+    return Table("Settings and origin", ("", "value"), rows)
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return DASH
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def outcome(measured: Record) -> str:
+    """What came of a run, in one sentence."""
+    who = str(measured.get("method", "the run"))
+    share = number(measured, "macs_ratio")
+    kept = "a smaller model" if share is None else f"a model with {100 * share:.1f} % of the multiply-accumulates"
+    model = measured.get("model")
+    parts = [f"{who} made {kept}" + (f" of {model}" if model else "")]
+    mine, theirs = number(measured, "top1"), number(measured, "top1_parent")
+    if mine is not None:
+        against = "" if theirs is None else f", {_points(mine - theirs)} against its parent"
+        parts.append(f"top-1 is {_percent(mine)}{against}")
+    ratio = number(measured, "latency_ratio")
+    if ratio is not None:
+        device = measured.get("device")
+        parts.append(f"a batch takes {ratio:.2f} of the parent's time" + (f" on {device}" if device else ""))
+    return "; ".join(parts) + "."

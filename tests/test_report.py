@@ -1,0 +1,341 @@
+"""A report is a pure function of run folders: complete, self-contained, and harmless whatever the names are."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from vitrim.costs import cost_of
+from vitrim.errors import PlanError, RunError
+from vitrim.plan import BlockPlan, Plan, write_plan
+from vitrim.report import html, markdown, sheet, total
+from vitrim.report.blocks import HOST, fates, widths
+from vitrim.report.tables import outcome, short
+from vitrim.spec import Attention, Block, Form, Host, Norm, Skip, Spec, Stage
+
+HOSTILE = '<script>alert("1")</script>|$\\frac{_a*`'
+
+
+def deit_small(depth: int = 12, heads: int = 6) -> Spec:
+    norm = Norm(name="LayerNorm", eps=1e-6)
+    form = Form(
+        norm=norm, qkv_bias=True, out_bias=True, mlp="plain", activation="GELU", hidden_bias=True, mlp_out_bias=True
+    )
+    block = Block(mixer=Attention(qk=(64,) * heads, v=(64,) * heads, scale=0.125), hidden=1536)
+    stage = Stage(width=384, grid=(14, 14), prefix=1, form=form, blocks=(block,) * depth)
+    host = Host(name="deit_small_patch16_224", arguments={}, macs=58_186_752, macs_per_token=3, params=757_096)
+    return Spec(family="vit", host=host, image=(224, 224), classes=1000, stages=(stage,))
+
+
+def uneven(spec: Spec) -> Plan:
+    """Uneven heads, dead heads, a branch of dead heads only, skipped branches, and an untouched block."""
+
+    def kept(*counts: int) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(range(count)) for count in counts)
+
+    plans = []
+    for index in range(len(spec.blocks())):
+        rising = [16 + 4 * ((index + 3 * head) % 12) for head in range(6)]
+        plans.append(BlockPlan(qk=kept(*rising), v=kept(*reversed(rising)), hidden=tuple(range(1536 - 100 * index))))
+    plans[1] = BlockPlan(qk=kept(64, 0, 48, 64, 0, 16), v=kept(32, 0, 64, 64, 0, 64), hidden=tuple(range(768)))
+    plans[3] = BlockPlan(mixer=Skip(), hidden=tuple(range(1200)))
+    plans[4] = BlockPlan(qk=kept(64, 64, 64, 0, 0, 0), mlp=Skip())
+    plans[5] = BlockPlan(v=kept(0, 0, 0, 0, 0, 0), hidden=())
+    plans[6] = BlockPlan()
+    plans[7] = BlockPlan(mixer=Skip(), mlp=Skip())
+    return Plan.of(spec, plans)
+
+
+def run_folder(path: Path, **changes: object) -> Path:
+    path.mkdir(parents=True)
+    parent = deit_small()
+    plan = uneven(parent)
+    before, after = cost_of(parent), cost_of(plan.child(parent))
+    measured = {
+        "macs": after.macs,
+        "params": after.params,
+        "macs_parent": before.macs,
+        "params_parent": before.params,
+        "macs_ratio": after.macs / before.macs,
+        "params_ratio": after.params / before.params,
+        "top1": 78.42,
+        "top1_parent": 79.84,
+        "agreement": 91.2,
+        "latency_ms": 41.234,
+        "latency_parent_ms": 77.801,
+        "latency_ratio": 0.531,
+        "latency_ratio_low": 0.502,
+        "latency_ratio_high": 0.56,
+        "seconds": 912.4,
+        "device": "cpu x86_64",
+        "threads": 2,
+        "batch": 8,
+        "dtype": "float32",
+        "torch": "2.15.0",
+        "timm": "1.0.31",
+        "vitrim": "0.1.0",
+        "python": "3.11.7",
+        "method": "vit_slim",
+        "model": "deit_small_patch16_224",
+        "budget": "macs=0.5",
+        "seed": 0,
+        "epochs": 3,
+        "date": "2026-11-21",
+    } | changes
+    (path / "measured.json").write_text(json.dumps(measured))
+    (path / "recipe.toml").write_text('[method]\nname = "vit_slim"\n')
+    write_plan(path / "plan.json", parent, plan)
+    (path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log()))
+    trials = [{"trial": i, "score": 70 + (i * 7 % 11), "macs": 2e9 + 1e8 * (i % 5)} for i in range(20)]
+    (path / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in trials))
+    return path
+
+
+def log() -> list[dict]:
+    search = [
+        {"stage": "search", "epoch": 0, "step": i, "loss": 3 / (1 + i / 40) + 0.1 * (i % 3), "task": 2 / (1 + i / 40)}
+        | {"penalty": 1 / (1 + i / 90), "lr": 1e-3}
+        for i in range(200)
+    ]
+    train = [{"stage": "train", "epoch": i // 100, "step": i, "loss": 1.5 / (1 + i / 99)} for i in range(1000)]
+    for i in range(99, 1000, 100):
+        train[i]["top1"] = 70 + 8 * (1 - 90 / (i + 1))
+    return [*search, *train]
+
+
+class Reader(HTMLParser):
+    """Collects tags and their attributes, and refuses tags that do not close in order."""
+
+    VOID = frozenset({"meta", "br", "img", "input", "link", "hr"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def check_self_contained(page: str) -> Reader:
+    reader = Reader(page)
+    for tag, attributes in reader.tags:
+        assert tag not in {"script", "link", "iframe", "object", "base"}
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in {"src", "href", "xlink:href", "srcset", "data"}:
+                assert (value or "").startswith("#")
+    assert "@import" not in page
+    assert set(re.findall(r"url\((.)", page)) <= {"#"}
+    return reader
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_folder(tmp_path_factory.mktemp("runs") / "half")
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> str:
+    return html([folder])
+
+
+def test_the_page_is_self_contained(page: str):
+    check_self_contained(page)
+
+
+def test_the_page_tells_the_numbers(page: str):
+    words = Reader(page).words
+    for text in ("78.4 %", "79.8 %", "\N{MINUS SIGN}1.4 points", "0.531 (0.502 to 0.560)", "41.23 ms", "77.80 ms"):
+        assert text in words
+    for text in ("cpu x86_64", "2.15.0", "macs=0.5", 'name = "vit_slim"', "91.2 %"):
+        assert text in words
+
+
+def test_every_block_is_in_the_page(page: str):
+    words = Reader(page).words
+    for path, *_ in deit_small().blocks():
+        assert page.count(f">{path}<") == 2, "once in the picture, once in the table"
+    assert "attention skipped" in words
+    assert "MLP skipped" in words
+    assert "output bias stays" in words
+
+
+def test_dead_heads_are_drawn_empty(page: str):
+    assert page.count('<rect class="dead"') == 2 + 3 + 6
+    assert page.count('<rect class="qk"') == page.count('<rect class="v"') == 9 * 6 + 6 - 2 - 3 - 6
+
+
+def test_figures_say_what_they_show(page: str):
+    pictures = [attributes for tag, attributes in Reader(page).tags if tag == "svg"]
+    assert len(pictures) == 3
+    assert all(attributes["role"] == "img" and attributes["aria-label"] for attributes in pictures)
+
+
+def test_plots_take_their_colours_from_the_page(page: str):
+    for plot in re.findall(r'<svg class="plot".*?</svg>', page, flags=re.DOTALL):
+        assert "var(--" in plot
+        assert re.findall(r"#0\d0\d0\d", plot) == []
+        assert "DejaVu" not in plot
+
+
+def test_the_same_folder_gives_the_same_bytes(folder: Path, page: str):
+    assert html([folder]) == page
+    assert markdown([folder]) == markdown([folder])
+
+
+def test_several_runs_are_compared(tmp_path: Path):
+    folders = [
+        run_folder(tmp_path / name / "out", method=name, macs_ratio=share)
+        for name, share in zip("ab", (0.5, 0.7), strict=True)
+    ]
+    reader = check_self_contained(html(folders))
+    assert "2 runs" in reader.words
+    assert "a/out" in reader.words
+    assert "b/out" in reader.words
+    text = markdown(folders)
+    assert "| a/out | a |" in text
+
+
+def test_hostile_names_stay_text(tmp_path: Path):
+    folders = [run_folder(tmp_path / name, method=HOSTILE, model=HOSTILE, device=HOSTILE) for name in ("_$\\x{", "<b>")]
+    for path in folders:
+        (path / "recipe.toml").write_text(f"# {HOSTILE}")
+        (path / "log.jsonl").write_text(json.dumps({"stage": HOSTILE, "step": 1, "loss": 1.0}))
+    for chosen in (folders, folders[:1]):
+        assert HOSTILE in check_self_contained(html(chosen)).words
+        assert "<script" not in markdown(chosen)
+
+
+@pytest.mark.parametrize("name", ["recipe.toml", "plan.json", "trials.jsonl", "log.jsonl"])
+def test_an_unfinished_part_is_left_out(tmp_path: Path, name: str):
+    path = run_folder(tmp_path / "run")
+    (path / name).unlink()
+    assert "78.4 %" in check_self_contained(html([path])).words
+    assert "78.4 %" in markdown([path])
+
+
+def test_bare_results_are_enough(tmp_path: Path):
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "measured.json").write_text('{"macs": null, "top1": NaN, "params": "many", "seed": null, "x": [1]}')
+    check_self_contained(html([path]))
+    check_self_contained(html([path, path]))
+    assert markdown([path, path])
+
+
+def test_a_folder_without_results_is_refused(tmp_path: Path):
+    with pytest.raises(RunError, match=r"none: a run folder must hold measured\.json.*vitrim run"):
+        html([tmp_path / "none"])
+    with pytest.raises(RunError, match="at least one run folder"):
+        markdown([])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error", "words"),
+    [
+        ("measured.json", "[]", RunError, "must hold names and values"),
+        ("measured.json", "{", RunError, "must be JSON"),
+        ("plan.json", "{}", PlanError, "required"),
+        ("log.jsonl", "{\n{}\n", RunError, "line 1 is not"),
+        ("trials.jsonl", "[1]\n", RunError, "line 1 holds"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, name: str, text: str, error: type[Exception], words: str):
+    path = run_folder(tmp_path / "run")
+    (path / name).write_text(text)
+    with pytest.raises(error, match=words) as caught:
+        html([path])
+    assert name in str(caught.value)
+
+
+def test_half_a_last_line_is_left_out(tmp_path: Path):
+    path = run_folder(tmp_path / "run")
+    with (path / "log.jsonl").open("a") as file:
+        file.write('{"stage": "tra')
+    check_self_contained(html([path]))
+
+
+def test_markdown_tables_parse(folder: Path):
+    text = markdown([folder])
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 3
+    for table in tables:
+        columns = {len(re.findall(r"(?<!\\)\|", line)) for line in table}
+        assert len(columns) == 1
+        assert re.fullmatch(r"\| ---( \| ---:)+ \|", table[1])
+    assert any("4.60 G" in line and "parent" not in line for line in tables[0])
+
+
+@pytest.mark.parametrize("plan", [uneven(deit_small()), Plan.keep(deit_small())])
+def test_the_sheet_sums_to_the_cost(plan: Plan):
+    parent = deit_small()
+    rows = sheet(parent, plan)
+    assert [row.path for row in rows] == [*(path for path, *_ in parent.blocks()), HOST]
+    sums, before, after = total(rows), cost_of(parent), cost_of(plan.child(parent))
+    assert (sums.macs_before, sums.params_before) == before
+    assert (sums.macs, sums.params) == after
+    assert sums.share == after.macs / before.macs
+
+
+def test_the_sheet_says_what_is_kept():
+    parent = deit_small()
+    rows = {row.path.rpartition(".")[2]: row for row in sheet(parent, uneven(parent))}
+    assert rows["1"][1:5] == ("4 of 6", "64 + 48 + 64 + 16", "32 + 3x64", "768 of 1,536")
+    assert rows["3"][1:5] == ("skipped", "", "", "1,200 of 1,536")
+    assert rows["4"][1:5] == ("3 of 6", "3x64", "3x64", "skipped")
+    assert rows["5"][1:5] == ("0 of 6", "0", "0", "0 of 1,536")
+    assert rows["6"][1:5] == ("6 of 6", "6x64", "6x64", "1,536 of 1,536")
+    assert (rows["6"].share, rows["7"].macs, rows["7"].share) == (1.0, 0, 0.0)
+
+
+def test_a_parent_without_branches_is_told_so():
+    block = Block(mixer=Skip(), hidden=None)
+    parent = deit_small(1)
+    bare = parent.model_copy(update={"stages": (parent.stages[0].model_copy(update={"blocks": (block,)}),)})
+    row = sheet(bare, Plan.keep(bare))[0]
+    assert (row.heads, row.hidden, row.share) == ("none", "none", None)
+
+
+def test_a_plan_for_another_model_is_refused():
+    with pytest.raises(PlanError, match="another model"):
+        fates(deit_small(), Plan.keep(deit_small(3)))
+
+
+def test_many_widths_become_a_range():
+    assert widths((8, 16, 24, 32, 40)) == "8 to 40, sum 120"
+    assert widths((64,) * 16) == "16x64"
+    assert widths(()) == "0"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(4_598_882_304, "4.60 G"), (22_050_664, "22.1 M"), (134_936, "135 k"), (12, "12"), (1e9, "1.00 G")],
+)
+def test_counts_have_units(value: float, text: str):
+    assert short(value) == text
+
+
+def test_the_outcome_says_only_what_is_known():
+    assert outcome({"method": "taylor"}) == "taylor made a smaller model."
+    assert outcome({"method": "m", "macs_ratio": 0.5, "top1": 70.0}) == (
+        "m made a model with 50.0 % of the multiply-accumulates; top-1 is 70.0 %."
+    )
+    assert "+0.0 points" in outcome({"top1": 70.0, "top1_parent": 70.01})
