@@ -12,6 +12,7 @@ from vitrim.errors import PlanError, RunError
 from vitrim.plan import BlockPlan, Plan, write_plan
 from vitrim.report import html, markdown, sheet, total
 from vitrim.report.blocks import HOST, fates, widths
+from vitrim.report.curves import compared, curves, trials
 from vitrim.report.tables import outcome, short
 from vitrim.spec import Attention, Block, Form, Host, Norm, Skip, Spec, Stage
 
@@ -339,3 +340,21 @@ def test_the_outcome_says_only_what_is_known():
         "m made a model with 50.0 % of the multiply-accumulates; top-1 is 70.0 %."
     )
     assert "+0.0 points" in outcome({"top1": 70.0, "top1_parent": 70.01})
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 5])
+def test_each_stage_has_its_panels(stages: int):
+
+    lines = [{"stage": f"s{i}", "step": j, "loss": 1.0 / (j + 1), "top1": j} for i in range(stages) for j in range(3)]
+    words = Reader(curves(lines)).words
+    for i in range(stages):
+        assert f"loss, s{i}" in words
+        assert f"top-1 in percent, s{i}" in words
+
+
+def test_without_numbers_there_are_no_plots():
+
+    assert curves([]) is None
+    assert curves([{"stage": "train", "step": 1, "loss": None}]) is None
+    assert trials([{"trial": 1}]) is None
+    assert compared([]) is None

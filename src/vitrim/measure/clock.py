@@ -12,6 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import timm
 import torch
@@ -99,7 +100,7 @@ def latency(
     if not 0 < seconds < math.inf:
         raise RecipeError(f"seconds must be above 0 and finite, but got {seconds}")
     home, kind = home_of(model)
-    place = torch.device(device) if device is not None else home
+    place = _place(device) if device is not None else home
     kind = dtype if dtype is not None else kind
     shape = image_of(model, image)
     models = [_at(m, place, kind) for m in ((model,) if reference is None else (model, reference))]
@@ -126,6 +127,14 @@ def latency(
 def _at_least(name: str, value: int, least: int) -> None:
     if not isinstance(value, int) or value < least:
         raise RecipeError(f"{name} must be a whole number of at least {least}, but got {value}")
+
+
+def _place(device: torch.device | str) -> torch.device:
+    """The device with its number, as parameters name it: ``cuda`` alone would equal none of theirs."""
+    place = torch.device(device)
+    if place.type == "cuda" and place.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return place
 
 
 def _at(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -205,7 +214,17 @@ def _peak(model: nn.Module, inputs: torch.Tensor) -> int | None:
 def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} {platform.machine()}".strip()
+    return f"{device.type}, {_processor()}"
+
+
+def _processor() -> str:
+    """The processor's name as Linux tells it, else what Python knows."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine() or "unknown"
 
 
 @contextlib.contextmanager

@@ -15,9 +15,10 @@ from typing import Any
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from vitrim.report.folder import Record, Run, number
+from vitrim.report.tables import short
 
 __all__ = ["compared", "curves", "trials"]
 
@@ -64,25 +65,28 @@ POINTS = 300
 
 
 def curves(log: Sequence[Record]) -> str | None:
-    """Loss above top-1, a column a stage, over the lines of the log; None where nothing can be drawn."""
+    """Loss and top-1 of each stage over its steps, a panel each; None where there is neither."""
     stages: dict[str, list[Record]] = {}
     for line in log:
         stages.setdefault(str(line.get("stage", "")), []).append(line)
-    columns = [(name, lines) for name, lines in stages.items() if _series(lines, "loss") or _series(lines, "top1")]
-    if not columns:
+    panels = [(_losses, name, lines) for name, lines in stages.items() if _series(lines, "loss")]
+    panels += [(_scores, name, lines) for name, lines in stages.items() if _series(lines, "top1")]
+    if not panels:
         return None
-    scored = any(_series(lines, "top1") for _, lines in columns)
+    columns = len(panels) if len(panels) <= 3 else 2
+    rows = -(-len(panels) // columns)
 
     def draw(figure: Figure) -> None:
-        grid = figure.subplots(1 + scored, len(columns), squeeze=False)
-        for index, (name, lines) in enumerate(columns):
-            _losses(grid[0][index], name, lines)
-            if scored:
-                _scores(grid[1][index], lines)
-            grid[-1][index].set_xlabel("step")
+        grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for (panel, name, lines), axes in zip(panels, grid, strict=False):
+            panel(axes, name, lines)
+            axes.set_xlabel("step")
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
 
-    words = "Loss" + (" and top-1" if scored else "") + " over steps of " + ", ".join(name for name, _ in columns)
-    return _svg(draw, words, 9.2, 2.3 + 2.0 * scored)
+    words = "Curves over steps: " + ", ".join(f"{panel.__name__.strip('_')} of {name}" for panel, name, _ in panels)
+    return _svg(draw, words, 9.2, 2.6 * rows)
 
 
 def trials(records: Sequence[Record]) -> str | None:
@@ -96,6 +100,7 @@ def trials(records: Sequence[Record]) -> str | None:
         axes = figure.subplots()
         axes.scatter([x for x, _ in points], [y for _, y in points], s=18, color=SERIES[0], alpha=0.75, linewidths=0)
         axes.set_xlabel("multiply-accumulates" if across == "macs" else "trial")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         axes.set_ylabel("score")
 
     return _svg(draw, f"Score of {len(points)} trials", 9.2, 2.6)
@@ -134,26 +139,17 @@ def compared(runs: Sequence[Run]) -> str | None:
 
 
 def _losses(axes: Any, name: str, lines: Sequence[Record]) -> None:
-    axes.set_title(name)
-    for index, key in enumerate(("loss", "task", "penalty")):
-        series = _series(lines, key)
-        if series:
-            axes.plot(*_thin(series), color=SERIES[index], label=key, alpha=1.0 if key == "loss" else 0.75)
-    axes.set_ylabel("loss")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    if axes.get_legend_handles_labels()[0]:
+    axes.set_title(f"loss, {name}")
+    drawn = [(key, series) for key in ("loss", "task", "penalty") if (series := _series(lines, key))]
+    for color, (key, series) in zip(SERIES, drawn, strict=False):
+        axes.plot(*_thin(series), color=color, label=key, alpha=1.0 if key == "loss" else 0.75)
+    if len(drawn) > 1:
         axes.legend(loc="best")
 
 
-def _scores(axes: Any, lines: Sequence[Record]) -> None:
-    series = _series(lines, "top1")
-    if not series:
-        axes.set_axis_off()
-        return
-    steps, scores = zip(*series, strict=True)
-    axes.plot(steps, scores, color=SERIES[2], marker="o", markersize=3.5)
-    axes.set_ylabel("top-1 in percent")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+def _scores(axes: Any, name: str, lines: Sequence[Record]) -> None:
+    axes.set_title(f"top-1 in percent, {name}")
+    axes.plot(*_thin(_series(lines, "top1")), color=SERIES[2], marker="o", markersize=3)
 
 
 def _series(lines: Sequence[Record], key: str) -> list[tuple[float, float]]:

@@ -49,10 +49,11 @@ svg.kept { min-width: 760px; }
 svg.kept text { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; }
 svg.kept text.path { fill: var(--ink); }
 svg.kept text.end { text-anchor: end; }
-svg.kept text.mid { text-anchor: middle; font-size: 11.5px; }
+svg.kept text.mid { text-anchor: middle; font-size: 11.5px; paint-order: stroke; stroke: var(--paper);
+  stroke-width: 7px; stroke-linejoin: round; }
 .whole { fill: var(--whole); } rect.qk { fill: var(--qk); } rect.v { fill: var(--v); }
 rect.mlp { fill: var(--mlp); } rect.cost { fill: var(--cost); }
-.dead, .gone { fill: none; stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; opacity: 0.7; }
+rect.dead, rect.gone { fill: none; stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; opacity: 0.7; }
 svg.plot path, svg.plot line { stroke-linejoin: round; stroke-linecap: butt; }
 svg.plot .legend path { stroke: none; }
 details { margin-top: 16px; border: 1px solid var(--line); border-radius: 8px; padding: 0 16px; }

@@ -49,10 +49,12 @@ def _points(value: float) -> str:
 
 def result(measured: Record) -> Table:
     """Parent and child side by side."""
+    batch = number(measured, "batch")
+    latency = "latency" if batch is None else f"latency, batch of {batch:g}"
     rows = [
         _side_by_side(measured, "multiply-accumulates", "macs", short),
         _side_by_side(measured, "parameters", "params", short),
-        _side_by_side(measured, "latency", "latency", _milliseconds, "_ms"),
+        _side_by_side(measured, latency, "latency", _milliseconds, "_ms"),
     ]
     mine, theirs = number(measured, "top1"), number(measured, "top1_parent")
     change = _points(mine - theirs) if mine is not None and theirs is not None else DASH
