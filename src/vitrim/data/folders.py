@@ -19,6 +19,7 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_dataset
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.img_extensions import get_img_extensions
+from timm.utils.misc import natural_key
 
 from vitrim.data.images import Images, decode
 from vitrim.errors import DataError
@@ -220,18 +221,11 @@ def _label(
     if listing.empty:
         raise DataError(f"{source}: every class folder must hold an image, but '{listing.empty[0]}' is empty")
     leaves = [path.parent.name for path in listing.paths]
-    mapping = _mapping(source, sorted(set(leaves), key=_natural), class_map, classes)
+    mapping = _mapping(source, sorted(set(leaves), key=natural_key), class_map, classes)
     names: list[str] = [""] * (max(mapping.values()) + 1)
     for name, number in mapping.items():
         names[number] = name
     return np.asarray([mapping[leaf] for leaf in leaves]), tuple(names), len(names)
-
-
-def _natural(name: str) -> list[tuple[int, int | str]]:
-    """Sort key of timm's readers: runs of digits count as numbers."""
-    from timm.utils.misc import natural_key
-
-    return [(0, part) if isinstance(part, int) else (1, part) for part in natural_key(name)]
 
 
 def _mapping(

@@ -1,0 +1,26 @@
+"""Pictures: sources, splits, and the batches a model is trained and measured on."""
+
+from vitrim.data.augment import Augment
+from vitrim.data.images import Images, check_classes, labels_of
+from vitrim.data.inputs import Input, Loader, eval_loader
+from vitrim.data.loader import TrainLoader, train_loader
+from vitrim.data.noise import seeded
+from vitrim.data.source import open_source, splits_of
+from vitrim.data.splits import Splits, split
+
+__all__ = [
+    "Augment",
+    "Images",
+    "Input",
+    "Loader",
+    "Splits",
+    "TrainLoader",
+    "check_classes",
+    "eval_loader",
+    "labels_of",
+    "open_source",
+    "seeded",
+    "split",
+    "splits_of",
+    "train_loader",
+]

@@ -1,0 +1,209 @@
+"""How a picture becomes the tensor a model expects, and the loader for measuring.
+
+B images, C channels, (h, w) height and width of the input.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from pydantic import Field, model_validator
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from vitrim.data.images import Images
+from vitrim.errors import DataError
+from vitrim.plain import Node, load
+
+__all__ = ["Input", "Loader", "eval_loader", "to_bytes", "to_tensor"]
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Input(Node):
+    """What a model takes: size in pixels, channels, normalisation, and how evaluation pictures are cut.
+
+    Attributes:
+        size: height and width, pixels.
+        channels: 1 (grey) or 3 (RGB).
+        mean: subtracted from values in `[0, 1]`, one a channel.
+        std: divides after that, one a channel, > 0.
+        interpolation: `nearest bilinear bicubic lanczos box hamming`.
+        crop_pct: share of the shorter side that the centre crop keeps, in `(0, 2]`.
+        crop_mode: `center`, `squash` or `border`, as in timm.
+    """
+
+    size: tuple[int, int]
+    channels: Literal[1, 3] = 3
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = "bicubic"
+    crop_pct: float = Field(default=0.875, gt=0, le=2)
+    crop_mode: Literal["center", "squash", "border"] = "center"
+
+    @model_validator(mode="after")
+    def _check(self) -> "Input":
+        if min(self.size) < 1:
+            raise ValueError(f"size must be at least 1 pixel, but is {self.size}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.channels:
+                raise ValueError(f"{name} must have one value for each of {self.channels} channels, but is {values}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be above 0, but is {self.std}")
+        return self
+
+    @classmethod
+    def of(cls, model: nn.Module, **overrides: Any) -> "Input":
+        """Read the input of a timm model: its own config, and the image size it is built for now.
+
+        Args:
+            model: a timm model, before or after a cut.
+            overrides: fields of `Input` to set instead.
+
+        Raises:
+            DataError: an override is malformed, or the model takes other than 1 or 3 channels.
+        """
+        config = resolve_model_data_config(model)
+        channels, *size = config["input_size"]
+        stem: Any = getattr(model, "patch_embed", None)
+        if getattr(stem, "img_size", None) is not None:
+            size = list(stem.img_size)
+        if isinstance(getattr(stem, "proj", None), nn.Conv2d):
+            channels = stem.proj.in_channels
+        values: dict[str, Any] = {
+            "size": tuple(size),
+            "channels": channels,
+            "mean": _fit(config["mean"], channels),
+            "std": _fit(config["std"], channels),
+            "interpolation": config["interpolation"],
+            "crop_pct": config["crop_pct"],
+            "crop_mode": config["crop_mode"],
+        }
+        return load(cls, values | overrides, DataError, "input")
+
+
+def _fit(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """The config of a grey model often still lists three colours; their mean is what the grey picture has."""
+    if len(values) == channels:
+        return tuple(values)
+    return (sum(values) / len(values),) * channels
+
+
+class _Eval:
+    """Picture to tensor, without randomness; a tensor passes as it is."""
+
+    def __init__(self, input: Input, normalize: bool) -> None:
+        self.mode = "L" if input.channels == 1 else "RGB"
+        self.size = (input.channels, *input.size)
+        self.transform = create_transform(
+            input_size=self.size,
+            interpolation=input.interpolation,
+            mean=input.mean,
+            std=input.std,
+            crop_pct=input.crop_pct,
+            crop_mode=input.crop_mode,
+            normalize=normalize,
+        )
+
+    def __call__(self, picture: Image.Image | Tensor) -> Tensor:
+        if isinstance(picture, Tensor):
+            if tuple(picture.shape) != self.size:
+                raise DataError(f"a picture must be {self.size} for this input, but is {tuple(picture.shape)}")
+            return picture
+        tensor: Tensor = self.transform(picture if picture.mode == self.mode else picture.convert(self.mode))
+        return tensor
+
+
+def to_tensor(input: Input) -> _Eval:
+    """Return the evaluation transform: RGB picture to float32 `(C, h, w)`, normalised."""
+    return _Eval(input, normalize=True)
+
+
+def to_bytes(input: Input) -> _Eval:
+    """Return the same up to the normalisation: RGB picture to uint8 `(C, h, w)`."""
+    return _Eval(input, normalize=False)
+
+
+class Fetch(Dataset[tuple[Tensor, int] | DataError]):
+    """A dataset with its transform, for worker processes.
+
+    An error comes back as a value: torch would wrap it in the worker's traceback, and ours is one sentence.
+    """
+
+    def __init__(self, dataset: Dataset[Any], transform: Any) -> None:
+        self.dataset = dataset
+        self.transform = transform
+
+    def __getitem__(self, index: Any) -> tuple[Tensor, int] | DataError:
+        try:
+            picture, label = self.dataset[index]
+            return self.transform(picture), int(label)
+        except DataError as problem:
+            return problem
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+
+def collate(items: list[tuple[Tensor, int] | DataError]) -> Batch | DataError:
+    """Stack items, or hand on the first error among them."""
+    good = []
+    for item in items:
+        if isinstance(item, DataError):
+            return item
+        good.append(item)
+    return torch.stack([picture for picture, _ in good]), torch.tensor([label for _, label in good], dtype=torch.int64)
+
+
+def unwrap(batches: Any) -> Iterator[Batch]:
+    """Raise what `Fetch` handed on, and give the rest."""
+    for batch in batches:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+class Loader:
+    """Batches in a fixed order, the same on every pass.
+
+    Iterating gives float32 `(B, C, h, w)` and int64 labels `(B,)`, -1 for none; the last batch may be short.
+    """
+
+    def __init__(self, dataset: Dataset[Any], input: Input, batch: int, workers: int) -> None:
+        self.dataset = dataset
+        self.input = input
+        self.classes = dataset.classes if isinstance(dataset, Images) else 0
+        # With a generator of its own the loader does not draw from torch's global one, on which resuming relies.
+        self._loader: DataLoader[Any] = DataLoader(
+            Fetch(dataset, to_tensor(input)),
+            batch_size=batch,
+            num_workers=workers,
+            collate_fn=collate,
+            generator=torch.Generator(),
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        return unwrap(self._loader)
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self._loader)
+
+
+def eval_loader(dataset: Dataset[Any], input: Input, *, batch: int = 64, workers: int = 0) -> Loader:
+    """Return a loader for measuring: the order kept, nothing random.
+
+    Args:
+        dataset: map-style, of `(picture, label)`; a picture is a `PIL.Image`, or a ready tensor `(C, h, w)`.
+        input: what the model takes.
+        batch: images a batch, `>= 1`.
+        workers: processes that decode, 0 for none.
+
+    Raises:
+        DataError: `batch` is below 1, or (while iterating) a picture is damaged.
+    """
+    if batch < 1:
+        raise DataError(f"batch must be at least 1, but is {batch}")
+    return Loader(dataset, input, batch, workers)
