@@ -16,7 +16,7 @@ SOURCE = Path(vitrim.__file__).parent
 ROOMS = (
     "errors plain spec plan costs budget "
     "nn families "
-    "measure observe surgery store "
+    "measure observe surgery store parent "
     "data train "
     "search contract methods "
     "recipe run export report cli demo"
