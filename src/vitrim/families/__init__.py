@@ -14,6 +14,7 @@ from torch import nn
 
 from vitrim.errors import AdoptError, SpecError, WeightsError
 from vitrim.nn import Block
+from vitrim.nn.layers import input_channels
 from vitrim.plain import did_you_mean
 from vitrim.spec import Spec
 
@@ -64,7 +65,7 @@ def get(name: str) -> Family:
     """
     if name not in names():
         raise SpecError(f"a family must be one of {', '.join(names())}, but got '{name}'{did_you_mean(name, names())}")
-    family: Family = importlib.import_module(f"{__name__}.{name}")  # type: ignore[assignment]
+    family: Family = importlib.import_module(f"{__name__}.{name}")
     return family
 
 
@@ -158,15 +159,14 @@ def check_finite(model: nn.Module) -> None:
 def _prove(model: nn.Module, adopted: nn.Module, spec: Spec) -> None:
     """Compare logits on random input; relative 1e-5 in float32 and finer, eight roundings in shorter types."""
     first = next(model.parameters())
-    channels = getattr(model, "in_chans", 3)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, channels, *spec.image, generator=generator).to(first.device, first.dtype)
-    modes = [m.training for m in model.modules()]
-    outputs = [net.eval()(x) for net in (model, adopted)]
-    for module, mode in zip(model.modules(), modes, strict=True):
-        module.training = mode
-    adopted.train(model.training)
-    before, after = (out.double() for out in outputs)
+    x = torch.randn(2, input_channels(model), *spec.image, generator=generator).to(first.device, first.dtype)
+    modes = [(module, module.training) for net in (model, adopted) for module in net.modules()]
+    try:
+        before, after = (net.eval()(x).double() for net in (model, adopted))
+    finally:
+        for module, mode in modes:
+            module.training = mode
     scale = float(before.abs().max())
     apart = float((after - before).abs().max())
     allowed = max(1e-5, 8 * torch.finfo(first.dtype).eps if first.dtype.itemsize < 4 else 0.0) * max(scale, 1e-6)

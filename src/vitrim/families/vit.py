@@ -1,4 +1,4 @@
-"""Plain Vision Transformers: ViT, DeiT, DeiT-III, DINOv2, CLIP and SigLIP towers, AIMv2, BEiT-3, hybrids with a CNN stem.
+"""Plain Vision Transformers: ViT, DeiT, DeiT-III, DINOv2, CLIP and SigLIP towers, AIMv2, BEiT-3, CNN hybrids.
 
 D width, N tokens.
 
@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitrim.errors import AdoptError, SpecError
 from vitrim.nn import Block
-from vitrim.nn.layers import activation_name, make_activation, make_norm, norm_of
+from vitrim.nn.layers import activation_name, input_channels, make_activation, make_norm, norm_of
 from vitrim.spec import Attention, Form, Host, Norm, Spec, Stage
 from vitrim.spec import Block as BlockSpec
 
@@ -43,7 +43,13 @@ TEST_PRESETS: dict[str, dict[str, object]] = {
     "qk_norm": {"qk_norm": True, "init_values": 1.0},
     "scale_norms": {"scale_attn_norm": True, "scale_mlp_norm": True},
     "glu": {"mlp_layer": timm_vit.SwiGLUPacked, "init_values": 0.5, "mlp_ratio": 4.0},
-    "swiglu": {"mlp_layer": SwiGLU, "proj_bias": False, "qkv_bias": False, "norm_layer": "rmsnorm", "act_layer": "silu"},
+    "swiglu": {
+        "mlp_layer": SwiGLU,
+        "proj_bias": False,
+        "qkv_bias": False,
+        "norm_layer": "rmsnorm",
+        "act_layer": "silu",
+    },
     "dynamic": {"dynamic_img_size": True, "pool_include_prefix": True, "global_pool": "avg", "fc_norm": False},
 }
 
@@ -71,7 +77,8 @@ def describe(model: Any) -> Spec:
     Raises:
         AdoptError: naming the path and the reason, if a block has a part that cannot be represented.
     """
-    blocks, forms = [], []
+    blocks: list[BlockSpec] = []
+    forms: list[Form] = []
     for index, block in enumerate(model.blocks):
         spec, form = (block.spec, block.form) if isinstance(block, Block) else _read_block(block, f"blocks.{index}")
         if forms and form != forms[0]:
@@ -103,19 +110,34 @@ def describe(model: Any) -> Spec:
 
 def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
     """A copy of `model` with other blocks; hooks on the old blocks are not taken along."""
-    shell = copy.deepcopy(model, {id(model.blocks): nn.Sequential(*blocks)})
-    for block in blocks:
-        block.train(model.training)
+    shell = copy.deepcopy(model, {id(model.blocks): nn.Sequential(*blocks).train(model.training)})
     return shell  # type: ignore[no-any-return]
 
 
-def build(spec: Spec) -> nn.Module:
+def build(spec: Spec) -> Any:
     """An empty host for `spec`: timm's own constructor, with holes where blocks will be.
 
     Raises:
         SpecError: if the installed timm cannot build it.
     """
+    try:
+        model = _constructor(spec)()
+    except SpecError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as problem:
+        raise SpecError(
+            f"host: the installed timm {timm.__version__} must build {spec.host.name or 'VisionTransformer'}, "
+            f"but it refuses: {type(problem).__name__}: {problem}"
+        ) from None
     form = spec.stages[0].form
+    if form.norm.bias is False and isinstance(model.norm, nn.LayerNorm) and model.norm.bias is not None:
+        raise SpecError("host: a final LayerNorm without bias cannot be built by timm; keep the model in memory")
+    if spec.host.pretrained:
+        model.pretrained_cfg = model.default_cfg = dict(spec.host.pretrained)
+    return model
+
+
+def _constructor(spec: Spec) -> Any:
     arguments = dict(spec.host.arguments)
     distilled, hybrid = arguments.pop("distilled"), arguments.pop("hybrid")
     embed_norm = arguments.pop("embed_norm_layer", None)
@@ -135,18 +157,7 @@ def build(spec: Spec) -> nn.Module:
     if hybrid:
         kind = functools.partial(timm.create_model, spec.host.name, pretrained=False)
         arguments.pop("patch_size")
-    try:
-        model: Any = kind(**arguments)
-    except (TypeError, RuntimeError, AssertionError) as problem:
-        raise SpecError(
-            f"host: the installed timm {timm.__version__} must build {spec.host.name or 'VisionTransformer'}, "
-            f"but it refuses: {problem}"
-        ) from None
-    if form.norm.bias is False and isinstance(model.norm, nn.LayerNorm) and model.norm.bias is not None:
-        raise SpecError("host: a final LayerNorm without bias cannot be built by timm; keep the model in memory")
-    if spec.host.pretrained:
-        model.pretrained_cfg = model.default_cfg = dict(spec.host.pretrained)
-    return model  # type: ignore[no-any-return]
+    return functools.partial(kind, **arguments)
 
 
 class _Hole(nn.Identity):
@@ -170,7 +181,9 @@ def _read_block(block: Any, at: str) -> tuple[BlockSpec, Form]:
         raise AdoptError(f"{at}.attn: gated attention is not supported")
     heads, width = attention.num_heads, attention.head_dim
     if attention.qkv.out_features != 3 * heads * width:
-        raise AdoptError(f"{at}.attn.qkv: must give {3 * heads * width} channels, but gives {attention.qkv.out_features}")
+        raise AdoptError(
+            f"{at}.attn.qkv: must give {3 * heads * width} channels, but gives {attention.qkv.out_features}"
+        )
     mixer = Attention(qk=(width,) * heads, v=(width,) * heads, scale=attention.scale)
     form = Form(
         norm=_same_norm(block.norm1, block.norm2, at),
@@ -262,7 +275,7 @@ def _arguments(model: Any, image: tuple[int, int], form: Form) -> dict[str, Any]
         "distilled": isinstance(model, VisionTransformerDistilled),
         "hybrid": hybrid,
         "patch_size": list(getattr(embed, "patch_size", (1, 1))),
-        "in_chans": model.in_chans if hasattr(model, "in_chans") else embed.proj.in_channels,
+        "in_chans": input_channels(model),
         "global_pool": model.global_pool,
         "num_heads": 1 if pool is None else pool.num_heads,
         "mlp_ratio": 4.0 if getattr(pool, "mlp", None) is None else pool.mlp.fc1.out_features / model.embed_dim,
@@ -302,8 +315,7 @@ def _host_macs(model: Any, image: tuple[int, int]) -> tuple[int, int]:
     }
     memo |= {id(b): b.to("meta") for b in model.buffers()} | {id(model.blocks): nn.Sequential()}
     shell = copy.deepcopy(model, memo).eval()
-    channels = _channels(model)
-    whole = _count(shell, torch.zeros(1, channels, *image, device="meta"))
+    whole = _count(shell, torch.zeros(1, input_channels(model), *image, device="meta"))
     if model.attn_pool is None:
         return whole, 0
     tokens = torch.zeros(1, 16 + model.num_prefix_tokens, model.embed_dim, device="meta")
@@ -317,12 +329,8 @@ def _patches(model: Any, image: tuple[int, int]) -> int:
     return int(rows * columns)
 
 
-def _channels(model: Any) -> int:
-    return int(getattr(model, "in_chans", 3))
-
-
 def _count(call: Any, x: Tensor) -> int:
     with torch.no_grad(), warnings.catch_warnings(), FlopCounterMode(display=False) as counter:
         warnings.simplefilter("ignore")
         call(x)
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2

@@ -67,24 +67,27 @@ class Attention(nn.Module):
             q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
         q, k, v = self.q_tap(q), self.k_tap(k), self.v_tap(v)
         if self.even:
-            heads = [t.unflatten(-1, (len(self.qk), -1)).transpose(1, 2) for t in (q, k, v)]
-            mixed = self._attend(*heads, attn_mask, is_causal).transpose(1, 2).flatten(2)
+            q, k, v = (self._heads(t).transpose(1, 2) for t in (q, k, v))
+            mixed = self._attend(q, k, v, attn_mask, is_causal).transpose(1, 2).flatten(2)
         else:
             mixed = self._uneven(q, k, v, attn_mask, is_causal)
         out: Tensor = self.proj_drop(self.proj(self.norm(mixed)))
         return out
 
     def _normed(self, x: Tensor, norm: nn.Module) -> Tensor:
-        normed: Tensor = norm(x.unflatten(-1, (len(self.qk), -1)))
+        normed: Tensor = norm(self._heads(x))
         return normed.flatten(-2)
 
+    def _heads(self, x: Tensor) -> Tensor:
+        return torch.unflatten(x, -1, (len(self.qk), -1))
+
     def _uneven(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        parts = [t.split(widths, dim=-1) for t, widths in ((q, self.qk), (k, self.qk), (v, self.v))]
+        parts = [torch.split(t, list(widths), dim=-1) for t, widths in ((q, self.qk), (k, self.qk), (v, self.v))]
         mixed: list[Tensor] = [v] * len(self.v)
         for run in self.runs:
-            heads = [torch.stack([part[i] for i in run], dim=1) for part in parts]
+            q, k, v = (torch.stack([part[i] for i in run], dim=1) for part in parts)
             mask = _for_heads(attn_mask, run)
-            for i, head in zip(run, self._attend(*heads, mask, is_causal).unbind(1), strict=True):
+            for i, head in zip(run, self._attend(q, k, v, mask, is_causal).unbind(1), strict=True):
                 mixed[i] = head
         return torch.cat(mixed, dim=-1)
 

@@ -14,7 +14,7 @@ from vitrim.errors import AdoptError, SpecError
 from vitrim.plain import did_you_mean
 from vitrim.spec import Norm
 
-__all__ = ["activation_name", "make_activation", "make_norm", "norm_of"]
+__all__ = ["activation_name", "input_channels", "make_activation", "make_norm", "norm_of"]
 
 _NORMS = frozenset(
     {
@@ -89,10 +89,10 @@ def make_norm(norm: Norm, width: int) -> nn.Module:
     """Build a norm over `width` channels."""
     kind = _class(norm.name, _NORMS)
     affine = "elementwise_affine" if norm.name.startswith("torch.") else "affine"
-    layer: nn.Module = kind(width, eps=norm.eps, **{affine: norm.weight})
+    layer = kind(width, eps=norm.eps, **{affine: norm.weight})
     if not norm.bias and getattr(layer, "bias", None) is not None:
         layer.bias = None
-    return layer
+    return layer  # type: ignore[no-any-return]
 
 
 def activation_name(module: nn.Module, at: str) -> str:
@@ -117,3 +117,11 @@ def make_activation(name: str) -> nn.Module:
     """Build an activation; never in place, for taps may listen to its input."""
     layer: nn.Module = _class(name, _ACTIVATIONS)()
     return layer
+
+
+def input_channels(model: nn.Module) -> int:
+    """Channels of the images that `model` takes: those of its first convolution (3 if it has none).
+
+    timm says so itself only from 1.0.31 on, and the projection of a hybrid's patch embedding takes features.
+    """
+    return next((layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)), 3)
