@@ -19,7 +19,7 @@ ROOMS = (
     "measure observe surgery store parent "
     "data train "
     "search contract methods "
-    "recipe run export report cli demo"
+    "recipe job report run export cli demo"
 ).split()
 WORDS = frozenset({"errors", "plain", "spec", "plan", "costs", "budget"})
 DOORS = frozenset({"", "__main__"})
