@@ -1,0 +1,20 @@
+"""Training and measuring: the only loop, and what it is told."""
+
+from vitrim.train.distill import Objective
+from vitrim.train.evaluate import Evaluated, evaluate, reference_logits
+from vitrim.train.fit import Fitted, fit
+from vitrim.train.optim import learning_rate, parameter_groups
+from vitrim.train.settings import Distill, Train
+
+__all__ = [
+    "Distill",
+    "Evaluated",
+    "Fitted",
+    "Objective",
+    "Train",
+    "evaluate",
+    "fit",
+    "learning_rate",
+    "parameter_groups",
+    "reference_logits",
+]

@@ -1,0 +1,174 @@
+"""Where a training run stands, in one file: a safetensors of all tensors with the rest as JSON in its header.
+
+One file, so that no two halves of different moments can meet; no pickle, so that reading runs no code.
+"""
+
+import dataclasses
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from vitrim.errors import RunError
+from vitrim.plain import writing
+
+__all__ = ["Progressed", "compare", "newest", "pack", "read", "unpack", "write"]
+
+_KEY = "vitrim"
+_FORMAT = 1
+
+
+@dataclasses.dataclass
+class Progressed:
+    """How far a run is, besides its tensors.
+
+    Attributes:
+        step: optimiser steps taken.
+        seconds: time spent so far, over all resumed parts.
+        window: sums since the last log record: task loss, penalty, steps.
+        epoch: the same since the beginning of the epoch.
+        history: the records of finished epochs.
+        scaler: state of the fp16 loss scaler.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    window: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0])
+    epoch: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0])
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    scaler: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def pack(model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return copies on the CPU of all that training changes, under `model. ema. optim.<parameter>.` names."""
+    found = {f"model.{name}": value for name, value in model.state_dict().items()}
+    if ema is not None:
+        found |= {f"ema.{name}": value for name, value in ema.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            found[f"optim.{name}.{key}"] = value
+    # Copied also on the CPU: safetensors refuses tensors that share memory, as tied weights do.
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in found.items()}
+
+
+def unpack(
+    tensors: dict[str, Tensor], model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer, path: Path
+) -> None:
+    """Put what `pack` gave back in place.
+
+    Raises:
+        RunError: the checkpoint is of another model; nothing was changed then.
+    """
+    wanted = {f"model.{name}": value for name, value in model.state_dict().items()}
+    if ema is not None:
+        wanted |= {f"ema.{name}": value for name, value in ema.state_dict().items()}
+    for name, value in wanted.items():
+        came = tensors.get(name)
+        if came is None or came.shape != value.shape or came.dtype != value.dtype:
+            found = "none" if came is None else f"{came.dtype} {tuple(came.shape)}"
+            raise RunError(
+                f"{path}: a checkpoint must be of this model, but has {found} for {name} "
+                f"({value.dtype} {tuple(value.shape)}); use another folder"
+            )
+    with torch.no_grad():
+        for name, value in wanted.items():
+            value.copy_(tensors[name])
+    for name, parameter in model.named_parameters():
+        start = f"optim.{name}."
+        state = {key[len(start) :]: value for key, value in tensors.items() if key.startswith(start)}
+        inner = {key: value.to(parameter.device) for key, value in state.items() if "." not in key}
+        if inner:
+            optimizer.state[parameter] = inner
+
+
+def write(
+    folder: Path, stage: str, tensors: dict[str, Tensor], progressed: Progressed, run: dict[str, Any], keep: int
+) -> Path:
+    """Write a checkpoint in one step, then remove all but the newest `keep` of this stage.
+
+    Args:
+        folder: where; made if missing.
+        stage: name of the stage.
+        tensors: what `pack` gave.
+        progressed: the rest.
+        run: what the run was asked for, see `compare`.
+        keep: checkpoints that stay.
+
+    Raises:
+        RunError: the file cannot be written; earlier checkpoints are as they were.
+    """
+    path = folder / f"{stage}-{progressed.step:08d}.safetensors"
+    about = {"format": _FORMAT, "progressed": dataclasses.asdict(progressed), "run": run}
+    data = save(tensors, {_KEY: json.dumps(about, allow_nan=False)})
+    try:
+        with writing(path) as beside, beside.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as problem:
+        earlier = newest(folder, stage)
+        kept = f"the checkpoint {earlier} stays good" if earlier else "there is no earlier checkpoint"
+        need = f"{len(data) / 2**20:.1f} MiB"
+        reason = "the disk is full" if problem.errno == errno.ENOSPC else f"{problem.strerror or problem}"
+        raise RunError(f"{folder}: must have room for a checkpoint of {need}, but {reason}; {kept}") from None
+    for old in _all(folder, stage)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def _all(folder: Path, stage: str) -> list[Path]:
+    found = [path for path in folder.glob("*.safetensors") if path.stem.rpartition("-")[0] == stage]
+    return sorted(path for path in found if path.stem.rpartition("-")[2].isdigit())
+
+
+def newest(folder: Path, stage: str) -> Path | None:
+    """Return the newest checkpoint of a stage, or None."""
+    found = _all(folder, stage)
+    return found[-1] if found else None
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], Progressed, dict[str, Any]]:
+    """Read a checkpoint: tensors on the CPU, progress, and what the run was asked for.
+
+    Raises:
+        RunError: the file is damaged or something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})[_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if about["format"] != _FORMAT:
+            raise RunError(f"{path}: a checkpoint must have format {_FORMAT}, but has {about['format']}")
+        return tensors, Progressed(**about["progressed"]), about["run"]
+    except (SafetensorError, KeyError, TypeError, ValueError) as problem:
+        raise RunError(
+            f"{path}: a checkpoint must be whole, but {problem}; remove it to start this stage again"
+        ) from None
+
+
+def compare(path: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
+    """Check that a checkpoint is of the run that is asked for.
+
+    Raises:
+        RunError: naming the first setting that differs, and both its values.
+    """
+    old, new = _flat(was), _flat(now)
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            raise RunError(
+                f"{path}: {name} must be {old.get(name)!r} to resume from this checkpoint, but is {new.get(name)!r}; "
+                "use another folder, or remove the checkpoint to start again"
+            )
+
+
+def _flat(values: dict[str, Any], at: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{at}{name}.") if isinstance(value, dict) else {at + name: value}
+    return flat

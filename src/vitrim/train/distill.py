@@ -1,0 +1,156 @@
+"""The loss of a step: labels, a teacher, or both.
+
+B images, K classes, T temperature.
+
+Sources: Hinton et al. 2015 (soft); Touvron et al. 2021, "Training data-efficient image transformers" (hard, token).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitrim.errors import RecipeError
+from vitrim.train.settings import Distill
+
+__all__ = ["Objective", "hard_loss", "labels_loss", "soft_loss", "token_loss"]
+
+
+def labels_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Return the mean cross-entropy, scalar.
+
+    Args:
+        logits: `(B, K)`.
+        labels: int64 `(B,)`, or distributions `(B, K)`, which are taken as they are.
+        smoothing: share of each label that is spread over all classes, in `[0, 1)`; for int64 labels only.
+    """
+    logits = _wide(logits)
+    if labels.ndim == 2:
+        return F.cross_entropy(logits, labels.to(logits.dtype))
+    return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+
+def hard_loss(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean cross-entropy with the teacher's first choice, scalar.
+
+    Args:
+        logits: `(B, K)`.
+        teacher: the teacher's logits, `(B, K)`.
+    """
+    return F.cross_entropy(_wide(logits), teacher.argmax(-1))
+
+
+def soft_loss(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return T^2 times the mean Kullback-Leibler divergence of the student from the teacher, scalar.
+
+    Args:
+        logits: `(B, K)`.
+        teacher: the teacher's logits, `(B, K)`.
+        temperature: T, > 0; the factor T^2 keeps the size of the gradients.
+    """
+    ours = F.log_softmax(_wide(logits) / temperature, -1)
+    theirs = F.log_softmax(teacher.to(ours.dtype) / temperature, -1)
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
+
+
+def token_loss(
+    outputs: tuple[Tensor, Tensor], labels: Tensor | None, teacher: Tensor, alpha: float, smoothing: float
+) -> Tensor:
+    """Return DeiT's loss: the class head learns the labels, the distillation head the teacher's first choice.
+
+    Args:
+        outputs: logits of the class head and of the distillation head, each `(B, K)`.
+        labels: as in `labels_loss`; None without labels, and then both heads learn the teacher's first choice.
+        teacher: the teacher's logits, `(B, K)`.
+        alpha: share of the teacher.
+        smoothing: as in `labels_loss`.
+    """
+    first, second = outputs
+    if labels is None:
+        return (hard_loss(first, teacher) + hard_loss(second, teacher)) / 2
+    return (1 - alpha) * labels_loss(first, labels, smoothing) + alpha * hard_loss(second, teacher)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """A cross-entropy over half-precision logits loses small differences."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+class Objective:
+    """The task loss of a run, and the teacher it asks."""
+
+    def __init__(self, settings: Distill, smoothing: float, teacher: nn.Module | None, labelled: bool) -> None:
+        """Decide what is learned from.
+
+        Args:
+            settings: how a teacher teaches.
+            smoothing: label smoothing.
+            teacher: gives logits `(B, K)` in eval mode; None to learn from labels alone.
+            labelled: whether every picture has a label.
+
+        Raises:
+            RecipeError: there are neither labels nor a teacher.
+        """
+        self.kind = "none" if teacher is None else settings.kind
+        self.teacher = None if self.kind == "none" else teacher
+        if not labelled and self.teacher is None:
+            raise RecipeError(
+                "training without labels must have a teacher, but has none; give one and a train.distill.kind"
+            )
+        self.labelled = labelled
+        self.alpha = settings.alpha if labelled else 1.0
+        self.temperature = settings.temperature
+        self.smoothing = smoothing
+
+    @property
+    def token(self) -> bool:
+        """Whether the student must give the outputs of both heads."""
+        return self.kind == "token"
+
+    @torch.no_grad()
+    def ask(self, pictures: Tensor) -> Tensor | None:
+        """Return the teacher's logits `(B, K)` for pictures `(B, C, h, w)`, or None where it has no say."""
+        if self.teacher is None or self.alpha == 0:
+            return None
+        logits: Tensor = self.teacher(pictures)
+        return logits
+
+    def loss(self, outputs: Any, labels: Tensor, teacher: Tensor | None) -> Tensor:
+        """Return the mean loss over a batch, scalar.
+
+        Args:
+            outputs: the student's logits `(B, K)`, or those of both heads for `token`.
+            labels: int64 `(B,)` or distributions `(B, K)`; not looked at without labels.
+            teacher: what `ask` gave.
+        """
+        if self.token:
+            if teacher is None:
+                return labels_loss(outputs[0], labels, self.smoothing)
+            return token_loss(outputs, labels if self.labelled else None, teacher, self.alpha, self.smoothing)
+        if teacher is None:
+            return labels_loss(outputs, labels, self.smoothing)
+        term = hard_loss(outputs, teacher) if self.kind == "hard" else soft_loss(outputs, teacher, self.temperature)
+        if self.alpha == 1:
+            return term
+        return (1 - self.alpha) * labels_loss(outputs, labels, self.smoothing) + self.alpha * term
+
+
+def two_heads(model: nn.Module) -> Callable[[bool], None]:
+    """Return the switch that makes a distilled timm model give the outputs of both heads.
+
+    Raises:
+        RecipeError: the model has no distillation token.
+    """
+    switch = getattr(model, "set_distilled_training", None)
+    if not callable(switch):
+        raise RecipeError(
+            "distill.kind 'token' must have a model with a distillation token, but this one has none; "
+            "use 'hard' or 'soft'"
+        )
+
+    def turn(on: bool) -> None:
+        switch(on)
+
+    return turn

@@ -1,0 +1,171 @@
+"""How good a model is on data.
+
+B images of a batch, P pictures in all, K classes.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator, Sized
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from vitrim.errors import DataError, WeightsError
+from vitrim.plain import Node
+
+__all__ = ["Evaluated", "evaluate", "progress", "put_back", "reference_logits"]
+
+
+class Evaluated(Node):
+    """What an evaluation found.
+
+    Attributes:
+        top1: pictures whose label the model puts first, percent; None without labels.
+        top5: pictures whose label is among the model's first five, percent; None without labels.
+        loss: mean cross-entropy with the labels, nats; None without labels.
+        agreement: pictures on which the reference has the same first choice, percent; None without a reference.
+        count: number of pictures.
+        seconds: wall-clock time, with loading.
+    """
+
+    top1: float | None
+    top5: float | None
+    loss: float | None
+    agreement: float | None
+    count: int
+    seconds: float
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int, show: bool = True) -> Iterator[Progress]:
+    """Show a transient bar with one task of `total` steps; nothing unless the error stream is a terminal."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not (show and console.is_terminal)) as bar:
+        bar.add_task(title, total=total)
+        yield bar
+
+
+@contextlib.contextmanager
+def put_back(*models: nn.Module | None) -> Iterator[None]:
+    """Put every module's training flag back at the end."""
+    flags = [(module, module.training) for model in models if model is not None for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def reference_logits(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Run a model once over a loader, to compare many others with.
+
+    Args:
+        model: gives logits `(B, K)`.
+        loader: batches in a fixed order, see `vitrim.data.eval_loader`.
+
+    Returns:
+        Logits on the CPU, `(P, K)`.
+
+    Raises:
+        WeightsError: a logit is not finite.
+    """
+    found = []
+    with put_back(model), progress("reference", _length(loader)) as bar:
+        model.eval()
+        for pictures, _ in loader:
+            found.append(_forward(model, pictures).cpu())
+            bar.advance(bar.task_ids[0])
+    return torch.cat(found)
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    reference: nn.Module | Tensor | None = None,
+    classes: int | None = None,
+) -> Evaluated:
+    """Measure a model; it is left as it was.
+
+    Args:
+        model: gives logits `(B, K)` in eval mode.
+        loader: batches of pictures `(B, C, h, w)` and labels `(B,)`, -1 for none, in a fixed order.
+        reference: another model, or what `reference_logits` gave for this loader.
+        classes: K that the data needs; None takes any.
+
+    Raises:
+        DataError: K differs, a label is not below K, there is no picture, or the reference counts other pictures.
+        WeightsError: a logit is not finite.
+    """
+    other = reference if isinstance(reference, nn.Module) else None
+    start = time.perf_counter()
+    hits = torch.zeros(4, dtype=torch.float64)
+    count = 0
+    unlabelled = False
+    with put_back(model, other), progress("evaluate", _length(loader)) as bar:
+        model.eval()
+        if other is not None:
+            other.eval()
+        for pictures, labels in loader:
+            logits = _forward(model, pictures)
+            _check_batch(logits, labels, classes)
+            unlabelled |= bool((labels < 0).any())
+            hits[:3] += _score(logits, labels)
+            theirs = _theirs(other, reference, pictures, count, len(labels))
+            if theirs is not None:
+                hits[3] += (theirs.argmax(-1).cpu() == logits.argmax(-1).cpu()).sum()
+            count += len(labels)
+            bar.advance(bar.task_ids[0])
+    if count == 0:
+        raise DataError("evaluation must have at least one image, but the loader gave none")
+    if isinstance(reference, Tensor) and len(reference) != count:
+        raise DataError(f"the reference must be of the {count} images of the loader, but has {len(reference)}")
+    top1, top5, loss, agreement = (hits / count).tolist()
+    return Evaluated(
+        top1=None if unlabelled else 100 * top1,
+        top5=None if unlabelled else 100 * top5,
+        loss=None if unlabelled else loss,
+        agreement=None if reference is None else 100 * agreement,
+        count=count,
+        seconds=time.perf_counter() - start,
+    )
+
+
+@torch.inference_mode()
+def _forward(model: nn.Module, pictures: Tensor) -> Tensor:
+    first = next(model.parameters(), pictures)
+    logits: Tensor = model(pictures.to(first.device, non_blocking=True))
+    if not torch.isfinite(logits).all():
+        raise WeightsError("logits must be finite, but are not; the model's weights are damaged")
+    return logits
+
+
+def _length(loader: Iterable[tuple[Tensor, Tensor]]) -> int:
+    return len(loader) if isinstance(loader, Sized) else 0
+
+
+def _check_batch(logits: Tensor, labels: Tensor, classes: int | None) -> None:
+    width = logits.shape[-1]
+    if classes is not None and width != classes:
+        raise DataError(f"the model must have the {classes} classes of the data, but has {width}")
+    if int(labels.max()) >= width:
+        raise DataError(f"labels must be below the {width} classes of the model, but {int(labels.max())} came")
+
+
+def _score(logits: Tensor, labels: Tensor) -> Tensor:
+    """Number of hits among the first one and first five, and the summed loss, `(3,)` on the CPU."""
+    labels = labels.to(logits.device)
+    best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
+    loss = F.cross_entropy(logits.double(), labels.clamp_min(0), reduction="sum")
+    return torch.stack([best[:, 0].sum(), best.sum(), loss]).double().cpu()
+
+
+def _theirs(
+    other: nn.Module | None, reference: nn.Module | Tensor | None, pictures: Tensor, start: int, size: int
+) -> Tensor | None:
+    if other is not None:
+        return _forward(other, pictures)
+    return reference[start : start + size] if isinstance(reference, Tensor) else None

@@ -1,0 +1,239 @@
+"""The only way vitrim trains: on one CPU, one GPU or many processes, with or without a teacher.
+
+B images, C channels, (h, w) height and width, K classes.
+"""
+
+import contextlib
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.data import Dataset
+
+from vitrim.data import Input, TrainLoader, check_classes, train_loader
+from vitrim.errors import DataError, RecipeError, RunError
+from vitrim.plain import dump
+from vitrim.train.checkpoint import Progressed, compare, newest, read, unpack
+from vitrim.train.distill import Objective, two_heads
+from vitrim.train.evaluate import progress, put_back
+from vitrim.train.guard import check_finite, drop_path
+from vitrim.train.loop import AfterStep, Log, Loop, Penalty
+from vitrim.train.optim import Groups, optimizer
+from vitrim.train.settings import Train
+
+__all__ = ["Fitted", "fit"]
+
+# What a resumed run may be asked for anew, since it does not touch the result.
+_FREE = {"checkpoint_every", "keep", "log_every", "workers"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fitted:
+    """What training gave.
+
+    Attributes:
+        model: the model that came in, trained, in the mode it was in.
+        ema: a copy with the averaged weights, in eval mode; None if not asked for.
+        steps: optimiser steps taken, over all resumed parts.
+        seconds: time they took, over all resumed parts.
+        history: the records of the epochs.
+    """
+
+    model: nn.Module
+    ema: nn.Module | None
+    steps: int
+    seconds: float
+    history: tuple[dict[str, Any], ...]
+
+
+def fit(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    settings: Train,
+    *,
+    input: Input,
+    seed: int,
+    teacher: nn.Module | None = None,
+    penalty: Penalty | None = None,
+    groups: Groups | None = None,
+    folder: Path | None = None,
+    log: Log | None = None,
+    validation: Dataset[Any] | None = None,
+    stage: str = "train",
+    after_step: AfterStep | None = None,
+) -> Fitted:
+    """Train a model in place.
+
+    A step's loss is the mean task loss over its `settings.batch` images plus the penalty, once, however many processes
+    and parts they are spread over. With a folder the run leaves checkpoints and goes on from the newest, to the same
+    result, bit for bit on a CPU. Buffers that are no part of `state_dict` are not kept.
+
+    Args:
+        model: a classifier, `(B, C, h, w)` to `(B, K)`; moved to the device that Accelerate names.
+        dataset: map-style, of `(picture, label)`; with label -1 the teacher alone is learned from.
+        settings: how to train.
+        input: what the model takes.
+        seed: decides order, augmentation, mixup and dropout, `>= 0`.
+        teacher: gives logits `(B, K)` for the same pictures; asked in eval mode, left as it was.
+        penalty: model to scalar; called once a part.
+        groups: model to extra parameter groups, see `vitrim.train.optim.parameter_groups`.
+        folder: for checkpoints, shared by all processes; None for none.
+        log: takes flat records of `stage event epoch step loss task penalty lr seconds` and, of epochs, `top1`; `event`
+            is `step` or `epoch`, `loss` the mean since the last such record. A resumed run sends again what came
+            after its checkpoint.
+        validation: pictures to measure top-1 on after each epoch.
+        stage: name in records, errors and checkpoint files.
+        after_step: called with the model and the number of the step, gradients still in place.
+
+    Returns:
+        The model, averaged weights if asked for, and what happened.
+
+    Raises:
+        DataError: data does not fit the model, or a picture is damaged.
+        MethodError: an extra group is malformed.
+        RecipeError: settings do not fit model or teacher.
+        RunError: a checkpoint is of another run, damaged, or cannot be written.
+        TrainError: a loss or gradient is not finite.
+        WeightsError: a weight is not finite to begin with.
+    """
+    accelerator = _accelerator(settings)
+    check_finite(model)
+    generator = torch.get_rng_state()
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(put_back(model, teacher))
+            loop = _prepare(model, dataset, settings, accelerator, input, seed, teacher, groups, stage, stack)
+            loop = dataclasses.replace(
+                loop, penalty=penalty, folder=folder, log=log, validation=validation, after_step=after_step
+            )
+            if folder is not None:
+                loop = _resume(loop, folder)
+            loop.wrapped = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
+            bar = stack.enter_context(progress(stage, loop.steps, accelerator.is_main_process))
+            loop.go(bar)
+    finally:
+        # The seeds of the steps are our own business.
+        torch.set_rng_state(generator)
+    ema = loop.ema.module if loop.ema is not None else None
+    return Fitted(model, ema, loop.state.step, loop.state.seconds, tuple(loop.state.history))
+
+
+def _accelerator(settings: Train) -> Accelerator:
+    accelerator = Accelerator()
+    known = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+    if accelerator.distributed_type not in known:
+        raise RunError(
+            f"training must run under plain data parallelism, but accelerate is set to {accelerator.distributed_type}"
+        )
+    launched = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    if launched not in ("fp32", settings.precision):
+        raise RecipeError(
+            f"train.precision must be {launched} as accelerate was launched with, but is {settings.precision}"
+        )
+    return accelerator
+
+
+def _prepare(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    settings: Train,
+    accelerator: Accelerator,
+    input: Input,
+    seed: int,
+    teacher: nn.Module | None,
+    groups: Groups | None,
+    stage: str,
+    stack: contextlib.ExitStack,
+) -> Loop:
+    device = accelerator.device
+    model.to(device)
+    loader = train_loader(
+        dataset,
+        input,
+        settings.augment,
+        batch=settings.batch,
+        seed=seed,
+        workers=settings.workers,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        accumulate=settings.accumulate,
+        even=settings.mixes,
+        device=device,
+    )
+    objective = Objective(settings.distill, settings.smoothing, teacher, loader.labelled)
+    classes = _classes(model, input)
+    check_classes(dataset, classes)
+    if objective.teacher is not None:
+        objective.teacher.to(device).eval()
+        if _classes(objective.teacher, input) != classes:
+            theirs = _classes(objective.teacher, input)
+            raise RecipeError(f"the teacher must have the {classes} classes of the model, but has {theirs}")
+    ema = ModelEmaV3(model, settings.ema, use_warmup=True) if settings.ema is not None else None
+    stack.enter_context(drop_path(model, settings.drop_path))
+    if objective.token:
+        turn = two_heads(model)
+        turn(True)
+        stack.callback(turn, False)
+    return Loop(
+        model=model,
+        wrapped=model,
+        loader=loader,
+        settings=settings,
+        objective=objective,
+        optimizer=optimizer(model, settings, groups),
+        scaler=torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16"),
+        ema=ema,
+        accelerator=accelerator,
+        classes=classes,
+        input=input,
+        seed=seed,
+        stage=stage,
+        steps=math.ceil(settings.epochs * len(loader)),
+        run=_run(settings, loader, input, seed, stage),
+        penalty=None,
+        after_step=None,
+        folder=None,
+        log=None,
+        validation=None,
+        state=Progressed(),
+    )
+
+
+def _classes(model: nn.Module, input: Input) -> int:
+    """Run one blank picture: what a model really gives out, whatever its attributes say."""
+    first = next(model.parameters())
+    blank = torch.zeros(1, input.channels, *input.size, device=first.device, dtype=first.dtype)
+    with put_back(model), torch.no_grad():
+        model.eval()
+        try:
+            logits = model(blank)
+        except (AssertionError, RuntimeError) as problem:
+            raise DataError(f"the model must take pictures of {tuple(blank.shape[1:])}, but {problem}") from problem
+    return int(logits.shape[-1])
+
+
+def _run(settings: Train, loader: TrainLoader, input: Input, seed: int, stage: str) -> dict[str, Any]:
+    kept = {name: value for name, value in dump(settings).items() if name not in _FREE}
+    return {"train": kept, "input": dump(input), "seed": seed, "stage": stage, "images": loader.count}
+
+
+def _resume(loop: Loop, folder: Path) -> Loop:
+    """Put the newest checkpoint of this stage in place, if there is one."""
+    path = newest(folder, loop.stage)
+    if path is not None:
+        tensors, state, run = read(path)
+        compare(path, run, loop.run)
+        ema = loop.ema.module if loop.ema is not None else None
+        unpack(tensors, loop.model, ema, loop.optimizer, path)
+        if state.scaler:
+            loop.scaler.load_state_dict(state.scaler)
+        loop = dataclasses.replace(loop, state=state)
+    # No process may write or remove a checkpoint before all have read theirs.
+    loop.accelerator.wait_for_everyone()
+    return loop

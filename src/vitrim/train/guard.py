@@ -1,0 +1,100 @@
+"""What keeps a run safe: finite weights, whole steps, a stochastic depth that is taken off again."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from torch import nn
+
+from vitrim.errors import RecipeError, WeightsError
+
+__all__ = ["Interrupts", "check_finite", "drop_path"]
+
+
+def check_finite(model: nn.Module) -> None:
+    """Check that all weights are finite.
+
+    Raises:
+        WeightsError: naming the first parameter or buffer that is not.
+    """
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise WeightsError(f"{name}: weights must be finite, but hold NaN or inf; load them again")
+
+
+class Interrupts:
+    """Holds ctrl-C back until a step is whole; a second one comes through at once.
+
+    Outside the main thread, where Python allows no handler, it does nothing.
+
+    Attributes:
+        came: whether ctrl-C was pressed.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+        self._old: Any = None
+
+    def __enter__(self) -> "Interrupts":
+        if threading.current_thread() is threading.main_thread():
+            self._old = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._old is not None:
+            signal.signal(signal.SIGINT, self._old)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.came:
+            raise KeyboardInterrupt
+        self.came = True
+
+
+@contextlib.contextmanager
+def drop_path(model: nn.Module, rate: float | None) -> Iterator[None]:
+    """Set the stochastic depth of a timm model for the time of the block.
+
+    timm builds an `Identity` where the rate is 0, so those places are filled and emptied again.
+
+    Args:
+        model: it, or a model inside it, has `blocks` with children named `drop_path*`.
+        rate: of the last block, in `[0, 1)`; it rises linearly from 0 at the first. None changes nothing.
+
+    Raises:
+        RecipeError: the model has no such place.
+    """
+    if rate is None:
+        yield
+        return
+    places = _places(model)
+    if not places:
+        raise RecipeError("train.drop_path must have blocks with a drop path, but this model has none; leave it out")
+    old = [(block, name, module) for _, block, name, module in places]
+    last = max(1, max(depth for depth, *_ in places))
+    for depth, block, name, _ in places:
+        setattr(block, name, DropPath(rate * depth / last).train(block.training))
+    try:
+        yield
+    finally:
+        for block, name, module in old:
+            module.train(block.training)
+            setattr(block, name, module)
+
+
+def _places(model: nn.Module) -> list[tuple[int, nn.Module, str, nn.Module]]:
+    lists = [module for path, module in model.named_modules() if path.rpartition(".")[2] == "blocks"]
+    blocks = [block for each in lists for block in each.children()]
+    found = []
+    for depth, block in enumerate(blocks):
+        for place in block.modules():
+            for name, child in place.named_children():
+                if name.startswith("drop_path") and isinstance(child, DropPath | nn.Identity):
+                    found.append((depth, place, name, child))
+    return found

@@ -1,0 +1,297 @@
+"""The loop itself: one optimiser step after another, from wherever the run stands.
+
+B images of a step over all processes and accumulated parts, b of one part on one process, C channels, (h, w) height and
+width, K classes.
+
+What a step draws depends on (seed, step) alone: pictures and their augmentation come from the loader, mixup and dropout
+from seeds set here. So a checkpoint holds no generator state, and a resumed run repeats the uninterrupted one.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.progress import Progress
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from vitrim.data import Input, TrainLoader, eval_loader, seeded
+from vitrim.data.noise import numbers
+from vitrim.errors import TrainError
+from vitrim.train.checkpoint import Progressed, newest, pack, write
+from vitrim.train.distill import Objective
+from vitrim.train.evaluate import evaluate
+from vitrim.train.guard import Interrupts
+from vitrim.train.optim import learning_rate, set_learning_rate
+from vitrim.train.settings import Train
+
+__all__ = ["AfterStep", "Log", "Loop", "Penalty"]
+
+Log = Callable[[Mapping[str, Any]], None]
+Penalty = Callable[[nn.Module], Tensor]
+AfterStep = Callable[[nn.Module, int], None]
+
+_MIX, _DROP = 3, 4
+_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclasses.dataclass(kw_only=True)
+class Loop:
+    """All that a step needs.
+
+    Attributes:
+        model: the model as the caller knows it.
+        wrapped: the same, as its forward is to be called (with gradients averaged over processes).
+        loader: batches.
+        settings: how to train.
+        objective: task loss and teacher.
+        optimizer: see `vitrim.train.optim.optimizer`.
+        scaler: loss scaler of fp16, switched off otherwise.
+        ema: averaged weights, or None.
+        accelerator: processes.
+        classes: K.
+        input: of the validation pictures.
+        seed: decides every draw.
+        stage: name in records, errors and files.
+        steps: number of steps of the whole run.
+        run: what checkpoints are compared by.
+        penalty: added to the loss once a step.
+        after_step: called after each step, gradients still in place.
+        folder: for checkpoints, or None.
+        log: takes records.
+        validation: pictures to measure on after each epoch, or None.
+        state: how far the run is.
+    """
+
+    model: nn.Module
+    wrapped: nn.Module
+    loader: TrainLoader
+    settings: Train
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None
+    accelerator: Accelerator
+    classes: int
+    input: Input
+    seed: int
+    stage: str
+    steps: int
+    run: dict[str, Any]
+    penalty: Penalty | None
+    after_step: AfterStep | None
+    folder: Path | None
+    log: Log | None
+    validation: Dataset[Any] | None
+    state: Progressed
+
+    def __post_init__(self) -> None:
+        self.device = self.accelerator.device
+        self.dtype = next(self.model.parameters()).dtype
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.warmup = round(self.settings.warmup_epochs * len(self.loader))
+        self.mixup = self._mixup()
+        self.window = self._sums(self.state.window)
+        self.epoch_sums = self._sums(self.state.epoch)
+        self.whole = True
+        self.saved = self.state.step
+        self.pending: tuple[Tensor, Tensor, int] | None = None
+
+    def _sums(self, values: list[float]) -> Tensor:
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+    def _mixup(self) -> Mixup | None:
+        if not self.settings.mixes:
+            return None
+        return Mixup(
+            mixup_alpha=self.settings.mixup,
+            cutmix_alpha=self.settings.cutmix,
+            label_smoothing=self.settings.smoothing,
+            num_classes=self.classes,
+        )
+
+    def go(self, bar: Progress) -> None:
+        """Take the steps that are left; ctrl-C leaves a checkpoint of the last whole step.
+
+        Raises:
+            TrainError: a loss or gradient is not finite.
+            RunError: a checkpoint cannot be written.
+            KeyboardInterrupt: ctrl-C was pressed.
+        """
+        bar.update(bar.task_ids[0], completed=self.state.step)
+        try:
+            with Interrupts() as interrupts:
+                while self.state.step < self.steps:
+                    self._epoch(bar, interrupts)
+                self._settle()
+        except KeyboardInterrupt:
+            if self.whole:
+                self._save()
+            raise
+
+    def _epoch(self, bar: Progress, interrupts: Interrupts) -> None:
+        epoch, first = divmod(self.state.step, len(self.loader))
+        self.model.train()
+        parts = self.loader.epoch(epoch, first)
+        for _ in range(min(len(self.loader) - first, self.steps - self.state.step)):
+            start = time.perf_counter()
+            self._step(parts)
+            self.state.seconds += time.perf_counter() - start
+            bar.advance(bar.task_ids[0])
+            self._report(epoch)
+            if interrupts.came:
+                raise KeyboardInterrupt
+
+    def _step(self, parts: Iterator[tuple[Tensor, Tensor]]) -> None:
+        step = self.state.step
+        set_learning_rate(self.optimizer, learning_rate(step, self.steps, self.warmup, self.settings))
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = self._sums([0.0, 0.0, 1.0])
+        for part in range(self.settings.accumulate):
+            pictures, labels = next(parts)
+            last = part == self.settings.accumulate - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                sums[:2] += self._part(pictures, labels, step, part)
+        self._guard(sums[0] + sums[1], self._clip(), step)
+        self.whole = False
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update(self.model, step=step + 1)
+        self.window += sums
+        self.epoch_sums += sums
+        self.state.step += 1
+        if self.after_step is not None:
+            self.after_step(self.model, step)
+        self.whole = True
+
+    def _part(self, pictures: Tensor, labels: Tensor, step: int, part: int) -> Tensor:
+        """Add the gradients of one part, and return its share of task loss and penalty, `(2,)`."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        count = len(labels)
+        pictures = pictures.to(self.dtype)
+        labels = labels if self.objective.labelled else labels.clamp_min(0)
+        if self.mixup is not None:
+            # The same draw on each part and process: shares keep mixup's pairs together, see `share`.
+            with seeded(self.seed, step, _MIX):
+                pictures, labels = self.mixup(pictures, labels)
+        key = numbers(self.seed, step, part * world + rank, _DROP)
+        torch.manual_seed(int(key.integers(2**63)))
+        with torch.autocast(self.device.type, _AUTOCAST[self.settings.precision], self.settings.precision != "fp32"):
+            teacher = self.objective.ask(pictures)
+            outputs = self.wrapped(pictures)
+        # Gradients are averaged over processes, so each counts its pictures `world` times over the batch of them all.
+        task = self.objective.loss(outputs, labels, teacher) * (count * world / self.loader.size)
+        total = task
+        penalty = task.new_zeros(())
+        if self.penalty is not None:
+            # The same on every process, so the average over processes counts it once.
+            penalty = self.penalty(self.model) / self.settings.accumulate
+            total = task + penalty
+        self.scaler.scale(total).backward()
+        return torch.stack([task.detach(), penalty.detach().to(task.dtype)]).to(self.window.dtype)
+
+    def _clip(self) -> Tensor:
+        """Clip the gradients, and return their norm before it, scalar."""
+        self.scaler.unscale_(self.optimizer)
+        if self.settings.clip is not None:
+            return nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
+        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
+    def _guard(self, loss: Tensor, norm: Tensor, step: int) -> None:
+        """Stop at a loss or gradient that is not finite.
+
+        On the CPU before the step is taken; on a device one step later, so that the device need not be waited for.
+        """
+        if self.device.type != "cpu":
+            self._settle()
+        self.pending = loss, norm, step
+        if self.device.type == "cpu":
+            self._settle()
+
+    def _settle(self) -> None:
+        if self.pending is None:
+            return
+        (loss, norm, step), self.pending = self.pending, None
+        # fp16 overflows now and then; its scaler skips such a step.
+        kinds = {"loss": loss} if self.scaler.is_enabled() else {"loss": loss, "gradient": norm}
+        for kind, value in kinds.items():
+            if not torch.isfinite(value):
+                raise TrainError(
+                    f"{self.stage}: the {kind} must be finite, but is {value.item():g} at step {step}; "
+                    f"lower train.lr, set train.clip or lengthen the warm-up; {self._kept()}"
+                )
+
+    def _kept(self) -> str:
+        found = newest(self.folder, self.stage) if self.folder is not None else None
+        return f"the last good checkpoint is kept at {found}" if found else "no checkpoint was written yet"
+
+    def _report(self, epoch: int) -> None:
+        step = self.state.step
+        ends = step % len(self.loader) == 0 or step == self.steps
+        if step % self.settings.log_every == 0 or ends:
+            self._send(self._record("step", epoch, self.window))
+            self.window.zero_()
+        if ends:
+            record = self._record("epoch", epoch, self.epoch_sums)
+            self.epoch_sums.zero_()
+            record |= self._measure(step == self.steps)
+            self.state.history.append(record)
+            self._send(record)
+        every = self.settings.checkpoint_every
+        if ends or (every and step % every == 0):
+            self._save()
+
+    def _record(self, event: str, epoch: int, sums: Tensor) -> dict[str, Any]:
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums, "mean")
+        task, penalty, count = sums.tolist()
+        return {
+            "stage": self.stage,
+            "event": event,
+            "epoch": epoch + 1,
+            "step": self.state.step,
+            "loss": (task + penalty) / count,
+            "task": task / count,
+            "penalty": penalty / count,
+            "lr": learning_rate(self.state.step - 1, self.steps, self.warmup, self.settings),
+            "seconds": round(self.state.seconds, 3),
+        }
+
+    def _measure(self, last: bool) -> dict[str, float | None]:
+        if self.validation is None:
+            return {}
+        loader = eval_loader(self.validation, self.input, batch=2 * self.settings.batch, workers=self.settings.workers)
+        found = {"top1": evaluate(self.model, self._typed(loader)).top1}
+        if last and self.ema is not None:
+            found["top1_ema"] = evaluate(self.ema.module, self._typed(loader)).top1
+        return found
+
+    def _typed(self, loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        for pictures, labels in loader:
+            yield pictures.to(self.dtype), labels
+
+    def _send(self, record: dict[str, Any]) -> None:
+        if self.log is not None and self.accelerator.is_main_process:
+            self.log(record)
+
+    def _save(self) -> None:
+        """Write a checkpoint, unless there is one of this step or no folder; never one of weights gone bad."""
+        self._settle()
+        if self.folder is None or self.saved == self.state.step or not self.accelerator.is_main_process:
+            return
+        self.state.window = self.window.tolist()
+        self.state.epoch = self.epoch_sums.tolist()
+        self.state.scaler = self.scaler.state_dict()
+        ema = self.ema.module if self.ema is not None else None
+        tensors = pack(self.model, ema, self.optimizer)
+        write(self.folder, self.stage, tensors, self.state, self.run, self.settings.keep)
+        self.saved = self.state.step

@@ -1,0 +1,96 @@
+"""What can be said about a training run."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from vitrim.data import Augment
+from vitrim.plain import Node
+
+__all__ = ["Distill", "Train"]
+
+
+class Distill(Node):
+    """How a teacher teaches.
+
+    Attributes:
+        kind: `none`; `hard`: cross-entropy with the teacher's first choice; `soft`: Kullback-Leibler divergence from
+            the teacher's distribution; `token`: DeiT's, the distillation head learns the teacher's first choice.
+        alpha: share of the teacher in `[0, 1]`, the labels have the rest; 1 is used on data without labels.
+        temperature: divides both sides' logits for `soft`, > 0; the term is multiplied by its square.
+    """
+
+    kind: Literal["none", "hard", "soft", "token"] = "soft"
+    alpha: float = Field(default=0.5, ge=0, le=1)
+    temperature: float = Field(default=1.0, gt=0)
+
+
+class Train(Node):
+    """Settings of the training loop.
+
+    Attributes:
+        epochs: passes over the data, `>= 0`; a fraction stops inside one.
+        batch: images of one optimiser step, over all processes and accumulated parts, `>= 1`.
+        accumulate: parts a process splits its share of a step into, `>= 1`; saves memory, changes no result.
+        lr: learning rate after warm-up, > 0; not scaled by the batch.
+        weight_decay: AdamW's decoupled decay, `>= 0`; none on one-dimensional parameters.
+        betas: AdamW's averages, each in `[0, 1)`.
+        warmup_epochs: epochs of linear warm-up, `>= 0`, part of `epochs`.
+        warmup_lr: learning rate at step 0 of a warm-up, `>= 0`.
+        min_lr: learning rate that the cosine ends on, `>= 0`.
+        schedule: `cosine` or `constant` after warm-up.
+        clip: largest norm of all gradients together, > 0; None for no clipping.
+        mixup: alpha of mixup, `>= 0`; 0 for none.
+        cutmix: alpha of cutmix, `>= 0`; 0 for none. With both, each step takes one by chance.
+        smoothing: label smoothing in `[0, 1)`.
+        ema: decay of the averaged weights in `[0, 1)`, reached by a warm-up; None for none.
+        precision: `fp32`, or autocast to `bf16` or `fp16` (with loss scaling); weights stay as they are.
+        drop_path: stochastic depth of the last block in `[0, 1)`, rising linearly from 0; None leaves the model's own.
+        augment: what is done to training pictures.
+        distill: how a teacher teaches; has no effect without a teacher.
+        workers: processes that decode and augment, `>= 0`.
+        checkpoint_every: steps between checkpoints, `>= 0`; 0 for one at each end of an epoch only.
+        keep: number of checkpoints that stay, `>= 1`.
+        log_every: steps between log records, `>= 1`.
+    """
+
+    epochs: float = Field(default=10, ge=0)
+    batch: int = Field(default=64, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    lr: float = Field(default=5e-4, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_epochs: float = Field(default=0, ge=0)
+    warmup_lr: float = Field(default=1e-6, ge=0)
+    min_lr: float = Field(default=1e-6, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    clip: float | None = Field(default=1.0, gt=0)
+    mixup: float = Field(default=0, ge=0)
+    cutmix: float = Field(default=0, ge=0)
+    smoothing: float = Field(default=0, ge=0, lt=1)
+    ema: float | None = Field(default=None, ge=0, lt=1)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    drop_path: float | None = Field(default=None, ge=0, lt=1)
+    augment: Augment = Augment()
+    distill: Distill = Distill()
+    workers: int = Field(default=0, ge=0)
+    checkpoint_every: int = Field(default=0, ge=0)
+    keep: int = Field(default=1, ge=1)
+    log_every: int = Field(default=10, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Train":
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), but are {self.betas}")
+        if self.warmup_epochs > self.epochs > 0:
+            raise ValueError(f"warmup_epochs must be at most epochs {self.epochs:g}, but is {self.warmup_epochs:g}")
+        if self.schedule == "cosine" and self.min_lr > self.lr:
+            raise ValueError(f"min_lr must be at most lr {self.lr:g}, but is {self.min_lr:g}")
+        if self.mixes and self.batch % 2:
+            raise ValueError(f"batch must be even for mixup and cutmix, but is {self.batch}")
+        return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether mixup or cutmix is on."""
+        return self.mixup > 0 or self.cutmix > 0
