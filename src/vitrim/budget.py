@@ -62,7 +62,7 @@ class Budget(Node):
         """
         limits = {}
         for name, value in self.bounds().items():
-            whole = getattr(parent, name)
+            whole: int = getattr(parent, name)
             if value > whole:
                 raise BudgetError(f"budget of {name} must be at most {whole:,}, the model's own, but got {value:,.0f}")
             limits[name] = math.floor(value * whole) if value <= 1 else math.floor(value)
@@ -74,7 +74,8 @@ class Budget(Node):
 
     def spent(self, cost: Cost, parent: Cost) -> float:
         """Largest share of a bound that `cost` takes; a budget well spent gives ``1 - SLACK`` to 1."""
-        return max(getattr(cost, name) / max(limit, 1) for name, limit in self.limits(parent).items())
+        shares: list[float] = [getattr(cost, name) / max(limit, 1) for name, limit in self.limits(parent).items()]
+        return max(shares)
 
 
 def _value(name: str, text: str) -> float:

@@ -85,7 +85,7 @@ class Gated(nn.Module):
     """A model whose axes are multiplied by trainable gates, through its weights.
 
     Multiplying a linear layer's rows (or columns) by a gate equals multiplying its activations, with the same gradients
-    for weights and gates and no activation memory: on DeiT-S at batch 64 the gates' products are 64 * 197 times smaller.
+    for weights and gates and no activation memory: the products are as large as the weights, not as the batch.
 
     Args:
         model: an adopted model; trained in place together with the gates.
@@ -120,7 +120,12 @@ class Gated(nn.Module):
     def _piece(self, gate: str | None, size: int, like: Tensor) -> Tensor:
         if gate is None:
             return torch.ones(size, dtype=like.dtype, device=like.device)
-        return self.gates[gate].flatten().to(like.dtype)
+        piece: Tensor = self.gates[gate].flatten().to(like.dtype)
+        return piece
+
+    def has_gate(self, path: str) -> bool:
+        """Whether the axis at `path` has a gate of its own."""
+        return _key(path) in self.gates
 
     def gate(self, path: str) -> nn.Parameter:
         """The gate of an axis."""

@@ -120,7 +120,7 @@ class Host(Node):
     macs: NonNegativeInt
     macs_per_token: NonNegativeInt = 0
     params: NonNegativeInt
-    pretrained: dict[str, Any] = {}
+    pretrained: dict[str, Any] = Field(default_factory=dict)
 
 
 class Spec(Node):

@@ -27,6 +27,9 @@ class Family(Protocol):
     TEST_PRESETS: dict[str, dict[str, object]]
     """Small models for the laws: a name and the keyword arguments of `example`."""
 
+    HOSTS: tuple[type[nn.Module], ...]
+    """timm's classes that it takes in, subclasses included."""
+
     def handles(self, model: nn.Module) -> bool:
         """Whether `model` is of this family."""
         ...

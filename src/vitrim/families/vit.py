@@ -29,7 +29,7 @@ from vitrim.nn.layers import activation_name, input_channels, make_activation, m
 from vitrim.spec import Attention, Form, Host, Norm, Spec, Stage
 from vitrim.spec import Block as BlockSpec
 
-__all__ = ["TEST_PRESETS", "build", "describe", "example", "foreign_blocks", "handles", "host"]
+__all__ = ["HOSTS", "TEST_PRESETS", "build", "describe", "example", "foreign_blocks", "handles", "host"]
 
 _SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}
 
@@ -54,9 +54,12 @@ TEST_PRESETS: dict[str, dict[str, object]] = {
 }
 
 
+HOSTS = (VisionTransformer,)
+
+
 def handles(model: nn.Module) -> bool:
     """Whether `model` is a timm ``VisionTransformer``, subclasses included."""
-    return isinstance(model, VisionTransformer)
+    return isinstance(model, HOSTS)
 
 
 def example(*, distilled: bool = False, **arguments: Any) -> nn.Module:
@@ -179,6 +182,7 @@ def _read_block(block: Any, at: str) -> tuple[BlockSpec, Form]:
         raise AdoptError(f"{at}.attn: attention must be timm's plain Attention, but got {type(attention).__name__}")
     if getattr(attention, "gate", None) is not None:
         raise AdoptError(f"{at}.attn: gated attention is not supported")
+    _check_linear(attention, ("qkv", "proj"), f"{at}.attn")
     heads, width = attention.num_heads, attention.head_dim
     if attention.qkv.out_features != 3 * heads * width:
         raise AdoptError(
@@ -205,9 +209,8 @@ def _read_mlp(mlp: Any, at: str) -> dict[str, Any]:
     kind = kinds.get(type(mlp))
     if kind is None:
         raise AdoptError(f"{at}: an MLP must be timm's Mlp, GluMlp or SwiGLU, but got {type(mlp).__name__}")
+    _check_linear(mlp, ("fc1_g", "fc1_x", "fc2") if kind == "swiglu" else ("fc1", "fc2"), at)
     first = mlp.fc1_g if kind == "swiglu" else mlp.fc1
-    if not isinstance(first, nn.Linear):
-        raise AdoptError(f"{at}: an MLP must be of linear layers, but has {type(first).__name__}")
     return {
         "mlp": kind,
         "gate_first": kind == "glu" and not mlp.gate_last,
@@ -216,6 +219,13 @@ def _read_mlp(mlp: Any, at: str) -> dict[str, Any]:
         "mlp_out_bias": mlp.fc2.bias is not None,
         "hidden_norm": _optional_norm(mlp.norm, f"{at}.norm"),
     }
+
+
+def _check_linear(module: nn.Module, names: Sequence[str], at: str) -> None:
+    for name in names:
+        layer = getattr(module, name)
+        if not isinstance(layer, nn.Linear):
+            raise AdoptError(f"{at}.{name}: must be a linear layer, but got {type(layer).__name__}")
 
 
 def _same_norm(first: nn.Module, second: nn.Module, at: str) -> Norm:

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from vitrim.plan import Plan
 from vitrim.report.blocks import Row, sheet, total
 from vitrim.report.folder import Record, Run, number
+from vitrim.spec import Spec
 
-__all__ = ["Table", "block_table", "comparison", "outcome", "provenance", "result", "short"]
+__all__ = ["Table", "block_table", "comparison", "outcome", "plan_table", "provenance", "result", "short"]
 
 DASH = "–"  # noqa: RUF001 an en dash says "no value" in a cell
 
@@ -101,9 +103,12 @@ def _compared(run: Run) -> tuple[str, ...]:
 
 def block_table(run: Run) -> Table | None:
     """What every block keeps, and the sums; None while there is no plan."""
-    if run.parent is None or run.plan is None:
-        return None
-    rows = sheet(run.parent, run.plan)
+    return None if run.parent is None or run.plan is None else plan_table(run.parent, run.plan)
+
+
+def plan_table(parent: Spec, plan: Plan) -> Table:
+    """What every block keeps of `parent`, and the sums."""
+    rows = sheet(parent, plan)
     head = ("block", "heads", "q/k widths", "v widths", "neurons", "MACs before", "after", "share")
     return Table("Every block", head, [_line(row) for row in (*rows, total(rows))])
 

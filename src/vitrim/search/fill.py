@@ -25,8 +25,10 @@ from vitrim.spec import Attention, Block, Spec, Stage
 __all__ = ["ALIGN", "Choice", "fill", "quantiles"]
 
 Choice = Literal["free", "even", "heads"]
-"""``free``: every head its own width. ``even``: one width for all heads of a block, in steps of 8; neurons in steps of 8.
-``heads``: whole heads; neurons in steps of 8."""
+"""``free``: every head its own width. ``even``: one width for all heads of a block. ``heads``: whole heads.
+
+The last two take neurons in steps of 8.
+"""
 
 ALIGN = 8
 """Widths that kernels like are multiples of this."""
@@ -76,7 +78,9 @@ def fill(
     parent = cost_of(spec)
     limits = budget.limits(parent)
     ladders = list(_ladders(spec, _checked(spec, scores), choice))
-    need = np.array([parent.macs - limits.get("macs", parent.macs), parent.params - limits.get("params", parent.params)])
+    need = np.array(
+        [parent.macs - limits.get("macs", parent.macs), parent.params - limits.get("params", parent.params)]
+    )
     row = _row(ladders, need, by)
     left = _take(ladders, row, need, parent, limits)
     _give_back(ladders, row, left)
@@ -136,8 +140,10 @@ def _ladders(spec: Spec, scores: Mapping[str, list[Array]], choice: Choice) -> I
             yield from _attention_ladders(index, stage, block, scores, path, choice)
         if block.hidden and f"{path}.hidden" in scores and stage.form.hidden_norm is None:
             levels = _levels(block.hidden, 1 if choice == "free" else ALIGN)
-            rate = _rate(stage, lambda hidden: Block(mixer=block.mixer, hidden=hidden))
-            yield _ladder(index, "hidden", (0,), [(0, n) for n in levels], [np.zeros(0)], scores[f"{path}.hidden"], rate)
+            rate = _hidden_rate(stage, block)
+            yield _ladder(
+                index, "hidden", (0,), [(0, n) for n in levels], [np.zeros(0)], scores[f"{path}.hidden"], rate
+            )
 
 
 def _attention_ladders(
@@ -183,6 +189,10 @@ def _rate(stage: Stage, build: Callable[[int], Block]) -> tuple[int, int]:
     return two[0] - one[0], two[1] - one[1]
 
 
+def _hidden_rate(stage: Stage, block: Block) -> tuple[int, int]:
+    return _rate(stage, lambda hidden: Block(mixer=block.mixer, hidden=hidden))
+
+
 def _attention_rate(stage: Stage, block: Block) -> Callable[[int, int], tuple[int, int]]:
     scale = block.mixer.scale if isinstance(block.mixer, Attention) else 1.0
     qk = _rate(stage, lambda n: Block(mixer=Attention(qk=(n,), v=(1,), scale=scale), hidden=block.hidden))
@@ -206,8 +216,12 @@ def _ladder(
     for wide_qk, wide_v in widths:
         gone_qk = [max(len(f) - wide_qk, 0) for f in falls_qk]
         gone_v = [max(len(f) - wide_v, 0) for f in falls_v]
-        lost = sum(float(f[n - 1]) for falls, gone in ((falls_qk, gone_qk), (falls_v, gone_v))
-                   for f, n in zip(falls, gone, strict=True) if n)
+        lost = sum(
+            float(f[n - 1])
+            for falls, gone in ((falls_qk, gone_qk), (falls_v, gone_v))
+            for f, n in zip(falls, gone, strict=True)
+            if n
+        )
         a, b = sum(gone_qk), sum(gone_v)
         totals.append(lost)
         counts.append(a + b)
@@ -326,9 +340,12 @@ def _top_up(spec: Spec, plan: Plan, ranked: Mapping[str, Array], budget: Budget)
         kept = blocks[index].hidden
         if kept is None or not block.hidden:
             continue
-        rate = _rate(stage, lambda hidden, mixer=block.mixer: Block(mixer=mixer, hidden=hidden))  # type: ignore[misc]
-        room = [(limits[name] - getattr(cost, name)) // step for name, step in zip(Cost._fields, rate, strict=True)
-                if name in limits]
+        rate = _hidden_rate(stage, block)
+        room = [
+            (limits[name] - getattr(cost, name)) // step
+            for name, step in zip(Cost._fields, rate, strict=True)
+            if name in limits
+        ]
         more = min(block.hidden - len(kept), ALIGN - 1, *room)
         if more > 0 and kept:
             better = _best(ranked[f"{path}.hidden"], len(kept) + more)

@@ -1,0 +1,5 @@
+"""``python -m vitrim``."""
+
+from vitrim.cli import main
+
+main()

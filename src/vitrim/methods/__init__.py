@@ -1,0 +1,41 @@
+"""Methods: one file each, found because the file exists; its name is the method's name in a recipe."""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+from vitrim.contract import Method
+from vitrim.errors import MethodError
+from vitrim.plain import Node, did_you_mean, load
+
+__all__ = ["get", "names", "settings_of"]
+
+
+def names() -> list[str]:
+    """Names of all methods."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def settings_of(name: str) -> type[Node]:
+    """The class of the method called `name`; its fields are the settings.
+
+    Raises:
+        MethodError: if there is none.
+    """
+    if name not in names():
+        raise MethodError(
+            f"a method must be one of {', '.join(names())}, but got '{name}'{did_you_mean(name, names())}"
+        )
+    found: type[Node] = importlib.import_module(f"{__name__}.{name}").Method
+    return found
+
+
+def get(name: str, settings: Mapping[str, Any] | None = None) -> Method:
+    """The method called `name` with `settings`; what is not given keeps its default.
+
+    Raises:
+        MethodError: if there is no such method or setting.
+    """
+    method: Any = load(settings_of(name), dict(settings or {}), MethodError, at=f"method.{name}")
+    return method  # type: ignore[no-any-return]

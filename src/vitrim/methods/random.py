@@ -1,0 +1,47 @@
+"""Random scores: the control that every other method must beat at equal cost."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from vitrim.budget import Budget
+from vitrim.contract import Data, Found
+from vitrim.families import describe
+from vitrim.observe import axes
+from vitrim.plain import Node
+from vitrim.search.fill import Choice, fill
+
+__all__ = ["Method"]
+
+
+class Method(Node):
+    """Keep channels drawn at random.
+
+    Attributes:
+        choice: which widths are allowed, see `vitrim.search.fill.Choice`.
+    """
+
+    needs: ClassVar[str] = "nothing"
+    sentence: ClassVar[str] = "keeps channels drawn at random; the control that every method must beat"
+
+    choice: Choice = "even"
+
+    def search(
+        self,
+        model: nn.Module,
+        data: Data | None,
+        budget: Budget,
+        *,
+        seed: int,
+        teacher: nn.Module | None = None,
+        folder: Path | None = None,
+        log: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> Found:
+        """See `vitrim.contract.Method.search`."""
+        generator = torch.Generator().manual_seed(seed)
+        scores = {path: torch.rand(axis.size, generator=generator) for path, axis in axes(model).items()}
+        plan = fill(describe(model), scores, budget, choice=self.choice, by="score")
+        return Found(plan=plan, parent=model)

@@ -1,0 +1,143 @@
+"""First-order Taylor scores: what the loss would gain if a channel were gone.
+
+B images, N tokens, C channels of an axis.
+
+Source: Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, eq. (8), taken at activations.
+For one image the first-order change of the loss when channel c is cut is ``-sum_n a[n, c] * dL/da[n, c]``, the sum over
+its tokens; the score is half the mean of its square over images. For ``qk`` only the query side is counted: cutting a
+channel takes ``q_c k_c`` out of the logits once, and the query's gradient already holds the key.
+
+Without labels the loss is the divergence from the dense model's own output. Its first derivative is zero there, and its
+second-order term is the same mean of squares with labels drawn from the model's own softmax (the Fisher matrix), so
+``target = "output"`` draws them.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitrim.budget import Budget
+from vitrim.contract import Data, Found
+from vitrim.data import eval_loader
+from vitrim.errors import MethodError
+from vitrim.families import describe
+from vitrim.observe import axes, listening
+from vitrim.plain import Node
+from vitrim.search.fill import Choice, fill
+
+__all__ = ["Method", "taylor_scores"]
+
+
+class Method(Node):
+    """Keep channels whose absence would raise the loss.
+
+    Attributes:
+        target: ``labels``: cross-entropy on the labels; ``output``: divergence from the dense output, no labels;
+            ``auto``: labels where the calibration images have them.
+        choice: which widths are allowed, see `vitrim.search.fill.Choice`.
+        batch: images at a time.
+    """
+
+    needs: ClassVar[str] = "images"
+    sentence: ClassVar[str] = (
+        "keeps channels whose absence would raise the loss, by one gradient pass over a few hundred images"
+    )
+
+    target: Literal["auto", "labels", "output"] = "auto"
+    choice: Choice = "even"
+    batch: PositiveInt = 32
+
+    def search(
+        self,
+        model: nn.Module,
+        data: Data | None,
+        budget: Budget,
+        *,
+        seed: int,
+        teacher: nn.Module | None = None,
+        folder: Path | None = None,
+        log: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> Found:
+        """See `vitrim.contract.Method.search`."""
+        if data is None or data.calibration is None:
+            raise MethodError("taylor must see images, but no data was given; give data or use magnitude")
+        batches = eval_loader(data.calibration, data.input, batch=self.batch)
+        scores = taylor_scores(model, batches, target=self.target, seed=seed)
+        return Found(plan=fill(describe(model), scores, budget, choice=self.choice), parent=model)
+
+
+def taylor_scores(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, target: str = "auto", seed: int = 0
+) -> dict[str, Tensor]:
+    """Score every channel of `model`.
+
+    One forward and one backward pass, without gradients of weights.
+
+    Args:
+        model: an adopted model; its weights, modes and gradients are left as they were.
+        batches: images ``(B, 3, height, width)`` and labels ``(B,)``, -1 where unknown.
+        target: as in `Method`.
+        seed: for labels drawn from the model's own output.
+
+    Returns:
+        By path of an axis, ``(C,)`` in float64, at least 0; scores add up.
+
+    Raises:
+        MethodError: if labels are asked for and missing, or the loss is not finite.
+    """
+    device = next(model.parameters()).device
+    scores = {path: torch.zeros(axis.size, dtype=torch.float64) for path, axis in axes(model).items()}
+    draw = torch.Generator().manual_seed(seed)
+    seen = 0
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        model.requires_grad_(False)
+        for x, y in batches:
+            seen += len(x)
+            _add(model, x.to(device), y, target, draw, scores)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, grad in wanted:
+            parameter.requires_grad_(grad)
+    return {path: score / seen for path, score in scores.items()}
+
+
+def _add(
+    model: nn.Module, x: Tensor, y: Tensor, target: str, draw: torch.Generator, scores: Mapping[str, Tensor]
+) -> None:
+    heard: dict[str, Tensor] = {}
+
+    def keep_first(path: str) -> Callable[[Tensor], None]:
+        def keep(activation: Tensor) -> None:
+            heard.setdefault(path, activation)
+
+        return keep
+
+    x = x.clone().requires_grad_()
+    with torch.enable_grad(), listening(model, {path: keep_first(path) for path in scores}):
+        logits = model(x)
+        labels = _labels(logits.detach(), y, target, draw).to(x.device)
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+    if not bool(torch.isfinite(loss)):
+        raise MethodError("the loss must be finite while scoring, but is not; check weights and normalisation")
+    paths = list(heard)
+    for path, gradient in zip(paths, torch.autograd.grad(loss, [heard[p] for p in paths]), strict=True):
+        change = (heard[path].detach() * gradient).sum(dim=1)
+        scores[path].add_(change.double().square().sum(dim=0).cpu(), alpha=0.5)
+
+
+def _labels(logits: Tensor, y: Tensor, target: str, draw: torch.Generator) -> Tensor:
+    known = bool((y >= 0).all())
+    if target == "labels" and not known:
+        raise MethodError("taylor with target=labels must have labels, but some are missing; use target=output")
+    if target != "output" and known:
+        return y
+    return torch.multinomial(logits.float().softmax(dim=-1).cpu(), 1, generator=draw).squeeze(1)

@@ -1,0 +1,169 @@
+"""Open the model that a recipe names: a timm name with weights, a Hub name, or a file that vitrim stored."""
+
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich.progress import track
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vitrim import families, store
+from vitrim.costs import cost_of
+from vitrim.errors import AdoptError, RecipeError, WeightsError
+from vitrim.families import adopt
+from vitrim.plain import did_you_mean
+
+__all__ = ["guests", "load_weights_", "open_parent", "read_weights"]
+
+
+def open_parent(
+    name: str, *, weights: str | None = None, random_weights: bool = False, arguments: dict[str, Any] | None = None
+) -> nn.Module:
+    """Open and adopt a model, in evaluation mode on the CPU.
+
+    Args:
+        name: a timm name, an ``hf-hub:`` name, or the path of a file that vitrim stored.
+        weights: a weights file for a timm name (safetensors, or a PyTorch file read without running code).
+        random_weights: whether to leave a timm model's weights random.
+        arguments: further keyword arguments of ``timm.create_model``.
+
+    Raises:
+        RecipeError: if the name is unknown, or weights are given twice.
+        WeightsError: if the weights are unreadable, not finite, or do not fit.
+        AdoptError: if the model has a part that cannot be represented.
+    """
+    if weights and random_weights:
+        raise RecipeError("weights must come from one place, but both a file and random weights are asked for")
+    if store.is_stored(name):
+        if weights or random_weights or arguments:
+            raise RecipeError(f"{name}: a stored model must be taken as it is, but weights or arguments are given too")
+        return store.load(name).eval()
+    return adopt(_guest(name, weights, random_weights, dict(arguments or {}))).eval()
+
+
+def _guest(name: str, weights: str | None, random_weights: bool, arguments: dict[str, Any]) -> nn.Module:
+    on_hub = name.startswith(("hf-hub:", "hf_hub:"))
+    if not on_hub and not timm.is_model(name):
+        if name.endswith(".safetensors") or "/" in name:
+            raise RecipeError(f"{name}: a model must be a timm name or a file that vitrim stored, but this is neither")
+        raise RecipeError(f"a model must be a name that timm knows, but got '{name}'{_near(name)}")
+    if weights is None:
+        return _create(name, pretrained=not random_weights, **arguments)
+    state = read_weights(Path(weights))
+    if "num_classes" not in arguments and "head.weight" in state:
+        arguments["num_classes"] = len(state["head.weight"])
+    model = _create(name, pretrained=False, **arguments)
+    load_weights_(model, state, weights)
+    return model
+
+
+def _create(name: str, **arguments: Any) -> nn.Module:
+    try:
+        model: nn.Module = timm.create_model(name, **arguments)
+    except TypeError as problem:
+        raise RecipeError(f"model.arguments: {name} must take each of them, but {problem}") from None
+    except (RuntimeError, OSError, ValueError) as problem:
+        if arguments.get("pretrained"):
+            reason = str(problem).splitlines()[0]
+            raise WeightsError(
+                f"{name}: pretrained weights must be found, but {reason}; give --weights FILE or --random-weights"
+            ) from None
+        raise RecipeError(f"{name}: timm must build this model, but {problem}") from None
+    return model
+
+
+def _near(name: str) -> str:
+    near = did_you_mean(name, timm.list_models())
+    return near if near.startswith("; did you mean") else "; `vitrim models` lists those that vitrim can cut"
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a state dict; a ``.safetensors`` file, or a PyTorch file (never running code from it).
+
+    Raises:
+        WeightsError: if the file is missing, damaged, or no state dict.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: the weights file must exist, but it does not")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # torch raises pickle's own classes for what weights_only refuses, and many more
+        raise _damaged(path, problem) from None
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+            break
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise WeightsError(f"{path}: the file must hold a state dict of tensors, but it holds something else")
+    return {key.removeprefix("module."): value for key, value in loaded.items()}
+
+
+def _damaged(path: Path, problem: Exception) -> WeightsError:
+    reason = (str(problem).splitlines() or [type(problem).__name__])[0]
+    return WeightsError(f"{path}: the weights file must be whole and readable, but {reason}")
+
+
+def load_weights_(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Fill `model` with `state`, strictly.
+
+    Raises:
+        WeightsError: naming the keys that are missing, unexpected or of another shape; the model is left as it was.
+    """
+    mine = model.state_dict()
+    missing = sorted(set(mine) - set(state))
+    extra = sorted(set(state) - set(mine))
+    shapes = [
+        f"{name} {tuple(state[name].shape)} for {tuple(mine[name].shape)}"
+        for name in mine
+        if name in state and state[name].shape != mine[name].shape
+    ]
+    parts = [
+        f"{word} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for word, names in (("misses", missing), ("has unknown", extra), ("has another shape for", shapes))
+        if names
+    ]
+    if parts:
+        raise WeightsError(f"{source}: weights must fit {type(model).__name__}, but the file {'; '.join(parts)}")
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise WeightsError(f"{source}: weights must be finite, but {name} holds NaN or infinite values")
+    model.load_state_dict(state)
+
+
+def guests(pattern: str = "*") -> Iterator[dict[str, Any]]:
+    """Every timm name like `pattern` whose class a family takes in, built without weights.
+
+    Yields:
+        ``name``, ``family``, ``macs``, ``params`` and ``reason``: None where the model can be cut, else why not.
+
+    Raises:
+        RecipeError: if no name fits.
+    """
+    hosts = {host: name for name in families.names() for host in families.get(name).HOSTS}
+    names = [name for name in timm.list_models(pattern) if _knows(name, tuple(hosts))]
+    if not names:
+        raise RecipeError(f"a pattern must fit a name of a known family, but got '{pattern}'{_near(pattern)}")
+    for name in track(names, "models", transient=True, disable=not sys.stderr.isatty()):
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        family = next((kind for host, kind in hosts.items() if isinstance(model, host)), None)
+        if family is None:
+            continue
+        try:
+            cost = cost_of(families.describe(model))
+            yield {"name": name, "family": family, "macs": cost.macs, "params": cost.params, "reason": None}
+        except AdoptError as problem:
+            yield {"name": name, "family": family, "macs": 0, "params": 0, "reason": str(problem)}
+
+
+def _knows(name: str, hosts: tuple[type[nn.Module], ...]) -> bool:
+    """Whether the module of a timm name knows one of `hosts`; it spares building a thousand other models."""
+    module = sys.modules[timm.model_entrypoint(name).__module__]
+    return any(inspect.isclass(value) and issubclass(value, hosts) for value in vars(module).values())

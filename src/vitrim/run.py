@@ -1,0 +1,319 @@
+"""One straight line from a recipe to a run folder.
+
+    parent -> search -> cut -> train against the parent -> measure -> store -> report
+
+Each stage writes its file beside and renames it, and reads what the one before wrote; so a run resumes at the first
+missing file, also in the middle of a search or of training.
+"""
+
+import datetime
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from vitrim import __version__, report, store
+from vitrim.budget import SLACK
+from vitrim.contract import Data, Method
+from vitrim.costs import cost_of
+from vitrim.data import eval_loader
+from vitrim.errors import BudgetError, MethodError, RecipeError, RunError
+from vitrim.families import adopt, describe
+from vitrim.job import Job, check_folder, full_disk, prepare
+from vitrim.measure import latency
+from vitrim.plain import dump, load, read_json, write_json, write_text
+from vitrim.plan import Plan, read_plan, write_plan
+from vitrim.recipe import Recipe, write_recipe
+from vitrim.spec import Spec
+from vitrim.surgery import apply
+from vitrim.train import evaluate, fit
+
+__all__ = ["Result", "compress", "run"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What came of a run.
+
+    Attributes:
+        model: the child, in evaluation mode.
+        plan: what was cut from the parent.
+        measured: flat record of ``measured.json``; ``top1`` in percent, None where it could not be measured.
+        parent: the parent, adopted, in evaluation mode.
+        folder: where the files lie, if anywhere.
+    """
+
+    model: nn.Module
+    plan: Plan
+    measured: dict[str, Any]
+    parent: nn.Module
+    folder: Path | None
+
+
+def compress(
+    model: nn.Module | str,
+    data: Any = None,
+    *,
+    method: str = "taylor",
+    budget: str = "macs=0.5",
+    epochs: float = 0,
+    seed: int = 0,
+    test: Any = None,
+    settings: Mapping[str, Any] | None = None,
+    train: Mapping[str, Any] | None = None,
+    measure: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+) -> Result:
+    """Make `model` smaller.
+
+    Args:
+        model: a timm model, an adopted model, or the name of one (see `vitrim compress`); left as it was.
+        data: images to search and train on: a source string (``digits``, a folder, a tar, ``torch/cifar10`` …), a
+            dataset of (PIL image or ``(3, height, width)`` tensor, label), a loader of batches, or None for methods
+            that need none.
+        method: name of a method, see `vitrim methods`.
+        budget: what the child may cost: ``macs=0.5``, ``macs=2.3G``, ``params=12M``, or several joined by commas.
+        epochs: how long to train the child with its parent as teacher; 0 cuts only.
+        seed: of everything random.
+        test: images to measure on, in the same forms; no search sees them.
+        settings: the method's own settings.
+        train: further settings of training, see `vitrim.train.Train`.
+        measure: how to measure, see `vitrim.recipe.Measure`.
+        out: a run folder to write; a run that was stopped there goes on.
+
+    Returns:
+        The child, its plan and what was measured.
+
+    Raises:
+        VitrimError: one sentence on what must hold, what came, and the way out.
+    """
+    named = isinstance(model, str)
+    sources = [source if isinstance(source, str) else None for source in (data, test)]
+    recipe = load(
+        Recipe,
+        {
+            "model": {"name": model if named else f"({type(model).__name__} in memory)"},
+            "data": {"train": sources[0], "test": sources[1]},
+            "method": {"name": method, **(settings or {})},
+            "budget": budget,
+            "train": {**(train or {}), "epochs": epochs},
+            "measure": dict(measure or {}),
+            "seed": seed,
+        },
+        RecipeError,
+        at="compress",
+    )
+    parent = None if isinstance(model, str) else adopt(model)
+    return _run(recipe, None if out is None else Path(out), parent, (data, test), lambda _: None)
+
+
+def run(recipe: Recipe, folder: Path, *, say: Callable[[str], None] = lambda _: None) -> Result:
+    """Carry out a recipe and write its run folder, or go on with a run that was stopped.
+
+    Args:
+        recipe: what to do.
+        folder: where to write; may exist if it holds the same recipe.
+        say: receives a line about each stage as it starts.
+
+    Raises:
+        VitrimError: one sentence on what must hold, what came, and the way out.
+    """
+    return _run(recipe, folder, None, (recipe.data.train, recipe.data.test), say)
+
+
+def _run(
+    recipe: Recipe, folder: Path | None, parent: nn.Module | None, data: tuple[Any, Any], say: Callable[[str], None]
+) -> Result:
+    recipe = recipe.resolved()
+    method = recipe.found_method()
+    with full_disk(folder):
+        check_folder(folder, recipe)
+        job = prepare(recipe, method, folder, parent, data, say)
+        if folder is not None:
+            write_recipe(folder / "recipe.toml", recipe)
+        start = time.perf_counter()
+        plan, child = _cut(job, method)
+        child = _train(job, child)
+        seconds = time.perf_counter() - start
+        measured = _measure(job, child, seconds)
+        _finish(job)
+    return Result(model=child.eval(), plan=plan, measured=measured, parent=job.parent, folder=folder)
+
+
+def _log(job: Job) -> Callable[[Mapping[str, Any]], None] | None:
+    path = job.file("log.jsonl")
+    if path is None:
+        return None
+
+    def write(record: Mapping[str, Any]) -> None:
+        with path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(dict(record)) + "\n")
+
+    return write
+
+
+def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module]:
+    """Search and cut, or read what an earlier run cut."""
+    plan_file, cut_file = job.file("plan.json"), job.file("cut.safetensors")
+    for stored in ("model.safetensors", "cut.safetensors"):
+        path = job.file(stored)
+        if path is not None and path.is_file() and job.has("plan.json") and plan_file is not None:
+            parent, plan = read_plan(plan_file)
+            if parent != job.spec:
+                raise RunError(f"{plan_file}: the plan must be for this parent, but it was made for another model")
+            return plan, store.load(path).to(next(job.parent.parameters()).device)
+    job.say(f"searching with {job.recipe.method['name']} for {job.budget}")
+    data = None
+    if job.splits is not None:
+        data = Data(
+            train=job.splits.train,
+            calibration=job.splits.calibration,
+            validation=job.splits.validation,
+            input=job.input,
+        )
+    found = method.search(
+        job.parent,
+        data,
+        job.budget,
+        seed=job.recipe.seed,
+        teacher=job.parent,
+        folder=job.file("search"),
+        log=_log(job),
+    )
+    child = apply(found.parent, found.plan, grafts=found.grafts)
+    _check_budget(job, describe(child))
+    if plan_file is not None and cut_file is not None:
+        lines = "".join(json.dumps(dict(trial)) + "\n" for trial in found.trials)
+        write_text(plan_file.with_name("trials.jsonl"), lines)
+        write_plan(plan_file, job.spec, found.plan)
+        store.save(child, cut_file)
+    return found.plan, child
+
+
+def _check_budget(job: Job, child: Spec) -> None:
+    parent, cost = cost_of(job.spec), cost_of(child)
+    if not job.budget.admits(cost, parent):
+        raise BudgetError(f"what {job.recipe.method['name']} finds must cost at most {job.budget}, but costs {cost}")
+    if job.budget.spent(cost, parent) < 1 - SLACK:
+        raise MethodError(
+            f"what {job.recipe.method['name']} finds must spend at least {1 - SLACK:.0%} of {job.budget}, but spends "
+            f"{job.budget.spent(cost, parent):.1%}; choose finer widths with method.choice=free"
+        )
+
+
+def _train(job: Job, child: nn.Module) -> nn.Module:
+    if job.has("model.safetensors"):
+        return child
+    settings = job.recipe.train
+    if settings.epochs and job.splits is not None:
+        job.say(f"training the child for {settings.epochs:g} epochs with its parent as teacher")
+        fitted = fit(
+            child,
+            job.splits.train,
+            settings,
+            input=job.input,
+            seed=job.recipe.seed,
+            teacher=job.parent,
+            folder=job.file("training"),
+            log=_log(job),
+            stage="train",
+        )
+        child = fitted.ema if fitted.ema is not None else fitted.model
+    path = job.file("model.safetensors")
+    if path is not None:
+        store.save(child, path, provenance={"recipe": dump(job.recipe)})
+    return child
+
+
+def _measure(job: Job, child: nn.Module, seconds: float) -> dict[str, Any]:
+    path = job.file("measured.json")
+    if path is not None and path.is_file():
+        known: dict[str, Any] = read_json(path, RunError)
+        return known
+    parent, cost = cost_of(job.spec), cost_of(describe(child))
+    measured: dict[str, Any] = {
+        "model": job.recipe.model.name,
+        "method": job.recipe.method["name"],
+        "budget": str(job.budget),
+        "epochs": job.recipe.train.epochs,
+        "seed": job.recipe.seed,
+        "macs": cost.macs,
+        "params": cost.params,
+        "macs_parent": parent.macs,
+        "params_parent": parent.params,
+        "macs_ratio": cost.macs / parent.macs,
+        "params_ratio": cost.params / parent.params,
+        "seconds": seconds,
+        **_accuracy(job, child),
+        **_time(job, child),
+        "vitrim": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    if path is not None:
+        write_json(path, measured)
+    return measured
+
+
+def _accuracy(job: Job, child: nn.Module) -> dict[str, Any]:
+    """Top-1 of both on the test images, and how often they agree; agreement alone where there is no test split."""
+    unknown = {"top1": None, "top1_parent": None, "agreement": None, "test_images": 0}
+    if job.splits is None:
+        return unknown
+    images = job.splits.test or job.splits.validation or job.splits.calibration
+    if images is None:
+        return unknown
+    job.say(f"evaluating parent and child on {len(images)} images")
+    loader = eval_loader(images, job.input)
+    before = evaluate(job.parent, loader)
+    after = evaluate(child, loader, reference=job.parent)
+    if job.splits.test is None:
+        return unknown | {"agreement": after.agreement}
+    return {
+        "top1": after.top1,
+        "top1_parent": before.top1,
+        "agreement": after.agreement,
+        "test_images": after.count,
+    }
+
+
+def _time(job: Job, child: nn.Module) -> dict[str, Any]:
+    settings = job.recipe.measure
+    if not settings.latency:
+        return {}
+    job.say("timing parent and child in turns")
+    taken = latency(child, job.parent, batch=settings.batch, threads=settings.threads, seconds=settings.seconds)
+    return {
+        "latency_ms": 1e3 * taken.seconds,
+        "latency_parent_ms": 1e3 * (taken.reference_seconds or 0.0),
+        "latency_ratio": taken.ratio,
+        "latency_ratio_low": taken.ratio_low,
+        "latency_ratio_high": taken.ratio_high,
+        "device": taken.device,
+        "threads": taken.threads,
+        "batch": taken.batch,
+        "dtype": taken.dtype,
+    }
+
+
+def _finish(job: Job) -> None:
+    """Write the report and clear away what only a stopped run would need."""
+    if job.folder is None:
+        return
+    write_text(job.folder / "report.html", report.html([job.folder]))
+    (job.folder / "cut.safetensors").unlink(missing_ok=True)
+    for name in ("search", "training"):
+        scraps = job.folder / name
+        for path in sorted(scraps.rglob("*"), reverse=True) if scraps.is_dir() else []:
+            path.unlink() if path.is_file() else path.rmdir()
+        if scraps.is_dir():
+            scraps.rmdir()
