@@ -181,7 +181,7 @@ def test_digits_are_not_flipped_unless_asked():
 
 
 def test_posterize_to_nothing_does_not_stop_an_epoch():
-    # timm 1.0.31 asks for zero bits at this magnitude, which Pillow 13 refuses; its default met that in one epoch of digits.
+    # timm 1.0.31 asks for zero bits at this magnitude, which Pillow 13 refuses.
     loader = train_loader(noise(8, 8), SMALL, Augment(kind="full", auto="rand-m10-n4-inc1"), batch=4, seed=0)
     for epoch in range(20):
         assert all(torch.isfinite(pictures).all() for pictures, _ in loader.epoch(epoch))
