@@ -136,7 +136,8 @@ def build(spec: Spec) -> Any:
     if form.norm.bias is False and isinstance(model.norm, nn.LayerNorm) and model.norm.bias is not None:
         raise SpecError("host: a final LayerNorm without bias cannot be built by timm; keep the model in memory")
     if spec.host.pretrained:
-        model.pretrained_cfg = model.default_cfg = dict(spec.host.pretrained)
+        known = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.host.pretrained.items()}
+        model.pretrained_cfg = model.default_cfg = known
     return model
 
 
