@@ -89,7 +89,7 @@ def launched(tmp_path_factory):
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--num_cpu_threads_per_process", "1", "--main_process_port", str(port), __file__, str(folder)]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    # `--cpu` starts a single process (or mpirun); `--multi_gpu` means torchrun, and this keeps its processes on the CPU.
+    # `--cpu` starts one process (or mpirun); `--multi_gpu` means torchrun, and this keeps its processes on the CPU.
     kept |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
