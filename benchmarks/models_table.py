@@ -37,6 +37,8 @@ Refused are {reasons}.
 
 
 class Row(NamedTuple):
+    """One line of the table."""
+
     name: str
     blocks: str
     status: str

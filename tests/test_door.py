@@ -196,7 +196,7 @@ def small(**arguments: Any) -> Any:
 
 
 def test_another_model_is_refused():
-    with pytest.raises(AdoptError, match="family that vitrim knows .* but got ResNet"):
+    with pytest.raises(AdoptError, match=r"family that vitrim knows .* but got ResNet"):
         adopt(timm.create_model("test_resnet"))
 
 

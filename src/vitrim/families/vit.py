@@ -127,7 +127,7 @@ def build(spec: Spec) -> Any:
         model = _constructor(spec)()
     except SpecError:
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as problem:
+    except (LookupError, TypeError, ValueError, RuntimeError, AssertionError) as problem:
         raise SpecError(
             f"host: the installed timm {timm.__version__} must build {spec.host.name or 'VisionTransformer'}, "
             f"but it refuses: {type(problem).__name__}: {problem}"
@@ -343,5 +343,11 @@ def _patches(model: Any, image: tuple[int, int]) -> int:
 def _count(call: Any, x: Tensor) -> int:
     with torch.no_grad(), warnings.catch_warnings(), FlopCounterMode(display=False) as counter:
         warnings.simplefilter("ignore")
-        call(x)
+        try:
+            call(x)
+        except RuntimeError as problem:
+            raise AdoptError(
+                f"stem and head must run without data to be counted, but do not: {problem}; "
+                "remove methods and hooks of your own from the model"
+            ) from None
     return int(counter.get_total_flops()) // 2
