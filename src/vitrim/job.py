@@ -142,7 +142,7 @@ def check_folder(folder: Path | None, recipe: Recipe) -> None:
                 f"{folder}: the folder must be new or hold the same recipe, but its recipe differs in "
                 f"{', '.join(_differences(dump(before), dump(recipe)))}; choose another --out"
             )
-    elif any(folder.iterdir()):
+    elif any(not path.name.startswith(".recipe.toml.") for path in folder.iterdir()):
         raise RunError(
             f"{folder}: the output folder must be new, empty or a run's, but it holds other files; choose another --out"
         )
@@ -174,7 +174,7 @@ def prepare(
         raise DataError(f"data must be given, but there is none and {what}; give --data SRC")
     say(f"opening {recipe.model.name}")
     if parent is None:
-        parent = open_parent(**dump(recipe.model))
+        parent = open_parent(**dump(recipe.model), seed=recipe.seed)
     elif recipe.model != ModelRecipe(name=recipe.model.name):
         raise RecipeError("a model in memory must be taken as it is, but settings of model are given; leave them out")
     parent = parent.to(device_of(recipe.device)).eval()

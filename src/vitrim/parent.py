@@ -23,7 +23,12 @@ __all__ = ["guests", "load_weights_", "open_parent", "read_weights"]
 
 
 def open_parent(
-    name: str, *, weights: str | None = None, random_weights: bool = False, arguments: dict[str, Any] | None = None
+    name: str,
+    *,
+    weights: str | None = None,
+    random_weights: bool = False,
+    arguments: dict[str, Any] | None = None,
+    seed: int = 0,
 ) -> nn.Module:
     """Open and adopt a model, in evaluation mode on the CPU.
 
@@ -32,6 +37,7 @@ def open_parent(
         weights: a weights file for a timm name (safetensors, or a PyTorch file read without running code).
         random_weights: whether to leave a timm model's weights random.
         arguments: further keyword arguments of ``timm.create_model``.
+        seed: of random weights, so that a run that goes on finds the same ones.
 
     Raises:
         RecipeError: if the name is unknown, or weights are given twice.
@@ -44,7 +50,9 @@ def open_parent(
         if weights or random_weights or arguments:
             raise RecipeError(f"{name}: a stored model must be taken as it is, but weights or arguments are given too")
         return store.load(name).eval()
-    return adopt(_guest(name, weights, random_weights, dict(arguments or {}))).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return adopt(_guest(name, weights, random_weights, dict(arguments or {}))).eval()
 
 
 def _guest(name: str, weights: str | None, random_weights: bool, arguments: dict[str, Any]) -> nn.Module:

@@ -141,8 +141,9 @@ def writing(path: Path) -> Iterator[Path]:
     os.close(handle)
     beside = Path(name)
     try:
-        beside.chmod(0o644)
         yield beside
+        # Last, for a writer may have put a private file of its own in place.
+        beside.chmod(0o644)
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)

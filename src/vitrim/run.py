@@ -221,7 +221,7 @@ def _train(job: Job, child: nn.Module, seconds: float) -> tuple[nn.Module, float
     start, before = time.perf_counter(), 0.0
     settings = job.recipe.train
     if settings.epochs and job.splits is not None:
-        job.say(f"training the child for {settings.epochs:g} epochs with its parent as teacher")
+        job.say(f"training the child for epochs={settings.epochs:g} with its parent as teacher")
         fitted = fit(
             child,
             job.splits.train,
@@ -327,6 +327,8 @@ def _finish(job: Job) -> None:
     if not job.has("report.html"):
         write_text(job.folder / "report.html", report.html([job.folder]))
     (job.folder / "cut.safetensors").unlink(missing_ok=True)
+    for half in job.folder.glob(".*.*.*"):  # what a killed run was writing
+        half.unlink()
     for name in ("search", "training"):
         scraps = job.folder / name
         for path in sorted(scraps.rglob("*"), reverse=True) if scraps.is_dir() else []:
