@@ -9,9 +9,7 @@ from vitrim import families
 from vitrim.plan import BlockPlan, Plan
 from vitrim.spec import Attention, Skip, Spec
 
-PRESETS = [
-    pytest_id for family in families.names() for pytest_id in [(family, name) for name in families.get(family).TEST_PRESETS]
-]
+PRESETS = [(family, name) for family in families.names() for name in families.get(family).TEST_PRESETS]
 IDS = [f"{family}-{name}" for family, name in PRESETS]
 
 

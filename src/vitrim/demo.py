@@ -1,7 +1,7 @@
 """The main job on data that ships with a library: ``make demo``.
 
-Trains a small ViT on scikit-learn's 1,797 handwritten digits, compresses it with ViT-Slim to half its multiply-accumulates,
-trains the child with its parent as teacher, and shows both side by side.
+Trains a small ViT on scikit-learn's 1,797 handwritten digits, compresses it with ViT-Slim to half its
+multiply-accumulates, trains the child with its parent as teacher, and shows both side by side.
 """
 
 import argparse

@@ -18,13 +18,13 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim import __version__, report, store
 from vitrim.budget import SLACK
 from vitrim.contract import Data, Method
 from vitrim.costs import cost_of
-from vitrim.data import eval_loader
+from vitrim.data import Images, eval_loader
 from vitrim.errors import BudgetError, MethodError, RecipeError, RunError
 from vitrim.families import adopt, describe
 from vitrim.job import Job, check_folder, full_disk, leaving_nothing, logger, prepare
@@ -34,7 +34,7 @@ from vitrim.plan import Plan, read_plan, write_plan
 from vitrim.recipe import Recipe, merged, write_recipe
 from vitrim.spec import Spec
 from vitrim.surgery import apply
-from vitrim.train import evaluate, fit
+from vitrim.train import evaluate, fit, reference_logits
 
 __all__ = ["Result", "compress", "run"]
 
@@ -284,16 +284,21 @@ def _accuracy(job: Job, child: nn.Module) -> dict[str, Any]:
         return unknown
     job.say(f"evaluating parent and child on {len(images)} images")
     loader = eval_loader(images, job.input)
-    before = evaluate(job.parent, loader)
-    after = evaluate(child, loader, reference=job.parent)
+    theirs = reference_logits(job.parent, loader)
+    after = evaluate(child, loader, reference=theirs)
     if job.splits.test is None:
         return unknown | {"agreement": after.agreement}
     return {
         "top1": after.top1,
-        "top1_parent": before.top1,
+        "top1_parent": None if after.top1 is None else _top1(theirs, images),
         "agreement": after.agreement,
         "test_images": after.count,
     }
+
+
+def _top1(logits: Tensor, images: Images) -> float:
+    labels = torch.as_tensor(images.labels)
+    return 100 * float((logits.argmax(dim=-1) == labels).double().mean())
 
 
 def _time(job: Job, child: nn.Module) -> dict[str, Any]:
