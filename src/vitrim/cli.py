@@ -51,10 +51,16 @@ def _say(text: str) -> None:
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=not number)
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
-    Console().print(table)
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    console = Console()
+    # A file or pipe has no width, and what reads it wants rows whole.
+    (console if console.is_terminal else Console(width=10_000)).print(table)
 
 
 def _version(asked: bool) -> None:
@@ -284,7 +290,7 @@ def methods_() -> None:
         table.add_column(column)
     for row in rows:
         table.add_row(*map(Text, row))
-    Console().print(table)
+    _print(table)
 
 
 @app.command("models")
