@@ -56,8 +56,9 @@ def performer(q: Tensor, k: Tensor, v: Tensor, features: Tensor) -> Tensor:
 
 
 def _phi(u: Tensor, features: Tensor) -> Tensor:
-    logits = u @ features.mT - u.square().sum(dim=-1, keepdim=True) / 2
-    return logits.exp() / math.sqrt(len(features))
+    # The division by sqrt(m) is one more number to subtract under the exponential, of which there is one a token.
+    half = torch.linalg.vector_norm(u, dim=-1, keepdim=True).square() / 2 + math.log(features.shape[0]) / 2
+    return (u @ features.mT - half).exp()
 
 
 def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
