@@ -390,7 +390,7 @@ def test_what_the_stem_cannot_be_is_refused(arguments, message):
 
 
 def test_opening_says_what_is_wrong():
-    with pytest.raises(RecipeError, match="must take each of them, but .*bogus"):
+    with pytest.raises(RecipeError, match=r"must take each of them, but .*bogus"):
         open_parent("t2t_vit_7", random_weights=True, arguments={"bogus": 1})
     with pytest.raises(WeightsError, match="pretrained weights must be found"):
         open_parent("t2t_vit_7")

@@ -85,5 +85,3 @@ def _mlp_params(form: Form, width: int, hidden: int) -> int:
     if form.hidden_norm is not None:
         params += form.hidden_norm.params(hidden)
     return params
-
-

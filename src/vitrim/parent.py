@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -48,6 +49,10 @@ def open_parent(
 
 def _guest(name: str, weights: str | None, random_weights: bool, arguments: dict[str, Any]) -> nn.Module:
     on_hub = name.startswith(("hf-hub:", "hf_hub:"))
+    if name.startswith("("):
+        raise RecipeError(
+            f"a model must be named, but {name} is gone with the program that held it; call compress there"
+        )
     if not on_hub and not timm.is_model(name):
         if name.endswith(".safetensors") or "/" in name:
             raise RecipeError(f"{name}: a model must be a timm name or a file that vitrim stored, but this is neither")
@@ -67,13 +72,13 @@ def _create(name: str, **arguments: Any) -> nn.Module:
         model: nn.Module = timm.create_model(name, **arguments)
     except TypeError as problem:
         raise RecipeError(f"model.arguments: {name} must take each of them, but {problem}") from None
-    except (RuntimeError, OSError, ValueError) as problem:
+    except Exception as problem:  # from timm's asserts to whatever the Hub's client raises
+        reason = (str(problem).splitlines() or [type(problem).__name__])[0]
         if arguments.get("pretrained"):
-            reason = str(problem).splitlines()[0]
             raise WeightsError(
                 f"{name}: pretrained weights must be found, but {reason}; give --weights FILE or --random-weights"
             ) from None
-        raise RecipeError(f"{name}: timm must build this model, but {problem}") from None
+        raise RecipeError(f"{name}: timm must build this model, but {reason}") from None
     return model
 
 
@@ -92,7 +97,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: the weights file must exist, but it does not")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return _plain_names(load_file(path))
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch raises pickle's own classes for what weights_only refuses, and many more
         raise _damaged(path, problem) from None
@@ -102,7 +107,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise WeightsError(f"{path}: the file must hold a state dict of tensors, but it holds something else")
-    return {key.removeprefix("module."): value for key, value in loaded.items()}
+    return _plain_names(loaded)
+
+
+def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the prefix that data parallelism puts before them."""
+    return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def _damaged(path: Path, problem: Exception) -> WeightsError:
@@ -150,7 +160,7 @@ def guests(pattern: str = "*") -> Iterator[dict[str, Any]]:
     names = [name for name in timm.list_models(pattern) if _knows(name, hosts)]
     if not names:
         raise RecipeError(f"a pattern must fit a name of a known family, but got '{pattern}'{_near(pattern)}")
-    for name in track(names, "models", transient=True, disable=not sys.stderr.isatty()):
+    for name in track(names, "models", transient=True, console=Console(stderr=True), disable=not sys.stderr.isatty()):
         with torch.device("meta"):
             model = timm.create_model(name)
         family = families.name_of(model)

@@ -93,7 +93,7 @@ def build(spec: Spec, construct: Callable[[], Any]) -> Any:
         model = construct()
     except SpecError:
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as problem:
+    except (LookupError, TypeError, ValueError, RuntimeError, AssertionError) as problem:
         raise SpecError(
             f"host: the installed timm {timm.__version__} must build {spec.host.name or 'VisionTransformer'}, "
             f"but it refuses: {type(problem).__name__}: {problem}"
@@ -102,7 +102,8 @@ def build(spec: Spec, construct: Callable[[], Any]) -> Any:
     if form.norm.bias is False and isinstance(model.norm, nn.LayerNorm) and model.norm.bias is not None:
         raise SpecError("host: a final LayerNorm without bias cannot be built by timm; keep the model in memory")
     if spec.host.pretrained:
-        model.pretrained_cfg = model.default_cfg = dict(spec.host.pretrained)
+        known = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.host.pretrained.items()}
+        model.pretrained_cfg = model.default_cfg = known
     return model
 
 
@@ -289,5 +290,11 @@ def _patches(model: Any, image: tuple[int, int]) -> int:
 def _count(call: Any, x: Tensor) -> int:
     with torch.no_grad(), warnings.catch_warnings(), FlopCounterMode(display=False) as counter:
         warnings.simplefilter("ignore")
-        call(x)
+        try:
+            call(x)
+        except RuntimeError as problem:
+            raise AdoptError(
+                f"stem and head must run without data to be counted, but do not: {problem}; "
+                "remove methods and hooks of your own from the model"
+            ) from None
     return int(counter.get_total_flops()) // 2
