@@ -58,7 +58,8 @@ def performer(q: Tensor, k: Tensor, v: Tensor, features: Tensor) -> Tensor:
 def _phi(u: Tensor, features: Tensor) -> Tensor:
     # The division by sqrt(m) is one more number to subtract under the exponential, of which there is one a token.
     half = torch.linalg.vector_norm(u, dim=-1, keepdim=True).square() / 2 + math.log(features.shape[0]) / 2
-    return (u @ features.mT - half).exp()
+    estimate: Tensor = (u @ features.mT - half).exp()
+    return estimate
 
 
 def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
