@@ -22,7 +22,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 
 HEAD = """# Models at the door
 
-`vitrim.adopt` on every timm name whose class is `VisionTransformer`: {adopted} of {all} are adopted, the others are
+`vitrim.adopt` on every timm name whose class is `VisionTransformer` (T2T-ViT's names are registered with timm by
+`import vitrim.families`): {adopted} of {all} are adopted, the others are
 refused with the path and the reason. No name is adopted with other logits: `tests/test_door.py` runs them all, with
 random weights, two blocks deep. Multiply-accumulates and parameters are those of the whole model at the image size
 given, by our arithmetic, which that test holds against PyTorch's own counter.

@@ -14,11 +14,11 @@ IDS = [f"{family}-{name}" for family, name in PRESETS]
 
 
 def timm_model(family: str, preset: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
-    """A random timm model in which every parameter matters (no zero biases, no unit norms)."""
+    """A random timm model in which every trained parameter matters (no zero biases, no unit norms)."""
     torch.manual_seed(1)
     module = families.get(family)
     model = module.example(**module.TEST_PRESETS[preset])
-    for parameter in model.parameters():
+    for parameter in (p for p in model.parameters() if p.requires_grad):
         centre = 1.0 if parameter.dim() == 1 and bool((parameter == 1).all()) else 0.0
         torch.nn.init.normal_(parameter, centre, 0.25)
     return model.to(dtype).eval()

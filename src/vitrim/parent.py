@@ -71,7 +71,7 @@ def _guest(name: str, weights: str | None, random_weights: bool, arguments: dict
     if "num_classes" not in arguments and "head.weight" in state:
         arguments["num_classes"] = len(state["head.weight"])
     model = _create(name, pretrained=False, **arguments)
-    load_weights_(model, state, weights)
+    load_weights_(model, families.convert(model, state), weights)
     return model
 
 
@@ -164,14 +164,14 @@ def guests(pattern: str = "*") -> Iterator[dict[str, Any]]:
     Raises:
         RecipeError: if no name fits.
     """
-    hosts = {host: name for name in families.names() for host in families.get(name).HOSTS}
-    names = [name for name in timm.list_models(pattern) if _knows(name, tuple(hosts))]
+    hosts = tuple(host for name in families.names() for host in families.get(name).HOSTS)
+    names = [name for name in timm.list_models(pattern) if _knows(name, hosts)]
     if not names:
         raise RecipeError(f"a pattern must fit a name of a known family, but got '{pattern}'{_near(pattern)}")
     for name in track(names, "models", transient=True, console=Console(stderr=True), disable=not sys.stderr.isatty()):
         with torch.device("meta"):
             model = timm.create_model(name)
-        family = next((kind for host, kind in hosts.items() if isinstance(model, host)), None)
+        family = families.name_of(model)
         if family is None:
             continue
         try:
