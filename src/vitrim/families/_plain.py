@@ -18,12 +18,14 @@ from timm.layers import DropPath, LayerScale
 from timm.layers import Mlp as TimmMlp
 from timm.layers.mlp import GluMlp, SwiGLU
 from timm.models import vision_transformer as timm_vit
+from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrim.errors import AdoptError, SpecError
 from vitrim.nn import Block
 from vitrim.nn.layers import activation_name, input_channels, make_activation, make_norm, norm_of
+from vitrim.nn.mlp import LAYERS
 from vitrim.spec import Attention, Form, Host, Norm, Spec, Stage
 from vitrim.spec import Block as BlockSpec
 
@@ -163,23 +165,24 @@ def _read_block(block: Any, at: str) -> tuple[BlockSpec, Form]:
         drop=attention.proj_drop.p,
         **_read_mlp(mlp, f"{at}.mlp"),
     )
-    return BlockSpec(mixer=mixer, hidden=mlp.fc2.in_features, drop_path=_drop_path(block.drop_path1)), form
+    hidden = getattr(mlp, LAYERS[form.mlp][-1]).in_features
+    return BlockSpec(mixer=mixer, hidden=hidden, drop_path=_drop_path(block.drop_path1)), form
 
 
 def _read_mlp(mlp: Any, at: str) -> dict[str, Any]:
-    kinds = {TimmMlp: "plain", GluMlp: "glu", SwiGLU: "swiglu"}
+    kinds = {TimmMlp: "plain", GluMlp: "glu", SwiGLU: "swiglu", GeGluMlp: "geglu"}
     kind = kinds.get(type(mlp))
     if kind is None:
-        raise AdoptError(f"{at}: an MLP must be timm's Mlp, GluMlp or SwiGLU, but got {type(mlp).__name__}")
-    _check_linear(mlp, ("fc1_g", "fc1_x", "fc2") if kind == "swiglu" else ("fc1", "fc2"), at)
-    first = mlp.fc1_g if kind == "swiglu" else mlp.fc1
+        raise AdoptError(f"{at}: an MLP must be timm's Mlp, GluMlp, SwiGLU or GeGluMlp, but got {type(mlp).__name__}")
+    _check_linear(mlp, LAYERS[kind], at)
+    first, last = getattr(mlp, LAYERS[kind][0]), getattr(mlp, LAYERS[kind][-1])
     return {
         "mlp": kind,
         "gate_first": kind == "glu" and not mlp.gate_last,
         "activation": activation_name(mlp.act, f"{at}.act"),
         "hidden_bias": first.bias is not None,
-        "mlp_out_bias": mlp.fc2.bias is not None,
-        "hidden_norm": _optional_norm(mlp.norm, f"{at}.norm"),
+        "mlp_out_bias": last.bias is not None,
+        "inner_norm" if kind == "geglu" else "hidden_norm": _optional_norm(mlp.norm, f"{at}.norm"),
     }
 
 

@@ -14,6 +14,7 @@ from timm.layers.mlp import SwiGLU
 from timm.models import vision_transformer as timm_vit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vitamin import GeGluMlp
 from torch import nn
 
 from vitrim.families import _plain
@@ -42,6 +43,7 @@ TEST_PRESETS: dict[str, dict[str, object]] = {
         "norm_layer": "rmsnorm",
         "act_layer": "silu",
     },
+    "geglu": {"mlp_layer": GeGluMlp, "act_layer": "gelu"},
     "dynamic": {"dynamic_img_size": True, "pool_include_prefix": True, "global_pool": "avg", "fc_norm": False},
 }
 
