@@ -1,8 +1,8 @@
 """ViT-Slim against its controls on scikit-learn's digits: ``python benchmarks/digits.py --out FOLDER``.
 
 For each seed a small ViT is trained, then cut to each budget by every method and trained again against its parent, all
-with the same training; and the dense parent is trained further for as long (the control `dense`). Writes a line a run to
-``benchmarks/digits.jsonl`` and prints the means.
+with the same training; and the dense parent is trained further for as long (the control `dense`). Writes a line a run
+to ``benchmarks/digits.jsonl`` and prints the means.
 """
 
 import argparse
@@ -66,9 +66,8 @@ def main() -> None:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in lines:
         groups.setdefault((line["budget"], line["method"]), []).append(line)
-    print(
-        "| budget | method | top-1 | against parent | same answer | latency ratio |\n| --- | --- | --- | --- | --- | --- |"
-    )
+    print("| budget | method | top-1 | against parent | same answer | latency ratio |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for (budget, name), group in groups.items():
         change = [line["top1"] - line["top1_parent"] for line in group]
         timed = [line["latency_ratio"] for line in group if line.get("latency_ratio")]
