@@ -107,8 +107,10 @@ def test_odd_sizes_and_arguments(arguments: dict[str, object]):
         assert torch.equal(again(x), ours(x))
 
 
-# timm's interpolation of biases indexes by a list; with its own blocks as with ours.
-OWN_WARNING = pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")
+# Of timm's interpolation of biases, with its own blocks as with ours.
+OWN_WARNING = pytest.mark.filterwarnings(
+    "ignore:Using a non-tuple sequence:UserWarning", "ignore:torch.searchsorted:UserWarning"
+)
 SIZES = [
     {"img_size": (48, 40), "window_size": 3},
     {"img_size": 64},
@@ -155,7 +157,7 @@ def test_set_input_size_after_a_cut_and_after_paper():
         assert torch.equal(again(x), child(x))
 
 
-def test_dynamic_sizes_and_the_cost_of_each():
+def test_dynamic_sizes():
     guest = tiny(strict_img_size=False)
     ours = families.adopt(guest)
     for size in ((32, 32), (40, 28), (64, 48)):
