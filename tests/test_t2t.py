@@ -70,7 +70,7 @@ def test_published_structures(name, trained, whole, giga, stem, block):
     stage, head = spec.stages[0], 1000 * spec.stages[0].width
     assert (spec.host.macs - head) / 1e9 == pytest.approx(stem, abs=2e-4)
     assert spec.host.macs - head == stem_macs(model.patch_embed.tokens, stage.width)
-    assert block_cost(stage.blocks[0], stage.form, stage.width, 197)[0] / 1e9 == pytest.approx(block, abs=5e-5)
+    assert block_cost(stage.blocks[0], stage)[0] / 1e9 == pytest.approx(block, abs=5e-5)
     assert {node.mixer.scale for node in stage.blocks} == {64**-0.5}
     assert {node.mixer.qk[0] for node in stage.blocks} == {64}
     assert (stage.form.norm.eps, stage.form.qkv_bias, stage.form.out_bias) == (1e-5, False, True)

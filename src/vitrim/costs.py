@@ -1,6 +1,7 @@
 """Multiply-accumulates and parameters of a spec, by arithmetic.
 
-N tokens, D width, Q and V channels of all heads together (queries or keys; values), M hidden neurons.
+N tokens, P tokens with padding to whole windows, A keys of a query, D width, Q and V channels of all heads together
+(queries or keys; values), M hidden neurons. Without windows both P and A are N.
 
 `attention_macs` and `mlp_macs` take integers for a report and tensors for the differentiable cost of a search: the
 penalty of a search and the table in the README are one formula. Counted are the products of linear layers,
@@ -9,7 +10,7 @@ convolutions and attention, as PyTorch's own counter does; norms, activations, s
 
 from typing import Any, NamedTuple
 
-from vitrim.spec import Attention, Block, Form, Spec
+from vitrim.spec import Attention, Block, Form, Spec, Stage
 
 __all__ = ["Cost", "attention_macs", "block_cost", "cost_of", "mlp_macs"]
 
@@ -21,9 +22,17 @@ class Cost(NamedTuple):
     params: int
 
 
-def attention_macs(tokens: int, width: int, qk: Any, v: Any) -> Any:
-    """Multiply-accumulates of an attention branch, ``N D (2Q + V) + N^2 (Q + V) + N V D``."""
-    return tokens * (width * 2 * (qk + v) + tokens * (qk + v))
+def attention_macs(tokens: int, width: int, qk: Any, v: Any, keys: int | None = None) -> Any:
+    """Multiply-accumulates of an attention branch, ``P D (2Q + V) + P A (Q + V) + P V D``.
+
+    Args:
+        tokens: P.
+        width: D.
+        qk: Q.
+        v: V.
+        keys: A; all tokens if None.
+    """
+    return tokens * (width * 2 * (qk + v) + (tokens if keys is None else keys) * (qk + v))
 
 
 def mlp_macs(tokens: int, width: int, hidden: Any, factors: int = 1) -> Any:
@@ -31,26 +40,51 @@ def mlp_macs(tokens: int, width: int, hidden: Any, factors: int = 1) -> Any:
     return tokens * width * (factors + 1) * hidden
 
 
+class _Place(NamedTuple):
+    """What all blocks of a stage are priced with."""
+
+    form: Form
+    width: int
+    tokens: int
+    padded: int
+    keys: int
+    offsets: int
+
+
+def _place(stage: Stage) -> _Place:
+    tokens, window = stage.tokens, stage.window
+    if window is None:
+        return _Place(stage.form, stage.width, tokens, tokens, tokens, 0)
+    rows, columns = window.padded(stage.grid)
+    return _Place(stage.form, stage.width, tokens, rows * columns, window.area, window.offsets)
+
+
 def cost_of(spec: Spec) -> Cost:
     """Price a spec; 12 blocks take about 10 microseconds."""
     macs, params, tokens = spec.host.macs, spec.host.params, 0
     for stage in spec.stages:
-        tokens, width, form = stage.tokens, stage.width, stage.form
+        place = _place(stage)
+        tokens = place.tokens
         for block in stage.blocks:
-            part = block_cost(block, form, width, tokens)
+            part = _priced(block, place)
             macs += part[0]
             params += part[1]
     return Cost(macs + tokens * spec.host.macs_per_token, params)
 
 
-def block_cost(block: Block, form: Form, width: int, tokens: int) -> tuple[int, int]:
-    """Return (macs, params) of one block that `tokens` tokens enter."""
+def block_cost(block: Block, stage: Stage) -> tuple[int, int]:
+    """Return (macs, params) of one block of `stage`."""
+    return _priced(block, _place(stage))
+
+
+def _priced(block: Block, place: _Place) -> tuple[int, int]:
+    form, width, tokens, padded, keys, offsets = place
     macs, params = 0, 0
     mixer, hidden = block.mixer, block.hidden
     if isinstance(mixer, Attention):
         qk, v = sum(mixer.qk), sum(mixer.v)
-        macs = attention_macs(tokens, width, qk, v)
-        params = _attention_params(form, width, qk, v)
+        macs = attention_macs(padded, width, qk, v, keys)
+        params = _attention_params(form, width, qk, v) + offsets * len(mixer.v)
     if hidden is not None:
         macs += mlp_macs(tokens, width, hidden, form.factors)
         params += _mlp_params(form, width, hidden)

@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from vitrim.plain import Node
 
-__all__ = ["Attention", "Block", "Form", "Host", "Mixer", "Norm", "Skip", "Spec", "Stage"]
+__all__ = ["Attention", "Block", "Form", "Host", "Mixer", "Norm", "Skip", "Spec", "Stage", "Window"]
 
 
 class Norm(Node):
@@ -88,21 +88,70 @@ Mixer = Annotated[Attention | Skip, Field(discriminator="kind")]
 
 
 class Block(Node):
-    """One transformer block; `hidden` counts MLP neurons: 0 leaves the output bias, None leaves no branch."""
+    """One transformer block; `hidden` counts MLP neurons: 0 leaves the output bias, None leaves no branch.
+
+    `shifted`: whether it attends in windows that lie across those of the block before.
+    """
 
     mixer: Mixer
     hidden: NonNegativeInt | None
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    shifted: bool = False
+
+
+class Window(Node):
+    """Attention within windows of the grid, with one learned bias for each head and each offset inside a window.
+
+    `size` is the window as it lies on the grid. `always`: whether windows keep their size, and shift, where the grid is
+    smaller. `dynamic`: whether the grid may change from image to image.
+    """
+
+    size: tuple[PositiveInt, PositiveInt]
+    always: bool = False
+    dynamic: bool = False
+
+    @property
+    def area(self) -> int:
+        """Tokens of one window: the keys that a query meets."""
+        return self.size[0] * self.size[1]
+
+    @property
+    def offsets(self) -> int:
+        """Offsets between two tokens of one window: the biases of one head."""
+        return (2 * self.size[0] - 1) * (2 * self.size[1] - 1)
+
+    def padded(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """The grid that whole windows cover."""
+        (rows, columns), (high, wide) = grid, self.size
+        return -(-rows // high) * high, -(-columns // wide) * wide
+
+    def shift(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """How far the windows of a shifted block lie from those of the others, in rows and columns."""
+        (rows, columns), (high, wide) = grid, self.size
+        return high // 2 if self.always or rows > high else 0, wide // 2 if self.always or columns > wide else 0
 
 
 class Stage(Node):
-    """A run of blocks at one width and one grid of patches; prefix tokens come before the patches."""
+    """A run of blocks at one width and one grid of patches; prefix tokens come before the patches.
+
+    With a `window` there are no prefix tokens, and no token can be cut: windows, shifts and the merging of patches need
+    the whole grid.
+    """
 
     width: PositiveInt
     grid: tuple[PositiveInt, PositiveInt]
     prefix: NonNegativeInt
     form: Form
     blocks: tuple[Block, ...]
+    window: Window | None = None
+
+    @model_validator(mode="after")
+    def _windows(self) -> Self:
+        if self.window is not None and self.prefix:
+            raise ValueError(f"prefix must be 0 where attention is windowed, but got {self.prefix}")
+        if self.window is None and any(block.shifted for block in self.blocks):
+            raise ValueError("a shifted block must be in a stage with a window, but this one has none")
+        return self
 
     @property
     def tokens(self) -> int:

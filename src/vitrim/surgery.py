@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from vitrim.errors import PlanError
 from vitrim.families import blocks_of, describe, host
-from vitrim.nn import Axis, Block, Constant
+from vitrim.nn import Axis, Block, Constant, make_block, settled
 from vitrim.plan import BlockPlan, Plan
-from vitrim.spec import Attention, Form
+from vitrim.spec import Attention, Stage
 from vitrim.spec import Block as BlockSpec
 
 __all__ = ["apply", "kept_entries"]
@@ -41,7 +41,7 @@ def apply(parent: nn.Module, plan: Plan, *, grafts: Mapping[str, Tensor] | None 
     spec = describe(parent)
     child = plan.child(spec)
     blocks = [
-        _cut(old, child_block, stage.form, stage.width, decision)
+        _cut(old, child_block, stage, decision)
         for (_, old), (_, stage, child_block), decision in zip(
             blocks_of(parent), child.blocks(), plan.blocks(), strict=True
         )
@@ -61,8 +61,10 @@ def kept_entries(block: Block, plan: BlockPlan) -> dict[str, dict[int, Tensor]]:
     runs: dict[str, dict[int, list[tuple[int, Tensor]]]] = {}
     for axis, kept in _decisions(block, plan):
         index = _flat(axis, kept)
-        for member in axis.members:
-            runs.setdefault(member.parameter, {}).setdefault(member.dim, []).append((member.offset, index))
+        living = torch.tensor([group for group, indices in enumerate(kept) if indices], dtype=torch.long)
+        for members, chosen in ((axis.members, index), (axis.group_members, living)):
+            for member in members:
+                runs.setdefault(member.parameter, {}).setdefault(member.dim, []).append((member.offset, chosen))
     entries: dict[str, dict[int, Tensor]] = {}
     for name, by_dim in runs.items():
         entries[name] = {
@@ -92,9 +94,9 @@ def _flat(axis: Axis, kept: Kept) -> Tensor:
 
 
 @torch.no_grad()
-def _cut(old: Block, spec: BlockSpec, form: Form, width: int, plan: BlockPlan) -> Block:
+def _cut(old: Block, spec: BlockSpec, stage: Stage, plan: BlockPlan) -> Block:
     with torch.device("meta"):
-        block = Block(width, spec, form)
+        block = make_block(stage, spec)
     entries = kept_entries(old, plan)
     source = dict(old.named_parameters())
     constants = {"attn.bias": (old.attn, old.ls1), "mlp.bias": (old.mlp, old.ls2)}
@@ -110,7 +112,7 @@ def _cut(old: Block, spec: BlockSpec, form: Form, width: int, plan: BlockPlan) -
             raise PlanError(f"{name}: the plan must give {tuple(empty.shape)}, but gives {tuple(value.shape)}")
         owner, _, leaf = name.rpartition(".")
         setattr(block.get_submodule(owner), leaf, nn.Parameter(value.detach().clone(), requires_grad=grad))
-    return block
+    return settled(block)
 
 
 def _constant(branch: nn.Module | None, scale: nn.Module) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.errors import AdoptError, SpecError, WeightsError
-from vitrim.nn import Block
+from vitrim.nn import Block, make_block, settled
 from vitrim.nn.layers import input_channels
 from vitrim.plain import did_you_mean
 from vitrim.spec import Spec
@@ -156,7 +156,7 @@ def adopt(model: nn.Module) -> nn.Module:
     blocks = []
     for (path, stage, node), old in zip(spec.blocks(), family.foreign_blocks(model), strict=True):
         with torch.device("meta"):
-            block = Block(stage.width, node, stage.form)
+            block = make_block(stage, node)
         state = {name: value.detach().clone() for name, value in old.state_dict().items()}
         mine = set(block.state_dict())
         if mine != set(state):
@@ -166,7 +166,7 @@ def adopt(model: nn.Module) -> nn.Module:
         frozen = {name for name, parameter in old.named_parameters() if not parameter.requires_grad}
         for name, parameter in block.named_parameters():
             parameter.requires_grad_(name not in frozen)
-        blocks.append(block)
+        blocks.append(settled(block))
     adopted = family.host(model, blocks)
     _prove(model, adopted, spec)
     return adopted
@@ -214,7 +214,7 @@ def build(spec: Spec) -> nn.Module:
     """A model of structure `spec` with unset weights, to be filled by ``load_state_dict``."""
     family = get(spec.family)
     shell = family.build(spec)
-    blocks = [Block(stage.width, block, stage.form) for _, stage, block in spec.blocks()]
+    blocks = [make_block(stage, block) for _, stage, block in spec.blocks()]
     return family.host(shell, blocks)
 
 

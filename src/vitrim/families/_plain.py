@@ -8,28 +8,36 @@ are read here.
 
 import copy
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
 import torch
-from timm.layers import DropPath, LayerScale
-from timm.layers import Mlp as TimmMlp
-from timm.layers.mlp import GluMlp, SwiGLU
+from timm.layers import LayerScale
 from timm.models import vision_transformer as timm_vit
-from timm.models.vitamin import GeGluMlp
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from vitrim.errors import AdoptError, SpecError
+from vitrim.families._parts import (
+    Hole,
+    bare,
+    check_linear,
+    count,
+    drop_path_rate,
+    give_pretrained_,
+    norm_maker,
+    optional_norm,
+    pretrained,
+    read_mlp,
+    same_norm,
+)
 from vitrim.nn import Block
-from vitrim.nn.layers import activation_name, input_channels, make_activation, make_norm, norm_of
+from vitrim.nn.layers import activation_name, input_channels, make_activation, norm_of
 from vitrim.nn.mlp import LAYERS
 from vitrim.spec import Attention, Form, Host, Norm, Spec, Stage
 from vitrim.spec import Block as BlockSpec
 
-__all__ = ["arguments", "build", "describe", "foreign_blocks", "host", "keywords", "make_norm_layer"]
+__all__ = ["arguments", "build", "describe", "foreign_blocks", "host", "keywords"]
 
 
 def foreign_blocks(model: nn.Module) -> list[nn.Module]:
@@ -69,12 +77,12 @@ def describe(model: Any, family: str, host_arguments: dict[str, Any]) -> Spec:
     macs, per_token = _host_macs(model, image)
     inside = {id(p) for p in model.blocks.parameters()}
     known = Host(
-        name=_architecture(model),
+        name=str(pretrained(model).get("architecture", "")),
         arguments=arguments(model, forms[0]) | host_arguments,
         macs=macs,
         macs_per_token=per_token,
         params=sum(p.numel() for p in model.parameters() if id(p) not in inside),
-        pretrained=_pretrained(model),
+        pretrained=pretrained(model),
     )
     return Spec(family=family, host=known, image=image, classes=model.num_classes, stages=(stage,))
 
@@ -103,9 +111,7 @@ def build(spec: Spec, construct: Callable[[], Any]) -> Any:
     form = spec.stages[0].form
     if form.norm.bias is False and isinstance(model.norm, nn.LayerNorm) and model.norm.bias is not None:
         raise SpecError("host: a final LayerNorm without bias cannot be built by timm; keep the model in memory")
-    if spec.host.pretrained:
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.host.pretrained.items()}
-        model.pretrained_cfg = model.default_cfg = known
+    give_pretrained_(model, spec.host.pretrained)
     return model
 
 
@@ -118,24 +124,11 @@ def keywords(spec: Spec) -> dict[str, Any]:
         "num_classes": spec.classes,
         "embed_dim": spec.stages[0].width,
         "depth": len(spec.stages[0].blocks),
-        "norm_layer": make_norm_layer(norm),
+        "norm_layer": norm_maker(norm),
         "act_layer": functools.partial(make_activation, activation),
-        "block_fn": _Hole,
+        "block_fn": Hole,
         "weight_init": "skip",
     }
-
-
-def make_norm_layer(norm: Norm) -> Any:
-    """A maker of norms as timm's constructor calls it."""
-
-    def layer(width: int, device: Any = None, dtype: Any = None, **_: Any) -> nn.Module:
-        return make_norm(norm, width).to(device=device, dtype=dtype)
-
-    return layer
-
-
-class _Hole(nn.Identity):
-    """Stands where a block will be; takes whatever timm gives a block, at no cost."""
 
 
 def _read_block(block: Any, at: str) -> tuple[BlockSpec, Form]:
@@ -146,7 +139,7 @@ def _read_block(block: Any, at: str) -> tuple[BlockSpec, Form]:
         raise AdoptError(f"{at}.attn: attention must be timm's plain Attention, but got {type(attention).__name__}")
     if getattr(attention, "gate", None) is not None:
         raise AdoptError(f"{at}.attn: gated attention is not supported")
-    _check_linear(attention, ("qkv", "proj"), f"{at}.attn")
+    check_linear(attention, ("qkv", "proj"), f"{at}.attn")
     heads, width = attention.num_heads, attention.head_dim
     if attention.qkv.out_features != 3 * heads * width:
         raise AdoptError(
@@ -154,54 +147,19 @@ def _read_block(block: Any, at: str) -> tuple[BlockSpec, Form]:
         )
     mixer = Attention(qk=(width,) * heads, v=(width,) * heads, scale=attention.scale)
     form = Form(
-        norm=_same_norm(block.norm1, block.norm2, at),
+        norm=same_norm([(f"{at}.norm1", block.norm1), (f"{at}.norm2", block.norm2)]),
         qkv_bias=attention.qkv.bias is not None,
         out_bias=attention.proj.bias is not None,
         layer_scale=_layer_scale(block, at),
-        head_norm=_optional_norm(attention.q_norm, f"{at}.attn.q_norm"),
+        head_norm=optional_norm(attention.q_norm, f"{at}.attn.q_norm"),
         head_norm_width=0 if isinstance(attention.q_norm, nn.Identity) else width,
-        mixed_norm=_optional_norm(getattr(attention, "norm", nn.Identity()), f"{at}.attn.norm"),
+        mixed_norm=optional_norm(getattr(attention, "norm", nn.Identity()), f"{at}.attn.norm"),
         attention_drop=attention.attn_drop.p,
         drop=attention.proj_drop.p,
-        **_read_mlp(mlp, f"{at}.mlp"),
+        **read_mlp(mlp, f"{at}.mlp"),
     )
     hidden = getattr(mlp, LAYERS[form.mlp][-1]).in_features
-    return BlockSpec(mixer=mixer, hidden=hidden, drop_path=_drop_path(block.drop_path1)), form
-
-
-def _read_mlp(mlp: Any, at: str) -> dict[str, Any]:
-    kinds = {TimmMlp: "plain", GluMlp: "glu", SwiGLU: "swiglu", GeGluMlp: "geglu"}
-    kind = kinds.get(type(mlp))
-    if kind is None:
-        raise AdoptError(f"{at}: an MLP must be timm's Mlp, GluMlp, SwiGLU or GeGluMlp, but got {type(mlp).__name__}")
-    _check_linear(mlp, LAYERS[kind], at)
-    first, last = getattr(mlp, LAYERS[kind][0]), getattr(mlp, LAYERS[kind][-1])
-    return {
-        "mlp": kind,
-        "gate_first": kind == "glu" and not mlp.gate_last,
-        "activation": activation_name(mlp.act, f"{at}.act"),
-        "hidden_bias": first.bias is not None,
-        "mlp_out_bias": last.bias is not None,
-        "inner_norm" if kind == "geglu" else "hidden_norm": _optional_norm(mlp.norm, f"{at}.norm"),
-    }
-
-
-def _check_linear(module: nn.Module, names: Sequence[str], at: str) -> None:
-    for name in names:
-        layer = getattr(module, name)
-        if not isinstance(layer, nn.Linear):
-            raise AdoptError(f"{at}.{name}: must be a linear layer, but got {type(layer).__name__}")
-
-
-def _same_norm(first: nn.Module, second: nn.Module, at: str) -> Norm:
-    norm, other = norm_of(first, f"{at}.norm1"), norm_of(second, f"{at}.norm2")
-    if norm != other:
-        raise AdoptError(f"{at}.norm2: both norms of a block must be of one kind, but got {norm} and {other}")
-    return norm
-
-
-def _optional_norm(module: nn.Module, at: str) -> Norm | None:
-    return None if isinstance(module, nn.Identity) else norm_of(module, at)
+    return BlockSpec(mixer=mixer, hidden=hidden, drop_path=drop_path_rate(block.drop_path1)), form
 
 
 def _layer_scale(block: Any, at: str) -> bool:
@@ -211,29 +169,9 @@ def _layer_scale(block: Any, at: str) -> bool:
     return kinds == {LayerScale}
 
 
-def _drop_path(module: nn.Module) -> float:
-    return float(module.drop_prob or 0.0) if isinstance(module, DropPath) else 0.0
-
-
 def _image(model: Any) -> tuple[int, int]:
-    size = getattr(model.patch_embed, "img_size", None) or _pretrained(model).get("input_size", (3, 224, 224))[1:]
+    size = getattr(model.patch_embed, "img_size", None) or pretrained(model).get("input_size", (3, 224, 224))[1:]
     return int(size[0]), int(size[1])
-
-
-def _pretrained(model: Any) -> dict[str, Any]:
-    """What timm knows of the weights and their input, as plain values; empty for a model built by hand."""
-    known = getattr(model, "pretrained_cfg", None)
-    known = known if isinstance(known, dict) else known.to_dict() if known is not None else {}
-    plain = (str, int, float, bool)
-    return {
-        key: list(value) if isinstance(value, tuple | list) else value
-        for key, value in known.items()
-        if isinstance(value, plain) or (isinstance(value, tuple | list) and all(isinstance(v, plain) for v in value))
-    }
-
-
-def _architecture(model: Any) -> str:
-    return str(_pretrained(model).get("architecture", ""))
 
 
 def arguments(model: Any, form: Form) -> dict[str, Any]:
@@ -268,36 +206,16 @@ def _host_macs(model: Any, image: tuple[int, int]) -> tuple[int, int]:
     Counted by PyTorch on a copy without blocks and without data (10 ms for a ViT): stem and head are timm's, and a
     formula for each of them would be ours to keep true.
     """
-    inside = {id(p) for p in model.blocks.parameters()}
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().to("meta", torch.float32), requires_grad=False)
-        for p in model.parameters()
-        if id(p) not in inside
-    }
-    memo |= {id(b): b.to("meta") for b in model.buffers()} | {id(model.blocks): nn.Sequential()}
-    shell = copy.deepcopy(model, memo).eval()
-    whole = _count(shell, torch.zeros(1, input_channels(model), *image, device="meta"))
+    shell: Any = bare(model, [model.blocks])
+    whole = count(shell, torch.zeros(1, input_channels(model), *image, device="meta"))
     if model.attn_pool is None:
         return whole, 0
     tokens = torch.zeros(1, 16 + model.num_prefix_tokens, model.embed_dim, device="meta")
-    more = _count(shell.forward_head, torch.cat([tokens, tokens[:, :1]], dim=1)) - _count(shell.forward_head, tokens)
-    count = model.num_prefix_tokens + _patches(model, image)
-    return whole - more * count, more
+    more = count(shell.forward_head, torch.cat([tokens, tokens[:, :1]], dim=1)) - count(shell.forward_head, tokens)
+    leaving = model.num_prefix_tokens + _patches(model, image)
+    return whole - more * leaving, more
 
 
 def _patches(model: Any, image: tuple[int, int]) -> int:
     rows, columns = model.patch_embed.dynamic_feat_size(image)
     return int(rows * columns)
-
-
-def _count(call: Any, x: Tensor) -> int:
-    with torch.no_grad(), warnings.catch_warnings(), FlopCounterMode(display=False) as counter:
-        warnings.simplefilter("ignore")
-        try:
-            call(x)
-        except RuntimeError as problem:
-            raise AdoptError(
-                f"stem and head must run without data to be counted, but do not: {problem}; "
-                "remove methods and hooks of your own from the model"
-            ) from None
-    return int(counter.get_total_flops()) // 2

@@ -18,6 +18,7 @@ from timm.models.vitamin import GeGluMlp
 from torch import nn
 
 from vitrim.families import _plain
+from vitrim.families._parts import norm_maker
 from vitrim.families._plain import foreign_blocks, host
 from vitrim.nn.layers import norm_of
 from vitrim.spec import Norm, Spec
@@ -81,7 +82,7 @@ def _construct(spec: Spec) -> Any:
     arguments = _plain.keywords(spec)
     distilled, hybrid = arguments.pop("distilled"), arguments.pop("hybrid")
     if "embed_norm_layer" in arguments:
-        arguments["embed_norm_layer"] = _plain.make_norm_layer(Norm(**arguments["embed_norm_layer"]))
+        arguments["embed_norm_layer"] = norm_maker(Norm(**arguments["embed_norm_layer"]))
     if hybrid:
         arguments.pop("patch_size")
         return timm.create_model(spec.host.name, pretrained=False, **arguments)

@@ -1,5 +1,8 @@
 """Multiply-accumulates and parameters of a model: ours by arithmetic, and PyTorch's own count to hold it against."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -43,7 +46,7 @@ def counted(model: nn.Module, image: Image | None = None) -> Cost:
     counter = FlopCounterMode(display=False)
     # The plain path of attention is made of products that every version of the counter knows; of the fused kernels
     # each version knows others, and one that it does not know counts as nothing.
-    with resting(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    with resting(model), _frozen(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(inputs)
     operations = counter.get_total_flops()
     if operations % 2:
@@ -52,3 +55,16 @@ def counted(model: nn.Module, image: Image | None = None) -> Cost:
             "the model runs something that is no product"
         )
     return Cost(operations // 2, sum(parameter.numel() for parameter in model.parameters()))
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter ask for a gradient: the counter fails where a module returns a view of one that does."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)

@@ -5,6 +5,8 @@ B images, N tokens, D width, H heads, Q and V channels of all heads together (qu
 Parameters carry timm's names, so a dense block loads timm's weights as they are.
 """
 
+from collections.abc import Callable
+
 import torch
 from timm.layers import use_fused_attn
 from torch import Tensor, nn
@@ -16,6 +18,9 @@ from vitrim.spec import Attention as AttentionSpec
 from vitrim.spec import Form
 
 __all__ = ["Attention"]
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Maps queries, keys and values of heads of one width, ``(B, H, N, K)``, and a mask to the heads' outputs."""
 
 
 class Attention(nn.Module):
@@ -63,15 +68,18 @@ class Attention(nn.Module):
         Returns:
             ``(B, N, D)``.
         """
+        return self._run(x, attn_mask, lambda q, k, v, mask: self._attend(q, k, v, mask, is_causal))
+
+    def _run(self, x: Tensor, attn_mask: Tensor | None, attend: Attend) -> Tensor:
         q, k, v = self.qkv(x).split(self.sizes, dim=-1)
         if self.tied_qk:
             q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
         q, k, v = self.q_tap(q), self.k_tap(k), self.v_tap(v)
         if self.even:
             q, k, v = (self._heads(t).transpose(1, 2) for t in (q, k, v))
-            mixed = self._attend(q, k, v, attn_mask, is_causal).transpose(1, 2).flatten(2)
+            mixed = attend(q, k, v, attn_mask).transpose(1, 2).flatten(2)
         else:
-            mixed = self._uneven(q, k, v, attn_mask, is_causal)
+            mixed = self._uneven(q, k, v, attn_mask, attend)
         out: Tensor = self.proj_drop(self.proj(self.norm(mixed)))
         return out
 
@@ -82,13 +90,13 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return torch.unflatten(x, -1, (len(self.qk), -1))
 
-    def _uneven(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    def _uneven(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, attend: Attend) -> Tensor:
         parts = [torch.split(t, list(widths), dim=-1) for t, widths in ((q, self.qk), (k, self.qk), (v, self.v))]
         mixed: list[Tensor] = [v] * len(self.v)
         for run in self.runs:
             q, k, v = (torch.stack([part[i] for i in run], dim=1) for part in parts)
             mask = _for_heads(attn_mask, run)
-            for i, head in zip(run, self._attend(q, k, v, mask, is_causal).unbind(1), strict=True):
+            for i, head in zip(run, attend(q, k, v, mask).unbind(1), strict=True):
                 mixed[i] = head
         return torch.cat(mixed, dim=-1)
 

@@ -40,6 +40,7 @@ class Axis:
         taps: names of the `Tap` modules, relative to the block.
         scales: members that carry a gate in place of the taps; empty where a norm stands between.
         tied: whether a norm ties the channels of a group, so that they go together or not at all.
+        group_members: runs of parameters with one entry for each group, which goes with the last of its channels.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Axis:
     taps: tuple[str, ...]
     scales: tuple[Member, ...]
     tied: bool = False
+    group_members: tuple[Member, ...] = ()
 
     @property
     def size(self) -> int:

@@ -3,6 +3,8 @@
 B images, N tokens, D width.
 """
 
+from collections.abc import Callable
+
 import torch
 from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
@@ -44,9 +46,16 @@ class Block(nn.Module):
         width: D.
         spec: mixer, hidden neurons, drop path.
         form: what the blocks of the stage have in common.
+        attention: what builds the attention from D, the mixer and the form.
     """
 
-    def __init__(self, width: int, spec: BlockSpec, form: Form) -> None:
+    def __init__(
+        self,
+        width: int,
+        spec: BlockSpec,
+        form: Form,
+        attention: Callable[[int, AttentionSpec, Form], Attention] = Attention,
+    ) -> None:
         super().__init__()
         self.spec, self.form, self.width = spec, form, width
         mixer, hidden = spec.mixer, spec.hidden
@@ -56,7 +65,7 @@ class Block(nn.Module):
         self.norm1 = make_norm(form.norm, width) if attends else nn.Identity()
         self.attn: Attention | Constant | None = None
         if attends and isinstance(mixer, AttentionSpec):
-            self.attn = Attention(width, mixer, form)
+            self.attn = attention(width, mixer, form)
         elif constant:
             self.attn = Constant(width)
         self.ls1 = LayerScale(width) if attends and form.layer_scale else nn.Identity()

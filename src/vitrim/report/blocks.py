@@ -73,7 +73,7 @@ def fates(parent: Spec, plan: Plan) -> list[Fate]:
     """
     child = plan.child(parent)
     return [
-        _fate(path, before, decision, block_cost(before, stage.form, stage.width, stage.tokens), after_cost)
+        _fate(path, before, decision, block_cost(before, stage), after_cost)
         for (path, stage, before), decision, after_cost in zip(
             parent.blocks(), plan.blocks(), _costs(child), strict=True
         )
@@ -81,7 +81,7 @@ def fates(parent: Spec, plan: Plan) -> list[Fate]:
 
 
 def _costs(spec: Spec) -> list[tuple[int, int]]:
-    return [block_cost(block, stage.form, stage.width, stage.tokens) for _, stage, block in spec.blocks()]
+    return [block_cost(block, stage) for _, stage, block in spec.blocks()]
 
 
 def _fate(path: str, block: Block, plan: BlockPlan, before: tuple[int, int], after: tuple[int, int]) -> Fate:

@@ -185,7 +185,7 @@ def _joint_levels(qk: int, v: int, step: int, tied_qk: bool, tied_v: bool) -> li
 
 def _rate(stage: Stage, build: Callable[[int], Block]) -> tuple[int, int]:
     """Cost of one channel: macs and parameters are straight lines in every width."""
-    one, two = (block_cost(build(n), stage.form, stage.width, stage.tokens) for n in (1, 2))
+    one, two = (block_cost(build(n), stage) for n in (1, 2))
     return two[0] - one[0], two[1] - one[1]
 
 
@@ -193,11 +193,13 @@ def _hidden_rate(stage: Stage, block: Block) -> tuple[int, int]:
     return _rate(stage, lambda hidden: Block(mixer=block.mixer, hidden=hidden))
 
 
-def _attention_rate(stage: Stage, block: Block) -> Callable[[int, int], tuple[int, int]]:
+def _attention_rate(stage: Stage, block: Block) -> Callable[[int, int, int], tuple[int, int]]:
+    """What cutting (qk channels, v channels, heads) saves; a head's own share is its column of position biases."""
     scale = block.mixer.scale if isinstance(block.mixer, Attention) else 1.0
     qk = _rate(stage, lambda n: Block(mixer=Attention(qk=(n,), v=(1,), scale=scale), hidden=block.hidden))
     v = _rate(stage, lambda n: Block(mixer=Attention(qk=(1,), v=(n,), scale=scale), hidden=block.hidden))
-    return lambda a, b: (a * qk[0] + b * v[0], a * qk[1] + b * v[1])
+    head = stage.window.offsets if stage.window is not None else 0
+    return lambda a, b, dead: (a * qk[0] + b * v[0], a * qk[1] + b * v[1] + dead * head)
 
 
 def _ladder(
@@ -207,7 +209,7 @@ def _ladder(
     widths: list[tuple[int, int]],
     qk: list[Array],
     v: list[Array],
-    rate: Callable[[int, int], tuple[int, int]] | tuple[int, int],
+    rate: Callable[[int, int, int], tuple[int, int]] | tuple[int, int],
 ) -> _Ladder:
     """A ladder whose rung `i` leads from `widths[i]` to `widths[i + 1]`, for every head of `team` at once."""
     falls_qk = [np.cumsum(np.sort(qk[h])) for h in team]
@@ -225,7 +227,8 @@ def _ladder(
         a, b = sum(gone_qk), sum(gone_v)
         totals.append(lost)
         counts.append(a + b)
-        saves.append(rate(a, b) if callable(rate) else (rate[0] * b, rate[1] * b))
+        dead = 0 if wide_v else len(team)
+        saves.append(rate(a, b, dead) if callable(rate) else (rate[0] * b, rate[1] * b))
     steps = range(len(widths) - 1)
     return _Ladder(
         block=index,

@@ -1,0 +1,244 @@
+"""Swin Transformers, first version: windows that shift, a bias for each offset, patches that merge (Swin, S3).
+
+D width, R x C rows and columns of the grid of patches.
+
+timm stays the host: patch embedding, merging of patches, final norm and head are timm's own modules, and a compressed
+model *is* a ``timm.models.SwinTransformer``. What merging costs belongs to the host: no cut changes the grid or D.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
+from torch import nn
+
+from vitrim.errors import AdoptError, SpecError
+from vitrim.families._parts import (
+    Hole,
+    bare,
+    check_linear,
+    count,
+    drop_path_rate,
+    give_pretrained_,
+    norm_maker,
+    pretrained,
+    read_mlp,
+    same_norm,
+)
+from vitrim.nn import Block, WindowBlock
+from vitrim.nn.layers import input_channels
+from vitrim.spec import Attention, Form, Host, Norm, Spec, Stage, Window
+from vitrim.spec import Block as BlockSpec
+
+__all__ = ["HOSTS", "TEST_PRESETS", "build", "describe", "example", "foreign_blocks", "host"]
+
+_SMALL = {
+    "img_size": 32,
+    "patch_size": 4,
+    "embed_dim": 24,
+    "depths": (2, 2),
+    "num_heads": (2, 4),
+    "window_size": 4,
+    "num_classes": 10,
+}
+
+TEST_PRESETS: dict[str, dict[str, object]] = {
+    "windows": {},
+    "padded": {"img_size": (36, 44)},
+    "always": {"img_size": 24, "always_partition": True, "qkv_bias": False, "drop_path_rate": 0.0},
+    "dynamic": {"strict_img_size": False, "head_dim": 8, "mlp_ratio": (2.0, 3.0), "num_heads": (3, 2)},
+    "sizes": {
+        "patch_size": 2,
+        "depths": (1, 2, 1),
+        "num_heads": (2, 3, 6),
+        "window_size": ((4, 2), (2, 4), (2, 2)),
+        "global_pool": "",
+    },
+}
+
+HOSTS = (SwinTransformer, SwinTransformerV2, SwinTransformerV2Cr)
+"""The second version too, to be refused with its reason."""
+
+
+def example(**arguments: Any) -> nn.Module:
+    """A small random Swin (two stages of two blocks, width 24, on 8 x 8 patches) for laws and tests."""
+    return SwinTransformer(**{**_SMALL, **arguments})  # type: ignore[no-any-return]
+
+
+def foreign_blocks(model: Any) -> list[nn.Module]:
+    """Every block in order, timm's or ours."""
+    return [block for layer in model.layers for block in layer.blocks]
+
+
+def describe(model: Any) -> Spec:
+    """Read the spec off a living Swin.
+
+    Raises:
+        AdoptError: naming the path and the reason, if a part cannot be represented.
+    """
+    if not isinstance(model, SwinTransformer):
+        raise AdoptError(
+            f"$: {type(model).__name__} is not supported: its cosine attention divides queries and keys by their "
+            "lengths, so that cutting a channel changes all others; use a Swin of the first version (swin_*)"
+        )
+    size = model.patch_embed.img_size
+    image = (int(size[0]), int(size[1]))
+    known = Host(
+        name=str(pretrained(model).get("architecture", "")),
+        arguments=_arguments(model),
+        macs=_host_macs(model, image),
+        params=_host_params(model),
+        pretrained=pretrained(model),
+    )
+    return Spec(family="swin", host=known, image=image, classes=model.num_classes, stages=_stages(model))
+
+
+def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
+    """A copy of `model` with other blocks; hooks on the old blocks are not taken along."""
+    rest = iter(blocks)
+    runs = {
+        id(layer.blocks): nn.Sequential(*(next(rest) for _ in layer.blocks)).train(model.training)
+        for layer in model.layers
+    }
+    shell = copy.deepcopy(model, dict(runs))
+    return shell  # type: ignore[no-any-return]
+
+
+def build(spec: Spec) -> Any:
+    """An empty host for `spec`: timm's own constructor, with holes where blocks will be.
+
+    Raises:
+        SpecError: if the installed timm cannot build it.
+    """
+    known = dict(spec.host.arguments)
+    depth, final, reference = len(spec.stages), known.pop("final_norm"), known.pop("reference")
+    rows, columns = known.pop("patch_size")
+    try:
+        model = SwinTransformer(
+            **known
+            | {
+                "img_size": spec.image,
+                "patch_size": rows if rows == columns else (rows, columns),
+                "num_classes": spec.classes,
+                "embed_dim": spec.stages[0].width,
+                "depths": (0,) * depth,
+                "num_heads": (1,) * depth,
+                "norm_layer": norm_maker(Norm(**known["norm_layer"])),
+                "weight_init": "skip",
+            }
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as problem:
+        raise SpecError(
+            f"host: the installed timm {timm.__version__} must build {spec.host.name or 'SwinTransformer'}, "
+            f"but it refuses: {type(problem).__name__}: {problem}"
+        ) from None
+    for layer, stage in zip(model.layers, spec.stages, strict=True):
+        layer.blocks, layer.depth = nn.Sequential(*(Hole() for _ in stage.blocks)), len(stage.blocks)
+    if not final:
+        model.norm = nn.Identity()
+    if reference is not None:
+        model._ref_window_sizes = tuple(tuple(size) for size in reference["windows"])
+        model._ref_grid_size = tuple(reference["grid"])
+    give_pretrained_(model, spec.host.pretrained)
+    return model
+
+
+def _stages(model: Any) -> tuple[Stage, ...]:
+    stages = []
+    rows, columns = model.patch_embed.grid_size
+    for index, layer in enumerate(model.layers):
+        if not isinstance(layer.downsample, nn.Identity):
+            rows, columns = (rows + 1) // 2, (columns + 1) // 2
+        at = f"layers.{index}"
+        parts = [_block(block, f"{at}.blocks.{place}", (rows, columns)) for place, block in enumerate(layer.blocks)]
+        if not parts:
+            raise AdoptError(f"{at}.blocks: a stage must have at least one block, but it has none")
+        for place, (_, *common) in enumerate(parts):
+            if common != list(parts[0][1:]):
+                raise AdoptError(f"{at}.blocks.{place}: every block must be formed as block 0, but this one differs")
+        _, form, window, width = parts[0]
+        blocks = tuple(part[0] for part in parts)
+        stages.append(Stage(width=width, grid=(rows, columns), prefix=0, form=form, blocks=blocks, window=window))
+    return tuple(stages)
+
+
+def _block(block: Any, at: str, grid: tuple[int, int]) -> tuple[BlockSpec, Form, Window, int]:
+    """Spec, form, window and width of a block that runs on `grid`."""
+    ours = isinstance(block, WindowBlock)
+    believed = tuple(block.grid if ours else getattr(block, "input_resolution", grid))
+    if believed != grid:
+        # timm before 1.0.21 rounds odd grids down where its merging pads them: masks would be for another grid.
+        raise AdoptError(f"{at}: the block must be made for its grid {grid}, but is for {believed}; use a newer timm")
+    if ours:
+        return block.spec, block.form, block.window, block.width
+    if type(block) is not SwinTransformerBlock:
+        raise AdoptError(f"{at}: a block must be timm's SwinTransformerBlock, but got {type(block).__name__}")
+    attention = block.attn
+    if type(attention) is not WindowAttention:
+        raise AdoptError(f"{at}.attn: attention must be timm's WindowAttention, but got {type(attention).__name__}")
+    check_linear(attention, ("qkv", "proj"), f"{at}.attn")
+    window = Window(size=block.window_size, always=block.always_partition, dynamic=bool(block.dynamic_mask))
+    shifted = any(block.target_shift_size)
+    shift = window.shift(grid) if shifted else (0, 0)
+    if tuple(block.shift_size) != shift:
+        raise AdoptError(f"{at}: windows must be shifted by half their size, {shift}, but are by {block.shift_size}")
+    heads = attention.num_heads
+    width = attention.qkv.out_features // (3 * heads)
+    form = Form(
+        norm=same_norm([(f"{at}.norm1", block.norm1), (f"{at}.norm2", block.norm2)]),
+        qkv_bias=attention.qkv.bias is not None,
+        out_bias=attention.proj.bias is not None,
+        attention_drop=attention.attn_drop.p,
+        drop=attention.proj_drop.p,
+        **read_mlp(block.mlp, f"{at}.mlp"),
+    )
+    mixer = Attention(qk=(width,) * heads, v=(width,) * heads, scale=attention.scale)
+    rate = drop_path_rate(block.drop_path1)
+    spec = BlockSpec(mixer=mixer, hidden=block.mlp.fc2.in_features, drop_path=rate, shifted=shifted)
+    return spec, form, window, block.dim
+
+
+def _arguments(model: Any) -> dict[str, Any]:
+    """Keyword arguments that make timm build this host again, read from the living model, as plain values.
+
+    ``reference``: the windows, and the grid they are for, that timm (from 1.0.31 on) scales in `set_input_size`.
+    """
+    embed, head = model.patch_embed, model.head
+    norms = [("patch_embed.norm", embed.norm)]
+    norms += [
+        (f"layers.{index}.downsample.norm", layer.downsample.norm)
+        for index, layer in enumerate(model.layers)
+        if not isinstance(layer.downsample, nn.Identity)
+    ]
+    final = not isinstance(model.norm, nn.Identity)
+    norms += [("norm", model.norm)] if final else []
+    reference = None
+    if hasattr(model, "_ref_window_sizes"):
+        windows = [list(size) for size in model._ref_window_sizes]
+        reference = {"windows": windows, "grid": list(model._ref_grid_size)}
+    return {
+        "patch_size": list(embed.patch_size),
+        "in_chans": input_channels(model),
+        "global_pool": head.global_pool.pool_type,
+        "strict_img_size": bool(embed.strict_img_size),
+        "drop_rate": head.drop.p,
+        "norm_layer": same_norm(norms).model_dump(mode="json"),
+        "final_norm": final,
+        "reference": reference,
+    }
+
+
+def _host_params(model: Any) -> int:
+    inside = {id(p) for layer in model.layers for p in layer.blocks.parameters()}
+    return sum(p.numel() for p in model.parameters() if id(p) not in inside)
+
+
+def _host_macs(model: Any, image: tuple[int, int]) -> int:
+    """Multiply-accumulates of patch embedding, merging and head on one image, counted on a copy without blocks."""
+    shell = bare(model, [layer.blocks for layer in model.layers])
+    return count(shell, torch.zeros(1, input_channels(model), *image, device="meta"))
