@@ -48,7 +48,7 @@ _SMALL = {
 
 TEST_PRESETS: dict[str, dict[str, object]] = {
     "windows": {},
-    "padded": {"img_size": (36, 44)},
+    "padded": {"img_size": (24, 40)},
     "always": {"img_size": 24, "always_partition": True, "qkv_bias": False, "drop_path_rate": 0.0},
     "dynamic": {"strict_img_size": False, "head_dim": 8, "mlp_ratio": (2.0, 3.0), "num_heads": (3, 2)},
     "sizes": {
@@ -119,22 +119,12 @@ def build(spec: Spec) -> Any:
         SpecError: if the installed timm cannot build it.
     """
     known = dict(spec.host.arguments)
-    depth, final, reference = len(spec.stages), known.pop("final_norm"), known.pop("reference")
-    rows, columns = known.pop("patch_size")
+    final, reference = known.pop("final_norm"), known.pop("reference")
+    place = torch.empty(0).device
     try:
-        model = SwinTransformer(
-            **known
-            | {
-                "img_size": spec.image,
-                "patch_size": rows if rows == columns else (rows, columns),
-                "num_classes": spec.classes,
-                "embed_dim": spec.stages[0].width,
-                "depths": (0,) * depth,
-                "num_heads": (1,) * depth,
-                "norm_layer": norm_maker(Norm(**known["norm_layer"])),
-                "weight_init": "skip",
-            }
-        )
+        # Older versions of timm read numbers off a tensor while they build, which a device without data has not.
+        with torch.device("cpu"):
+            model = SwinTransformer(**_keywords(spec, known)).to(place)
     except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as problem:
         raise SpecError(
             f"host: the installed timm {timm.__version__} must build {spec.host.name or 'SwinTransformer'}, "
@@ -150,6 +140,21 @@ def build(spec: Spec) -> Any:
     if spec.host.pretrained:
         model.pretrained_cfg = model.default_cfg = dict(spec.host.pretrained)
     return model
+
+
+def _keywords(spec: Spec, known: dict[str, Any]) -> dict[str, Any]:
+    """The host's arguments as timm's constructor takes them, without blocks."""
+    (rows, columns), stages = known["patch_size"], len(spec.stages)
+    return known | {
+        "img_size": spec.image,
+        "patch_size": rows if rows == columns else (rows, columns),
+        "num_classes": spec.classes,
+        "embed_dim": spec.stages[0].width,
+        "depths": (0,) * stages,
+        "num_heads": (1,) * stages,
+        "norm_layer": norm_maker(Norm(**known["norm_layer"])),
+        "weight_init": "skip",
+    }
 
 
 def _stages(model: Any) -> tuple[Stage, ...]:
@@ -176,7 +181,7 @@ def _block(block: Any, at: str, grid: tuple[int, int]) -> tuple[BlockSpec, Form,
     ours = isinstance(block, WindowBlock)
     believed = tuple(block.grid if ours else getattr(block, "input_resolution", grid))
     if believed != grid:
-        # timm before 1.0.21 rounds odd grids down where its merging pads them: masks would be for another grid.
+        # Older versions of timm round odd grids down where their merging pads them: masks would be for another grid.
         raise AdoptError(f"{at}: the block must be made for its grid {grid}, but is for {believed}; use a newer timm")
     if ours:
         return block.spec, block.form, block.window, block.width
