@@ -9,18 +9,16 @@ from vitrim import families
 from vitrim.plan import BlockPlan, Plan
 from vitrim.spec import Attention, Skip, Spec
 
-PRESETS = [
-    pytest_id for family in families.names() for pytest_id in [(family, name) for name in families.get(family).TEST_PRESETS]
-]
+PRESETS = [(family, name) for family in families.names() for name in families.get(family).TEST_PRESETS]
 IDS = [f"{family}-{name}" for family, name in PRESETS]
 
 
 def timm_model(family: str, preset: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
-    """A random timm model in which every parameter matters (no zero biases, no unit norms)."""
+    """A random timm model in which every trained parameter matters (no zero biases, no unit norms)."""
     torch.manual_seed(1)
     module = families.get(family)
     model = module.example(**module.TEST_PRESETS[preset])
-    for parameter in model.parameters():
+    for parameter in (p for p in model.parameters() if p.requires_grad):
         centre = 1.0 if parameter.dim() == 1 and bool((parameter == 1).all()) else 0.0
         torch.nn.init.normal_(parameter, centre, 0.25)
     return model.to(dtype).eval()

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tests.samples import IDS, PRESETS, adopted
-from vitrim import families
 from vitrim.budget import SLACK, Budget
 from vitrim.costs import cost_of
 from vitrim.errors import BudgetError, MethodError
@@ -56,7 +55,7 @@ def test_budgets_bind(family, preset, choice, by):
 def test_real_size_is_spent_closely_and_soon(choice):
     spec = deit_small()
     scores = {}
-    for path, _, block in spec.blocks():
+    for path, _, _ in spec.blocks():
         scores |= {f"{path}.qk": torch.rand(384), f"{path}.v": torch.rand(384), f"{path}.hidden": torch.rand(1536)}
     start = time.perf_counter()
     child = fill(spec, scores, Budget.parse("macs=0.5"), choice=choice).child(spec)
@@ -107,7 +106,3 @@ def test_bad_scores_are_refused():
         fill(spec, {"stages.0.blocks.0.hidden": torch.full((1536,), torch.nan)}, Budget.parse("macs=0.9"))
     with pytest.raises(MethodError, match="must fit an axis"):
         fill(spec, {"stages.0.blocks.0.hidden": torch.ones(3)}, Budget.parse("macs=0.9"))
-
-
-def test_families_are_found():
-    assert "vit" in families.names()

@@ -149,9 +149,7 @@ def test_guest_keeps_logits_and_names(family, preset):
 def test_gates_through_weights_equal_gates_at_taps(family, preset):
     parent = copy.deepcopy(adopted(family, preset))
     spec = describe(parent)
-    gates = {
-        path: torch.randn(axis.size, dtype=torch.float64) for path, axis in axes(parent).items() if axis.scales
-    }
+    gates = {path: torch.randn(axis.size, dtype=torch.float64) for path, axis in axes(parent).items() if axis.scales}
     gated = Gated(parent, gates)
     weight = next(p for name, p in parent.named_parameters() if name.endswith("qkv.weight"))
     taps = {path: gate.clone().requires_grad_() for path, gate in gates.items()}

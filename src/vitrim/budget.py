@@ -48,7 +48,7 @@ class Budget(Node):
 
     def __str__(self) -> str:
         """The text that `parse` reads."""
-        return ",".join(f"{name}={value:.15g}" for name, value in self.bounds().items())
+        return ",".join(f"{name}={_text(value)}" for name, value in self.bounds().items())
 
     def bounds(self) -> dict[str, float]:
         """The bounds given, by name."""
@@ -89,4 +89,14 @@ def _value(name: str, text: str) -> float:
         )
     if not 0 < value < math.inf:
         raise BudgetError(f"budget of {name} must be above 0, but got '{text}'")
+    if match[2] and value <= 1:
+        raise BudgetError(f"budget of {name} must be above 1 where it has a unit, but got '{text}'; a share has none")
     return value
+
+
+def _text(value: float) -> str:
+    """`value` as `_value` reads it, to the last bit; below 1000 only a unit tells a number from a share."""
+    if not 1 < value < 1000:
+        return repr(value).removesuffix(".0")
+    thousands = value / 1000
+    return f"{thousands!r}k" if thousands * 1000 == value else f"{value / 1e6!r}m"

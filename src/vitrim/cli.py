@@ -8,12 +8,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from vitrim import __version__
 from vitrim.errors import RecipeError, VitrimError
 
 if TYPE_CHECKING:
@@ -21,12 +23,15 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
+_INTERRUPTED = 130
+"""What typer returns for ctrl-C, the shell's own number for it."""
+
 app = typer.Typer(
     name="vitrim",
     help="Takes a trained Vision Transformer and gives back a smaller, really faster, dense one.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Weights = Annotated[
@@ -40,16 +45,37 @@ Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE"
 
 
 def _say(text: str) -> None:
-    Console(stderr=True).print(f"[dim]{text}[/dim]", highlight=False)
+    Console(stderr=True, soft_wrap=True).print(Text(text, style="dim"))
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=not number)
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+        table.add_row(*map(Text, row))
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    console = Console()
+    # A file or pipe has no width, and what reads it wants rows whole.
+    (console if console.is_terminal else Console(width=10_000)).print(table)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"vitrim {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -85,7 +111,9 @@ def compress(
 @app.command("run")
 def run_(
     recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder; runs/NAME by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run folder; runs/NAME by default, or the recipe's own.")
+    ] = None,
     set_: Settings = None,
 ) -> None:
     """Carry out a recipe."""
@@ -93,11 +121,14 @@ def run_(
     from vitrim.recipe import Recipe, merged, overrides
     from vitrim.run import run
 
-    asked = _load(Recipe, merged(read_toml(recipe), overrides(set_ or [])), at=str(recipe))
-    _show(run(asked, out or Path("runs") / recipe.stem, say=_say))
+    written = read_toml(recipe)
+    asked = _load(Recipe, merged(written, overrides(set_ or [])), at=str(recipe))
+    # A run folder's own recipe, which alone names every setting, goes on where it lies.
+    whole = recipe.name == "recipe.toml" and set(written) == set(Recipe.model_fields)
+    _show(run(asked, out or (recipe.parent if whole else Path("runs") / recipe.stem), say=_say))
 
 
-def _load(kind: Any, data: Any, at: str = "$") -> Any:
+def _load(kind: Any, data: Any, at: str = "recipe") -> Any:
     from vitrim.plain import load
 
     return load(kind, data, RecipeError, at=at)
@@ -108,7 +139,7 @@ def _show(result: "Result") -> None:
 
     measured = result.measured
     table = side_by_side(measured)
-    _table(f"{measured['model']}, {measured['method']} at {measured['budget']}", table.head, table.rows)
+    show_table(f"{measured['model']}, {measured['method']} at {measured['budget']}", table.head, table.rows)
     if result.folder is not None:
         _say(f"model, plan, log and report are in {result.folder}")
 
@@ -132,14 +163,15 @@ def evaluate(
     from vitrim.recipe import DataRecipe, ModelRecipe, merged, overrides
     from vitrim.train import evaluate as evaluate_model
 
-    over = overrides(set_ or [])
-    named = _load(
-        ModelRecipe,
-        merged({"name": model, "weights": weights, "random_weights": random_weights}, over.pop("model", {})),
-    )
-    source = _load(DataRecipe, merged({"test": data}, over.pop("data", {})))
-    if over:
-        raise RecipeError(f"a setting of evaluate must be of model or data, but got '{next(iter(over))}'")
+    asked = {
+        "model": {"name": model, "weights": weights, "random_weights": random_weights},
+        "data": {"test": data},
+    }
+    asked = merged(asked, overrides(set_ or []))
+    named = _load(ModelRecipe, asked.pop("model"), at="recipe.model")
+    source = _load(DataRecipe, asked.pop("data"), at="recipe.data")
+    if asked:
+        raise RecipeError(f"a setting of evaluate must be of model or data, but got '{next(iter(asked))}'")
     net = open_parent(**dump(named))
     spec = describe(net)
     known = splits_of(data)
@@ -160,7 +192,7 @@ def evaluate(
             str(found.count),
         ]
     ]
-    _table("", ["model", "MACs", "parameters", "top-1", "top-5", "images"], rows)
+    show_table("", ["model", "MACs", "parameters", "top-1", "top-5", "images"], rows)
 
 
 def _percent(value: float | None) -> str:
@@ -174,7 +206,7 @@ def explain(plan: Annotated[Path, typer.Argument(help="plan.json of a run folder
     from vitrim.report import plan_table
 
     table = plan_table(*read_plan(plan))
-    _table(str(plan), table.head, table.rows)
+    show_table(str(plan), table.head, table.rows)
 
 
 @app.command()
@@ -191,13 +223,15 @@ def bench(
     import torch
 
     from vitrim import measure, store
+    from vitrim.job import device_of
     from vitrim.parent import open_parent
 
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in kinds:
         raise RecipeError(f"dtype must be one of {', '.join(kinds)}, but got '{dtype}'")
+    place = device_of(device) if device is not None else None
     nets = [open_parent(name, random_weights=not store.is_stored(name)) for name in (model, reference) if name]
-    taken = measure.latency(*nets, batch=batch, threads=threads, dtype=kinds[dtype], device=device, seconds=seconds)
+    taken = measure.latency(*nets, batch=batch, threads=threads, dtype=kinds[dtype], device=place, seconds=seconds)
     rows = [
         [
             model,
@@ -217,7 +251,7 @@ def bench(
                 f"{per_second:.1f}",
             ]
         )
-    _table("", ["model", f"batch of {batch}", "10 - 90 %", "images/s"], rows)
+    show_table("", ["model", f"batch of {batch}", "10 - 90 %", "images/s"], rows)
     if taken.ratio is not None:
         Console().print(f"ratio {taken.ratio:.3f} ({taken.ratio_low:.3f} - {taken.ratio_high:.3f})", highlight=False)
     versions = f"torch {taken.torch}, timm {taken.timm}"
@@ -255,8 +289,8 @@ def methods_() -> None:
     for column in ("method", "needs", "what it does", "settings"):
         table.add_column(column)
     for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+        table.add_row(*map(Text, row))
+    _print(table)
 
 
 @app.command("models")
@@ -279,37 +313,33 @@ def models_(
         )
         rows.append([str(guest["name"]), *cost, str(guest["reason"] or "yes")])
     if not json_:
-        _table("", ["model", "MACs", "parameters", "can be cut"], rows)
+        show_table("", ["model", "MACs", "parameters", "can be cut"], rows)
 
 
 def main() -> None:
     """Run the command line and exit."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*|timm\..*")
     try:
-        app(standalone_mode=False)
+        code = app(args=sys.argv[1:] or ["--help"], prog_name="vitrim", standalone_mode=False)
     except VitrimError as problem:
         _fail(str(problem))
-    except KeyboardInterrupt:
-        _fail("interrupted; run the same command again and it goes on from the last checkpoint")
-    except typer.Exit as end:
-        sys.exit(end.exit_code)
-    except typer.Abort:
-        _fail("interrupted")
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
     except Exception as problem:
-        if hasattr(problem, "format_message"):  # click's own errors: a wrong option or argument
-            _fail(problem.format_message())
-        raise
+        if not hasattr(problem, "format_message"):
+            raise
+        # A wrong option or argument.
+        command = getattr(getattr(problem, "ctx", None), "command_path", "vitrim")
+        _fail(f"{problem.format_message().rstrip('.')}; see `{command} --help`")
+    if code == _INTERRUPTED:
+        _fail("interrupted; the same command goes on from the last checkpoint")
+    sys.exit(code)
 
 
-def _fail(text: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/bold red] {_escape(text)}", highlight=False)
+def _fail(text: str) -> NoReturn:
+    one_line = " ".join(text.split())
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error", "bold red"), " ", one_line))
     sys.exit(2)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 if __name__ == "__main__":

@@ -118,4 +118,6 @@ def _mlp_params(form: Form, width: int, hidden: int) -> int:
         params += width
     if form.hidden_norm is not None:
         params += form.hidden_norm.params(hidden)
+    if form.inner_norm is not None:
+        params += form.inner_norm.params(width)
     return params

@@ -1,7 +1,7 @@
 """Open all that a run needs, and refuse what cannot work before the first file is written."""
 
 import contextlib
-import errno
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,14 @@ from vitrim.costs import cost_of
 from vitrim.data import Images, Input, Splits, check_classes, split
 from vitrim.errors import DataError, RecipeError, RunError, VitrimError
 from vitrim.families import describe
+from vitrim.observe import axes
 from vitrim.parent import open_parent
-from vitrim.plain import dump
-from vitrim.recipe import Recipe, read_recipe
+from vitrim.plain import dump, write_text
+from vitrim.recipe import ModelRecipe, Recipe, read_recipe
+from vitrim.search.fill import fill
 from vitrim.spec import Spec
 
-__all__ = ["Job", "check_folder", "full_disk", "images_of", "prepare"]
+__all__ = ["Job", "check_folder", "device_of", "full_disk", "images_of", "leaving_nothing", "logger", "prepare"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,7 @@ class Job:
     spec: Spec
     splits: Splits | None
     input: Input
+    trains: bool
     folder: Path | None
     say: Callable[[str], None]
 
@@ -59,17 +62,66 @@ def full_disk(folder: Path | None) -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        if isinstance(problem, VitrimError) or problem.errno not in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EROFS,
-            errno.EACCES,
-        ):
+        inside = problem.filename is None or (folder is not None and Path(problem.filename).is_relative_to(folder))
+        if isinstance(problem, VitrimError) or problem.strerror is None or folder is None or not inside:
             raise
         raise RunError(
-            f"{folder}: the output folder must be writable and have free space, but {problem.strerror}; "
+            f"{folder}: the output folder must be writable and have free space, but {problem.strerror.lower()}; "
             "make room and run the same command again, it goes on from here"
         ) from None
+
+
+@contextlib.contextmanager
+def leaving_nothing(folder: Path | None) -> Iterator[None]:
+    """Take a run folder away again that a failure leaves with its recipe alone; nothing is lost with it."""
+    new = folder is not None and not (folder.is_dir() and any(folder.iterdir()))
+    made = [] if folder is None else [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except Exception:
+        if folder is not None and new:
+            with contextlib.suppress(OSError):
+                if [path.name for path in folder.iterdir()] == ["recipe.toml"]:
+                    (folder / "recipe.toml").unlink()
+                for path in made:
+                    path.rmdir()
+        raise
+
+
+def logger(path: Path | None) -> Callable[[Mapping[str, Any]], None] | None:
+    """Give what appends records to `path`.
+
+    A run that was killed may have left half a line, and sends records again that came after its checkpoint; the first
+    record of each stage clears both away.
+    """
+    if path is None:
+        return None
+    known: set[Any] = set()
+
+    def write(record: Mapping[str, Any]) -> None:
+        if record.get("stage") not in known:
+            known.add(record.get("stage"))
+            _rewind(path, record)
+        with path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(dict(record)) + "\n")
+
+    return write
+
+
+def _rewind(path: Path, record: Mapping[str, Any]) -> None:
+    """Drop from a log what comes again from `record` on, and a broken last line."""
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    kept = []
+    for line in before.splitlines(keepends=True):
+        try:
+            known = json.loads(line) if line.endswith("\n") else None
+        except ValueError:
+            continue
+        again = isinstance(known, dict) and known.get("stage") == record.get("stage")
+        if known is not None and not (again and known.get("step", 0) >= record.get("step", 0)):
+            kept.append(line)
+    if "".join(kept) != before:
+        write_text(path, "".join(kept))
 
 
 def check_folder(folder: Path | None, recipe: Recipe) -> None:
@@ -84,14 +136,16 @@ def check_folder(folder: Path | None, recipe: Recipe) -> None:
         raise RunError(f"{folder}: the output must be a folder, but it is a file; choose another")
     known = folder / "recipe.toml"
     if known.is_file():
-        before = read_recipe(known)
+        before = read_recipe(known).resolved()
         if before != recipe:
             raise RunError(
                 f"{folder}: the folder must be new or hold the same recipe, but its recipe differs in "
                 f"{', '.join(_differences(dump(before), dump(recipe)))}; choose another --out"
             )
-    elif any(folder.iterdir()):
-        raise RunError(f"{folder}: the output folder must be new, empty or a run's, but it holds other files")
+    elif any(not path.name.startswith(".recipe.toml.") for path in folder.iterdir()):
+        raise RunError(
+            f"{folder}: the output folder must be new, empty or a run's, but it holds other files; choose another --out"
+        )
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any], at: str = "") -> list[str]:
@@ -120,10 +174,12 @@ def prepare(
         raise DataError(f"data must be given, but there is none and {what}; give --data SRC")
     say(f"opening {recipe.model.name}")
     if parent is None:
-        parent = open_parent(**dump(recipe.model))
-    parent = parent.to(_device(recipe.device)).eval()
+        parent = open_parent(**dump(recipe.model), seed=recipe.seed)
+    elif recipe.model != ModelRecipe(name=recipe.model.name):
+        raise RecipeError("a model in memory must be taken as it is, but settings of model are given; leave them out")
+    parent = parent.to(device_of(recipe.device)).eval()
     spec = describe(parent)
-    budget.limits(cost_of(spec))
+    _check_reach(parent, spec, budget, method)
     chosen = {key: value for key in ("mean", "std") if (value := getattr(recipe.data, key)) is not None}
     return Job(
         recipe=recipe,
@@ -132,21 +188,41 @@ def prepare(
         spec=spec,
         splits=_splits(recipe, data, spec, say),
         input=Input.of(parent, **chosen),
+        trains=data[0] is not None,
         folder=folder,
         say=say,
     )
 
 
-def _device(name: str) -> torch.device:
+def _check_reach(parent: nn.Module, spec: Spec, budget: Budget, method: Method) -> None:
+    """Refuse what no scores could reach, before a search spends its hours.
+
+    Raises:
+        BudgetError: naming the least possible.
+    """
+    budget.limits(cost_of(spec))
+    choice = getattr(method, "choice", None)
+    if choice is not None:
+        fill(spec, {path: torch.zeros(axis.size) for path, axis in axes(parent).items()}, budget, choice=choice)
+
+
+def device_of(name: str) -> torch.device:
+    """The device called `name`; ``auto`` is the first CUDA device, else the CPU.
+
+    Raises:
+        RecipeError: if this machine has none of that name.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("device must be one of this machine's, but there is no CUDA device; use device=auto")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise RecipeError(f"device must be one of this machine's, but got '{name}'; use cpu or auto") from None
     return torch.device(name)
 
 
 def _splits(recipe: Recipe, data: tuple[Any, Any], spec: Spec, say: Callable[[str], None]) -> Splits | None:
-    train, test = (images_of(source) for source in data)
+    train, test = (images_of(source, spec.classes) for source in data)
     first = test if train is None else train
     if first is None:
         return None
@@ -166,35 +242,50 @@ def _splits(recipe: Recipe, data: tuple[Any, Any], spec: Spec, say: Callable[[st
     return splits
 
 
-def images_of(source: Any) -> str | Images | None:
+def images_of(source: Any, classes: int = 0) -> str | Images | None:
     """Bring what a caller may give as data into one form.
 
     Args:
         source: a source string, opened images, a dataset of (PIL image or ready tensor ``(C, h, w)``, label), a loader
             of batches, or None. Of a shuffled or random loader one pass is kept, as it came.
+        classes: outputs of the model; what is in memory may hold some of them only.
 
     Raises:
         DataError: if it is none of these.
     """
     if source is None or isinstance(source, str | Images):
         return source
+    if isinstance(source, Path):
+        return str(source)
     name = type(source).__name__
     if isinstance(source, DataLoader) or (isinstance(source, Iterable) and not isinstance(source, Dataset)):
         pictures, labels = _unbatch(source)
         held: Any = pictures
-        return Images(lambda i: held[i], labels, classes=int(labels.max(initial=-1)) + 1, source=name)
+        return Images(lambda i: held[i], labels, classes=_count(source, labels, classes), source=name)
     if isinstance(source, Dataset) and hasattr(source, "__getitem__") and hasattr(source, "__len__"):
         labels = _labels(source)
         items: Any = source
-        return Images(lambda i: items[i][0], labels, classes=int(labels.max(initial=-1)) + 1, source=name)
+        return Images(lambda i: items[i][0], labels, classes=_count(source, labels, classes), source=name)
     raise DataError(f"data must be a source, a dataset or a loader of (images, labels), but got {name}")
+
+
+def _count(source: Any, labels: Any, classes: int) -> int:
+    """Classes that the labels count over, by their names where there are such."""
+    names = getattr(source, "classes", None)
+    most = int(labels.max(initial=-1)) + 1
+    if not most:
+        return 0
+    return len(names) if isinstance(names, list | tuple) else max(most, classes)
 
 
 def _labels(dataset: Any) -> Any:
     known = getattr(dataset, "targets", None)
-    if known is None:
-        known = [int(dataset[i][1]) for i in range(len(dataset))]
-    return np.asarray(known, dtype=np.int64)
+    try:
+        if known is None or getattr(dataset, "target_transform", None) is not None:
+            known = [int(dataset[i][1]) for i in range(len(dataset))]
+        return np.asarray(known, dtype=np.int64)
+    except (TypeError, ValueError, IndexError, KeyError, RuntimeError) as problem:
+        raise DataError(f"a dataset must give (image, whole number) for each index, but {problem}") from None
 
 
 def _unbatch(batches: Iterable[Any]) -> tuple[list[Tensor], Any]:
@@ -204,5 +295,8 @@ def _unbatch(batches: Iterable[Any]) -> tuple[list[Tensor], Any]:
         if not isinstance(batch, list | tuple) or len(batch) != 2 or not isinstance(batch[0], Tensor):
             raise DataError("a loader must give (images, labels), but gave something else; give a dataset instead")
         pictures += list(batch[0])
-        labels += [int(label) for label in batch[1]]
+        try:
+            labels += [int(label) for label in batch[1]]
+        except (TypeError, ValueError, RuntimeError) as problem:
+            raise DataError(f"a loader must give one whole number a label, but {problem}") from None
     return pictures, np.asarray(labels, dtype=np.int64)

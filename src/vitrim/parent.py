@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,7 +23,12 @@ __all__ = ["guests", "load_weights_", "open_parent", "read_weights"]
 
 
 def open_parent(
-    name: str, *, weights: str | None = None, random_weights: bool = False, arguments: dict[str, Any] | None = None
+    name: str,
+    *,
+    weights: str | None = None,
+    random_weights: bool = False,
+    arguments: dict[str, Any] | None = None,
+    seed: int = 0,
 ) -> nn.Module:
     """Open and adopt a model, in evaluation mode on the CPU.
 
@@ -31,6 +37,7 @@ def open_parent(
         weights: a weights file for a timm name (safetensors, or a PyTorch file read without running code).
         random_weights: whether to leave a timm model's weights random.
         arguments: further keyword arguments of ``timm.create_model``.
+        seed: of random weights, so that a run that goes on finds the same ones.
 
     Raises:
         RecipeError: if the name is unknown, or weights are given twice.
@@ -43,11 +50,17 @@ def open_parent(
         if weights or random_weights or arguments:
             raise RecipeError(f"{name}: a stored model must be taken as it is, but weights or arguments are given too")
         return store.load(name).eval()
-    return adopt(_guest(name, weights, random_weights, dict(arguments or {}))).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return adopt(_guest(name, weights, random_weights, dict(arguments or {}))).eval()
 
 
 def _guest(name: str, weights: str | None, random_weights: bool, arguments: dict[str, Any]) -> nn.Module:
     on_hub = name.startswith(("hf-hub:", "hf_hub:"))
+    if name.startswith("("):
+        raise RecipeError(
+            f"a model must be named, but {name} is gone with the program that held it; call compress there"
+        )
     if not on_hub and not timm.is_model(name):
         if name.endswith(".safetensors") or "/" in name:
             raise RecipeError(f"{name}: a model must be a timm name or a file that vitrim stored, but this is neither")
@@ -58,7 +71,7 @@ def _guest(name: str, weights: str | None, random_weights: bool, arguments: dict
     if "num_classes" not in arguments and "head.weight" in state:
         arguments["num_classes"] = len(state["head.weight"])
     model = _create(name, pretrained=False, **arguments)
-    load_weights_(model, state, weights)
+    load_weights_(model, families.convert(model, state), weights)
     return model
 
 
@@ -67,13 +80,13 @@ def _create(name: str, **arguments: Any) -> nn.Module:
         model: nn.Module = timm.create_model(name, **arguments)
     except TypeError as problem:
         raise RecipeError(f"model.arguments: {name} must take each of them, but {problem}") from None
-    except (RuntimeError, OSError, ValueError) as problem:
+    except Exception as problem:  # from timm's asserts to whatever the Hub's client raises
+        reason = (str(problem).splitlines() or [type(problem).__name__])[0]
         if arguments.get("pretrained"):
-            reason = str(problem).splitlines()[0]
             raise WeightsError(
                 f"{name}: pretrained weights must be found, but {reason}; give --weights FILE or --random-weights"
             ) from None
-        raise RecipeError(f"{name}: timm must build this model, but {problem}") from None
+        raise RecipeError(f"{name}: timm must build this model, but {reason}") from None
     return model
 
 
@@ -92,7 +105,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: the weights file must exist, but it does not")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return _plain_names(load_file(path))
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch raises pickle's own classes for what weights_only refuses, and many more
         raise _damaged(path, problem) from None
@@ -102,7 +115,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise WeightsError(f"{path}: the file must hold a state dict of tensors, but it holds something else")
-    return {key.removeprefix("module."): value for key, value in loaded.items()}
+    return _plain_names(loaded)
+
+
+def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the prefix that data parallelism puts before them."""
+    return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def _damaged(path: Path, problem: Exception) -> WeightsError:
@@ -146,13 +164,13 @@ def guests(pattern: str = "*") -> Iterator[dict[str, Any]]:
     Raises:
         RecipeError: if no name fits.
     """
-    hosts = {host: name for name in families.names() for host in families.get(name).HOSTS}
-    names = [name for name in timm.list_models(pattern) if _knows(name, tuple(hosts))]
+    hosts = tuple(host for name in families.names() for host in families.get(name).HOSTS)
+    names = [name for name in timm.list_models(pattern) if _knows(name, hosts)]
     if not names:
         raise RecipeError(f"a pattern must fit a name of a known family, but got '{pattern}'{_near(pattern)}")
-    for name in track(names, "models", transient=True, disable=not sys.stderr.isatty()):
+    for name in track(names, "models", transient=True, console=Console(stderr=True), disable=not sys.stderr.isatty()):
         model = _unfilled(name)
-        family = next((kind for host, kind in hosts.items() if isinstance(model, host)), None)
+        family = families.name_of(model)
         if family is None:
             continue
         try:

@@ -11,9 +11,9 @@ import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from vitrim.errors import RecipeError, VitrimError
 
@@ -31,11 +31,26 @@ __all__ = [
 
 T = TypeVar("T", bound="Node")
 
+NONE = "none"
+
 
 class Node(BaseModel):
     """A frozen value with named fields; an unknown field is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none(cls, data: Any) -> Any:
+        """TOML has no word for None: where a field may be None, ``"none"`` says it."""
+        if not isinstance(data, dict) or NONE not in data.values():
+            return data
+        return {key: None if value == NONE and cls._may_be_none(key) else value for key, value in data.items()}
+
+    @classmethod
+    def _may_be_none(cls, name: str) -> bool:
+        field = cls.model_fields.get(name)
+        return field is not None and type(None) in get_args(field.annotation)
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
@@ -72,30 +87,39 @@ def load(kind: type[T], data: Any, error: type[VitrimError] = RecipeError, at: s
 
 def _sentence(kind: type[Node], problem: ValidationError, at: str) -> str:
     first = problem.errors(include_url=False)[0]
-    place = [str(part) for part in first["loc"]]
+    *outer, last = [str(part) for part in first["loc"]] or [""]
+    owner, way = _owner(kind, outer)
     if first["type"] == "extra_forbidden":
-        owner, options = _owner(kind, place[:-1])
-        path = ".".join([at, *place[:-1]])
-        return f"{path}: {owner} has no field '{place[-1]}'{did_you_mean(place[-1], options)}"
-    path = ".".join([at, *place])
+        near = did_you_mean(last, owner.model_fields)
+        return f"{'.'.join([at, *way])}: {owner.__name__.strip('_')} has no field '{last}'{near}"
+    path = ".".join([at, *way, last]).rstrip(".")
     if first["type"] == "missing":
         return f"{path}: this field is required, but it is missing"
+    if first["type"] == "model_type":
+        return f"{path}: this must be a table of names and values, but got {first['input']!r}"
     text = first["msg"].removeprefix("Value error, ")
     text = text[:1].lower() + text[1:]
     came = "" if first["type"] == "value_error" else f", but got {first['input']!r}"
     return f"{path}: {text}{came}"
 
 
-def _owner(kind: type[Node], place: list[str]) -> tuple[str, list[str]]:
-    """Name and fields of the node class at `place`, following field types as far as they are nodes."""
+def _owner(kind: type[Node], place: list[str]) -> tuple[type[Node], list[str]]:
+    """The node class at `place` and the way to it, without the tags by which pydantic tells kinds of nodes apart."""
     owner = kind
+    choices: dict[str, type[Node]] = {}
+    way: list[str] = []
     for part in place:
+        if part in choices:
+            owner, choices = choices[part], {}
+            continue
+        way.append(part)
         field = owner.model_fields.get(part)
         if field is None:
             continue
         inner = [t for t in _types(field.annotation) if isinstance(t, type) and issubclass(t, Node)]
+        choices = {t.model_fields["kind"].default: t for t in inner if len(inner) > 1}
         owner = inner[0] if inner else owner
-    return owner.__name__, list(owner.model_fields)
+    return owner, way
 
 
 def _types(annotation: Any) -> Iterator[Any]:
@@ -117,8 +141,9 @@ def writing(path: Path) -> Iterator[Path]:
     os.close(handle)
     beside = Path(name)
     try:
-        beside.chmod(0o644)
         yield beside
+        # Last, for a writer may have put a private file of its own in place.
+        beside.chmod(0o644)
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)

@@ -65,9 +65,7 @@ class BlockPlan(Node):
                 )
         self._tied(form, mixer, qk, v, at)
         living = [head for head, kept in enumerate(v) if kept]
-        return mixer.model_copy(
-            update={"qk": tuple(len(qk[i]) for i in living), "v": tuple(len(v[i]) for i in living)}
-        )
+        return mixer.model_copy(update={"qk": tuple(len(qk[i]) for i in living), "v": tuple(len(v[i]) for i in living)})
 
     def _tied(self, form: Form, mixer: Attention, qk: Sequence[Kept], v: Sequence[Kept], at: str) -> None:
         if form.head_norm is not None:
@@ -151,6 +149,10 @@ class Plan(Node):
     @classmethod
     def of(cls, spec: Spec, blocks: Sequence[BlockPlan]) -> Self:
         """The plan with one decision for each block of `spec`, all stages in one row."""
+        if len(blocks) != len(spec.blocks()):
+            raise PlanError(
+                f"a plan must decide for each of {len(spec.blocks())} blocks, but decides for {len(blocks)}"
+            )
         rest = iter(blocks)
         return cls(stages=tuple(StagePlan(blocks=tuple(next(rest) for _ in s.blocks)) for s in spec.stages))
 
@@ -255,5 +257,3 @@ def read_plan(path: Path) -> tuple[Spec, Plan]:
     sheet = load(_Sheet, read_json(path, PlanError), PlanError, at=str(path))
     sheet.plan.child(sheet.parent)
     return sheet.parent, sheet.plan
-
-

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import tomli_w
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from vitrim import methods
 from vitrim.budget import Budget
 from vitrim.errors import RecipeError
-from vitrim.plain import Node, dump, load, read_toml, write_text
+from vitrim.plain import NONE, Node, dump, load, read_toml, write_text
 from vitrim.train import Train
 
 __all__ = ["DataRecipe", "Measure", "ModelRecipe", "Recipe", "merged", "overrides", "read_recipe", "write_recipe"]
@@ -34,6 +34,12 @@ class ModelRecipe(Node):
     weights: str | None = None
     random_weights: bool = False
     arguments: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("arguments")
+    @classmethod
+    def _given(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        # timm takes None for an argument that is not given.
+        return {name: value for name, value in arguments.items() if value is not None}
 
 
 class DataRecipe(Node):
@@ -117,7 +123,7 @@ class Recipe(Node):
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a TOML recipe; paths in it are taken from where the command runs.
+    """Read a TOML recipe; paths in it are taken from where the command runs, and ``"none"`` stands for None.
 
     Raises:
         RecipeError: naming the place and the near key.
@@ -126,20 +132,20 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def write_recipe(path: Path, recipe: Recipe) -> None:
-    """Write a recipe as TOML; settings that are None are left out, as TOML has no word for them."""
-    write_text(path, tomli_w.dumps(_without_none(dump(recipe))))
+    """Write a recipe as TOML, every setting of it: one that is None but not by default must not come back as such."""
+    write_text(path, tomli_w.dumps(_spoken(dump(recipe))))
 
 
-def _without_none(value: Any) -> Any:
+def _spoken(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_none(item) for item in value]
-    return value
+        return {key: _spoken(item) for key, item in value.items()}
+    return NONE if value is None else value
 
 
 def overrides(pairs: Sequence[str]) -> dict[str, Any]:
     """Read ``key=value`` pairs into a nested dictionary; values are JSON where they can be, else text.
+
+    ``none`` stays text, which a setting that may be None takes for it and one with a choice called none does not.
 
     Raises:
         RecipeError: if a pair has no ``=``, or a key is both a value and a table.
@@ -154,16 +160,22 @@ def overrides(pairs: Sequence[str]) -> dict[str, Any]:
         for name in outer:
             table = table.setdefault(name, {})
             if not isinstance(table, dict):
-                raise RecipeError(f"{key}: a setting must be a value or a table, but is given as both")
+                raise _both(key)
+        if isinstance(table.get(last), dict):
+            raise _both(key)
         table[last] = _value(text.strip())
     return nested
+
+
+def _both(key: str) -> RecipeError:
+    return RecipeError(f"{key}: a setting must be a value or a table, but is given as both; leave one out")
 
 
 def _value(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
-        return {"none": None, "None": None, "True": True, "False": False}.get(text, text)
+    except ValueError:
+        return {"None": None, "True": True, "False": False}.get(text, text)
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

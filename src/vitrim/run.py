@@ -7,6 +7,7 @@ missing file, also in the middle of a search or of training.
 """
 
 import datetime
+import hashlib
 import json
 import platform
 import time
@@ -17,23 +18,23 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim import __version__, report, store
 from vitrim.budget import SLACK
 from vitrim.contract import Data, Method
 from vitrim.costs import cost_of
-from vitrim.data import eval_loader
+from vitrim.data import Images, eval_loader
 from vitrim.errors import BudgetError, MethodError, RecipeError, RunError
 from vitrim.families import adopt, describe
-from vitrim.job import Job, check_folder, full_disk, prepare
+from vitrim.job import Job, check_folder, full_disk, leaving_nothing, logger, prepare
 from vitrim.measure import latency
 from vitrim.plain import dump, load, read_json, write_json, write_text
 from vitrim.plan import Plan, read_plan, write_plan
-from vitrim.recipe import Recipe, write_recipe
+from vitrim.recipe import Recipe, merged, write_recipe
 from vitrim.spec import Spec
 from vitrim.surgery import apply
-from vitrim.train import evaluate, fit
+from vitrim.train import evaluate, fit, reference_logits
 
 __all__ = ["Result", "compress", "run"]
 
@@ -69,6 +70,7 @@ def compress(
     settings: Mapping[str, Any] | None = None,
     train: Mapping[str, Any] | None = None,
     measure: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
 ) -> Result:
     """Make `model` smaller.
@@ -86,6 +88,7 @@ def compress(
         settings: the method's own settings.
         train: further settings of training, see `vitrim.train.Train`.
         measure: how to measure, see `vitrim.recipe.Measure`.
+        recipe: any other setting of `vitrim.recipe.Recipe`, such as ``{"data": {"mean": [0.5, 0.5, 0.5]}}``.
         out: a run folder to write; a run that was stopped there goes on.
 
     Returns:
@@ -94,24 +97,27 @@ def compress(
     Raises:
         VitrimError: one sentence on what must hold, what came, and the way out.
     """
-    named = isinstance(model, str)
-    sources = [source if isinstance(source, str) else None for source in (data, test)]
-    recipe = load(
-        Recipe,
-        {
-            "model": {"name": model if named else f"({type(model).__name__} in memory)"},
-            "data": {"train": sources[0], "test": sources[1]},
-            "method": {"name": method, **(settings or {})},
-            "budget": budget,
-            "train": {**(train or {}), "epochs": epochs},
-            "measure": dict(measure or {}),
-            "seed": seed,
-        },
-        RecipeError,
-        at="compress",
-    )
+    sources = [str(source) if isinstance(source, str | Path) else None for source in (data, test)]
+    asked = {
+        "model": {"name": model if isinstance(model, str) else _portrait(model)},
+        "data": {"train": sources[0], "test": sources[1]},
+        "method": {"name": method, **(settings or {})},
+        "budget": budget,
+        "train": {"epochs": epochs, **(train or {})},
+        "measure": dict(measure or {}),
+        "seed": seed,
+    }
+    resolved = load(Recipe, merged(asked, recipe or {}), RecipeError, at="compress")
     parent = None if isinstance(model, str) else adopt(model)
-    return _run(recipe, None if out is None else Path(out), parent, (data, test), lambda _: None)
+    return _run(resolved, None if out is None else Path(out), parent, (data, test), lambda _: None)
+
+
+def _portrait(model: nn.Module) -> str:
+    """A name that tells a model in memory from another, so that no run folder is taken for the other's."""
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return f"({type(model).__name__} in memory, {digest.hexdigest()[:8]})"
 
 
 def run(recipe: Recipe, folder: Path, *, say: Callable[[str], None] = lambda _: None) -> Result:
@@ -136,42 +142,34 @@ def _run(
     with full_disk(folder):
         check_folder(folder, recipe)
         job = prepare(recipe, method, folder, parent, data, say)
-        if folder is not None:
-            write_recipe(folder / "recipe.toml", recipe)
-        start = time.perf_counter()
-        plan, child = _cut(job, method)
-        child = _train(job, child)
-        seconds = time.perf_counter() - start
-        measured = _measure(job, child, seconds)
-        _finish(job)
+        with leaving_nothing(folder):
+            if folder is not None and not job.has("recipe.toml"):
+                write_recipe(folder / "recipe.toml", recipe)
+            plan, child, seconds = _cut(job, method)
+            child, seconds = _train(job, child, seconds)
+            measured = _measure(job, child, seconds)
+            _finish(job)
     return Result(model=child.eval(), plan=plan, measured=measured, parent=job.parent, folder=folder)
 
 
-def _log(job: Job) -> Callable[[Mapping[str, Any]], None] | None:
-    path = job.file("log.jsonl")
-    if path is None:
-        return None
-
-    def write(record: Mapping[str, Any]) -> None:
-        with path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(dict(record)) + "\n")
-
-    return write
-
-
-def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module]:
-    """Search and cut, or read what an earlier run cut."""
+def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module, float]:
+    """Search and cut, or read what an earlier run cut; with the seconds that it took."""
+    start = time.perf_counter()
     plan_file, cut_file = job.file("plan.json"), job.file("cut.safetensors")
     for stored in ("model.safetensors", "cut.safetensors"):
         path = job.file(stored)
         if path is not None and path.is_file() and job.has("plan.json") and plan_file is not None:
             parent, plan = read_plan(plan_file)
             if parent != job.spec:
-                raise RunError(f"{plan_file}: the plan must be for this parent, but it was made for another model")
-            return plan, store.load(path).to(next(job.parent.parameters()).device)
+                raise RunError(
+                    f"{plan_file}: the plan must be for {job.recipe.model.name}, but was made for another model; "
+                    "choose another --out"
+                )
+            return plan, *_stored(job, path)
     job.say(f"searching with {job.recipe.method['name']} for {job.budget}")
     data = None
-    if job.splits is not None:
+    # Without training images the splits are the test images', which no search sees.
+    if job.splits is not None and job.trains:
         data = Data(
             train=job.splits.train,
             calibration=job.splits.calibration,
@@ -185,7 +183,7 @@ def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module]:
         seed=job.recipe.seed,
         teacher=job.parent,
         folder=job.file("search"),
-        log=_log(job),
+        log=logger(job.file("log.jsonl")),
     )
     child = apply(found.parent, found.plan, grafts=found.grafts)
     _check_budget(job, describe(child))
@@ -193,8 +191,15 @@ def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module]:
         lines = "".join(json.dumps(dict(trial)) + "\n" for trial in found.trials)
         write_text(plan_file.with_name("trials.jsonl"), lines)
         write_plan(plan_file, job.spec, found.plan)
-        store.save(child, cut_file)
-    return found.plan, child
+        store.save(child, cut_file, provenance={"seconds": time.perf_counter() - start})
+        # What a resumed run would read is what this one goes on with, down to which weights are frozen.
+        return found.plan, *_stored(job, cut_file)
+    return found.plan, child, time.perf_counter() - start
+
+
+def _stored(job: Job, path: Path) -> tuple[nn.Module, float]:
+    seconds = store.provenance(path).get("given", {}).get("seconds", 0.0)
+    return store.load(path).to(next(job.parent.parameters()).device), float(seconds)
 
 
 def _check_budget(job: Job, child: Spec) -> None:
@@ -208,12 +213,15 @@ def _check_budget(job: Job, child: Spec) -> None:
         )
 
 
-def _train(job: Job, child: nn.Module) -> nn.Module:
-    if job.has("model.safetensors"):
-        return child
+def _train(job: Job, child: nn.Module, seconds: float) -> tuple[nn.Module, float]:
+    """Train the child, or read what an earlier run trained; `seconds` grow by those of every part of the training."""
+    path = job.file("model.safetensors")
+    if path is not None and path.is_file():
+        return _stored(job, path)
+    start, before = time.perf_counter(), 0.0
     settings = job.recipe.train
     if settings.epochs and job.splits is not None:
-        job.say(f"training the child for {settings.epochs:g} epochs with its parent as teacher")
+        job.say(f"training the child for epochs={settings.epochs:g} with its parent as teacher")
         fitted = fit(
             child,
             job.splits.train,
@@ -222,14 +230,15 @@ def _train(job: Job, child: nn.Module) -> nn.Module:
             seed=job.recipe.seed,
             teacher=job.parent,
             folder=job.file("training"),
-            log=_log(job),
+            log=logger(job.file("log.jsonl")),
             stage="train",
         )
         child = fitted.ema if fitted.ema is not None else fitted.model
-    path = job.file("model.safetensors")
+        before = fitted.seconds
+    seconds += max(time.perf_counter() - start, before)
     if path is not None:
-        store.save(child, path, provenance={"recipe": dump(job.recipe)})
-    return child
+        store.save(child, path, provenance={"recipe": dump(job.recipe), "seconds": seconds})
+    return child, seconds
 
 
 def _measure(job: Job, child: nn.Module, seconds: float) -> dict[str, Any]:
@@ -260,6 +269,7 @@ def _measure(job: Job, child: nn.Module, seconds: float) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     if path is not None:
+        path.with_name("report.html").unlink(missing_ok=True)
         write_json(path, measured)
     return measured
 
@@ -274,22 +284,27 @@ def _accuracy(job: Job, child: nn.Module) -> dict[str, Any]:
         return unknown
     job.say(f"evaluating parent and child on {len(images)} images")
     loader = eval_loader(images, job.input)
-    before = evaluate(job.parent, loader)
-    after = evaluate(child, loader, reference=job.parent)
+    theirs = reference_logits(job.parent, loader)
+    after = evaluate(child, loader, reference=theirs)
     if job.splits.test is None:
         return unknown | {"agreement": after.agreement}
     return {
         "top1": after.top1,
-        "top1_parent": before.top1,
+        "top1_parent": None if after.top1 is None else _top1(theirs, images),
         "agreement": after.agreement,
         "test_images": after.count,
     }
 
 
+def _top1(logits: Tensor, images: Images) -> float:
+    labels = torch.as_tensor(images.labels)
+    return 100 * float((logits.argmax(dim=-1) == labels).double().mean())
+
+
 def _time(job: Job, child: nn.Module) -> dict[str, Any]:
     settings = job.recipe.measure
     if not settings.latency:
-        return {}
+        return dict.fromkeys(_TIMES) | {"device": str(next(child.parameters()).device)}
     job.say("timing parent and child in turns")
     taken = latency(child, job.parent, batch=settings.batch, threads=settings.threads, seconds=settings.seconds)
     return {
@@ -305,12 +320,20 @@ def _time(job: Job, child: nn.Module) -> dict[str, Any]:
     }
 
 
+_TIMES = (
+    "latency_ms latency_parent_ms latency_ratio latency_ratio_low latency_ratio_high device threads batch dtype".split()
+)
+
+
 def _finish(job: Job) -> None:
     """Write the report and clear away what only a stopped run would need."""
     if job.folder is None:
         return
-    write_text(job.folder / "report.html", report.html([job.folder]))
+    if not job.has("report.html"):
+        write_text(job.folder / "report.html", report.html([job.folder]))
     (job.folder / "cut.safetensors").unlink(missing_ok=True)
+    for half in job.folder.glob(".*.*.*"):  # what a killed run was writing
+        half.unlink()
     for name in ("search", "training"):
         scraps = job.folder / name
         for path in sorted(scraps.rglob("*"), reverse=True) if scraps.is_dir() else []:

@@ -33,17 +33,19 @@ class Form(Node):
     `head_norm` is the norm over the channels of each query and key head, `mixed_norm` the one over all heads' outputs
     together, `hidden_norm` the one over the hidden neurons. A norm ties the channels it runs over: cutting one of them
     would change the statistics of the others, so those channels can only be cut together with the whole branch.
+    `inner_norm` runs over the width, before the first layer of the MLP, and ties nothing.
     """
 
     norm: Norm
     qkv_bias: bool
     out_bias: bool
-    mlp: Literal["plain", "glu", "swiglu"]
+    mlp: Literal["plain", "glu", "swiglu", "geglu"]
     gate_first: bool = False
     activation: str
     hidden_bias: bool
     mlp_out_bias: bool
     layer_scale: bool = False
+    inner_norm: Norm | None = None
     head_norm: Norm | None = None
     head_norm_width: NonNegativeInt = 0
     mixed_norm: Norm | None = None

@@ -181,7 +181,7 @@ def _portrait(model: nn.Module) -> tuple[Spec, dict[str, Tensor]]:
     try:
         blocks_of(model)
     except AdoptError as problem:
-        raise StoreError(f"a stored model must be adopted, but: {problem}; call vitrim.adopt first") from None
+        raise StoreError(f"this model cannot be stored: {problem}") from None
     _check_owners(model)
     check_finite(model)
     spec, state = describe(model), _state(model)
@@ -351,5 +351,7 @@ def _read(path: Path) -> nn.Module:
 def _reason(problem: BaseException) -> str:
     if isinstance(problem, OSError) and problem.strerror:
         return problem.strerror.lower()
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(problem).__name__
+    lines = [line.strip().rstrip(".") for line in str(problem).splitlines() if line.strip()]
+    if isinstance(problem, HfHubHTTPError) and len(lines) > 1:
+        return lines[1]  # the first is the status and a request id
+    return lines[0] if lines else type(problem).__name__

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from vitrim.errors import PlanError
 from vitrim.families import blocks_of, describe, host
-from vitrim.nn import Attention as MixerModule
 from vitrim.nn import Axis, Block, Constant, make_block, settled
 from vitrim.plan import BlockPlan, Plan
 from vitrim.spec import Attention, Stage
@@ -120,7 +119,7 @@ def _constant(branch: nn.Module | None, scale: nn.Module) -> Tensor:
     """What a branch without channels adds: its output bias after layer scale."""
     if branch is None or isinstance(branch, Constant):
         raise PlanError("a branch must have channels to lose, but it has none")
-    last = branch.get_submodule("proj" if isinstance(branch, MixerModule) else "fc2")
+    last = branch.get_submodule(branch.last)  # type: ignore[arg-type]
     scaled: Tensor = scale(last.bias)
     return scaled
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitrim.data.images import Images
 from vitrim.errors import DataError
+from vitrim.nn.layers import input_channels
 from vitrim.plain import Node, load
 
 __all__ = ["Input", "Loader", "eval_loader", "to_bytes", "to_tensor"]
@@ -70,8 +71,8 @@ class Input(Node):
         stem: Any = getattr(model, "patch_embed", None)
         if getattr(stem, "img_size", None) is not None:
             size = list(stem.img_size)
-        if isinstance(getattr(stem, "proj", None), nn.Conv2d):
-            channels = stem.proj.in_channels
+        if stem is not None:
+            channels = input_channels(model)
         values: dict[str, Any] = {
             "size": tuple(size),
             "channels": channels,

@@ -6,11 +6,11 @@ the house asks here and does not know how many families there are.
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim.errors import AdoptError, SpecError, WeightsError
 from vitrim.nn import Block, make_block, settled
@@ -18,7 +18,19 @@ from vitrim.nn.layers import input_channels
 from vitrim.plain import did_you_mean
 from vitrim.spec import Spec
 
-__all__ = ["Family", "adopt", "blocks_of", "build", "describe", "family_of", "get", "host", "names"]
+__all__ = [
+    "Family",
+    "adopt",
+    "blocks_of",
+    "build",
+    "convert",
+    "describe",
+    "family_of",
+    "get",
+    "host",
+    "name_of",
+    "names",
+]
 
 
 class Family(Protocol):
@@ -28,11 +40,7 @@ class Family(Protocol):
     """Small models for the laws: a name and the keyword arguments of `example`."""
 
     HOSTS: tuple[type[nn.Module], ...]
-    """timm's classes that it takes in, subclasses included."""
-
-    def handles(self, model: nn.Module) -> bool:
-        """Whether `model` is of this family."""
-        ...
+    """Classes that it takes in, with their subclasses, save those that another family names more closely."""
 
     def example(self, **arguments: object) -> nn.Module:
         """A small model with random weights."""
@@ -78,14 +86,31 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         AdoptError: if none does.
     """
-    for name in names():
-        family = get(name)
-        if family.handles(model):
-            return family
-    raise AdoptError(
-        f"a model must be of a family that vitrim knows ({', '.join(names())}), but got {type(model).__name__}; "
-        "see `vitrim models`"
-    )
+    name = name_of(model)
+    if name is None:
+        raise AdoptError(
+            f"a model must be of a family that vitrim knows ({', '.join(names())}), but got {type(model).__name__}; "
+            "see `vitrim models`"
+        )
+    return get(name)
+
+
+def name_of(model: nn.Module) -> str | None:
+    """The name of the family whose host is nearest to the class of `model`; None if there is none.
+
+    The nearest, for one family may host a subclass of what another hosts.
+    """
+    owners = {kind: name for name in names() for kind in get(name).HOSTS}
+    return next((owners[kind] for kind in type(model).__mro__ if kind in owners), None)
+
+
+def convert(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names that `model` uses, where its family knows other names for them.
+
+    A family that does offers ``convert(weights, model)``.
+    """
+    change = getattr(family_of(model), "convert", None)
+    return dict(weights) if change is None else dict(change(dict(weights), model))
 
 
 def describe(model: nn.Module) -> Spec:
@@ -191,3 +216,7 @@ def build(spec: Spec) -> nn.Module:
     shell = family.build(spec)
     blocks = [make_block(stage, block) for _, stage, block in spec.blocks()]
     return family.host(shell, blocks)
+
+
+for _name in names():
+    get(_name)

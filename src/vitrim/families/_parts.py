@@ -9,11 +9,13 @@ import torch
 from timm.layers import DropPath
 from timm.layers import Mlp as TimmMlp
 from timm.layers.mlp import GluMlp, SwiGLU
+from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrim.errors import AdoptError
 from vitrim.nn.layers import activation_name, make_norm, norm_of
+from vitrim.nn.mlp import LAYERS
 from vitrim.spec import Norm
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "check_linear",
     "count",
     "drop_path_rate",
+    "give_pretrained_",
     "norm_maker",
     "optional_norm",
     "pretrained",
@@ -49,19 +52,19 @@ def read_mlp(mlp: Any, at: str) -> dict[str, Any]:
     Raises:
         AdoptError: if it is none that our blocks can be.
     """
-    kinds = {TimmMlp: "plain", GluMlp: "glu", SwiGLU: "swiglu"}
+    kinds = {TimmMlp: "plain", GluMlp: "glu", SwiGLU: "swiglu", GeGluMlp: "geglu"}
     kind = kinds.get(type(mlp))
     if kind is None:
-        raise AdoptError(f"{at}: an MLP must be timm's Mlp, GluMlp or SwiGLU, but got {type(mlp).__name__}")
-    check_linear(mlp, ("fc1_g", "fc1_x", "fc2") if kind == "swiglu" else ("fc1", "fc2"), at)
-    first = mlp.fc1_g if kind == "swiglu" else mlp.fc1
+        raise AdoptError(f"{at}: an MLP must be timm's Mlp, GluMlp, SwiGLU or GeGluMlp, but got {type(mlp).__name__}")
+    check_linear(mlp, LAYERS[kind], at)
+    first, last = getattr(mlp, LAYERS[kind][0]), getattr(mlp, LAYERS[kind][-1])
     return {
         "mlp": kind,
         "gate_first": kind == "glu" and not mlp.gate_last,
         "activation": activation_name(mlp.act, f"{at}.act"),
         "hidden_bias": first.bias is not None,
-        "mlp_out_bias": mlp.fc2.bias is not None,
-        "hidden_norm": optional_norm(mlp.norm, f"{at}.norm"),
+        "mlp_out_bias": last.bias is not None,
+        "inner_norm" if kind == "geglu" else "hidden_norm": optional_norm(mlp.norm, f"{at}.norm"),
     }
 
 
@@ -113,6 +116,13 @@ def pretrained(model: Any) -> dict[str, Any]:
     }
 
 
+def give_pretrained_(model: Any, known: dict[str, Any]) -> None:
+    """Give a built host what `pretrained` read; timm keeps tuples where plain values have lists."""
+    if known:
+        restored = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
+        model.pretrained_cfg = model.default_cfg = restored
+
+
 def bare(model: nn.Module, without: Iterable[nn.Module]) -> nn.Module:
     """A copy of `model` in which nothing has data and runs of blocks are empty; for `count`."""
     runs = list(without)
@@ -130,5 +140,11 @@ def count(call: Any, x: Tensor) -> int:
     """Multiply-accumulates of ``call(x)``, as PyTorch counts them."""
     with torch.no_grad(), warnings.catch_warnings(), FlopCounterMode(display=False) as counter:
         warnings.simplefilter("ignore")
-        call(x)
+        try:
+            call(x)
+        except RuntimeError as problem:
+            raise AdoptError(
+                f"stem and head must run without data to be counted, but do not: {problem}; "
+                "remove methods and hooks of your own from the model"
+            ) from None
     return int(counter.get_total_flops()) // 2

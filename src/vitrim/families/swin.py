@@ -24,6 +24,7 @@ from vitrim.families._parts import (
     check_linear,
     count,
     drop_path_rate,
+    give_pretrained_,
     norm_maker,
     pretrained,
     read_mlp,
@@ -34,7 +35,7 @@ from vitrim.nn.layers import input_channels
 from vitrim.spec import Attention, Form, Host, Norm, Spec, Stage, Window
 from vitrim.spec import Block as BlockSpec
 
-__all__ = ["HOSTS", "TEST_PRESETS", "build", "describe", "example", "foreign_blocks", "handles", "host"]
+__all__ = ["HOSTS", "TEST_PRESETS", "build", "describe", "example", "foreign_blocks", "host"]
 
 _SMALL = {
     "img_size": 32,
@@ -61,11 +62,7 @@ TEST_PRESETS: dict[str, dict[str, object]] = {
 }
 
 HOSTS = (SwinTransformer, SwinTransformerV2, SwinTransformerV2Cr)
-
-
-def handles(model: nn.Module) -> bool:
-    """Whether `model` is a Swin Transformer of timm; the second version is, to be refused with its reason."""
-    return isinstance(model, HOSTS)
+"""The second version too, to be refused with its reason."""
 
 
 def example(**arguments: Any) -> nn.Module:
@@ -137,8 +134,7 @@ def build(spec: Spec) -> Any:
     if reference is not None:
         model._ref_window_sizes = tuple(tuple(size) for size in reference["windows"])
         model._ref_grid_size = tuple(reference["grid"])
-    if spec.host.pretrained:
-        model.pretrained_cfg = model.default_cfg = dict(spec.host.pretrained)
+    give_pretrained_(model, spec.host.pretrained)
     return model
 
 

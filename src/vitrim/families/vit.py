@@ -6,30 +6,24 @@ timm stays the host: patch embedding, position embedding, prefix tokens, pooling
 compressed model *is* a ``timm.models.VisionTransformer``.
 """
 
-import copy
 import functools
-import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import timm
-import torch
-from timm.layers import DropPath, LayerScale
-from timm.layers import Mlp as TimmMlp
-from timm.layers.mlp import GluMlp, SwiGLU
+from timm.layers.mlp import SwiGLU
 from timm.models import vision_transformer as timm_vit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from timm.models.vitamin import GeGluMlp
+from torch import nn
 
-from vitrim.errors import AdoptError, SpecError
-from vitrim.nn import Block
-from vitrim.nn.layers import activation_name, input_channels, make_activation, make_norm, norm_of
-from vitrim.spec import Attention, Form, Host, Norm, Spec, Stage
-from vitrim.spec import Block as BlockSpec
+from vitrim.families import _plain
+from vitrim.families._parts import norm_maker
+from vitrim.families._plain import foreign_blocks, host
+from vitrim.nn.layers import norm_of
+from vitrim.spec import Norm, Spec
 
-__all__ = ["HOSTS", "TEST_PRESETS", "build", "describe", "example", "foreign_blocks", "handles", "host"]
+__all__ = ["HOSTS", "TEST_PRESETS", "build", "describe", "example", "foreign_blocks", "host"]
 
 _SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}
 
@@ -50,16 +44,12 @@ TEST_PRESETS: dict[str, dict[str, object]] = {
         "norm_layer": "rmsnorm",
         "act_layer": "silu",
     },
+    "geglu": {"mlp_layer": GeGluMlp, "act_layer": "gelu"},
     "dynamic": {"dynamic_img_size": True, "pool_include_prefix": True, "global_pool": "avg", "fc_norm": False},
 }
 
 
 HOSTS = (VisionTransformer,)
-
-
-def handles(model: nn.Module) -> bool:
-    """Whether `model` is a timm ``VisionTransformer``, subclasses included."""
-    return isinstance(model, HOSTS)
 
 
 def example(*, distilled: bool = False, **arguments: Any) -> nn.Module:
@@ -69,278 +59,53 @@ def example(*, distilled: bool = False, **arguments: Any) -> nn.Module:
     return model
 
 
-def foreign_blocks(model: nn.Module) -> list[nn.Module]:
-    """Every block in order, timm's or ours."""
-    return list(model.blocks)  # type: ignore[arg-type]
-
-
-def describe(model: Any) -> Spec:
+def describe(model: nn.Module) -> Spec:
     """Read the spec off a living ViT.
 
     Raises:
         AdoptError: naming the path and the reason, if a block has a part that cannot be represented.
     """
-    blocks: list[BlockSpec] = []
-    forms: list[Form] = []
-    for index, block in enumerate(model.blocks):
-        spec, form = (block.spec, block.form) if isinstance(block, Block) else _read_block(block, f"blocks.{index}")
-        if forms and form != forms[0]:
-            raise AdoptError(f"blocks.{index}: every block must have the form of block 0, but this one differs from it")
-        blocks.append(spec)
-        forms.append(form)
-    if not blocks:
-        raise AdoptError("blocks: a model must have at least one block, but it has none")
-    image = _image(model)
-    stage = Stage(
-        width=model.embed_dim,
-        grid=tuple(model.patch_embed.dynamic_feat_size(image)),
-        prefix=model.num_prefix_tokens,
-        form=forms[0],
-        blocks=tuple(blocks),
-    )
-    macs, per_token = _host_macs(model, image)
-    inside = {id(p) for p in model.blocks.parameters()}
-    known = Host(
-        name=_architecture(model),
-        arguments=_arguments(model, image, forms[0]),
-        macs=macs,
-        macs_per_token=per_token,
-        params=sum(p.numel() for p in model.parameters() if id(p) not in inside),
-        pretrained=_pretrained(model),
-    )
-    return Spec(family="vit", host=known, image=image, classes=model.num_classes, stages=(stage,))
+    return _plain.describe(model, "vit", _arguments(model))
 
 
-def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
-    """A copy of `model` with other blocks; hooks on the old blocks are not taken along."""
-    shell = copy.deepcopy(model, {id(model.blocks): nn.Sequential(*blocks).train(model.training)})
-    return shell  # type: ignore[no-any-return]
-
-
-def build(spec: Spec) -> Any:
+def build(spec: Spec) -> nn.Module:
     """An empty host for `spec`: timm's own constructor, with holes where blocks will be.
 
     Raises:
         SpecError: if the installed timm cannot build it.
     """
-    try:
-        model = _constructor(spec)()
-    except SpecError:
-        raise
-    except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as problem:
-        raise SpecError(
-            f"host: the installed timm {timm.__version__} must build {spec.host.name or 'VisionTransformer'}, "
-            f"but it refuses: {type(problem).__name__}: {problem}"
-        ) from None
-    form = spec.stages[0].form
-    if form.norm.bias is False and isinstance(model.norm, nn.LayerNorm) and model.norm.bias is not None:
-        raise SpecError("host: a final LayerNorm without bias cannot be built by timm; keep the model in memory")
-    if spec.host.pretrained:
-        model.pretrained_cfg = model.default_cfg = dict(spec.host.pretrained)
+    model: nn.Module = _plain.build(spec, functools.partial(_construct, spec))
     return model
 
 
-def _constructor(spec: Spec) -> Any:
-    arguments = dict(spec.host.arguments)
+def _construct(spec: Spec) -> Any:
+    arguments = _plain.keywords(spec)
     distilled, hybrid = arguments.pop("distilled"), arguments.pop("hybrid")
-    embed_norm = arguments.pop("embed_norm_layer", None)
-    arguments |= {
-        "img_size": spec.image,
-        "num_classes": spec.classes,
-        "embed_dim": spec.stages[0].width,
-        "depth": len(spec.stages[0].blocks),
-        "norm_layer": _norm_layer(Norm(**arguments.pop("norm"))),
-        "act_layer": functools.partial(make_activation, arguments.pop("activation")),
-        "block_fn": _Hole,
-        "weight_init": "skip",
-    }
-    if embed_norm is not None:
-        arguments["embed_norm_layer"] = _norm_layer(Norm(**embed_norm))
-    kind: Any = VisionTransformerDistilled if distilled else VisionTransformer
+    if "embed_norm_layer" in arguments:
+        arguments["embed_norm_layer"] = norm_maker(Norm(**arguments["embed_norm_layer"]))
     if hybrid:
-        kind = functools.partial(timm.create_model, spec.host.name, pretrained=False)
         arguments.pop("patch_size")
-    return functools.partial(kind, **arguments)
+        return timm.create_model(spec.host.name, pretrained=False, **arguments)
+    kind = VisionTransformerDistilled if distilled else VisionTransformer
+    return kind(**arguments)
 
 
-class _Hole(nn.Identity):
-    """Stands where a block will be; takes whatever timm gives a block, at no cost."""
-
-
-def _norm_layer(norm: Norm) -> Any:
-    def layer(width: int, device: Any = None, dtype: Any = None, **_: Any) -> nn.Module:
-        return make_norm(norm, width).to(device=device, dtype=dtype)
-
-    return layer
-
-
-def _read_block(block: Any, at: str) -> tuple[BlockSpec, Form]:
-    if type(block) is not timm_vit.Block:
-        raise AdoptError(f"{at}: a block must be timm's plain pre-norm Block, but got {type(block).__name__}")
-    attention, mlp = block.attn, block.mlp
-    if type(attention) is not timm_vit.Attention:
-        raise AdoptError(f"{at}.attn: attention must be timm's plain Attention, but got {type(attention).__name__}")
-    if getattr(attention, "gate", None) is not None:
-        raise AdoptError(f"{at}.attn: gated attention is not supported")
-    _check_linear(attention, ("qkv", "proj"), f"{at}.attn")
-    heads, width = attention.num_heads, attention.head_dim
-    if attention.qkv.out_features != 3 * heads * width:
-        raise AdoptError(
-            f"{at}.attn.qkv: must give {3 * heads * width} channels, but gives {attention.qkv.out_features}"
-        )
-    mixer = Attention(qk=(width,) * heads, v=(width,) * heads, scale=attention.scale)
-    form = Form(
-        norm=_same_norm(block.norm1, block.norm2, at),
-        qkv_bias=attention.qkv.bias is not None,
-        out_bias=attention.proj.bias is not None,
-        layer_scale=_layer_scale(block, at),
-        head_norm=_optional_norm(attention.q_norm, f"{at}.attn.q_norm"),
-        head_norm_width=0 if isinstance(attention.q_norm, nn.Identity) else width,
-        mixed_norm=_optional_norm(getattr(attention, "norm", nn.Identity()), f"{at}.attn.norm"),
-        attention_drop=attention.attn_drop.p,
-        drop=attention.proj_drop.p,
-        **_read_mlp(mlp, f"{at}.mlp"),
-    )
-    return BlockSpec(mixer=mixer, hidden=mlp.fc2.in_features, drop_path=_drop_path(block.drop_path1)), form
-
-
-def _read_mlp(mlp: Any, at: str) -> dict[str, Any]:
-    kinds = {TimmMlp: "plain", GluMlp: "glu", SwiGLU: "swiglu"}
-    kind = kinds.get(type(mlp))
-    if kind is None:
-        raise AdoptError(f"{at}: an MLP must be timm's Mlp, GluMlp or SwiGLU, but got {type(mlp).__name__}")
-    _check_linear(mlp, ("fc1_g", "fc1_x", "fc2") if kind == "swiglu" else ("fc1", "fc2"), at)
-    first = mlp.fc1_g if kind == "swiglu" else mlp.fc1
-    return {
-        "mlp": kind,
-        "gate_first": kind == "glu" and not mlp.gate_last,
-        "activation": activation_name(mlp.act, f"{at}.act"),
-        "hidden_bias": first.bias is not None,
-        "mlp_out_bias": mlp.fc2.bias is not None,
-        "hidden_norm": _optional_norm(mlp.norm, f"{at}.norm"),
-    }
-
-
-def _check_linear(module: nn.Module, names: Sequence[str], at: str) -> None:
-    for name in names:
-        layer = getattr(module, name)
-        if not isinstance(layer, nn.Linear):
-            raise AdoptError(f"{at}.{name}: must be a linear layer, but got {type(layer).__name__}")
-
-
-def _same_norm(first: nn.Module, second: nn.Module, at: str) -> Norm:
-    norm, other = norm_of(first, f"{at}.norm1"), norm_of(second, f"{at}.norm2")
-    if norm != other:
-        raise AdoptError(f"{at}.norm2: both norms of a block must be of one kind, but got {norm} and {other}")
-    return norm
-
-
-def _optional_norm(module: nn.Module, at: str) -> Norm | None:
-    return None if isinstance(module, nn.Identity) else norm_of(module, at)
-
-
-def _layer_scale(block: Any, at: str) -> bool:
-    kinds = {type(block.ls1), type(block.ls2)}
-    if kinds not in ({LayerScale}, {nn.Identity}):
-        raise AdoptError(f"{at}.ls1: layer scale must be timm's on both branches or none, but got {kinds}")
-    return kinds == {LayerScale}
-
-
-def _drop_path(module: nn.Module) -> float:
-    return float(module.drop_prob or 0.0) if isinstance(module, DropPath) else 0.0
-
-
-def _image(model: Any) -> tuple[int, int]:
-    size = getattr(model.patch_embed, "img_size", None) or _pretrained(model).get("input_size", (3, 224, 224))[1:]
-    return int(size[0]), int(size[1])
-
-
-def _pretrained(model: Any) -> dict[str, Any]:
-    """What timm knows of the weights and their input, as plain values; empty for a model built by hand."""
-    known = getattr(model, "pretrained_cfg", None)
-    known = known if isinstance(known, dict) else known.to_dict() if known is not None else {}
-    plain = (str, int, float, bool)
-    return {
-        key: list(value) if isinstance(value, tuple | list) else value
-        for key, value in known.items()
-        if isinstance(value, plain) or (isinstance(value, tuple | list) and all(isinstance(v, plain) for v in value))
-    }
-
-
-def _architecture(model: Any) -> str:
-    return str(_pretrained(model).get("architecture", ""))
-
-
-def _arguments(model: Any, image: tuple[int, int], form: Form) -> dict[str, Any]:
-    """Keyword arguments that make timm build this host again, read from the living model, as plain values.
-
-    timm does not keep them (before 1.0.31), and they may have changed since (`reset_classifier`, `set_input_size`).
-    """
-    embed, pool = model.patch_embed, model.attn_pool
+def _arguments(model: Any) -> dict[str, Any]:
+    """What tells this ViT's stem and tokens from others', as plain values."""
+    embed = model.patch_embed
     hybrid = not hasattr(embed, "patch_size") or not isinstance(getattr(embed, "proj", None), nn.Conv2d)
-    hybrid = hybrid or hasattr(embed, "backbone")
-    final = next((n for n in (model.norm, model.fc_norm, model.norm_pre) if not isinstance(n, nn.Identity)), None)
-    pads = getattr(embed, "dynamic_img_pad", False)
     arguments = {
         "distilled": isinstance(model, VisionTransformerDistilled),
-        "hybrid": hybrid,
+        "hybrid": hybrid or hasattr(embed, "backbone"),
         "patch_size": list(getattr(embed, "patch_size", (1, 1))),
-        "in_chans": input_channels(model),
-        "global_pool": model.global_pool,
-        "num_heads": 1 if pool is None else pool.num_heads,
-        "mlp_ratio": 4.0 if getattr(pool, "mlp", None) is None else pool.mlp.fc1.out_features / model.embed_dim,
         "class_token": bool(model.has_class_token),
         "pos_embed": "none" if model.pos_embed is None else "learn",
         "no_embed_class": bool(model.no_embed_class),
         "reg_tokens": int(model.num_reg_tokens),
         "pre_norm": not isinstance(model.norm_pre, nn.Identity),
-        "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
-        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
         "dynamic_img_size": bool(model.dynamic_img_size),
-        "dynamic_img_pad": bool(pads),
-        "drop_rate": model.head_drop.p,
-        "pos_drop_rate": model.pos_drop.p,
-        "patch_drop_rate": getattr(model.patch_drop, "prob", 0.0),
-        "norm": (form.norm if final is None else norm_of(final, "norm")).model_dump(mode="json"),
-        "activation": form.activation if getattr(pool, "mlp", None) is None else activation_name(pool.mlp.act, "pool"),
+        "dynamic_img_pad": bool(getattr(embed, "dynamic_img_pad", False)),
     }
-    if hasattr(model, "pool_include_prefix"):
-        arguments["pool_include_prefix"] = bool(model.pool_include_prefix)
     if not isinstance(getattr(embed, "norm", nn.Identity()), nn.Identity):
         arguments["embed_norm_layer"] = norm_of(embed.norm, "patch_embed.norm").model_dump(mode="json")
     return arguments
-
-
-def _host_macs(model: Any, image: tuple[int, int]) -> tuple[int, int]:
-    """Multiply-accumulates of stem and head on one image, and of the head for each token more.
-
-    Counted by PyTorch on a copy without blocks and without data (10 ms for a ViT): stem and head are timm's, and a
-    formula for each of them would be ours to keep true.
-    """
-    inside = {id(p) for p in model.blocks.parameters()}
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().to("meta", torch.float32), requires_grad=False)
-        for p in model.parameters()
-        if id(p) not in inside
-    }
-    memo |= {id(b): b.to("meta") for b in model.buffers()} | {id(model.blocks): nn.Sequential()}
-    shell = copy.deepcopy(model, memo).eval()
-    whole = _count(shell, torch.zeros(1, input_channels(model), *image, device="meta"))
-    if model.attn_pool is None:
-        return whole, 0
-    tokens = torch.zeros(1, 16 + model.num_prefix_tokens, model.embed_dim, device="meta")
-    more = _count(shell.forward_head, torch.cat([tokens, tokens[:, :1]], dim=1)) - _count(shell.forward_head, tokens)
-    count = model.num_prefix_tokens + _patches(model, image)
-    return whole - more * count, more
-
-
-def _patches(model: Any, image: tuple[int, int]) -> int:
-    rows, columns = model.patch_embed.dynamic_feat_size(image)
-    return int(rows * columns)
-
-
-def _count(call: Any, x: Tensor) -> int:
-    with torch.no_grad(), warnings.catch_warnings(), FlopCounterMode(display=False) as counter:
-        warnings.simplefilter("ignore")
-        call(x)
-    return int(counter.get_total_flops()) // 2

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vitrim.errors import RecipeError
+from vitrim.nn.layers import input_channels
 
 __all__ = ["Image", "home_of", "image_of", "resting"]
 
@@ -29,13 +30,12 @@ def image_of(model: nn.Module, image: Image | None = None) -> Image:
         return image
     stem: Any = getattr(model, "patch_embed", None)
     size = getattr(stem, "img_size", None)
-    channels = getattr(getattr(stem, "proj", None), "in_channels", None)
-    if size is None or channels is None:
+    if size is None:
         raise RecipeError(
             f"a model must have a patch embedding that knows its image size, but {type(model).__name__} has none; "
             "pass image=(channels, height, width)"
         )
-    return int(channels), int(size[0]), int(size[1])
+    return input_channels(model), int(size[0]), int(size[1])
 
 
 def home_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:

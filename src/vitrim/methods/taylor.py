@@ -125,7 +125,8 @@ def _add(
     with torch.enable_grad(), listening(model, {path: keep_first(path) for path in scores}):
         logits = model(x)
         labels = _labels(logits.detach(), y, target, draw).to(x.device)
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        precise = torch.promote_types(logits.dtype, torch.float32)
+        loss = F.cross_entropy(logits.to(precise), labels, reduction="sum")
     if not bool(torch.isfinite(loss)):
         raise MethodError("the loss must be finite while scoring, but is not; check weights and normalisation")
     paths = list(heard)

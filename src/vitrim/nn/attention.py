@@ -45,6 +45,7 @@ class Attention(nn.Module):
         self.even = len(set(spec.qk)) == 1 and len(set(spec.v)) == 1
         self.runs = _runs(spec)
         self.tied_qk, self.tied_v = form.head_norm is not None, form.mixed_norm is not None
+        self.last = "proj"
         self.fused_attn = use_fused_attn()
 
         self.qkv = nn.Linear(width, sum(self.sizes), bias=form.qkv_bias)

@@ -120,8 +120,11 @@ def make_activation(name: str) -> nn.Module:
 
 
 def input_channels(model: nn.Module) -> int:
-    """Channels of the images that `model` takes: those of its first convolution (3 if it has none).
+    """Channels of the images that `model` takes: what its stem says, or those of its first convolution (3 if none).
 
     timm says so itself only from 1.0.31 on, and the projection of a hybrid's patch embedding takes features.
     """
+    said = getattr(getattr(model, "patch_embed", None), "in_chans", None)
+    if isinstance(said, int):
+        return said
     return next((layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)), 3)

@@ -2,7 +2,8 @@
 
 B images, N tokens, D width, M hidden neurons.
 
-Parameters carry timm's names (``Mlp``, ``GluMlp``, ``SwiGLU``), so a dense block loads timm's weights as they are.
+Parameters carry timm's names (``Mlp``, ``GluMlp``, ``SwiGLU``, and ViTamin's ``GeGluMlp``), so a dense block loads
+timm's weights as they are.
 """
 
 from torch import Tensor, nn
@@ -11,7 +12,15 @@ from vitrim.nn.axis import Axis, Member, Tap
 from vitrim.nn.layers import make_activation, make_norm
 from vitrim.spec import Form
 
-__all__ = ["Mlp"]
+__all__ = ["LAYERS", "Mlp"]
+
+LAYERS = {
+    "plain": ("fc1", "fc2"),
+    "glu": ("fc1", "fc2"),
+    "swiglu": ("fc1_g", "fc1_x", "fc2"),
+    "geglu": ("w0", "w1", "w2"),
+}
+"""Names of the linear layers of each kind; the last leads back to the width. Of two factors the first is activated."""
 
 
 class Mlp(nn.Module):
@@ -26,20 +35,29 @@ class Mlp(nn.Module):
         form: which of the three, biases, activation, norm and dropout.
     """
 
+    fc1: nn.Linear
+    fc1_g: nn.Linear
+    fc1_x: nn.Linear
+    w0: nn.Linear
+    w1: nn.Linear
+    w2: nn.Linear
+    fc2: nn.Linear
+
     def __init__(self, width: int, hidden: int, form: Form) -> None:
         super().__init__()
+        if form.mlp == "geglu":
+            self.norm = make_norm(form.inner_norm, width) if form.inner_norm else nn.Identity()
         self.kind, self.gate_first, self.hidden = form.mlp, form.gate_first, hidden
         self.tied = form.hidden_norm is not None
-        if form.mlp == "swiglu":
-            self.fc1_g = nn.Linear(width, hidden, bias=form.hidden_bias)
-            self.fc1_x = nn.Linear(width, hidden, bias=form.hidden_bias)
-        else:
-            self.fc1 = nn.Linear(width, form.factors * hidden, bias=form.hidden_bias)
+        *self.firsts, self.last = LAYERS[form.mlp]
+        for name in self.firsts:
+            self.add_module(name, nn.Linear(width, form.factors * hidden // len(self.firsts), bias=form.hidden_bias))
         self.act = make_activation(form.activation)
         self.tap = Tap()
         self.drop1 = nn.Dropout(form.drop)
-        self.norm = make_norm(form.hidden_norm, hidden) if form.hidden_norm else nn.Identity()
-        self.fc2 = nn.Linear(hidden, width, bias=form.mlp_out_bias)
+        if form.mlp != "geglu":
+            self.norm = make_norm(form.hidden_norm, hidden) if form.hidden_norm else nn.Identity()
+        self.add_module(self.last, nn.Linear(hidden, width, bias=form.mlp_out_bias))
         self.drop2 = nn.Dropout(form.drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,16 +66,19 @@ class Mlp(nn.Module):
             x = self.act(self.fc1(x))
         elif self.kind == "swiglu":
             x = self.act(self.fc1_g(x)) * self.fc1_x(x)
+        elif self.kind == "geglu":
+            x = self.norm(x)
+            x = self.act(self.w0(x)) * self.w1(x)
         else:
             a, b = self.fc1(x).chunk(2, dim=-1)
             x = self.act(a) * b if self.gate_first else a * self.act(b)
-        x = self.norm(self.drop1(self.tap(x)))
-        out: Tensor = self.drop2(self.fc2(x))
+        x = self.drop1(self.tap(x))
+        out: Tensor = self.drop2(self.w2(x) if self.kind == "geglu" else self.fc2(self.norm(x)))
         return out
 
     def axes(self) -> tuple[Axis, ...]:
         """The hidden neurons; names are relative to the block."""
-        firsts = [("fc1_g", 0), ("fc1_x", 0)] if self.kind == "swiglu" else [("fc1", 0)]
+        firsts = [(name, 0) for name in self.firsts]
         if self.kind == "glu":
             firsts.append(("fc1", self.hidden))
         rows = tuple(
@@ -66,7 +87,7 @@ class Mlp(nn.Module):
             for name, parameter in getattr(self, layer).named_parameters()
             if parameter is not None
         )
-        columns = (Member(parameter="mlp.fc2.weight", dim=1, offset=0),)
+        columns = (Member(parameter=f"mlp.{self.last}.weight", dim=1, offset=0),)
         return (
             Axis(
                 name="hidden",

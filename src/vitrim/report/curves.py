@@ -141,6 +141,8 @@ def compared(runs: Sequence[Run]) -> str | None:
 def _losses(axes: Any, name: str, lines: Sequence[Record]) -> None:
     axes.set_title(f"loss, {name}")
     drawn = [(key, series) for key in ("loss", "task", "penalty") if (series := _series(lines, key))]
+    if not any(value for key, series in drawn for _, value in series if key == "penalty"):
+        drawn = drawn[:1]  # without a penalty the task is the loss
     for color, (key, series) in zip(SERIES, drawn, strict=False):
         axes.plot(*_thin(series), color=color, label=key, alpha=1.0 if key == "loss" else 0.75)
     if len(drawn) > 1:
@@ -153,13 +155,18 @@ def _scores(axes: Any, name: str, lines: Sequence[Record]) -> None:
 
 
 def _series(lines: Sequence[Record], key: str) -> list[tuple[float, float]]:
-    """Points (step, value) of the lines that have `key`; a line without a step stands at its place."""
-    points = []
-    for index, line in enumerate(lines):
+    """Points (step, value) of the lines that have `key`; a line without a step stands at its place.
+
+    A stage logs its steps and, besides, a mean at the end of each epoch: where there are steps, these make the curve.
+    A run that was killed and resumed logs some steps twice; the last word counts.
+    """
+    points: dict[float, float] = {}
+    steps = [line for line in lines if line.get("event") == "step" and number(line, key) is not None]
+    for index, line in enumerate(steps or lines):
         value, step = number(line, key), number(line, "step")
         if value is not None:
-            points.append((float(index) if step is None else step, value))
-    return points
+            points[float(index) if step is None else step] = value
+    return sorted(points.items())
 
 
 def _thin(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

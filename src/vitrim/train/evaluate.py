@@ -168,4 +168,8 @@ def _theirs(
 ) -> Tensor | None:
     if other is not None:
         return _forward(other, pictures)
-    return reference[start : start + size] if isinstance(reference, Tensor) else None
+    if not isinstance(reference, Tensor):
+        return None
+    if start + size > len(reference):
+        raise DataError(f"the reference must be of every image of the loader, but ends at {len(reference)}")
+    return reference[start : start + size]

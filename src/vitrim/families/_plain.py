@@ -1,0 +1,221 @@
+"""What every family hosted by timm's ``VisionTransformer`` shares: reading a spec off a model, and building the host.
+
+D width, N tokens.
+
+The families differ in their stems, and so in the keyword arguments that build them; blocks, tokens, pooling and head
+are read here.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.layers import LayerScale
+from timm.models import vision_transformer as timm_vit
+from torch import nn
+
+from vitrim.errors import AdoptError, SpecError
+from vitrim.families._parts import (
+    Hole,
+    bare,
+    check_linear,
+    count,
+    drop_path_rate,
+    give_pretrained_,
+    norm_maker,
+    optional_norm,
+    pretrained,
+    read_mlp,
+    same_norm,
+)
+from vitrim.nn import Block
+from vitrim.nn.layers import activation_name, input_channels, make_activation, norm_of
+from vitrim.nn.mlp import LAYERS
+from vitrim.spec import Attention, Form, Host, Norm, Spec, Stage
+from vitrim.spec import Block as BlockSpec
+
+__all__ = ["arguments", "build", "describe", "foreign_blocks", "host", "keywords"]
+
+
+def foreign_blocks(model: nn.Module) -> list[nn.Module]:
+    """Every block in order, timm's or ours."""
+    return list(model.blocks)  # type: ignore[arg-type]
+
+
+def describe(model: Any, family: str, host_arguments: dict[str, Any]) -> Spec:
+    """Read the spec off a living model.
+
+    Args:
+        model: a ``VisionTransformer``.
+        family: whose model it is.
+        host_arguments: what `build` of that family needs besides `arguments`.
+
+    Raises:
+        AdoptError: naming the path and the reason, if a block has a part that cannot be represented.
+    """
+    blocks: list[BlockSpec] = []
+    forms: list[Form] = []
+    for index, block in enumerate(model.blocks):
+        spec, form = (block.spec, block.form) if isinstance(block, Block) else _read_block(block, f"blocks.{index}")
+        if forms and form != forms[0]:
+            raise AdoptError(f"blocks.{index}: every block must have the form of block 0, but this one differs from it")
+        blocks.append(spec)
+        forms.append(form)
+    if not blocks:
+        raise AdoptError("blocks: a model must have at least one block, but it has none")
+    image = _image(model)
+    stage = Stage(
+        width=model.embed_dim,
+        grid=tuple(model.patch_embed.dynamic_feat_size(image)),
+        prefix=model.num_prefix_tokens,
+        form=forms[0],
+        blocks=tuple(blocks),
+    )
+    macs, per_token = _host_macs(model, image)
+    inside = {id(p) for p in model.blocks.parameters()}
+    known = Host(
+        name=str(pretrained(model).get("architecture", "")),
+        arguments=arguments(model, forms[0]) | host_arguments,
+        macs=macs,
+        macs_per_token=per_token,
+        params=sum(p.numel() for p in model.parameters() if id(p) not in inside),
+        pretrained=pretrained(model),
+    )
+    return Spec(family=family, host=known, image=image, classes=model.num_classes, stages=(stage,))
+
+
+def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
+    """A copy of `model` with other blocks; hooks on the old blocks are not taken along."""
+    shell = copy.deepcopy(model, {id(model.blocks): nn.Sequential(*blocks).train(model.training)})
+    return shell  # type: ignore[no-any-return]
+
+
+def build(spec: Spec, construct: Callable[[], Any]) -> Any:
+    """An empty host for `spec`: what `construct` makes of `keywords`, with holes where blocks will be.
+
+    Raises:
+        SpecError: if the installed timm cannot build it.
+    """
+    try:
+        model = construct()
+    except SpecError:
+        raise
+    except (LookupError, TypeError, ValueError, RuntimeError, AssertionError) as problem:
+        raise SpecError(
+            f"host: the installed timm {timm.__version__} must build {spec.host.name or 'VisionTransformer'}, "
+            f"but it refuses: {type(problem).__name__}: {problem}"
+        ) from None
+    form = spec.stages[0].form
+    if form.norm.bias is False and isinstance(model.norm, nn.LayerNorm) and model.norm.bias is not None:
+        raise SpecError("host: a final LayerNorm without bias cannot be built by timm; keep the model in memory")
+    give_pretrained_(model, spec.host.pretrained)
+    return model
+
+
+def keywords(spec: Spec) -> dict[str, Any]:
+    """The host's arguments as timm's constructor takes them."""
+    known = dict(spec.host.arguments)
+    norm, activation = Norm(**known.pop("norm")), known.pop("activation")
+    return known | {
+        "img_size": spec.image,
+        "num_classes": spec.classes,
+        "embed_dim": spec.stages[0].width,
+        "depth": len(spec.stages[0].blocks),
+        "norm_layer": norm_maker(norm),
+        "act_layer": functools.partial(make_activation, activation),
+        "block_fn": Hole,
+        "weight_init": "skip",
+    }
+
+
+def _read_block(block: Any, at: str) -> tuple[BlockSpec, Form]:
+    if type(block) is not timm_vit.Block:
+        raise AdoptError(f"{at}: a block must be timm's plain pre-norm Block, but got {type(block).__name__}")
+    attention, mlp = block.attn, block.mlp
+    if type(attention) is not timm_vit.Attention:
+        raise AdoptError(f"{at}.attn: attention must be timm's plain Attention, but got {type(attention).__name__}")
+    if getattr(attention, "gate", None) is not None:
+        raise AdoptError(f"{at}.attn: gated attention is not supported")
+    check_linear(attention, ("qkv", "proj"), f"{at}.attn")
+    heads, width = attention.num_heads, attention.head_dim
+    if attention.qkv.out_features != 3 * heads * width:
+        raise AdoptError(
+            f"{at}.attn.qkv: must give {3 * heads * width} channels, but gives {attention.qkv.out_features}"
+        )
+    mixer = Attention(qk=(width,) * heads, v=(width,) * heads, scale=attention.scale)
+    form = Form(
+        norm=same_norm([(f"{at}.norm1", block.norm1), (f"{at}.norm2", block.norm2)]),
+        qkv_bias=attention.qkv.bias is not None,
+        out_bias=attention.proj.bias is not None,
+        layer_scale=_layer_scale(block, at),
+        head_norm=optional_norm(attention.q_norm, f"{at}.attn.q_norm"),
+        head_norm_width=0 if isinstance(attention.q_norm, nn.Identity) else width,
+        mixed_norm=optional_norm(getattr(attention, "norm", nn.Identity()), f"{at}.attn.norm"),
+        attention_drop=attention.attn_drop.p,
+        drop=attention.proj_drop.p,
+        **read_mlp(mlp, f"{at}.mlp"),
+    )
+    hidden = getattr(mlp, LAYERS[form.mlp][-1]).in_features
+    return BlockSpec(mixer=mixer, hidden=hidden, drop_path=drop_path_rate(block.drop_path1)), form
+
+
+def _layer_scale(block: Any, at: str) -> bool:
+    kinds = {type(block.ls1), type(block.ls2)}
+    if kinds not in ({LayerScale}, {nn.Identity}):
+        raise AdoptError(f"{at}.ls1: layer scale must be timm's on both branches or none, but got {kinds}")
+    return kinds == {LayerScale}
+
+
+def _image(model: Any) -> tuple[int, int]:
+    size = getattr(model.patch_embed, "img_size", None) or pretrained(model).get("input_size", (3, 224, 224))[1:]
+    return int(size[0]), int(size[1])
+
+
+def arguments(model: Any, form: Form) -> dict[str, Any]:
+    """Keyword arguments that make timm build this host again, read from the living model, as plain values.
+
+    timm does not keep them (before 1.0.31), and they may have changed since (`reset_classifier`, `set_input_size`).
+    Those of the stem are the family's.
+    """
+    pool = model.attn_pool
+    final = next((n for n in (model.norm, model.fc_norm, model.norm_pre) if not isinstance(n, nn.Identity)), None)
+    known = {
+        "in_chans": input_channels(model),
+        "global_pool": model.global_pool,
+        "num_heads": 1 if pool is None else pool.num_heads,
+        "mlp_ratio": 4.0 if getattr(pool, "mlp", None) is None else pool.mlp.fc1.out_features / model.embed_dim,
+        "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
+        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+        "drop_rate": model.head_drop.p,
+        "pos_drop_rate": model.pos_drop.p,
+        "patch_drop_rate": getattr(model.patch_drop, "prob", 0.0),
+        "norm": (form.norm if final is None else norm_of(final, "norm")).model_dump(mode="json"),
+        "activation": form.activation if getattr(pool, "mlp", None) is None else activation_name(pool.mlp.act, "pool"),
+    }
+    if hasattr(model, "pool_include_prefix"):
+        known["pool_include_prefix"] = bool(model.pool_include_prefix)
+    return known
+
+
+def _host_macs(model: Any, image: tuple[int, int]) -> tuple[int, int]:
+    """Multiply-accumulates of stem and head on one image, and of the head for each token more.
+
+    Counted by PyTorch on a copy without blocks and without data (10 ms for a ViT): stem and head are timm's, and a
+    formula for each of them would be ours to keep true.
+    """
+    shell: Any = bare(model, [model.blocks])
+    whole = count(shell, torch.zeros(1, input_channels(model), *image, device="meta"))
+    if model.attn_pool is None:
+        return whole, 0
+    tokens = torch.zeros(1, 16 + model.num_prefix_tokens, model.embed_dim, device="meta")
+    more = count(shell.forward_head, torch.cat([tokens, tokens[:, :1]], dim=1)) - count(shell.forward_head, tokens)
+    leaving = model.num_prefix_tokens + _patches(model, image)
+    return whole - more * leaving, more
+
+
+def _patches(model: Any, image: tuple[int, int]) -> int:
+    rows, columns = model.patch_embed.dynamic_feat_size(image)
+    return int(rows * columns)

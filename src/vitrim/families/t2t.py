@@ -1,0 +1,150 @@
+"""T2T-ViT, plain blocks behind a stem of overlapping steps; timm has none, so its names are registered here.
+
+D width.
+
+Cut are heads, head channels and neurons of the backbone's blocks, and those whole. The stem stays whole: one head of
+width 64, 0.30 G multiply-accumulates with performer layers and 1.60 G with transformer layers, at 224 pixels.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import resample_abs_pos_embed
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from vitrim.families import _plain
+from vitrim.families._plain import foreign_blocks, host
+from vitrim.families._t2t import T2TVisionTransformer
+from vitrim.spec import Spec
+
+__all__ = ["HOSTS", "TEST_PRESETS", "build", "convert", "describe", "example", "foreign_blocks", "host"]
+
+HOSTS = (T2TVisionTransformer,)
+
+TEST_PRESETS: dict[str, dict[str, object]] = {
+    "performer": {},
+    "transformer": {"tokens": "transformer", "img_size": (32, 48), "mlp_ratio": 2.0},
+    "average": {"global_pool": "avg", "qkv_bias": True},
+}
+
+_VARIANTS = {
+    "t2t_vit_7": (7, 256, 4, 2.0, "performer"),
+    "t2t_vit_10": (10, 256, 4, 2.0, "performer"),
+    "t2t_vit_12": (12, 256, 4, 2.0, "performer"),
+    "t2t_vit_14": (14, 384, 6, 3.0, "performer"),
+    "t2t_vit_19": (19, 448, 7, 3.0, "performer"),
+    "t2t_vit_24": (24, 512, 8, 3.0, "performer"),
+    "t2t_vit_t_14": (14, 384, 6, 3.0, "transformer"),
+    "t2t_vit_t_19": (19, 448, 7, 3.0, "transformer"),
+    "t2t_vit_t_24": (24, 512, 8, 3.0, "transformer"),
+}
+"""Depth, width, heads, MLP ratio and kind of the stem's layers."""
+
+
+def example(**arguments: Any) -> nn.Module:
+    """A small random T2T-ViT (3 blocks of width 64 on 2 x 2 tokens) for laws and tests."""
+    small = {"img_size": 32, "embed_dim": 64, "depth": 3, "num_heads": 4, "num_classes": 10, "token_width": 16}
+    model: nn.Module = T2TVisionTransformer(**(small | arguments))
+    return model
+
+
+def describe(model: nn.Module) -> Spec:
+    """Read the spec off a living T2T-ViT.
+
+    Raises:
+        AdoptError: naming the path and the reason, if a block has a part that cannot be represented.
+    """
+    stem: Any = model.patch_embed
+    return _plain.describe(model, "t2t", {"tokens": stem.tokens, "token_width": stem.token_width})
+
+
+def build(spec: Spec) -> nn.Module:
+    """An empty host for `spec`, with holes where blocks will be.
+
+    Raises:
+        SpecError: if the installed timm cannot build it.
+    """
+    model: nn.Module = _plain.build(spec, lambda: T2TVisionTransformer(**_plain.keywords(spec)))
+    return model
+
+
+def _entry_point(name: str) -> Callable[..., Any]:
+    depth, width, heads, ratio, tokens = _VARIANTS[name]
+    known = {"depth": depth, "embed_dim": width, "num_heads": heads, "mlp_ratio": ratio, "tokens": tokens}
+
+    def create(pretrained: bool = False, **arguments: Any) -> Any:
+        return build_model_with_cfg(
+            T2TVisionTransformer,
+            name,
+            pretrained,
+            pretrained_filter_fn=convert,
+            feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+            **(known | arguments),
+        )
+
+    create.__name__ = create.__qualname__ = name
+    return create
+
+
+_CONFIG = {
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "fixed_input_size": True,
+    "crop_pct": 0.9,
+    "interpolation": "bicubic",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "first_conv": None,
+    "classifier": "head",
+    "license": "bsd-3-clause-clear",
+    "origin_url": "https://github.com/yitu-opensource/T2T-ViT",
+}
+default_cfgs = generate_default_cfgs(dict.fromkeys(_VARIANTS, _CONFIG))
+
+for _name in _VARIANTS:
+    register_model(_entry_point(_name))
+
+
+_OFFICIAL = (
+    (r"^tokens_to_token\.attention(\d)\.w$", r"patch_embed.token\1.features"),
+    (r"^tokens_to_token\.attention(\d)\.attn\.", r"patch_embed.token\1."),
+    (r"^tokens_to_token\.attention(\d)\.mlp\.0\.", r"patch_embed.token\1.mlp.fc1."),
+    (r"^tokens_to_token\.attention(\d)\.mlp\.2\.", r"patch_embed.token\1.mlp.fc2."),
+    (r"^tokens_to_token\.attention(\d)\.", r"patch_embed.token\1."),
+    (r"^tokens_to_token\.project\.", r"patch_embed.proj."),
+)
+
+
+def convert(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Weights of the authors' release under timm's names, and positions of another image size interpolated.
+
+    Names that are neither's stay as they are, for the loader to complain of.
+    """
+    renamed = {_renamed(name): value for name, value in weights.items()}
+    positions = renamed.get("pos_embed")
+    if positions is not None and positions.dim() == 3 and positions.shape[1:] != model.pos_embed.shape[1:]:
+        renamed["pos_embed"] = _resized(positions, model)
+    return renamed
+
+
+def _renamed(name: str) -> str:
+    for pattern, native in _OFFICIAL:
+        name, found = re.subn(pattern, native, name)
+        if found:
+            break
+    return name
+
+
+def _resized(positions: Tensor, model: Any) -> Tensor:
+    """Interpolate positions of a square grid; leave any other, whose rows and columns no file tells."""
+    side = math.isqrt(positions.shape[1] - 1)
+    if side * side != positions.shape[1] - 1 or positions.shape[2] != model.embed_dim:
+        return positions
+    resized: Tensor = resample_abs_pos_embed(
+        positions, new_size=model.patch_embed.grid_size, old_size=(side, side), num_prefix_tokens=1
+    )
+    return resized

@@ -1,0 +1,114 @@
+"""Two processes take the step that one takes: `accelerate launch` on two CPU processes, compared in float64."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vitrim.data import Augment, Images, Input
+from vitrim.train import Train, fit
+
+COUNT = 24
+SETTINGS = {
+    "plain": Train(epochs=0.5, batch=12, clip=None, augment=Augment(hflip=0.5)),
+    "mixed": Train(epochs=0.5, batch=12, accumulate=2, clip=0.5, mixup=0.8, cutmix=1.0, augment=Augment()),
+}
+
+
+class Masked(nn.Module):
+    """A small ViT with a mask over its channels before the head: what a search trains."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = timm.create_model(
+            "vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=3
+        )
+        self.mask = nn.Parameter(torch.linspace(-1, 1, 16))
+
+    def forward(self, x):
+        return self.model.forward_head(self.model.forward_features(x) * self.mask)
+
+
+def penalty(model):
+    return 0.01 * model.mask.abs().sum()
+
+
+def groups(model):
+    return [{"params": [model.mask], "lr": 1e-2}]
+
+
+def images():
+    pixels = np.random.default_rng(0).integers(0, 256, (COUNT, 8, 8, 3), np.uint8)
+    return Images(lambda i: Image.fromarray(pixels[i]), np.arange(COUNT) % 3, classes=3, source="noise")
+
+
+def step(settings):
+    """Take one step; return gradients, weights after it, and the reported loss."""
+    found = {}
+
+    def keep(model, number):
+        found.update({f"grad.{name}": p.grad.clone() for name, p in model.named_parameters()})
+
+    torch.set_num_threads(1)
+    model = Masked().double()
+    given = {"input": Input(size=(8, 8), crop_pct=1.0), "seed": 0, "penalty": penalty, "groups": groups}
+    done = fit(model, images(), settings, after_step=keep, **given)
+    found |= {f"weight.{name}": p.detach().clone() for name, p in model.named_parameters()}
+    for name in ("loss", "task", "penalty"):
+        found[name] = torch.tensor(done.history[-1][name], dtype=torch.float64)
+    return found
+
+
+def main(folder):
+    """What each process runs."""
+    accelerator = Accelerator()
+    assert accelerator.num_processes == 2
+    for name, settings in SETTINGS.items():
+        save_file(step(settings), Path(folder) / f"{name}-{accelerator.process_index}.safetensors")
+    accelerator.end_training()
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--num_cpu_threads_per_process", "1", "--main_process_port", str(port), __file__, str(folder)]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    # `--cpu` starts one process (or mpirun); `--multi_gpu` means torchrun, and this keeps its processes on the CPU.
+    kept |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_processes_take_the_step_of_one(launched, name):
+    threads = torch.get_num_threads()
+    alone = step(SETTINGS[name])
+    torch.set_num_threads(threads)
+    first, second = (load_file(launched / f"{name}-{rank}.safetensors") for rank in range(2))
+    assert alone["grad.mask"].abs().min() > 0
+    for key, value in alone.items():
+        assert torch.equal(first[key], second[key]), key
+        # A weight is a gradient divided by its own size: its rounding errors are larger.
+        tolerance = 1e-7 if key.startswith("weight.") else 1e-12
+        assert torch.allclose(value, first[key], rtol=0, atol=tolerance), key
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
