@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import re
 
 import pytest
 import timm
@@ -206,6 +207,19 @@ def test_weights_of_another_window_are_refused_by_name():
     expected = r"another shape for layers\.0\.blocks\.0\.attn\.relative_position_bias_table \(9, 2\) for \(49, 2\)"
     with pytest.raises(WeightsError, match=expected):
         load_weights_(model, other, "weights.pth")
+
+
+def test_weights_of_the_authors_release():
+    model = tiny(depths=(1, 2, 1), num_heads=(2, 4, 8))
+    released = {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(16, 16)}
+    for name, value in model.state_dict().items():
+        merging = re.match(r"layers\.(\d)\.downsample(.*)", name)
+        old = f"layers.{int(merging[1]) - 1}.downsample{merging[2]}" if merging else name.replace("head.fc", "head")
+        released[old] = value
+    found = families.convert(model, released)
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+    assert families.convert(model, model.state_dict()).keys() == found.keys()
 
 
 def test_prefix_and_shift_need_their_place():

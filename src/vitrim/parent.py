@@ -68,8 +68,9 @@ def _guest(name: str, weights: str | None, random_weights: bool, arguments: dict
     if weights is None:
         return _create(name, pretrained=not random_weights, **arguments)
     state = read_weights(Path(weights))
-    if "num_classes" not in arguments and "head.weight" in state:
-        arguments["num_classes"] = len(state["head.weight"])
+    head = state.get("head.weight", state.get("head.fc.weight"))
+    if "num_classes" not in arguments and head is not None:
+        arguments["num_classes"] = len(head)
     model = _create(name, pretrained=False, **arguments)
     load_weights_(model, families.convert(model, state), weights)
     return model

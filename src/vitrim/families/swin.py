@@ -7,6 +7,7 @@ model *is* a ``timm.models.SwinTransformer``. What merging costs belongs to the 
 """
 
 import copy
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim.errors import AdoptError, SpecError
 from vitrim.families._parts import (
@@ -35,7 +36,7 @@ from vitrim.nn.layers import input_channels
 from vitrim.spec import Attention, Form, Host, Norm, Spec, Stage, Window
 from vitrim.spec import Block as BlockSpec
 
-__all__ = ["HOSTS", "TEST_PRESETS", "build", "describe", "example", "foreign_blocks", "host"]
+__all__ = ["HOSTS", "TEST_PRESETS", "build", "convert", "describe", "example", "foreign_blocks", "host"]
 
 _SMALL = {
     "img_size": 32,
@@ -63,6 +64,8 @@ TEST_PRESETS: dict[str, dict[str, object]] = {
 
 HOSTS = (SwinTransformer, SwinTransformerV2, SwinTransformerV2Cr)
 """The second version too, to be refused with its reason."""
+
+_COMPUTED = ("relative_position_index", "attn_mask")
 
 
 def example(**arguments: Any) -> nn.Module:
@@ -136,6 +139,22 @@ def build(spec: Spec) -> Any:
         model._ref_grid_size = tuple(reference["grid"])
     give_pretrained_(model, spec.host.pretrained)
     return model
+
+
+def convert(weights: dict[str, Tensor], _: Any) -> dict[str, Tensor]:
+    """Weights of the authors' release under timm's names; what a model computes for itself is left out.
+
+    The authors merge patches after a stage where timm does before it: their stage 0 has a merging, timm's has none.
+    """
+    weights = {name: value for name, value in weights.items() if not name.endswith(_COMPUTED)}
+    if not any(name.startswith("layers.0.downsample.") for name in weights):
+        return weights
+    return {_renamed(name): value for name, value in weights.items()}
+
+
+def _renamed(name: str) -> str:
+    name = re.sub(r"^layers\.(\d+)\.downsample", lambda found: f"layers.{int(found[1]) + 1}.downsample", name)
+    return re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", name)
 
 
 def _keywords(spec: Spec, known: dict[str, Any]) -> dict[str, Any]:
