@@ -27,7 +27,7 @@ __all__ = ["demo", "main", "small_vit"]
 
 LIGHT = Augment(kind="light")
 
-PARENT = Train(epochs=30, batch=64, lr=1e-3, warmup_epochs=3, weight_decay=0.05, smoothing=0.1, augment=LIGHT)
+PARENT = Train(epochs=60, batch=64, lr=1e-3, warmup_epochs=3, weight_decay=0.05, smoothing=0.1, augment=LIGHT)
 
 SEARCH = Train(
     epochs=10, batch=64, lr=3e-4, schedule="constant", weight_decay=1e-3, augment=LIGHT, distill=Distill(kind="soft")

@@ -17,7 +17,7 @@ Where we differ from the authors' code, on purpose:
 - Gates of a kind without penalty are not trained, and do not exist.
 - Gates act through the weights, which is the same function with the same gradients (`vitrim.observe.Gated`).
 
-Token gates, and Swin, are not part of this file yet.
+Token gates are not part of this file yet.
 """
 
 import copy

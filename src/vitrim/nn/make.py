@@ -1,8 +1,5 @@
 """The block that a spec node asks for."""
 
-import torch
-from torch import nn
-
 from vitrim.nn.block import Block
 from vitrim.nn.window import WindowBlock
 from vitrim.spec import Block as BlockSpec
@@ -16,11 +13,10 @@ def make_block(stage: Stage, spec: BlockSpec) -> Block:
     return Block(stage.width, spec, stage.form) if stage.window is None else WindowBlock(stage, spec)
 
 
-@torch.no_grad()
 def settled(block: Block) -> Block:
     """Compute the buffers that are not stored; needed once a block that was built without data has its weights."""
     for module in block.modules():
         compute = getattr(module, "init_non_persistent_buffers", None)
-        if compute is not None and isinstance(module, nn.Module):
+        if compute is not None:
             compute()
     return block
