@@ -57,7 +57,7 @@ def train_parent(path: Path, seed: int) -> nn.Module:
         return store.load(path)
     model = adopt(small_vit(seed))
     splits = split("digits", validation=0, seed=seed)
-    fitted = fit(model, splits.train, PARENT, input=Input.of(model), seed=seed, folder=path.parent / "parent")
+    fitted = fit(model, splits.train, PARENT, input=Input.of(model), seed=seed, folder=path.with_suffix(""))
     store.save(fitted.model.eval(), path)
     return fitted.model
 
