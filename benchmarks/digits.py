@@ -3,7 +3,7 @@
     python benchmarks/digits.py --model vit --out FOLDER [--scale 0.25]
 
 For each seed a small ViT, Swin or T2T-ViT is trained, then cut to each budget by every method and trained again against
-its parent, all with the same training; and the dense parent is trained further for as long (the control `dense`). Writes
+its parent, all with the same training; and the dense parent is trained further for as long (control `dense`). Writes
 a line a run to ``benchmarks/digits_MODEL.jsonl`` and prints the means. `--scale` shortens every training alike.
 """
 

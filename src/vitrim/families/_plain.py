@@ -13,7 +13,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import LayerScale
 from timm.models import vision_transformer as timm_vit
 from torch import nn
 
@@ -163,10 +162,11 @@ def _read_block(block: Any, at: str) -> tuple[BlockSpec, Form]:
 
 
 def _layer_scale(block: Any, at: str) -> bool:
+    scale = timm_vit.LayerScale  # before timm 1.0.21 a class of that file's own, with the same parameter
     kinds = {type(block.ls1), type(block.ls2)}
-    if kinds not in ({LayerScale}, {nn.Identity}):
+    if kinds not in ({scale}, {nn.Identity}):
         raise AdoptError(f"{at}.ls1: layer scale must be timm's on both branches or none, but got {kinds}")
-    return kinds == {LayerScale}
+    return kinds == {scale}
 
 
 def _image(model: Any) -> tuple[int, int]:
