@@ -154,9 +154,11 @@ def adopt(model: nn.Module) -> nn.Module:
     check_finite(model)
     spec, family = describe(model), family_of(model)
     blocks = []
-    for (path, stage, node), old in zip(spec.blocks(), family.foreign_blocks(model), strict=True):
+    for (path, stage, node), arriving, old in zip(
+        spec.blocks(), spec.arrivals(), family.foreign_blocks(model), strict=True
+    ):
         with torch.device("meta"):
-            block = make_block(stage, node)
+            block = make_block(stage, node, arriving)
         state = {name: value.detach().clone() for name, value in old.state_dict().items()}
         mine = set(block.state_dict())
         if mine != set(state):
@@ -214,7 +216,10 @@ def build(spec: Spec) -> nn.Module:
     """A model of structure `spec` with unset weights, to be filled by ``load_state_dict``."""
     family = get(spec.family)
     shell = family.build(spec)
-    blocks = [make_block(stage, block) for _, stage, block in spec.blocks()]
+    blocks = [
+        make_block(stage, block, arriving)
+        for (_, stage, block), arriving in zip(spec.blocks(), spec.arrivals(), strict=True)
+    ]
     return family.host(shell, blocks)
 
 

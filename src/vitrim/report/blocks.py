@@ -145,15 +145,14 @@ def _row(fate: Fate) -> Row:
 
 
 def _host_row(parent: Spec, plan: Plan) -> Row:
-    before, after = (cost_of(_bare(spec)) for spec in (parent, plan.child(parent)))
-    share = _share(after.macs, before.macs)
-    return Row(HOST, "", "", "", "", before.macs, after.macs, share, before.params, after.params)
+    (macs_before, params_before), (macs, params) = (_host_cost(spec) for spec in (parent, plan.child(parent)))
+    return Row(HOST, "", "", "", "", macs_before, macs, _share(macs, macs_before), params_before, params)
 
 
-def _bare(spec: Spec) -> Spec:
-    """The spec without its blocks: stages keep their tokens, which the host's head may be priced by."""
-    stages = tuple(stage.model_copy(update={"blocks": ()}) for stage in spec.stages)
-    return spec.model_copy(update={"stages": stages})
+def _host_cost(spec: Spec) -> tuple[int, int]:
+    """All that is no block's; a head may be priced by the tokens that the last block leaves it."""
+    whole, blocks = cost_of(spec), _costs(spec)
+    return whole.macs - sum(macs for macs, _ in blocks), whole.params - sum(params for _, params in blocks)
 
 
 def total(rows: Sequence[Row]) -> Row:
