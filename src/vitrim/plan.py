@@ -228,16 +228,16 @@ def _with_tokens(blocks: tuple[Block, ...], plan: StagePlan, stage: Stage, at: s
     arriving: Drop | None = None
     reached = []
     for index, (block, decision) in enumerate(zip(blocks, plan.blocks, strict=True)):
-        step = decision.tokens
+        step, wrong = decision.tokens, None
         if step is None:
             step = _remaining(block.tokens, arriving)
         else:
             wrong = lost(step, arriving, stage.patches) or lost(step, block.tokens, stage.patches)
-            if wrong is None and not step.kept and not stage.prefix:
-                wrong = "a model without prefix tokens must keep a patch, but none is kept"
-            if wrong is not None:
-                raise PlanError(f"{at}.{index}.tokens: {wrong}")
-            step = step if len(step.kept) < stage.patches else None
+        if wrong is None and step is not None and not step.kept and not stage.prefix:
+            wrong = "a model without prefix tokens must keep a patch, but none is left"
+        if wrong is not None:
+            raise PlanError(f"{at}.{index}.tokens: {wrong}")
+        step = None if step is not None and len(step.kept) == stage.patches else step
         reached.append(block.model_copy(update={"tokens": step}))
         arriving = step
     return tuple(reached)
