@@ -98,7 +98,9 @@ def test_impossible_places_are_refused(kept, words):
 
 def test_windows_refuse_token_cuts_with_a_sentence():
     spec = describe(adopted("swin", "windows"))
-    with pytest.raises(PlanError, match=r"stages\.0\.blocks: token cuts are not possible on windowed attention: windows"):
+    with pytest.raises(
+        PlanError, match=r"stages\.0\.blocks: token cuts are not possible on windowed attention: windows"
+    ):
         dropping(spec, FOURTH).child(spec)
     stage = spec.stages[0].model_dump()
     stage["blocks"][0]["tokens"] = {"kept": [0]}

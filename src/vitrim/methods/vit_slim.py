@@ -304,7 +304,7 @@ def gate_model(
             gates[path] = torch.ones(axis.size, device=like.device)
         elif axis.name == "v" and attention:
             gates[path] = torch.ones(axis.size, device=like.device)
-        elif axis.name == "qk" and attention and axis.size == axes(model)[f"{block}.v"].size:
+        elif axis.name == "qk" and attention and axis.groups == axes(model)[f"{block}.v"].groups:
             share[path] = f"{block}.v"
     share = {path: gate for path, gate in share.items() if gate in gates}
     if not gates and not raw:
@@ -348,10 +348,11 @@ def gate_scores(gated: Gated, ranking: str) -> tuple[dict[str, Tensor], dict[str
     """
     scores: dict[str, Tensor] = {}
     kinds: dict[str, str] = {}
-    for path, axis in axes(gated.model).items():
+    known = axes(gated.model)
+    for path, axis in known.items():
         block = path.rpartition(".")[0]
         name = path if axis.name == "hidden" else f"{block}.v"
-        if not gated.has_gate(name) or (axis.name == "qk" and axis.size != gated.gate(name).numel()):
+        if not gated.has_gate(name) or (axis.name == "qk" and axis.groups != known[name].groups):
             continue
         gate = gated.gate(name).detach().double().cpu()
         if not bool(torch.isfinite(gate).all()):

@@ -77,7 +77,8 @@ def share_plan(spec: Spec, scores: Mapping[str, Tensor], kinds: Mapping[str, str
 
     Args:
         spec: the parent.
-        scores: by path of an axis. Queries and keys follow their values, with which they share a gate.
+        scores: by path of an axis. Queries and keys go with their values, with which they share a gate, save where a
+            norm ties them: they then go with their head.
         kinds: by path, ``attention`` or ``mlp``.
         shares: by kind; kinds without one are left alone.
     """
@@ -86,11 +87,12 @@ def share_plan(spec: Spec, scores: Mapping[str, Tensor], kinds: Mapping[str, str
         mine = {path: scores[path] for path in scores if kinds[path] == kind and not path.endswith(".qk")}
         keep |= top(mine, kept_count(sum(values.numel() for values in mine.values()), share))
     blocks = []
-    for path, _, block in spec.blocks():
+    for path, stage, block in spec.blocks():
         fields: dict[str, Any] = {}
         if f"{path}.v" in keep and isinstance(block.mixer, Attention):
             fields["v"] = _by_head(keep[f"{path}.v"], block.mixer.v)
-            fields["qk"] = _by_head(keep[f"{path}.v"], block.mixer.qk) if f"{path}.qk" in scores else None
+            if f"{path}.qk" in scores and stage.form.head_norm is None:
+                fields["qk"] = fields["v"]
         if f"{path}.hidden" in keep:
             fields["hidden"] = tuple(keep[f"{path}.hidden"].nonzero().flatten().tolist())
         blocks.append(BlockPlan(**fields))
