@@ -37,17 +37,28 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from vitrim.budget import SLACK, Budget
+from vitrim.budget import Budget
 from vitrim.contract import Data, Found
 from vitrim.costs import cost_of
 from vitrim.data import Augment
-from vitrim.errors import BudgetError, MethodError, PlanError
+from vitrim.errors import MethodError, PlanError
 from vitrim.families import describe
 from vitrim.observe import Gated, axes, masked
 from vitrim.plain import Node
 from vitrim.plan import Plan
 from vitrim.search.fill import Choice, fill, quantiles
-from vitrim.search.shares import Rule, consistent, kept_count, largest, remains, share_plan, top, with_tokens
+from vitrim.search.shares import (
+    Rule,
+    check_spent,
+    consistent,
+    give_back,
+    kept_count,
+    largest,
+    remains,
+    share_plan,
+    top,
+    with_tokens,
+)
 from vitrim.spec import NO_WINDOWS, Drop, Spec
 from vitrim.train import Distill, Train, fit
 
@@ -185,19 +196,23 @@ class Method(Node):
         parent, limits = cost_of(spec), budget.limits(cost_of(spec))
         best: dict[str, Tensor] = {}
 
-        def fits(count: int) -> bool:
-            """Whether `count` tokens fit, with the same share of the channels that have none of their own."""
-            shares = fixed | {kinds[path]: count / size for path in rest}
-            steps = self._steps(top(tokens, count), spec)
-            plan = with_tokens(spec, share_plan(spec, scores, kinds, shares), steps)
+        def spent(keep: Mapping[str, Tensor]) -> float:
+            """What tokens take of the budget, with the same share of the channels that have none of their own."""
+            share = float(torch.cat(list(keep.values())).double().mean())
+            shares = fixed | {kinds[path]: share for path in rest}
+            plan = with_tokens(spec, share_plan(spec, scores, kinds, shares), self._steps(keep, spec))
             try:
-                return budget.admits(cost_of(plan.child(spec)), parent)
+                return budget.spent(cost_of(plan.child(spec)), parent)
             except PlanError:
-                return True  # nothing is left of a block: less than any budget
+                return 0.0  # nothing is left of a block: less than any budget
 
-        if tokens:
+        if tokens and self.tokens is not None:
+            best = top(tokens, self._count(tokens, spec))
+        elif tokens:
             size = sum(values.numel() for values in tokens.values())
-            best = top(tokens, self._count(tokens, spec) if self.tokens is not None else largest(size, fits))
+            best = top(tokens, largest(size, lambda count: spent(top(tokens, count)) <= 1))
+            if not rest:
+                best = give_back(tokens, best, spent)
         plan = with_tokens(spec, share_plan(spec, scores, kinds, fixed), self._steps(best, spec))
         small = plan.child(spec)
         over = {name: float(limit) for name, limit in limits.items() if limit < getattr(cost_of(small), name)}
@@ -205,7 +220,7 @@ class Method(Node):
             ranks = quantiles({path: scores[path] for path in scores if path in rest}, kinds)
             plan = plan.then(fill(small, ranks, Budget(**over), choice=self.choice, by="score"), spec)
         child = plan.child(spec)
-        _check_spent(child, spec, budget)
+        check_spent(child, spec, budget)
         return plan, remains(spec, child, {path: float(keep.double().mean()) for path, keep in best.items()})
 
     def _count(self, tokens: Mapping[str, Tensor], spec: Spec) -> int:
@@ -375,18 +390,3 @@ def token_scores(gated: TokenGated, ranking: str) -> dict[str, Tensor]:
             raise MethodError(f"{path}: gates must be finite, but some are not; lower method.train.lr or gate_lr")
         scores[path] = (gate.abs() if ranking == "absolute" else gate).double().cpu()
     return scores
-
-
-def _check_spent(child: Spec, spec: Spec, budget: Budget) -> None:
-    parent, cost = cost_of(spec), cost_of(child)
-    for name, limit in budget.limits(parent).items():
-        if getattr(cost, name) > limit:
-            raise BudgetError(
-                f"budget of {name} must be at least {getattr(cost, name):,}, what the shares keep, but is {limit:,}; "
-                "raise it, lower a share, or leave one out to spend the budget with that kind"
-            )
-    if budget.spent(cost, parent) < 1 - SLACK:
-        raise MethodError(
-            f"shares must spend at least {1 - SLACK:.0%} of {budget}, but spend {budget.spent(cost, parent):.1%}; "
-            "lower the budget, raise a share, or leave one out to spend the budget with that kind"
-        )
