@@ -16,6 +16,7 @@ from vitrim.families import describe
 from vitrim.families.vit import example
 from vitrim.plan import BlockPlan, Plan
 from vitrim.report.blocks import sheet, total
+from vitrim.report.tables import plan_table
 from vitrim.spec import Drop, Stage
 
 
@@ -236,3 +237,11 @@ def test_the_sheet_sums_to_the_cost(preset):
         row = total(sheet(spec, plan))
         assert (row.macs, row.params) == cost_of(plan.child(spec))
         assert (row.macs_before, row.params_before) == cost_of(spec)
+
+
+def test_the_sheet_tells_the_tokens():
+    spec = describe(adopted("vit", "distilled"))
+    table = plan_table(spec, dropping(spec, None, EVEN))
+    column = table.head.index("tokens")
+    assert [row[column] for row in table.rows] == ["18 of 18", "10 of 18", "10 of 18", "", ""]
+    assert "tokens" not in plan_table(spec, Plan.keep(spec)).head
