@@ -172,6 +172,11 @@ class TestBudgets:
         with pytest.raises(MethodError, match=r"what is kept must spend at least 98% of macs=0.9, but spends 8\d"):
             found(model, "macs=0.9", **shares)
 
+    def test_a_share_of_channels_that_norms_tie_is_refused(self):
+        model = adopted("vit", "scale_norms")
+        with pytest.raises(MethodError, match="attention must be 1 for this model, whose norms tie its channels"):
+            joint(attention=0.5, choice="free").decide(describe(model), moved(model), Budget.parse("macs=0.7"))
+
     @pytest.mark.parametrize(
         ("settings", "words"),
         [

@@ -190,11 +190,9 @@ class Method(Node):
         """
         scores, kinds = gate_scores(gated, self.ranking)
         tokens = token_scores(gated, self.ranking)
-        given = {"attention": self.attention, "mlp": self.mlp}
-        fixed = {kind: share for kind, share in given.items() if share is not None and kind in kinds.values()}
+        fixed = self._fixed(set(kinds.values()))
         rest = {path for path, kind in kinds.items() if kind not in fixed}
         parent, limits = cost_of(spec), budget.limits(cost_of(spec))
-        best: dict[str, Tensor] = {}
 
         def spent(keep: Mapping[str, Tensor]) -> float:
             """What tokens take of the budget, with the same share of the channels that have none of their own."""
@@ -206,13 +204,9 @@ class Method(Node):
             except PlanError:
                 return 0.0  # nothing is left of a block: less than any budget
 
-        if tokens and self.tokens is not None:
-            best = top(tokens, self._count(tokens, spec))
-        elif tokens:
-            size = sum(values.numel() for values in tokens.values())
-            best = top(tokens, largest(size, lambda count: spent(top(tokens, count)) <= 1))
-            if not rest:
-                best = give_back(tokens, best, spent)
+        best = top(tokens, self._count(tokens, spec, spent))
+        if tokens and self.tokens is None and not rest:
+            best = give_back(tokens, best, spent)
         plan = with_tokens(spec, share_plan(spec, scores, kinds, fixed), self._steps(best, spec))
         small = plan.child(spec)
         over = {name: float(limit) for name, limit in limits.items() if limit < getattr(cost_of(small), name)}
@@ -223,10 +217,22 @@ class Method(Node):
         check_spent(child, spec, budget)
         return plan, remains(spec, child, {path: float(keep.double().mean()) for path, keep in best.items()})
 
-    def _count(self, tokens: Mapping[str, Tensor], spec: Spec) -> int:
-        """Entries of the token list to keep for the share that was asked for."""
-        assert self.tokens is not None
+    def _fixed(self, searched: set[str]) -> dict[str, float]:
+        """The shares of channels that were asked for, by kind."""
+        given = {"attention": self.attention, "mlp": self.mlp}
+        fixed = {kind: share for kind, share in given.items() if share is not None}
+        for kind, share in fixed.items():
+            if share < 1 and kind not in searched:
+                raise MethodError(f"{kind} must be 1 for this model, whose norms tie its channels, but is {share:g}")
+        return {kind: share for kind, share in fixed.items() if kind in searched}
+
+    def _count(
+        self, tokens: Mapping[str, Tensor], spec: Spec, spent: Callable[[Mapping[str, Tensor]], float] = lambda _: 0.0
+    ) -> int:
+        """Entries of the token list to keep, for the share that was asked for or for the budget."""
         share, size = self.tokens, sum(values.numel() for values in tokens.values())
+        if share is None:
+            return largest(size, lambda count: spent(top(tokens, count)) <= 1)
         if self.meet == "nominal":
             return kept_count(size, share)
         pairs = spec.stages[0].patches * len(tokens)
@@ -273,7 +279,7 @@ class TokenGated(Gated):
     ) -> None:
         super().__init__(model, gates, share)
         self.paths = tuple(tokens)
-        self.prefix = describe(model).stages[0].tokens
+        self.count = describe(model).stages[0].tokens
         self.tokens = nn.ParameterDict({path.replace(".", "/"): nn.Parameter(raw) for path, raw in tokens.items()})
 
     def forward(self, x: Tensor) -> Any:
@@ -286,7 +292,7 @@ class TokenGated(Gated):
         return dict(zip(self.paths, map(torch.tanh, self.tokens.values()), strict=True))
 
     def _mask(self, gate: Tensor) -> Tensor:
-        return torch.cat([gate.new_ones(self.prefix - gate.numel()), gate])
+        return torch.cat([gate.new_ones(self.count - gate.numel()), gate])
 
 
 def gate_model(

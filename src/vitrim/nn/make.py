@@ -32,4 +32,7 @@ def settled(block: Block) -> Block:
         compute = getattr(module, "init_non_persistent_buffers", None)
         if compute is not None and isinstance(module, nn.Module):
             compute()
+    weight = next(block.parameters(), None)
+    if block.step is not None and weight is not None:
+        block.step.to(weight.device)
     return block
