@@ -1,7 +1,7 @@
-"""Write docs/models.md: what `vitrim.adopt` says to every timm name whose class is `VisionTransformer`.
+"""Write docs/models.md: what `vitrim.adopt` says to every timm name whose class a family takes in.
 
-Models are built without data, so the whole table takes about 20 seconds. That an adopted name gives equal logits is
-what tests/test_door.py proves; it also holds this table against its own results.
+Models are built without data, so the whole table takes about 30 seconds. That an adopted name gives equal logits is
+what tests/test_door.py and tests/test_swin.py prove; the first also holds this table against its own results.
 """
 
 import inspect
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
+from vitrim import families
 from vitrim.costs import cost_of
 from vitrim.errors import AdoptError
 from vitrim.families import describe
@@ -22,10 +22,10 @@ PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 
 HEAD = """# Models at the door
 
-`vitrim.adopt` on every timm name whose class is `VisionTransformer` (T2T-ViT's names are registered with timm by
-`import vitrim.families`): {adopted} of {all} are adopted, the others are
-refused with the path and the reason. No name is adopted with other logits: `tests/test_door.py` runs them all, with
-random weights, two blocks deep. Multiply-accumulates and parameters are those of the whole model at the image size
+`vitrim.adopt` on every timm name whose class is `VisionTransformer` or a Swin (T2T-ViT's names are registered with timm
+by `import vitrim.families`): {adopted} of {all} are adopted, the others are refused with path and reason. No name
+is adopted with other logits: `tests/test_door.py` and `tests/test_swin.py` run them all, shrunk, with random weights.
+Multiply-accumulates and parameters are those of the whole model at the image size
 given, by our arithmetic, which that test holds against PyTorch's own counter.
 
 Made with timm {timm}, torch {torch} by `python benchmarks/models_table.py`.
@@ -49,21 +49,24 @@ class Row(NamedTuple):
 
 
 def names() -> list[str]:
-    return [name for name in timm.list_models() if _knows_vit(sys.modules[timm.model_entrypoint(name).__module__])]
+    hosts = tuple(host for name in families.names() for host in families.get(name).HOSTS)
+    return [name for name in timm.list_models() if _knows(sys.modules[timm.model_entrypoint(name).__module__], hosts)]
 
 
-def _knows_vit(module: Any) -> bool:
-    return any(inspect.isclass(v) and issubclass(v, VisionTransformer) for v in vars(module).values())
+def _knows(module: Any, hosts: tuple[type, ...]) -> bool:
+    return any(inspect.isclass(v) and issubclass(v, hosts) for v in vars(module).values())
 
 
 def row(name: str) -> Row | None:
     with torch.device("meta"):
         model: Any = timm.create_model(name)
-    if not isinstance(model, VisionTransformer):
+    owner = families.name_of(model)
+    if owner is None:
         return None
-    block = model.blocks[0]
+    runs = model.blocks if hasattr(model, "blocks") else model.stages if hasattr(model, "stages") else model.layers
+    block = runs[0].blocks[0] if hasattr(runs[0], "blocks") else runs[0]
     kinds = [type(part).__name__ for part in (block, getattr(block, "attn", None), getattr(block, "mlp", None)) if part]
-    if hasattr(model.patch_embed, "backbone"):
+    if hasattr(getattr(model, "patch_embed", None), "backbone"):
         kinds.insert(0, type(model.patch_embed.backbone).__name__)
     image = "x".join(map(str, model.patch_embed.img_size))
     params = sum(p.numel() for p in model.parameters())
@@ -76,8 +79,13 @@ def row(name: str) -> Row | None:
     return Row(name, ", ".join(kinds), "adopted", image, f"{cost.macs / 1e9:.3f}", f"{params / 1e6:.2f}")
 
 
+def _odd(blocks: str) -> str:
+    """The part of a refused block that is not timm's plain one."""
+    return next(part for part in blocks.split(", ") if part not in ("Block", "Attention", "Mlp"))
+
+
 def page(rows: list[Row]) -> str:
-    refused = Counter(each.status.rsplit(" ", 1)[-1] for each in rows if each.status != "adopted")
+    refused = Counter(_odd(each.blocks) for each in rows if each.status != "adopted")
     head = HEAD.format(
         adopted=len(rows) - refused.total(),
         all=len(rows),

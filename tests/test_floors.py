@@ -14,7 +14,7 @@ import vitrim.errors
 
 SOURCE = Path(vitrim.__file__).parent
 ROOMS = (
-    "errors plain spec plan costs budget "
+    "errors plain progress spec plan costs budget "
     "nn families "
     "measure observe surgery store parent "
     "data train "

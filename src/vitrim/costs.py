@@ -44,6 +44,8 @@ class _Place(NamedTuple):
     """What all blocks of a stage are priced with."""
 
     form: Form
+    norm: int
+    """Parameters of the norm before each branch."""
     width: int
     tokens: int
     padded: int
@@ -53,11 +55,12 @@ class _Place(NamedTuple):
 
 
 def _place(stage: Stage) -> _Place:
-    tokens, window = stage.tokens, stage.window
+    tokens, width, form, window = stage.tokens, stage.width, stage.form, stage.window
+    norm = form.norm.params(width)
     if window is None:
-        return _Place(stage.form, stage.width, tokens, tokens, tokens, 0, stage.patches)
+        return _Place(form, norm, width, tokens, tokens, tokens, 0, stage.patches)
     rows, columns = window.padded(stage.grid)
-    return _Place(stage.form, stage.width, tokens, rows * columns, window.area, window.offsets, tokens)
+    return _Place(form, norm, width, tokens, rows * columns, window.area, window.offsets, tokens)
 
 
 def cost_of(spec: Spec) -> Cost:
@@ -70,9 +73,9 @@ def cost_of(spec: Spec) -> Cost:
         place = _place(stage)
         tokens = place.tokens
         for block in stage.blocks:
-            part = _priced(block, place)
-            macs += part[0]
-            params += part[1]
+            more_macs, more_params = _priced(block, place)
+            macs += more_macs
+            params += more_params
         if stage.blocks and stage.blocks[-1].tokens is not None:
             tokens = stage.prefix + len(stage.blocks[-1].tokens.kept)
     return Cost(macs + tokens * spec.host.macs_per_token, params)
@@ -84,7 +87,7 @@ def block_cost(block: Block, stage: Stage) -> tuple[int, int]:
 
 
 def _priced(block: Block, place: _Place) -> tuple[int, int]:
-    form, width, tokens, padded, keys, offsets, patches = place
+    form, norm, width, tokens, padded, keys, offsets, patches = place
     macs, params = 0, 0
     mixer, hidden, step = block.mixer, block.hidden, block.tokens
     if step is not None:
@@ -95,18 +98,20 @@ def _priced(block: Block, place: _Place) -> tuple[int, int]:
     if isinstance(mixer, Attention):
         qk, v = sum(mixer.qk), sum(mixer.v)
         macs = attention_macs(padded, width, qk, v, keys)
-        params = _attention_params(form, width, qk, v) + offsets * len(mixer.v)
+        params = _attention_params(form, norm, width, qk, v)
+        if offsets:
+            params += offsets * len(mixer.v)
     if hidden is not None:
         macs += mlp_macs(tokens, width, hidden, form.factors)
-        params += _mlp_params(form, width, hidden)
+        params += _mlp_params(form, norm, width, hidden)
     return macs, params
 
 
-def _attention_params(form: Form, width: int, qk: int, v: int) -> int:
+def _attention_params(form: Form, norm: int, width: int, qk: int, v: int) -> int:
     params = width if form.out_bias else 0
     if not v:
         return params
-    params += 2 * (qk + v) * width + form.norm.params(width)
+    params += 2 * (qk + v) * width + norm
     if form.qkv_bias:
         params += 2 * qk + v
     if form.layer_scale:
@@ -118,11 +123,11 @@ def _attention_params(form: Form, width: int, qk: int, v: int) -> int:
     return params
 
 
-def _mlp_params(form: Form, width: int, hidden: int) -> int:
+def _mlp_params(form: Form, norm: int, width: int, hidden: int) -> int:
     params = width if form.mlp_out_bias else 0
     if not hidden:
         return params
-    params += (form.factors + 1) * hidden * width + form.norm.params(width)
+    params += (form.factors + 1) * hidden * width + norm
     if form.hidden_bias:
         params += form.factors * hidden
     if form.layer_scale:

@@ -6,6 +6,7 @@ multiply-accumulates, trains the child with its parent as teacher, and shows bot
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -27,7 +28,7 @@ __all__ = ["demo", "main", "small_vit"]
 
 LIGHT = Augment(kind="light")
 
-PARENT = Train(epochs=30, batch=64, lr=1e-3, warmup_epochs=3, weight_decay=0.05, smoothing=0.1, augment=LIGHT)
+PARENT = Train(epochs=60, batch=64, lr=1e-3, warmup_epochs=3, weight_decay=0.05, smoothing=0.1, augment=LIGHT)
 
 SEARCH = Train(
     epochs=10, batch=64, lr=3e-4, schedule="constant", weight_decay=1e-3, augment=LIGHT, distill=Distill(kind="soft")
@@ -51,20 +52,24 @@ def small_vit(seed: int) -> VisionTransformer:
     )
 
 
-def train_parent(path: Path, seed: int) -> nn.Module:
+def train_parent(
+    path: Path, seed: int, build: Callable[[int], nn.Module] = small_vit, settings: Train = PARENT
+) -> nn.Module:
     """Train the dense model and store it; read it where it lies already."""
     if path.is_file():
         return store.load(path)
-    model = adopt(small_vit(seed))
+    model = adopt(build(seed))
     splits = split("digits", validation=0, seed=seed)
-    fitted = fit(model, splits.train, PARENT, input=Input.of(model), seed=seed, folder=path.parent / "parent")
+    fitted = fit(model, splits.train, settings, input=Input.of(model), seed=seed, folder=path.with_suffix(""))
     store.save(fitted.model.eval(), path)
     return fitted.model
 
 
-def recipe(parent: Path, budget: str, seed: int, method: str = "vit_slim") -> Recipe:
+def recipe(
+    parent: Path, budget: str, seed: int, method: str = "vit_slim", search: Train = SEARCH, child: Train = CHILD
+) -> Recipe:
     """Compress `parent` to `budget` and train the child; every method gets the same training."""
-    gates = {"train": dump(SEARCH), "attention_l1": 1e-4, "mlp_l1": 2.5e-5, "gate_lr": 0.02}
+    gates = {"train": dump(search), "attention_l1": 1e-4, "mlp_l1": 2.5e-5, "gate_lr": 0.02}
     return load(
         Recipe,
         dump(
@@ -73,7 +78,7 @@ def recipe(parent: Path, budget: str, seed: int, method: str = "vit_slim") -> Re
                 data=DataRecipe(train="digits", validation=0),
                 method={"name": method, **(gates if method == "vit_slim" else {})},
                 budget=budget,
-                train=CHILD,
+                train=child,
                 measure=Measure(batch=64, seconds=5),
                 seed=seed,
             )

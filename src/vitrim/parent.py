@@ -8,8 +8,6 @@ from typing import Any
 
 import timm
 import torch
-from rich.console import Console
-from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -18,6 +16,7 @@ from vitrim.costs import cost_of
 from vitrim.errors import AdoptError, RecipeError, WeightsError
 from vitrim.families import adopt
 from vitrim.plain import did_you_mean
+from vitrim.progress import progress
 
 __all__ = ["guests", "load_weights_", "open_parent", "read_weights"]
 
@@ -68,8 +67,9 @@ def _guest(name: str, weights: str | None, random_weights: bool, arguments: dict
     if weights is None:
         return _create(name, pretrained=not random_weights, **arguments)
     state = read_weights(Path(weights))
-    if "num_classes" not in arguments and "head.weight" in state:
-        arguments["num_classes"] = len(state["head.weight"])
+    head = state.get("head.weight", state.get("head.fc.weight"))
+    if "num_classes" not in arguments and head is not None:
+        arguments["num_classes"] = len(head)
     model = _create(name, pretrained=False, **arguments)
     load_weights_(model, families.convert(model, state), weights)
     return model
@@ -168,17 +168,31 @@ def guests(pattern: str = "*") -> Iterator[dict[str, Any]]:
     names = [name for name in timm.list_models(pattern) if _knows(name, hosts)]
     if not names:
         raise RecipeError(f"a pattern must fit a name of a known family, but got '{pattern}'{_near(pattern)}")
-    for name in track(names, "models", transient=True, console=Console(stderr=True), disable=not sys.stderr.isatty()):
+    with progress("models", len(names)) as advance:
+        for name in names:
+            model = _unfilled(name)
+            advance(1)
+            family = families.name_of(model)
+            if family is not None:
+                yield {"name": name, "family": family, **_verdict(model)}
+
+
+def _verdict(model: nn.Module) -> dict[str, Any]:
+    try:
+        cost = cost_of(families.describe(model))
+    except AdoptError as problem:
+        return {"macs": 0, "params": 0, "reason": str(problem)}
+    return {"macs": cost.macs, "params": cost.params, "reason": None}
+
+
+def _unfilled(name: str) -> nn.Module:
+    """A timm model without data; with data where this version of timm cannot build it without."""
+    try:
         with torch.device("meta"):
-            model = timm.create_model(name)
-        family = families.name_of(model)
-        if family is None:
-            continue
-        try:
-            cost = cost_of(families.describe(model))
-            yield {"name": name, "family": family, "macs": cost.macs, "params": cost.params, "reason": None}
-        except AdoptError as problem:
-            yield {"name": name, "family": family, "macs": 0, "params": 0, "reason": str(problem)}
+            model: nn.Module = timm.create_model(name)
+    except (NotImplementedError, RuntimeError):
+        model = timm.create_model(name)
+    return model
 
 
 def _knows(name: str, hosts: tuple[type[nn.Module], ...]) -> bool:

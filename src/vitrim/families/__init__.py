@@ -215,7 +215,10 @@ def host(model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
 def build(spec: Spec) -> nn.Module:
     """A model of structure `spec` with unset weights, to be filled by ``load_state_dict``."""
     family = get(spec.family)
-    shell = family.build(spec)
+    # timm before 1.0.21 computes with what it builds, which the meta device cannot
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        shell = family.build(spec)
+    shell = shell.to(torch.get_default_device())
     blocks = [
         make_block(stage, block, arriving)
         for (_, stage, block), arriving in zip(spec.blocks(), spec.arrivals(), strict=True)

@@ -11,6 +11,7 @@ from timm.layers import Mlp as TimmMlp
 from timm.layers.mlp import GluMlp, SwiGLU
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrim.errors import AdoptError
@@ -138,7 +139,12 @@ def bare(model: nn.Module, without: Iterable[nn.Module]) -> nn.Module:
 
 def count(call: Any, x: Tensor) -> int:
     """Multiply-accumulates of ``call(x)``, as PyTorch counts them."""
-    with torch.no_grad(), warnings.catch_warnings(), FlopCounterMode(display=False) as counter:
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
         warnings.simplefilter("ignore")
         try:
             call(x)

@@ -7,6 +7,7 @@ model *is* a ``timm.models.SwinTransformer``. What merging costs belongs to the 
 """
 
 import copy
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim.errors import AdoptError, SpecError
 from vitrim.families._parts import (
@@ -35,7 +36,7 @@ from vitrim.nn.layers import input_channels
 from vitrim.spec import Attention, Form, Host, Norm, Spec, Stage, Window
 from vitrim.spec import Block as BlockSpec
 
-__all__ = ["HOSTS", "TEST_PRESETS", "build", "describe", "example", "foreign_blocks", "host"]
+__all__ = ["HOSTS", "TEST_PRESETS", "build", "convert", "describe", "example", "foreign_blocks", "host"]
 
 _SMALL = {
     "img_size": 32,
@@ -49,7 +50,7 @@ _SMALL = {
 
 TEST_PRESETS: dict[str, dict[str, object]] = {
     "windows": {},
-    "padded": {"img_size": (36, 44)},
+    "padded": {"img_size": (24, 40)},
     "always": {"img_size": 24, "always_partition": True, "qkv_bias": False, "drop_path_rate": 0.0},
     "dynamic": {"strict_img_size": False, "head_dim": 8, "mlp_ratio": (2.0, 3.0), "num_heads": (3, 2)},
     "sizes": {
@@ -63,6 +64,8 @@ TEST_PRESETS: dict[str, dict[str, object]] = {
 
 HOSTS = (SwinTransformer, SwinTransformerV2, SwinTransformerV2Cr)
 """The second version too, to be refused with its reason."""
+
+_COMPUTED = ("relative_position_index", "attn_mask")
 
 
 def example(**arguments: Any) -> nn.Module:
@@ -116,22 +119,12 @@ def build(spec: Spec) -> Any:
         SpecError: if the installed timm cannot build it.
     """
     known = dict(spec.host.arguments)
-    depth, final, reference = len(spec.stages), known.pop("final_norm"), known.pop("reference")
-    rows, columns = known.pop("patch_size")
+    final, reference = known.pop("final_norm"), known.pop("reference")
+    place = torch.empty(0).device
     try:
-        model = SwinTransformer(
-            **known
-            | {
-                "img_size": spec.image,
-                "patch_size": rows if rows == columns else (rows, columns),
-                "num_classes": spec.classes,
-                "embed_dim": spec.stages[0].width,
-                "depths": (0,) * depth,
-                "num_heads": (1,) * depth,
-                "norm_layer": norm_maker(Norm(**known["norm_layer"])),
-                "weight_init": "skip",
-            }
-        )
+        # Older versions of timm read numbers off a tensor while they build, which a device without data has not.
+        with torch.device("cpu"):
+            model = SwinTransformer(**_keywords(spec, known)).to(place)
     except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as problem:
         raise SpecError(
             f"host: the installed timm {timm.__version__} must build {spec.host.name or 'SwinTransformer'}, "
@@ -146,6 +139,37 @@ def build(spec: Spec) -> Any:
         model._ref_grid_size = tuple(reference["grid"])
     give_pretrained_(model, spec.host.pretrained)
     return model
+
+
+def convert(weights: dict[str, Tensor], _: Any) -> dict[str, Tensor]:
+    """Weights of the authors' release under timm's names; what a model computes for itself is left out.
+
+    The authors merge patches after a stage where timm does before it: their stage 0 has a merging, timm's has none.
+    """
+    weights = {name: value for name, value in weights.items() if not name.endswith(_COMPUTED)}
+    if not any(name.startswith("layers.0.downsample.") for name in weights):
+        return weights
+    return {_renamed(name): value for name, value in weights.items()}
+
+
+def _renamed(name: str) -> str:
+    name = re.sub(r"^layers\.(\d+)\.downsample", lambda found: f"layers.{int(found[1]) + 1}.downsample", name)
+    return re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", name)
+
+
+def _keywords(spec: Spec, known: dict[str, Any]) -> dict[str, Any]:
+    """The host's arguments as timm's constructor takes them, without blocks."""
+    (rows, columns), stages = known["patch_size"], len(spec.stages)
+    return known | {
+        "img_size": spec.image,
+        "patch_size": rows if rows == columns else (rows, columns),
+        "num_classes": spec.classes,
+        "embed_dim": spec.stages[0].width,
+        "depths": (0,) * stages,
+        "num_heads": (1,) * stages,
+        "norm_layer": norm_maker(Norm(**known["norm_layer"])),
+        "weight_init": "skip",
+    }
 
 
 def _stages(model: Any) -> tuple[Stage, ...]:
@@ -172,7 +196,7 @@ def _block(block: Any, at: str, grid: tuple[int, int]) -> tuple[BlockSpec, Form,
     ours = isinstance(block, WindowBlock)
     believed = tuple(block.grid if ours else getattr(block, "input_resolution", grid))
     if believed != grid:
-        # timm before 1.0.21 rounds odd grids down where its merging pads them: masks would be for another grid.
+        # Older versions of timm round odd grids down where their merging pads them: masks would be for another grid.
         raise AdoptError(f"{at}: the block must be made for its grid {grid}, but is for {believed}; use a newer timm")
     if ours:
         return block.spec, block.form, block.window, block.width

@@ -21,6 +21,7 @@ from torch import nn
 from vitrim.errors import RecipeError
 from vitrim.measure.model import Image, home_of, image_of, resting
 from vitrim.plain import Node
+from vitrim.progress import progress
 
 __all__ = ["Latency", "latency"]
 
@@ -173,11 +174,14 @@ def _repeats(passes: Sequence[Callable[[int], float]], warmup: int) -> int:
 def _rounds(passes: Sequence[Callable[[int], float]], repeats: int, seconds: float, runs: int) -> list[list[float]]:
     """Samples of each model, taken A B B A until time and least number are reached."""
     samples: list[list[float]] = [[] for _ in passes]
-    end = time.perf_counter() + seconds
-    while len(samples[0]) < runs or time.perf_counter() < end:
-        for order in (range(len(passes)), reversed(range(len(passes)))):
-            for index in order:
-                samples[index].append(passes[index](repeats))
+    start = now = time.perf_counter()
+    with progress("timing", seconds, refresh=False) as advance:
+        while len(samples[0]) < runs or now < start + seconds:
+            for order in (range(len(passes)), reversed(range(len(passes)))):
+                for index in order:
+                    samples[index].append(passes[index](repeats))
+            before, now = now, time.perf_counter()
+            advance(now - before)
     return samples
 
 

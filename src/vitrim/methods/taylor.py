@@ -12,7 +12,7 @@ second-order term is the same mean of squares with labels drawn from the model's
 ``target = "output"`` draws them.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +28,7 @@ from vitrim.errors import MethodError
 from vitrim.families import describe
 from vitrim.observe import axes, listening
 from vitrim.plain import Node
+from vitrim.progress import progress
 from vitrim.search.fill import Choice, fill
 
 __all__ = ["Method", "taylor_scores"]
@@ -67,8 +68,17 @@ class Method(Node):
         if data is None or data.calibration is None:
             raise MethodError("taylor must see images, but no data was given; give data or use magnitude")
         batches = eval_loader(data.calibration, data.input, batch=self.batch)
-        scores = taylor_scores(model, batches, target=self.target, seed=seed)
+        with progress("scores", len(batches)) as advance:
+            scores = taylor_scores(model, _counted(batches, advance), target=self.target, seed=seed)
         return Found(plan=fill(describe(model), scores, budget, choice=self.choice), parent=model)
+
+
+def _counted(
+    batches: Iterable[tuple[Tensor, Tensor]], advance: Callable[[float], None]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in batches:
+        yield batch
+        advance(1)
 
 
 def taylor_scores(

@@ -1,8 +1,5 @@
 """The block that a spec node asks for."""
 
-import torch
-from torch import nn
-
 from vitrim.nn.block import Block
 from vitrim.nn.tokens import step_of
 from vitrim.nn.window import WindowBlock
@@ -25,12 +22,11 @@ def make_block(stage: Stage, spec: BlockSpec, arriving: Drop | None = None) -> B
     return Block(stage.width, spec, stage.form, step=step_of(stage, spec.tokens, arriving))
 
 
-@torch.no_grad()
 def settled(block: Block) -> Block:
     """Compute the buffers that are not stored; needed once a block that was built without data has its weights."""
     for module in block.modules():
         compute = getattr(module, "init_non_persistent_buffers", None)
-        if compute is not None and isinstance(module, nn.Module):
+        if compute is not None:
             compute()
     weight = next(block.parameters(), None)
     if block.step is not None and weight is not None:

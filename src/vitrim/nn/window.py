@@ -8,6 +8,7 @@ Parameters carry timm's names, so a dense block loads timm's weights as they are
 
 import dataclasses
 import functools
+import inspect
 
 import torch
 from timm.layers import resize_rel_pos_bias_table
@@ -26,6 +27,9 @@ __all__ = ["WindowAttention", "WindowBlock"]
 
 BLOCKED = -100.0
 """Added to the logit of a pair that does not meet; timm's, and the published weights', value."""
+
+# Older versions of timm take the old window to be square.
+_TAKES_OLD_SIZE = "old_window_size" in inspect.signature(resize_rel_pos_bias_table).parameters
 
 
 class WindowAttention(Attention):
@@ -96,11 +100,10 @@ class WindowAttention(Attention):
         """Change the window; biases are interpolated as timm does."""
         if size == self.window_size:
             return
+        shape = (Window(size=size).offsets, len(self.v))
+        old = {"old_window_size": self.window_size} if _TAKES_OLD_SIZE else {}
         table = resize_rel_pos_bias_table(
-            self.relative_position_bias_table,
-            new_window_size=size,
-            new_bias_shape=(Window(size=size).offsets, len(self.v)),
-            old_window_size=self.window_size,
+            self.relative_position_bias_table, new_window_size=size, new_bias_shape=shape, **old
         )
         trained = self.relative_position_bias_table.requires_grad
         self.relative_position_bias_table = nn.Parameter(table, requires_grad=trained)

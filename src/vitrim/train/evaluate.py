@@ -9,14 +9,13 @@ from collections.abc import Iterable, Iterator, Sized
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from vitrim.errors import DataError, WeightsError
 from vitrim.plain import Node
+from vitrim.progress import progress
 
-__all__ = ["Evaluated", "evaluate", "progress", "put_back", "reference_logits"]
+__all__ = ["Evaluated", "evaluate", "put_back", "reference_logits"]
 
 
 class Evaluated(Node):
@@ -37,15 +36,6 @@ class Evaluated(Node):
     agreement: float | None
     count: int
     seconds: float
-
-
-@contextlib.contextmanager
-def progress(title: str, total: int, show: bool = True) -> Iterator[Progress]:
-    """Show a transient bar with one task of `total` steps; nothing unless the error stream is a terminal."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not (show and console.is_terminal)) as bar:
-        bar.add_task(title, total=total)
-        yield bar
 
 
 @contextlib.contextmanager
@@ -73,11 +63,11 @@ def reference_logits(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) 
         WeightsError: a logit is not finite.
     """
     found = []
-    with put_back(model), progress("reference", _length(loader)) as bar:
+    with put_back(model), progress("reference", _length(loader)) as advance:
         model.eval()
         for pictures, _ in loader:
             found.append(_forward(model, pictures).cpu())
-            bar.advance(bar.task_ids[0])
+            advance(1)
     return torch.cat(found)
 
 
@@ -105,7 +95,7 @@ def evaluate(
     hits = torch.zeros(4, dtype=torch.float64)
     count = 0
     unlabelled = False
-    with put_back(model, other), progress("evaluate", _length(loader)) as bar:
+    with put_back(model, other), progress("evaluate", _length(loader)) as advance:
         model.eval()
         if other is not None:
             other.eval()
@@ -118,7 +108,7 @@ def evaluate(
             if theirs is not None:
                 hits[3] += (theirs.argmax(-1).cpu() == logits.argmax(-1).cpu()).sum()
             count += len(labels)
-            bar.advance(bar.task_ids[0])
+            advance(1)
     if count == 0:
         raise DataError("evaluation must have at least one image, but the loader gave none")
     if isinstance(reference, Tensor) and len(reference) != count:

@@ -19,9 +19,10 @@ from torch.utils.data import Dataset
 from vitrim.data import Input, TrainLoader, check_classes, train_loader
 from vitrim.errors import DataError, RecipeError, RunError
 from vitrim.plain import dump
+from vitrim.progress import progress
 from vitrim.train.checkpoint import Progressed, compare, newest, read, unpack
 from vitrim.train.distill import Objective, two_heads
-from vitrim.train.evaluate import progress, put_back
+from vitrim.train.evaluate import put_back
 from vitrim.train.guard import check_finite, drop_path
 from vitrim.train.loop import AfterStep, Log, Loop, Penalty
 from vitrim.train.optim import Groups, optimizer
@@ -115,8 +116,8 @@ def fit(
             if folder is not None:
                 loop = _resume(loop, folder)
             loop.wrapped = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
-            bar = stack.enter_context(progress(stage, loop.steps, accelerator.is_main_process))
-            loop.go(bar)
+            advance = stack.enter_context(progress(stage, loop.steps, accelerator.is_main_process))
+            loop.go(advance)
     finally:
         # The seeds of the steps are our own business.
         torch.set_rng_state(generator)

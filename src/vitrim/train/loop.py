@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich.progress import Progress
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -118,7 +117,7 @@ class Loop:
             num_classes=self.classes,
         )
 
-    def go(self, bar: Progress) -> None:
+    def go(self, advance: Callable[[float], None]) -> None:
         """Take the steps that are left; ctrl-C leaves a checkpoint of the last whole step.
 
         Raises:
@@ -126,18 +125,18 @@ class Loop:
             RunError: a checkpoint cannot be written.
             KeyboardInterrupt: ctrl-C was pressed.
         """
-        bar.update(bar.task_ids[0], completed=self.state.step)
+        advance(self.state.step)
         try:
             with Interrupts() as interrupts:
                 while self.state.step < self.steps:
-                    self._epoch(bar, interrupts)
+                    self._epoch(advance, interrupts)
                 self._settle()
         except KeyboardInterrupt:
             if self.whole:
                 self._save()
             raise
 
-    def _epoch(self, bar: Progress, interrupts: Interrupts) -> None:
+    def _epoch(self, advance: Callable[[float], None], interrupts: Interrupts) -> None:
         epoch, first = divmod(self.state.step, len(self.loader))
         self.model.train()
         parts = self.loader.epoch(epoch, first)
@@ -145,7 +144,7 @@ class Loop:
             start = time.perf_counter()
             self._step(parts)
             self.state.seconds += time.perf_counter() - start
-            bar.advance(bar.task_ids[0])
+            advance(1)
             self._report(epoch)
             if interrupts.came:
                 raise KeyboardInterrupt
