@@ -7,7 +7,7 @@ import torch
 
 from vitrim import families
 from vitrim.plan import BlockPlan, Plan
-from vitrim.spec import Attention, Skip, Spec
+from vitrim.spec import Attention, Drop, Skip, Spec
 
 PRESETS = [(family, name) for family in families.names() for name in families.get(family).TEST_PRESETS]
 IDS = [f"{family}-{name}" for family, name in PRESETS]
@@ -38,10 +38,39 @@ def images(spec: Spec, count: int = 2, dtype: torch.dtype = torch.float64) -> to
     return torch.randn(count, 3, *spec.image, generator=torch.Generator().manual_seed(7), dtype=dtype)
 
 
-def random_plan(spec: Spec, seed: int, skips: bool = True) -> Plan:
-    """A plan of every kind of cut that the form of each block allows."""
+def random_plan(spec: Spec, seed: int, skips: bool = True, drops: str = "") -> Plan:
+    """A plan of every kind of cut that the form of each block allows.
+
+    `drops`: whether tokens are dropped too, ``"exact"`` with one key for those missing, ``"mixed"`` with and without.
+    """
     rng = random.Random(seed)
-    return Plan.of(spec, [_random_block(rng, stage.form, block, skips) for _, stage, block in spec.blocks()])
+    blocks = [_random_block(rng, stage.form, block, skips) for _, stage, block in spec.blocks()]
+    if drops and spec.stages[0].window is None:
+        steps = _random_drops(random.Random(seed + 1000), spec, drops == "exact")
+        blocks = [block.model_copy(update={"tokens": step}) for block, step in zip(blocks, steps, strict=True)]
+    return Plan.of(spec, blocks)
+
+
+def _random_drops(rng, spec, exact):
+    steps, here = [], set(range(spec.stages[0].patches))
+    anchor = places(spec)[-1] - spec.stages[0].prefix  # what is left of every block must not be nothing
+    for _, _, block in spec.blocks():
+        mine = here & set(block.tokens.kept) if block.tokens else here
+        step = None
+        if rng.random() < 0.6:
+            kept = sorted({anchor, *rng.sample(sorted(mine), rng.randint(1, len(mine)))})
+            step, mine = Drop(kept=kept, exact=exact or rng.random() < 0.5), set(kept)
+        steps.append(step)
+        here = mine
+    return steps
+
+
+def places(spec: Spec) -> list[int]:
+    """Where the tokens that leave the last block stand among those of the dense model."""
+    stage = spec.stages[-1]
+    last = stage.blocks[-1].tokens
+    kept = range(stage.patches) if last is None else last.kept
+    return [*range(stage.prefix), *(stage.prefix + place for place in kept)]
 
 
 def _some(rng: random.Random, size: int, least: int = 0) -> tuple[int, ...]:
@@ -75,6 +104,10 @@ def _random_heads(rng, form, mixer):
 def masks_of(spec: Spec, plan: Plan) -> dict[str, torch.Tensor]:
     """The 0/1 masks at the taps that say what `plan` cuts."""
     masks = {}
+    for path, stage, block in plan.child(spec).blocks():
+        if block.tokens is not None:
+            whole = (tuple(range(stage.prefix)), block.tokens.kept)
+            masks[f"{path}.tokens"] = _mask((stage.prefix, stage.patches), whole)
     for (path, _, block), decision in zip(spec.blocks(), plan.blocks(), strict=True):
         if decision.mixer is not None:
             masks[f"{path}.mixer"] = torch.zeros(1, dtype=torch.float64)

@@ -15,13 +15,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from vitrim import methods
 from vitrim.data import Augment, Images, Input
+from vitrim.families import adopt
+from vitrim.methods import vit_slim
 from vitrim.train import Train, fit
 
 COUNT = 24
 SETTINGS = {
     "plain": Train(epochs=0.5, batch=12, clip=None, augment=Augment(hflip=0.5)),
     "mixed": Train(epochs=0.5, batch=12, accumulate=2, clip=0.5, mixup=0.8, cutmix=1.0, augment=Augment()),
+    # The weights of a penalty are what they say, however many processes there are.
+    "vit_slim": Train(epochs=0.5, batch=12, clip=None, augment=Augment()),
 }
 
 
@@ -48,12 +53,25 @@ def groups(model):
     return [{"params": [model.mask], "lr": 1e-2}]
 
 
+def gated():
+    """The same ViT with the gates of ViT-Slim, of channels, neurons and tokens."""
+    return vit_slim.gate_model(adopt(Masked().model), tokens=True)
+
+
+def task_of(name):
+    """A model in float64, and what `fit` is given with it."""
+    if name != "vit_slim":
+        return Masked().double(), {"penalty": penalty, "groups": groups}
+    method = methods.get("vit_slim", {"token_l1": 1e-2, "gate_lr": 1e-2})
+    return gated().double(), {"penalty": vit_slim.l1_penalty(1e-2, 1e-3, 1e-2), "groups": method._groups}
+
+
 def images():
     pixels = np.random.default_rng(0).integers(0, 256, (COUNT, 8, 8, 3), np.uint8)
     return Images(lambda i: Image.fromarray(pixels[i]), np.arange(COUNT) % 3, classes=3, source="noise")
 
 
-def step(settings):
+def step(name):
     """Take one step; return gradients, weights after it, and the reported loss."""
     found = {}
 
@@ -61,9 +79,9 @@ def step(settings):
         found.update({f"grad.{name}": p.grad.clone() for name, p in model.named_parameters()})
 
     torch.set_num_threads(1)
-    model = Masked().double()
-    given = {"input": Input(size=(8, 8), crop_pct=1.0), "seed": 0, "penalty": penalty, "groups": groups}
-    done = fit(model, images(), settings, after_step=keep, **given)
+    model, given = task_of(name)
+    given |= {"input": Input(size=(8, 8), crop_pct=1.0), "seed": 0}
+    done = fit(model, images(), SETTINGS[name], after_step=keep, **given)
     found |= {f"weight.{name}": p.detach().clone() for name, p in model.named_parameters()}
     for name in ("loss", "task", "penalty"):
         found[name] = torch.tensor(done.history[-1][name], dtype=torch.float64)
@@ -74,8 +92,8 @@ def main(folder):
     """What each process runs."""
     accelerator = Accelerator()
     assert accelerator.num_processes == 2
-    for name, settings in SETTINGS.items():
-        save_file(step(settings), Path(folder) / f"{name}-{accelerator.process_index}.safetensors")
+    for name in SETTINGS:
+        save_file(step(name), Path(folder) / f"{name}-{accelerator.process_index}.safetensors")
     accelerator.end_training()
 
 
@@ -99,10 +117,12 @@ def launched(tmp_path_factory):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_processes_take_the_step_of_one(launched, name):
     threads = torch.get_num_threads()
-    alone = step(SETTINGS[name])
+    alone = step(name)
     torch.set_num_threads(threads)
     first, second = (load_file(launched / f"{name}-{rank}.safetensors") for rank in range(2))
-    assert alone["grad.mask"].abs().min() > 0
+    masks = [value for key, value in alone.items() if key.startswith(("grad.mask", "grad.gates", "grad.tokens"))]
+    assert len(masks) == (3 if name == "vit_slim" else 1)
+    assert all(value.abs().min() > 0 for value in masks)
     for key, value in alone.items():
         assert torch.equal(first[key], second[key]), key
         # A weight is a gradient divided by its own size: its rounding errors are larger.

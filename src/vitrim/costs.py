@@ -51,19 +51,23 @@ class _Place(NamedTuple):
     padded: int
     keys: int
     offsets: int
+    patches: int
 
 
 def _place(stage: Stage) -> _Place:
     tokens, width, form, window = stage.tokens, stage.width, stage.form, stage.window
     norm = form.norm.params(width)
     if window is None:
-        return _Place(form, norm, width, tokens, tokens, tokens, 0)
+        return _Place(form, norm, width, tokens, tokens, tokens, 0, stage.patches)
     rows, columns = window.padded(stage.grid)
-    return _Place(form, norm, width, tokens, rows * columns, window.area, window.offsets)
+    return _Place(form, norm, width, tokens, rows * columns, window.area, window.offsets, tokens)
 
 
 def cost_of(spec: Spec) -> Cost:
-    """Price a spec; 12 blocks take about 10 microseconds."""
+    """Price a spec; 12 blocks take about 10 microseconds.
+
+    The head is priced for the tokens that leave the last block.
+    """
     macs, params, tokens = spec.host.macs, spec.host.params, 0
     for stage in spec.stages:
         place = _place(stage)
@@ -72,18 +76,25 @@ def cost_of(spec: Spec) -> Cost:
             more_macs, more_params = _priced(block, place)
             macs += more_macs
             params += more_params
+        if stage.blocks and stage.blocks[-1].tokens is not None:
+            tokens = stage.prefix + len(stage.blocks[-1].tokens.kept)
     return Cost(macs + tokens * spec.host.macs_per_token, params)
 
 
 def block_cost(block: Block, stage: Stage) -> tuple[int, int]:
-    """Return (macs, params) of one block of `stage`."""
+    """Return (macs, params) of one block of `stage`, for the tokens that it runs on."""
     return _priced(block, _place(stage))
 
 
 def _priced(block: Block, place: _Place) -> tuple[int, int]:
-    form, norm, width, tokens, padded, keys, offsets = place
+    form, norm, width, tokens, padded, keys, offsets, patches = place
     macs, params = 0, 0
-    mixer, hidden = block.mixer, block.hidden
+    mixer, hidden, step = block.mixer, block.hidden, block.tokens
+    if step is not None:
+        missing = patches - len(step.kept)
+        tokens -= missing
+        # In the exact form one token more goes through attention, for all that are missing.
+        padded = keys = tokens + (1 if step.exact and missing else 0)
     if isinstance(mixer, Attention):
         qk, v = sum(mixer.qk), sum(mixer.v)
         macs = attention_macs(padded, width, qk, v, keys)

@@ -3,7 +3,8 @@
 B images, N tokens, C channels of an axis.
 
 Axes are named by one path everywhere: ``stages.0.blocks.3.qk``, ``….v``, ``….hidden``; the two branches of a block are
-``….mixer`` and ``….mlp``, each an axis of one channel that a mask can switch off.
+``….mixer`` and ``….mlp``, each an axis of one channel that a mask can switch off. ``….tokens`` are the outputs of both
+norms of a block; a mask of them has one value for each token that the block runs on, prefix tokens first.
 """
 
 import contextlib
@@ -36,6 +37,7 @@ def _taps(model: nn.Module) -> dict[str, list[nn.Module]]:
             taps[f"{path}.{axis.name}"] = [block.get_submodule(name) for name in axis.taps]
         for name, layer in _BRANCHES.items():
             taps[f"{path}.{name}"] = [block.get_submodule(layer)]
+        taps[f"{path}.tokens"] = [block.norm1, block.norm2]
     return taps
 
 
@@ -51,11 +53,12 @@ def masked(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
 
     Args:
         model: an adopted model.
-        masks: by path, a tensor of C values (all heads' channels in a row), or one value for a branch.
+        masks: by path, a tensor of C values (all heads' channels in a row), one value for a branch, N for tokens.
     """
     taps = _taps(model)
     with contextlib.ExitStack() as stack:
         for path, mask in masks.items():
+            mask = mask[:, None] if path.endswith(".tokens") else mask
             for module in _find(taps, path):
                 handle = module.register_forward_hook(lambda _m, _i, out, mask=mask: out * mask)
                 stack.callback(handle.remove)

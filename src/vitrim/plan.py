@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from vitrim.errors import PlanError
 from vitrim.plain import Node, dump, load, read_json, write_json
-from vitrim.spec import Attention, Block, Form, Skip, Spec
+from vitrim.spec import NO_WINDOWS, Attention, Block, Drop, Form, Skip, Spec, Stage, lost
 
 __all__ = ["BlockPlan", "Plan", "StagePlan", "read_plan", "write_plan"]
 
@@ -25,7 +25,8 @@ class BlockPlan(Node):
     `qk` and `v` list, for each head of the parent, the channels it keeps of queries and keys and of values; a head that
     keeps none of both is gone. If all heads are gone the output bias stays. `hidden` lists the neurons kept; if none,
     the output bias of the MLP stays. `mixer` or `mlp` = skip takes the branch away with its bias; both together take
-    the block away (its place remains, so that paths stay true).
+    the block away (its place remains, so that paths stay true). `tokens` names the patches that the block runs on, by
+    their places in the dense grid; blocks after it run on no others.
     """
 
     qk: tuple[Kept, ...] | None = None
@@ -33,9 +34,10 @@ class BlockPlan(Node):
     mixer: Skip | None = None
     hidden: Kept | None = None
     mlp: Skip | None = None
+    tokens: Drop | None = None
 
     def child(self, block: Block, form: Form, at: str) -> Block:
-        """The block that this plan makes of `block`."""
+        """The block that this plan makes of `block`, on the patches that `block` runs on."""
         hidden = self._hidden(block, form, at)
         return block.model_copy(update={"mixer": self._mixer(block, form, at), "hidden": hidden})
 
@@ -108,7 +110,10 @@ class BlockPlan(Node):
         return qk, v
 
     def then(self, later: Self, block: Block, at: str) -> Self:
-        """One decision that equals this one followed by `later`; `block` is the parent's."""
+        """One decision on channels that equals this one followed by `later`; `block` is the parent's.
+
+        Patches depend on the blocks before, so `Plan.then` decides on them.
+        """
         update: dict[str, Any] = {}
         if later.mixer is not None or self.mixer is not None:
             update |= {"mixer": Skip(), "qk": None, "v": None}
@@ -186,7 +191,9 @@ class Plan(Node):
                 plan.child(block, stage.form, f"stages.{i}.blocks.{j}")
                 for j, (plan, block) in enumerate(zip(mine.blocks, stage.blocks, strict=True))
             )
+            blocks = _with_tokens(blocks, mine, stage, f"stages.{i}.blocks")
             stages.append(stage.model_copy(update={"blocks": blocks}))
+        _pooled(stages, spec)
         return spec.model_copy(update={"stages": tuple(stages)})
 
     def then(self, later: Self, spec: Spec) -> Self:
@@ -197,15 +204,64 @@ class Plan(Node):
             spec: the parent of this plan, needed where it leaves parts alone that `later` cuts.
         """
         small = self.child(spec)
-        later.child(small)
+        final = later.child(small)
         stages: list[StagePlan] = []
         for i, (mine, next_, stage) in enumerate(zip(self.stages, later.stages, spec.stages, strict=True)):
             blocks = tuple(
-                a.then(b, block, f"stages.{i}.blocks.{j}")
-                for j, (a, b, block) in enumerate(zip(mine.blocks, next_.blocks, stage.blocks, strict=True))
+                a.then(b, block, f"stages.{i}.blocks.{j}").model_copy(
+                    update={"tokens": None if last.tokens == block.tokens else last.tokens}
+                )
+                for j, (a, b, block, last) in enumerate(
+                    zip(mine.blocks, next_.blocks, stage.blocks, final.stages[i].blocks, strict=True)
+                )
             )
             stages.append(StagePlan(blocks=blocks))
         return self.model_copy(update={"stages": tuple(stages)})
+
+
+def _with_tokens(blocks: tuple[Block, ...], plan: StagePlan, stage: Stage, at: str) -> tuple[Block, ...]:
+    """The blocks of a child on the patches that `plan` leaves them; `blocks` still run on those of the parent."""
+    if not any(decision.tokens for decision in plan.blocks):
+        return blocks
+    if stage.window is not None:
+        raise PlanError(f"{at}: {NO_WINDOWS}")
+    arriving: Drop | None = None
+    reached = []
+    for index, (block, decision) in enumerate(zip(blocks, plan.blocks, strict=True)):
+        step, wrong = decision.tokens, None
+        if step is None:
+            step = _remaining(block.tokens, arriving)
+        else:
+            wrong = lost(step, arriving, stage.patches) or lost(step, block.tokens, stage.patches)
+        if wrong is None and step is not None and not step.kept and not stage.prefix:
+            wrong = "a model without prefix tokens must keep a patch, but none is left"
+        if wrong is not None:
+            raise PlanError(f"{at}.{index}.tokens: {wrong}")
+        step = None if step is not None and len(step.kept) == stage.patches else step
+        reached.append(block.model_copy(update={"tokens": step}))
+        arriving = step
+    return tuple(reached)
+
+
+def _remaining(mine: Drop | None, arriving: Drop | None) -> Drop | None:
+    """What is left of a block's own patches where fewer arrive."""
+    if mine is None or arriving is None:
+        return mine or arriving
+    here = set(arriving.kept)
+    return mine.model_copy(update={"kept": tuple(place for place in mine.kept if place in here)})
+
+
+def _pooled(stages: Sequence[Stage], spec: Spec) -> None:
+    """Refuse to leave no patch to a head that pools patches (their mean would be no number), and to drop twice."""
+    pool = str(spec.host.arguments.get("global_pool", ""))
+    last = stages[-1].blocks[-1].tokens if stages and stages[-1].blocks else None
+    if last is not None and spec.host.arguments.get("patch_drop_rate"):
+        raise PlanError(
+            "tokens: patches must not be dropped at random in training where they are cut at fixed places, but "
+            "patch_drop_rate is above 0; build the model without it"
+        )
+    if last is not None and not last.kept and pool.startswith(("avg", "max")):
+        raise PlanError(f"tokens: a head that pools patches ({pool}) must be left one at least, but none is kept")
 
 
 def check_kept(indices: Kept, size: int, at: str) -> None:

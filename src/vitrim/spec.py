@@ -1,17 +1,18 @@
 """What a model is: a tree of frozen values, from the host down to the width of every head.
 
-D width of the residual stream, N tokens, H heads, K channels of a head, M hidden neurons.
+D width of the residual stream, N tokens, P patches, H heads, K channels of a head, M hidden neurons.
 
 A place has one path everywhere, in a spec, a plan, a report and an error: ``stages.0.blocks.3.hidden``.
 """
 
+import itertools
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from vitrim.plain import Node
 
-__all__ = ["Attention", "Block", "Form", "Host", "Mixer", "Norm", "Skip", "Spec", "Stage", "Window"]
+__all__ = ["Attention", "Block", "Drop", "Form", "Host", "Mixer", "Norm", "Skip", "Spec", "Stage", "Window"]
 
 
 class Norm(Node):
@@ -87,16 +88,40 @@ class Skip(Node):
 Mixer = Annotated[Attention | Skip, Field(discriminator="kind")]
 
 
+class Drop(Node):
+    """A block runs on some patches only; the others have left the model before it.
+
+    `kept` are their places in the grid of the dense model (row by row from 0, rising), whatever was dropped before, so
+    that a place has one number everywhere. Prefix tokens always stay.
+
+    `exact`: whether attention meets one key and value more, made of a token of zeros, whose logit is raised by the
+    logarithm of how many patches are missing. That is what the missing patches answer with where a mask multiplies the
+    outputs of both norms by zero, so the block then computes what the masked one does (ViT-Slim's training form).
+    """
+
+    kind: Literal["drop"] = "drop"
+    kept: tuple[NonNegativeInt, ...]
+    exact: bool = False
+
+    @model_validator(mode="after")
+    def _rise(self) -> Self:
+        if any(a >= b for a, b in itertools.pairwise(self.kept)):
+            raise ValueError("kept places must rise")
+        return self
+
+
 class Block(Node):
     """One transformer block; `hidden` counts MLP neurons: 0 leaves the output bias, None leaves no branch.
 
-    `shifted`: whether it attends in windows that lie across those of the block before.
+    `shifted`: whether it attends in windows that lie across those of the block before. `tokens`: the patches that it
+    runs on, None for the whole grid; from block to block they can only become fewer.
     """
 
     mixer: Mixer
     hidden: NonNegativeInt | None
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     shifted: bool = False
+    tokens: Drop | None = None
 
 
 class Window(Node):
@@ -153,10 +178,50 @@ class Stage(Node):
             raise ValueError("a shifted block must be in a stage with a window, but this one has none")
         return self
 
+    @model_validator(mode="after")
+    def _shrink(self) -> Self:
+        steps = [block.tokens for block in self.blocks]
+        if any(steps) and self.window is not None:
+            raise ValueError(f"tokens: {NO_WINDOWS}")
+        arriving = None
+        for index, step in enumerate(steps):
+            wrong = lost(step, arriving, self.patches)
+            if wrong is not None:
+                raise ValueError(f"blocks.{index}.tokens: {wrong}")
+            arriving = step
+        return self
+
+    @property
+    def patches(self) -> int:
+        """Places of the grid."""
+        return self.grid[0] * self.grid[1]
+
     @property
     def tokens(self) -> int:
         """Tokens that enter the first block."""
-        return self.grid[0] * self.grid[1] + self.prefix
+        return self.patches + self.prefix
+
+    def arrivals(self) -> list[Drop | None]:
+        """The patches that arrive at each block, those that the block before ran on."""
+        return [None, *(block.tokens for block in self.blocks)][: len(self.blocks)]
+
+
+NO_WINDOWS = (
+    "token cuts are not possible on windowed attention: windows, shifts and the merging of patches need the whole "
+    "grid; cut heads, channels and neurons"
+)
+
+
+def lost(step: Drop | None, arriving: Drop | None, patches: int) -> str | None:
+    """What is wrong with a block that runs on `step` where `arriving` comes, in words; None if nothing is."""
+    if step is None:
+        return None if arriving is None else "patches that were dropped before must stay away, but all are kept here"
+    if step.kept and step.kept[-1] >= patches:
+        return f"kept places must lie within the grid's {patches}, but one is {step.kept[-1]}"
+    missing = set(step.kept) - set(arriving.kept) if arriving is not None else set()
+    if missing:
+        return f"patches that were dropped before must stay away, but {sorted(missing)[:8]} are kept here"
+    return None
 
 
 class Host(Node):
@@ -190,3 +255,7 @@ class Spec(Node):
             for i, stage in enumerate(self.stages)
             for j, block in enumerate(stage.blocks)
         ]
+
+    def arrivals(self) -> list[Drop | None]:
+        """The patches that arrive at each block, in the order of `blocks`."""
+        return [arriving for stage in self.stages for arriving in stage.arrivals()]

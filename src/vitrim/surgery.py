@@ -15,7 +15,7 @@ from vitrim.errors import PlanError
 from vitrim.families import blocks_of, describe, host
 from vitrim.nn import Axis, Block, Constant, make_block, settled
 from vitrim.plan import BlockPlan, Plan
-from vitrim.spec import Attention, Stage
+from vitrim.spec import Attention, Drop, Stage
 from vitrim.spec import Block as BlockSpec
 
 __all__ = ["apply", "kept_entries"]
@@ -41,9 +41,9 @@ def apply(parent: nn.Module, plan: Plan, *, grafts: Mapping[str, Tensor] | None 
     spec = describe(parent)
     child = plan.child(spec)
     blocks = [
-        _cut(old, child_block, stage, decision)
-        for (_, old), (_, stage, child_block), decision in zip(
-            blocks_of(parent), child.blocks(), plan.blocks(), strict=True
+        _cut(old, child_block, stage, decision, arriving)
+        for (_, old), (_, stage, child_block), decision, arriving in zip(
+            blocks_of(parent), child.blocks(), plan.blocks(), child.arrivals(), strict=True
         )
     ]
     model = host(parent, blocks)
@@ -94,9 +94,9 @@ def _flat(axis: Axis, kept: Kept) -> Tensor:
 
 
 @torch.no_grad()
-def _cut(old: Block, spec: BlockSpec, stage: Stage, plan: BlockPlan) -> Block:
+def _cut(old: Block, spec: BlockSpec, stage: Stage, plan: BlockPlan, arriving: Drop | None) -> Block:
     with torch.device("meta"):
-        block = make_block(stage, spec)
+        block = make_block(stage, spec, arriving)
     entries = kept_entries(old, plan)
     source = dict(old.named_parameters())
     constants = {"attn.bias": (old.attn, old.ls1), "mlp.bias": (old.mlp, old.ls2)}

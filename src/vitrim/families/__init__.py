@@ -154,9 +154,11 @@ def adopt(model: nn.Module) -> nn.Module:
     check_finite(model)
     spec, family = describe(model), family_of(model)
     blocks = []
-    for (path, stage, node), old in zip(spec.blocks(), family.foreign_blocks(model), strict=True):
+    for (path, stage, node), arriving, old in zip(
+        spec.blocks(), spec.arrivals(), family.foreign_blocks(model), strict=True
+    ):
         with torch.device("meta"):
-            block = make_block(stage, node)
+            block = make_block(stage, node, arriving)
         state = {name: value.detach().clone() for name, value in old.state_dict().items()}
         mine = set(block.state_dict())
         if mine != set(state):
@@ -217,7 +219,10 @@ def build(spec: Spec) -> nn.Module:
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         shell = family.build(spec)
     shell = shell.to(torch.get_default_device())
-    blocks = [make_block(stage, block) for _, stage, block in spec.blocks()]
+    blocks = [
+        make_block(stage, block, arriving)
+        for (_, stage, block), arriving in zip(spec.blocks(), spec.arrivals(), strict=True)
+    ]
     return family.host(shell, blocks)
 
 

@@ -1,11 +1,16 @@
-"""ViT-Slim: gates on channels, trained with an l1 penalty, ranked over the whole network.
+"""ViT-Slim: gates on channels, neurons and tokens, trained with an l1 penalty, ranked over the whole network.
 
-H heads, K channels of a head, M hidden neurons.
+H heads, K channels of a head, M hidden neurons, P patches, N tokens with those before the patches.
 
 Source: Chavan et al., "Vision Transformer Slimming: Multi-Dimension Searching in Continuous Optimization Space", CVPR
-2022, arXiv 2201.00814. One gate for each (block, head, channel), shared by query, key and value, and one for each
-(block, neuron) after the activation; weights and gates are trained together with the task loss and
-``attention_l1 * sum |z_attention| + mlp_l1 * sum |z_mlp|``; each kind is ranked as one list over all blocks.
+2022, arXiv 2201.00814. One gate for each (block, head, channel), shared by query, key and value, one for each (block,
+neuron) after the activation, and one for each (block, patch) on the outputs of both norms, squashed by tanh; weights
+and gates are trained together with the task loss and
+``attention_l1 * sum |z_attention| + mlp_l1 * sum |z_mlp| + token_l1 * sum |tanh p|``; each kind is ranked as one list
+over all blocks.
+
+A kind with a share (`attention`, `mlp`, `tokens`) keeps that share of its list, as the paper has it. The budget is
+spent with the kinds that have none: channels are filled, the token list is bisected, and both together keep one share.
 
 Where we differ from the authors' code, on purpose:
 
@@ -14,32 +19,55 @@ Where we differ from the authors' code, on purpose:
 - The code trains its final network with masks and cuts nothing. Ours is cut before it is trained again.
 - The code drops the gates' values (`export = "binarize"`). Folding them into the weights keeps the function that the
   search has found, which is the better start for a short training; `"binarize"` remains for the published protocol.
-- Gates of a kind without penalty are not trained, and do not exist.
-- Gates act through the weights, which is the same function with the same gradients (`vitrim.observe.Gated`).
-
-Token gates are not part of this file yet.
+- Gates of a kind without penalty are not trained, and do not exist; the code leaves a factor 0.995 on all tokens.
+- Gates of channels act through the weights, the same function with the same gradients (`vitrim.observe.Gated`).
+- The code gates, penalises and may cut the class token; prefix tokens carry the answer, and are always kept here.
+- The code masks tokens, and its costs are as if they were gone. Ours are gone (`dropping = "drop"`), which is another
+  function: masked tokens still answer as keys, with their biases. ``"drop_exact"`` keeps one key in their place.
+- A token's gate cannot be folded into weights that all tokens share; those of kept tokens become 1 in either export.
+- Shares count before sets are made to shrink with depth; what comes of them is told in ``Found.trials``.
 """
 
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vitrim.budget import Budget
 from vitrim.contract import Data, Found
+from vitrim.costs import cost_of
 from vitrim.data import Augment
-from vitrim.errors import MethodError
+from vitrim.errors import MethodError, PlanError
 from vitrim.families import describe
-from vitrim.observe import Gated, axes
+from vitrim.observe import Gated, axes, masked
 from vitrim.plain import Node
+from vitrim.plan import Plan
 from vitrim.search.fill import Choice, fill, quantiles
+from vitrim.search.shares import (
+    Rule,
+    check_spent,
+    consistent,
+    give_back,
+    kept_count,
+    largest,
+    remains,
+    share_plan,
+    top,
+    with_tokens,
+)
+from vitrim.spec import NO_WINDOWS, Drop, Spec
 from vitrim.train import Distill, Train, fit
 
-__all__ = ["Method", "gate_model", "gate_scores", "l1_penalty"]
+__all__ = ["Method", "TokenGated", "gate_model", "gate_scores", "l1_penalty", "token_scores"]
+
+START = 3.0
+"""Raw value that a token's gate starts from: tanh(3) = 0.995 (the authors' code)."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Method(Node):
@@ -49,6 +77,17 @@ class Method(Node):
         train: the search's own training; the default is the published one (50 epochs, AdamW, constant 5e-4).
         attention_l1: weight of the sum of attention gates; 0 leaves attention alone.
         mlp_l1: weight of the sum of MLP gates; 0 leaves MLPs alone.
+        token_l1: weight of the sum of token gates; 0, the default, leaves tokens alone. The published joint search
+            names 1e-4, of which four processes make 2.5e-5.
+        attention: share of head channels to keep; None to spend the budget with them.
+        mlp: share of neurons to keep; None to spend the budget with them.
+        tokens: share of (block, patch) pairs to keep; None to spend the budget with them.
+        meet: what the share of tokens counts: ``nominal`` pairs before sets are made to shrink with depth, as
+            published, or ``realised`` pairs after.
+        consistency: how sets are made to shrink, see `vitrim.search.shares.Rule`.
+        prefix: ``included`` gates, penalises and counts prefix tokens as the authors' code does; they stay even so.
+        dropping: ``drop`` takes tokens out; ``drop_exact`` leaves one key for those missing, which is the masked model
+            for verification.
         gate_lr: learning rate of the gates; None for that of the weights, as published. A search of a few hundred steps
             needs a larger one for gates to move at all.
         ranking: ``signed`` cuts the most negative gate first, as published; ``absolute`` the one nearest to 0.
@@ -76,10 +115,32 @@ class Method(Node):
     )
     attention_l1: Annotated[float, Field(ge=0)] = 5e-5
     mlp_l1: Annotated[float, Field(ge=0)] = 1.25e-5
+    token_l1: Annotated[float, Field(ge=0)] = 0.0
+    attention: Share | None = None
+    mlp: Share | None = None
+    tokens: Share | None = None
+    meet: Literal["nominal", "realised"] = "nominal"
+    consistency: Rule = "suffix_or"
+    prefix: Literal["kept", "included"] = "kept"
+    dropping: Literal["drop", "drop_exact"] = "drop"
     gate_lr: Annotated[float, Field(gt=0)] | None = None
     ranking: Literal["signed", "absolute"] = "signed"
     export: Literal["fold", "binarize"] = "fold"
     choice: Choice = "even"
+
+    @model_validator(mode="after")
+    def _searched(self) -> Self:
+        for kind, share, weight in (
+            ("attention", self.attention, self.attention_l1),
+            ("mlp", self.mlp, self.mlp_l1),
+            ("tokens", self.tokens, self.token_l1),
+        ):
+            if share is not None and share < 1 and not weight:
+                name = kind.removesuffix("s")
+                raise ValueError(f"{kind} must be 1 where it is not searched, but is {share:g}; set {name}_l1 above 0")
+        if (self.attention is not None or self.mlp is not None) and self.choice != "free":
+            raise ValueError(f"shares of channels need choice=free, but choice is {self.choice}; leave one out")
+        return self
 
     def search(
         self,
@@ -95,7 +156,13 @@ class Method(Node):
         """See `vitrim.contract.Method.search`."""
         if data is None or data.train is None:
             raise MethodError("vit_slim must train its gates, but no data was given; give data or use magnitude")
-        gated = gate_model(copy.deepcopy(model), attention=self.attention_l1 > 0, mlp=self.mlp_l1 > 0)
+        gated = gate_model(
+            copy.deepcopy(model),
+            attention=self.attention_l1 > 0,
+            mlp=self.mlp_l1 > 0,
+            tokens=self.token_l1 > 0,
+            prefix=self.prefix == "included",
+        )
         fit(
             gated,
             data.train,
@@ -103,35 +170,150 @@ class Method(Node):
             input=data.input,
             seed=seed,
             teacher=teacher,
-            penalty=l1_penalty(self.attention_l1, self.mlp_l1),
+            penalty=l1_penalty(self.attention_l1, self.mlp_l1, self.token_l1),
             groups=self._groups,
             folder=folder,
             log=log,
             stage="search",
         )
-        scores, kinds = gate_scores(gated, self.ranking)
-        plan = fill(describe(model), quantiles(scores, kinds), budget, choice=self.choice, by="score")
+        plan, trials = self.decide(describe(model), gated, budget)
         parent = gated.fold_() if self.export == "fold" else gated.model
         parent.train(model.training)
-        return Found(plan=plan, parent=parent)
+        return Found(plan=plan, parent=parent, trials=trials)
+
+    def decide(self, spec: Spec, gated: "TokenGated", budget: Budget) -> tuple[Plan, tuple[dict[str, Any], ...]]:
+        """What to cut, by the gates as they are, and how much of every block that keeps.
+
+        Raises:
+            BudgetError: if the shares cost more than the budget.
+            MethodError: if they leave it unspent, or a gate is not finite.
+        """
+        scores, kinds = gate_scores(gated, self.ranking)
+        tokens = token_scores(gated, self.ranking)
+        fixed = self._fixed(set(kinds.values()))
+        rest = {path for path, kind in kinds.items() if kind not in fixed}
+        parent, limits = cost_of(spec), budget.limits(cost_of(spec))
+
+        def spent(keep: Mapping[str, Tensor]) -> float:
+            """What tokens take of the budget, with the same share of the channels that have none of their own."""
+            share = float(torch.cat(list(keep.values())).double().mean())
+            shares = fixed | {kinds[path]: share for path in rest}
+            plan = with_tokens(spec, share_plan(spec, scores, kinds, shares), self._steps(keep, spec))
+            try:
+                return budget.spent(cost_of(plan.child(spec)), parent)
+            except PlanError:
+                return 0.0  # nothing is left of a block: less than any budget
+
+        best = top(tokens, self._count(tokens, spec, spent))
+        if tokens and self.tokens is None and not rest:
+            best = give_back(tokens, best, spent)
+        plan = with_tokens(spec, share_plan(spec, scores, kinds, fixed), self._steps(best, spec))
+        small = plan.child(spec)
+        over = {name: float(limit) for name, limit in limits.items() if limit < getattr(cost_of(small), name)}
+        if over and rest:
+            ranks = quantiles({path: scores[path] for path in scores if path in rest}, kinds)
+            plan = plan.then(fill(small, ranks, Budget(**over), choice=self.choice, by="score"), spec)
+        child = plan.child(spec)
+        check_spent(child, spec, budget)
+        return plan, remains(spec, child, {path: float(keep.double().mean()) for path, keep in best.items()})
+
+    def _fixed(self, searched: set[str]) -> dict[str, float]:
+        """The shares of channels that were asked for, by kind."""
+        given = {"attention": self.attention, "mlp": self.mlp}
+        fixed = {kind: share for kind, share in given.items() if share is not None}
+        for kind, share in fixed.items():
+            if share < 1 and kind not in searched:
+                raise MethodError(f"{kind} must be 1 for this model, whose norms tie its channels, but is {share:g}")
+        return {kind: share for kind, share in fixed.items() if kind in searched}
+
+    def _count(
+        self, tokens: Mapping[str, Tensor], spec: Spec, spent: Callable[[Mapping[str, Tensor]], float] = lambda _: 0.0
+    ) -> int:
+        """Entries of the token list to keep, for the share that was asked for or for the budget."""
+        share, size = self.tokens, sum(values.numel() for values in tokens.values())
+        if share is None:
+            return largest(size, lambda count: spent(top(tokens, count)) <= 1)
+        if self.meet == "nominal":
+            return kept_count(size, share)
+        pairs = spec.stages[0].patches * len(tokens)
+
+        def fits(count: int) -> bool:
+            return sum(len(step.kept) for step in self._steps(top(tokens, count), spec).values()) <= share * pairs
+
+        return largest(size, fits)
+
+    def _steps(self, best: Mapping[str, Tensor], spec: Spec) -> dict[str, Drop]:
+        """The patches that each block runs on where the `best` of the token list are kept."""
+        if not best:
+            return {}
+        patches, exact = spec.stages[0].patches, self.dropping == "drop_exact"
+        sets = consistent(torch.stack([keep[-patches:] for keep in best.values()]), self.consistency)
+        return {
+            path: Drop(kept=tuple(row.nonzero().flatten().tolist()), exact=exact)
+            for path, row in zip(best, sets, strict=True)
+        }
 
     def _groups(self, gated: nn.Module) -> list[dict[str, Any]]:
         """Gates in a group of their own: the usual filter would not decay them, the published search does."""
-        assert isinstance(gated, Gated)
-        group: dict[str, Any] = {"params": list(gated.gates.values()), "weight_decay": self.train.weight_decay}
+        assert isinstance(gated, TokenGated)
+        every = [*gated.gates.values(), *gated.tokens.values()]
+        group: dict[str, Any] = {"params": every, "weight_decay": self.train.weight_decay}
         if self.gate_lr is not None:
             group["lr"] = self.gate_lr
         return [group]
 
 
-def gate_model(model: nn.Module, *, attention: bool = True, mlp: bool = True) -> Gated:
-    """Put gates of value 1 on `model`: one for each head channel (queries, keys and values share it) and each neuron.
+class TokenGated(Gated):
+    """A gated model whose tokens have gates too, on the outputs of both norms of their block.
 
-    Where a norm stands between the queries and the logits, the gate acts on the values alone, and so does the cut.
+    Args:
+        model: an adopted model; trained in place together with the gates.
+        gates: of channels, see `Gated`.
+        share: see `Gated`.
+        tokens: raw values ``(P,)`` or ``(N,)`` by path (``stages.0.blocks.3.tokens``), squashed by tanh; prefix tokens
+            without a value pass.
+    """
+
+    def __init__(
+        self, model: nn.Module, gates: Mapping[str, Tensor], share: Mapping[str, str], tokens: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__(model, gates, share)
+        self.paths = tuple(tokens)
+        self.count = describe(model).stages[0].tokens
+        self.tokens = nn.ParameterDict({path.replace(".", "/"): nn.Parameter(raw) for path, raw in tokens.items()})
+
+    def forward(self, x: Tensor) -> Any:
+        """Logits of the gated model."""
+        with masked(self.model, {path: self._mask(gate) for path, gate in self.squashed().items()}):
+            return super().forward(x)
+
+    def squashed(self) -> dict[str, Tensor]:
+        """What multiplies the tokens, by path."""
+        return dict(zip(self.paths, map(torch.tanh, self.tokens.values()), strict=True))
+
+    def _mask(self, gate: Tensor) -> Tensor:
+        return torch.cat([gate.new_ones(self.count - gate.numel()), gate])
+
+
+def gate_model(
+    model: nn.Module, *, attention: bool = True, mlp: bool = True, tokens: bool = False, prefix: bool = False
+) -> TokenGated:
+    """Put gates on `model`: one for each head channel (queries, keys and values share it), each neuron and each patch.
+
+    Gates of channels are 1, those of tokens tanh(3). Where a norm stands between the queries and the logits, the gate
+    acts on the values alone, and so does the cut.
+
+    Args:
+        model: an adopted model; trained in place together with the gates.
+        attention: whether head channels have gates.
+        mlp: whether neurons have.
+        tokens: whether patches have.
+        prefix: whether prefix tokens have gates too.
 
     Raises:
-        MethodError: if nothing of the model can be gated.
+        MethodError: if nothing of the model can be gated, or tokens are asked for and cannot be cut.
     """
+    raw = _token_gates(model, prefix) if tokens else {}
     gates: dict[str, Tensor] = {}
     share: dict[str, str] = {}
     like = next(model.parameters())
@@ -143,24 +325,36 @@ def gate_model(model: nn.Module, *, attention: bool = True, mlp: bool = True) ->
             gates[path] = torch.ones(axis.size, device=like.device)
         elif axis.name == "v" and attention:
             gates[path] = torch.ones(axis.size, device=like.device)
-        elif axis.name == "qk" and attention and axis.size == axes(model)[f"{block}.v"].size:
+        elif axis.name == "qk" and attention and axis.groups == axes(model)[f"{block}.v"].groups:
             share[path] = f"{block}.v"
     share = {path: gate for path, gate in share.items() if gate in gates}
-    if not gates:
-        raise MethodError(
-            "a model must have channels that can be gated, but norms tie them all or both penalties are 0"
-        )
-    return Gated(model, gates, share)
+    if not gates and not raw:
+        raise MethodError("a model must have channels that can be gated, but norms tie them all or all penalties are 0")
+    return TokenGated(model, gates, share, raw)
 
 
-def l1_penalty(attention: float, mlp: float) -> Callable[[nn.Module], Tensor]:
-    """The penalty of a gated model: ``attention * sum |z_attention| + mlp * sum |z_mlp|``."""
+def _token_gates(model: nn.Module, prefix: bool) -> dict[str, Tensor]:
+    spec = describe(model)
+    if any(stage.window is not None for stage in spec.stages):
+        raise MethodError(f"token_l1 must be 0 for this model: {NO_WINDOWS}")
+    if any(block.tokens is not None for _, _, block in spec.blocks()):
+        raise MethodError("token_l1 must be 0 for a model whose tokens were dropped before; gate the dense model")
+    like = next(model.parameters())
+    return {
+        f"{path}.tokens": torch.full((stage.tokens if prefix else stage.patches,), START, device=like.device)
+        for path, stage, _ in spec.blocks()
+    }
+
+
+def l1_penalty(attention: float, mlp: float, token: float = 0.0) -> Callable[[nn.Module], Tensor]:
+    """The penalty of a gated model: ``attention * sum |z_attention| + mlp * sum |z_mlp| + token * sum |tanh p|``."""
 
     def penalty(gated: nn.Module) -> Tensor:
-        assert isinstance(gated, Gated)
+        assert isinstance(gated, TokenGated)
         sums = [
             gate.abs().sum() * (mlp if path.endswith("/hidden") else attention) for path, gate in gated.gates.items()
         ]
+        sums += [gate.abs().sum() * token for gate in gated.squashed().values()]
         return torch.stack(sums).sum()
 
     return penalty
@@ -175,10 +369,11 @@ def gate_scores(gated: Gated, ranking: str) -> tuple[dict[str, Tensor], dict[str
     """
     scores: dict[str, Tensor] = {}
     kinds: dict[str, str] = {}
-    for path, axis in axes(gated.model).items():
+    known = axes(gated.model)
+    for path, axis in known.items():
         block = path.rpartition(".")[0]
         name = path if axis.name == "hidden" else f"{block}.v"
-        if not gated.has_gate(name) or (axis.name == "qk" and axis.size != gated.gate(name).numel()):
+        if not gated.has_gate(name) or (axis.name == "qk" and axis.groups != known[name].groups):
             continue
         gate = gated.gate(name).detach().double().cpu()
         if not bool(torch.isfinite(gate).all()):
@@ -186,3 +381,18 @@ def gate_scores(gated: Gated, ranking: str) -> tuple[dict[str, Tensor], dict[str
         scores[path] = gate.abs() if ranking == "absolute" else gate
         kinds[path] = "mlp" if axis.name == "hidden" else "attention"
     return scores, kinds
+
+
+@torch.no_grad()
+def token_scores(gated: TokenGated, ranking: str) -> dict[str, Tensor]:
+    """Squashed gates of tokens by path, ``(P,)`` or ``(N,)``.
+
+    Raises:
+        MethodError: if a gate is not finite.
+    """
+    scores = {}
+    for path, gate in gated.squashed().items():
+        if not bool(torch.isfinite(gate).all()):
+            raise MethodError(f"{path}: gates must be finite, but some are not; lower method.train.lr or gate_lr")
+        scores[path] = (gate.abs() if ranking == "absolute" else gate).double().cpu()
+    return scores

@@ -101,6 +101,8 @@ class Attention(nn.Module):
         return torch.cat(mixed, dim=-1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        if attn_mask is not None and attn_mask.dtype != torch.bool:
+            attn_mask = attn_mask.to(q.dtype)
         if self.fused_attn:
             drop = self.attn_drop.p if self.training else 0.0
             return F.scaled_dot_product_attention(

@@ -9,10 +9,12 @@ import torch
 from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 
+from vitrim.errors import DataError
 from vitrim.nn.attention import Attention
 from vitrim.nn.axis import Axis
 from vitrim.nn.layers import make_norm
 from vitrim.nn.mlp import Mlp
+from vitrim.nn.tokens import Step
 from vitrim.spec import Attention as AttentionSpec
 from vitrim.spec import Block as BlockSpec
 from vitrim.spec import Form
@@ -47,6 +49,7 @@ class Block(nn.Module):
         spec: mixer, hidden neurons, drop path.
         form: what the blocks of the stage have in common.
         attention: what builds the attention from D, the mixer and the form.
+        step: what drops tokens at its input; None keeps all that arrive.
     """
 
     def __init__(
@@ -55,8 +58,10 @@ class Block(nn.Module):
         spec: BlockSpec,
         form: Form,
         attention: Callable[[int, AttentionSpec, Form], Attention] = Attention,
+        step: Step | None = None,
     ) -> None:
         super().__init__()
+        self.step = step
         self.spec, self.form, self.width = spec, form, width
         mixer, hidden = spec.mixer, spec.hidden
 
@@ -81,13 +86,31 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(spec.drop_path)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Map tokens ``(B, N, D)`` to ``(B, N, D)``; masks as in `Attention.forward`."""
+        """Map tokens ``(B, N, D)`` to ``(B, n, D)``, where n is N unless the block drops some.
+
+        Masks are those of `Attention.forward`.
+
+        Raises:
+            DataError: if the block drops tokens, and others arrive than it was made for, or a mask is given.
+        """
+        if self.step is not None:
+            if attn_mask is not None or is_causal:
+                raise DataError("a model whose tokens are dropped must be run without attention masks; leave them out")
+            x = self.step(x)
         if self.attn is not None:
-            mixed = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
-            x = x + self.drop_path1(self.ls1(mixed))
+            x = x + self.drop_path1(self.ls1(self._mix(self.norm1(x), attn_mask, is_causal)))
         if self.mlp is not None:
             x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x
+
+    def _mix(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        assert self.attn is not None
+        if self.step is None or not self.step.missing or isinstance(self.attn, Constant):
+            mixed: Tensor = self.attn(x, attn_mask=attn_mask, is_causal=is_causal)
+            return mixed
+        more, raised = self.step.with_missing(x)
+        mixed = self.attn(more, attn_mask=raised)
+        return mixed[:, :-1]
 
     def axes(self) -> tuple[Axis, ...]:
         """Every axis of this block."""

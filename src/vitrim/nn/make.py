@@ -1,16 +1,25 @@
 """The block that a spec node asks for."""
 
 from vitrim.nn.block import Block
+from vitrim.nn.tokens import step_of
 from vitrim.nn.window import WindowBlock
 from vitrim.spec import Block as BlockSpec
-from vitrim.spec import Stage
+from vitrim.spec import Drop, Stage
 
 __all__ = ["make_block", "settled"]
 
 
-def make_block(stage: Stage, spec: BlockSpec) -> Block:
-    """Build one block of `stage`, on the current device."""
-    return Block(stage.width, spec, stage.form) if stage.window is None else WindowBlock(stage, spec)
+def make_block(stage: Stage, spec: BlockSpec, arriving: Drop | None = None) -> Block:
+    """Build one block of `stage`, on the current device.
+
+    Args:
+        stage: width, grid, prefix tokens, window and form.
+        spec: the block.
+        arriving: the patches that the block before runs on; None for all.
+    """
+    if stage.window is not None:
+        return WindowBlock(stage, spec)
+    return Block(stage.width, spec, stage.form, step=step_of(stage, spec.tokens, arriving))
 
 
 def settled(block: Block) -> Block:
@@ -19,4 +28,7 @@ def settled(block: Block) -> Block:
         compute = getattr(module, "init_non_persistent_buffers", None)
         if compute is not None:
             compute()
+    weight = next(block.parameters(), None)
+    if block.step is not None and weight is not None:
+        block.step.to(weight.device)
     return block

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from vitrim.costs import block_cost, cost_of
 from vitrim.plan import BlockPlan, Plan
-from vitrim.spec import Attention, Block, Spec
+from vitrim.spec import Attention, Block, Spec, Stage
 
 __all__ = ["HOST", "Fate", "Head", "Row", "fates", "sheet", "total"]
 
@@ -48,6 +48,8 @@ class Fate(NamedTuple):
     macs: int
     params_before: int
     params: int
+    tokens: int
+    tokens_before: int
 
 
 class Row(NamedTuple):
@@ -63,6 +65,7 @@ class Row(NamedTuple):
     share: float | None
     params_before: int
     params: int
+    tokens: str = ""
 
 
 def fates(parent: Spec, plan: Plan) -> list[Fate]:
@@ -73,9 +76,9 @@ def fates(parent: Spec, plan: Plan) -> list[Fate]:
     """
     child = plan.child(parent)
     return [
-        _fate(path, before, decision, block_cost(before, stage), after_cost)
-        for (path, stage, before), decision, after_cost in zip(
-            parent.blocks(), plan.blocks(), _costs(child), strict=True
+        _fate(path, stage, before, decision, after)
+        for (path, stage, before), decision, (_, _, after) in zip(
+            parent.blocks(), plan.blocks(), child.blocks(), strict=True
         )
     ]
 
@@ -84,7 +87,8 @@ def _costs(spec: Spec) -> list[tuple[int, int]]:
     return [block_cost(block, stage) for _, stage, block in spec.blocks()]
 
 
-def _fate(path: str, block: Block, plan: BlockPlan, before: tuple[int, int], after: tuple[int, int]) -> Fate:
+def _fate(path: str, stage: Stage, block: Block, plan: BlockPlan, child: Block) -> Fate:
+    before, after = block_cost(block, stage), block_cost(child, stage)
     had = block.hidden or 0
     kept = had if plan.hidden is None else len(plan.hidden)
     return Fate(
@@ -98,7 +102,14 @@ def _fate(path: str, block: Block, plan: BlockPlan, before: tuple[int, int], aft
         macs=after[0],
         params_before=before[1],
         params=after[1],
+        tokens=_tokens(stage, child),
+        tokens_before=_tokens(stage, block),
     )
+
+
+def _tokens(stage: Stage, block: Block) -> int:
+    """Tokens that a block runs on."""
+    return stage.tokens if block.tokens is None else stage.prefix + len(block.tokens.kept)
 
 
 def _branch(had: bool, skipped: bool) -> str:
@@ -141,19 +152,19 @@ def _row(fate: Fate) -> Row:
         share=_share(fate.macs, fate.macs_before),
         params_before=fate.params_before,
         params=fate.params,
+        tokens=f"{fate.tokens} of {fate.tokens_before}",
     )
 
 
 def _host_row(parent: Spec, plan: Plan) -> Row:
-    before, after = (cost_of(_bare(spec)) for spec in (parent, plan.child(parent)))
-    share = _share(after.macs, before.macs)
-    return Row(HOST, "", "", "", "", before.macs, after.macs, share, before.params, after.params)
+    (macs_before, params_before), (macs, params) = (_host_cost(spec) for spec in (parent, plan.child(parent)))
+    return Row(HOST, "", "", "", "", macs_before, macs, _share(macs, macs_before), params_before, params)
 
 
-def _bare(spec: Spec) -> Spec:
-    """The spec without its blocks: stages keep their tokens, which the host's head may be priced by."""
-    stages = tuple(stage.model_copy(update={"blocks": ()}) for stage in spec.stages)
-    return spec.model_copy(update={"stages": stages})
+def _host_cost(spec: Spec) -> tuple[int, int]:
+    """All that is no block's; a head may be priced by the tokens that the last block leaves it."""
+    whole, blocks = cost_of(spec), _costs(spec)
+    return whole.macs - sum(macs for macs, _ in blocks), whole.params - sum(params for _, params in blocks)
 
 
 def total(rows: Sequence[Row]) -> Row:

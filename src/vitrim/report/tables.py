@@ -107,15 +107,17 @@ def block_table(run: Run) -> Table | None:
 
 
 def plan_table(parent: Spec, plan: Plan) -> Table:
-    """What every block keeps of `parent`, and the sums."""
+    """What every block keeps of `parent`, and the sums; tokens where the plan drops some."""
     rows = sheet(parent, plan)
-    head = ("block", "heads", "q/k widths", "v widths", "neurons", "MACs before", "after", "share")
-    return Table("Every block", head, [_line(row) for row in (*rows, total(rows))])
+    drops = any(block.tokens is not None for block in plan.blocks())
+    head = ("block", "heads", "q/k widths", "v widths", "neurons", *["tokens"] * drops, "MACs before", "after", "share")
+    return Table("Every block", head, [_line(row, drops) for row in (*rows, total(rows))])
 
 
-def _line(row: Row) -> tuple[str, ...]:
+def _line(row: Row, drops: bool) -> tuple[str, ...]:
     share = DASH if row.share is None else f"{100 * row.share:.1f} %"
-    return row.path, row.heads, row.qk, row.v, row.hidden, f"{row.macs_before:,}", f"{row.macs:,}", share
+    tokens = [row.tokens] * drops
+    return row.path, row.heads, row.qk, row.v, row.hidden, *tokens, f"{row.macs_before:,}", f"{row.macs:,}", share
 
 
 def provenance(measured: Record) -> Table:

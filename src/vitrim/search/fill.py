@@ -190,14 +190,18 @@ def _rate(stage: Stage, build: Callable[[int], Block]) -> tuple[int, int]:
 
 
 def _hidden_rate(stage: Stage, block: Block) -> tuple[int, int]:
-    return _rate(stage, lambda hidden: Block(mixer=block.mixer, hidden=hidden))
+    return _rate(stage, lambda hidden: Block(mixer=block.mixer, hidden=hidden, tokens=block.tokens))
 
 
 def _attention_rate(stage: Stage, block: Block) -> Callable[[int, int, int], tuple[int, int]]:
     """What cutting (qk channels, v channels, heads) saves; a head's own share is its column of position biases."""
     scale = block.mixer.scale if isinstance(block.mixer, Attention) else 1.0
-    qk = _rate(stage, lambda n: Block(mixer=Attention(qk=(n,), v=(1,), scale=scale), hidden=block.hidden))
-    v = _rate(stage, lambda n: Block(mixer=Attention(qk=(1,), v=(n,), scale=scale), hidden=block.hidden))
+
+    def one_head(qk: int, v: int) -> Block:
+        return Block(mixer=Attention(qk=(qk,), v=(v,), scale=scale), hidden=block.hidden, tokens=block.tokens)
+
+    qk = _rate(stage, lambda n: one_head(n, 1))
+    v = _rate(stage, lambda n: one_head(1, n))
     head = stage.window.offsets if stage.window is not None else 0
     return lambda a, b, dead: (a * qk[0] + b * v[0], a * qk[1] + b * v[1] + dead * head)
 
