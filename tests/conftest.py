@@ -1,11 +1,14 @@
 import os
+import signal
 
+# A shell that starts the tests in the background lets them ignore ctrl-C, and what they start too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Two spinning threads on a busy machine of two cores are up to 60 times slower than one, on models as small as these.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
