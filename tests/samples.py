@@ -2,6 +2,7 @@
 
 import functools
 import random
+from collections.abc import Callable
 
 import torch
 
@@ -11,6 +12,15 @@ from vitrim.spec import Attention, Drop, Skip, Spec
 
 PRESETS = [(family, name) for family in families.names() for name in families.get(family).TEST_PRESETS]
 IDS = [f"{family}-{name}" for family, name in PRESETS]
+
+
+def without_data(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """Build on the meta device, or with data where timm cannot (before 1.0.21)."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (NotImplementedError, RuntimeError):
+        return build()
 
 
 def timm_model(family: str, preset: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:

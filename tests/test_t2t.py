@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, resolve_model_data_config
 
 import vitrim
-from tests.samples import apart, random_plan
+from tests.samples import apart, random_plan, without_data
 from tests.tolerance import EXACT, SINGLE
 from vitrim import families, surgery
 from vitrim.costs import block_cost, cost_of
@@ -57,8 +57,7 @@ def stem_macs(kind: str, width: int) -> int:
     ("name", "trained", "whole", "giga", "stem", "block"), PUBLISHED, ids=[p[0] for p in PUBLISHED]
 )
 def test_published_structures(name, trained, whole, giga, stem, block):
-    with torch.device("meta"):
-        model = timm.create_model(name)
+    model = without_data(lambda: timm.create_model(name))
     spec = describe(model)
     cost = cost_of(spec)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
@@ -102,8 +101,7 @@ def test_fixed_tensors_are_not_trained():
 
 
 def test_weights_drawn_anew_keep_the_positions():
-    with torch.device("meta"):
-        empty = small()
+    empty = without_data(small)
     model = empty.to_empty(device="cpu")
     model.init_weights()
     assert torch.equal(model.pos_embed[0], sinusoid(5, 64))
