@@ -191,6 +191,7 @@ class TestTimmIsToldTheTruth:
     def test_head_and_groups(self, child):
         child = copy.deepcopy(child)
         child.reset_classifier(3)
+        child.double()  # timm before 1.0.21 builds what it sets anew in float32
         assert describe(child).classes == 3
         assert child(images(describe(child))).shape == (2, 3)
         assert isinstance(child, type(adopted("vit", "registers")))
