@@ -64,7 +64,7 @@ def _place(stage: Stage) -> _Place:
 
 
 def cost_of(spec: Spec) -> Cost:
-    """Price a spec; 12 blocks take about 10 microseconds.
+    """Price a spec; 12 blocks take 17 microseconds (benchmarks/speed.py).
 
     The head is priced for the tokens that leave the last block.
     """

@@ -22,7 +22,7 @@ class Tap(nn.Module):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A run of `size` entries of one parameter, from `offset` on along `dim`."""
+    """As many entries of one parameter as the axis has channels, from `offset` on along `dim`."""
 
     parameter: str
     dim: int
