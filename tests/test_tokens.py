@@ -104,14 +104,14 @@ def test_windows_refuse_token_cuts_with_a_sentence():
     ):
         dropping(spec, FOURTH).child(spec)
     stage = spec.stages[0].model_dump()
-    stage["blocks"][0]["tokens"] = {"kept": [0]}
+    stage["blocks"][0]["tokens"] = {"kind": "drop", "kept": [0]}
     with pytest.raises(ValidationError, match="token cuts are not possible on windowed attention"):
         Stage.model_validate(stage)
 
 
 def test_a_hand_made_spec_must_shrink_and_rise():
     stage = describe(adopted("vit", "plain")).stages[0].model_dump()
-    stage["blocks"][0]["tokens"] = {"kept": [0, 3]}
+    stage["blocks"][0]["tokens"] = {"kind": "drop", "kept": [0, 3]}
     with pytest.raises(ValidationError, match=r"blocks\.1\.tokens: .* but all are kept here"):
         Stage.model_validate(stage)
     with pytest.raises(ValidationError, match="kept places must rise"):

@@ -13,7 +13,7 @@ from typing import Any, Self
 from vitrim.errors import PlanError
 from vitrim.plain import Node, dump, load, read_json, write_json
 from vitrim.spec import NO_WINDOWS, Attention, Block, Form, Skip, Spec, Stage
-from vitrim.steps import Drop, Step, Tokens, flow_of, lost
+from vitrim.steps import Drop, GridMerge, Step, Tokens, flow_of, lost
 
 __all__ = ["BlockPlan", "Plan", "StagePlan", "read_plan", "write_plan"]
 
@@ -279,6 +279,12 @@ def _pooled(stages: Sequence[Stage], spec: Spec) -> None:
         raise PlanError(
             "tokens: patches must not be dropped at random in training where they are cut, but patch_drop_rate is "
             "above 0; build the model without it"
+        )
+    merges = any(isinstance(block.tokens, GridMerge) for stage in stages for block in stage.blocks)
+    if merges and spec.host.arguments.get("dynamic_img_size"):
+        raise PlanError(
+            "tokens: the grid must stay where neighbours are merged, but dynamic_img_size is on; build the model "
+            "without it, and change the size with set_input_size"
         )
     if last.leaves.patches:
         return

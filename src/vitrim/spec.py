@@ -10,13 +10,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from vitrim.plain import Node
-from vitrim.steps import Drop, Flow, Step, Tokens, flow_of, lost
+from vitrim.steps import Drop, Flow, GridMerge, Step, Tokens, flow_of, lost, spans
 
 __all__ = [
     "Attention",
     "Block",
     "Drop",
     "Form",
+    "GridMerge",
     "Host",
     "Mixer",
     "Norm",
@@ -26,6 +27,7 @@ __all__ = [
     "Step",
     "Tokens",
     "Window",
+    "spans",
 ]
 
 

@@ -7,13 +7,13 @@ each kind of step says what it makes of them, so that costs, plans, reports and 
 """
 
 import itertools
-from typing import Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from vitrim.plain import Node
 
-__all__ = ["Drop", "Flow", "Step", "Tokens", "flow_of", "lost"]
+__all__ = ["Drop", "Flow", "GridMerge", "Step", "Tokens", "flow_of", "lost", "spans"]
 
 
 class Tokens(NamedTuple):
@@ -29,6 +29,8 @@ class Tokens(NamedTuple):
     """Where on the dense grid the patches stand, if some were dropped and these places are the same for all images."""
     sized: bool = False
     """Whether a token may stand for several patches, and attention counts it as so many."""
+    halved: tuple[int, int] = (0, 0)
+    """How often the rows and the columns of the grid were halved by merging neighbours."""
 
     @property
     def total(self) -> int:
@@ -112,8 +114,61 @@ class Drop(Base):
         return Flow(seen, seen, seen, here, leaves)
 
 
-Step = Drop
+class GridMerge(Base):
+    """Neighbouring patches are merged in pairs along one axis of the grid, at the block's input; a grid stays a grid.
+
+    A last column (row) without a neighbour is paired with itself, so that n columns become ``ceil(n / 2)``. Prefix
+    tokens pass. A merge after block p stands at the input of block p + 1.
+
+    `axis`: ``w`` halves the columns, ``h`` the rows. `form`: ``linear`` maps both tokens by one matrix each and starts
+    as their mean, ``channel`` weighs each channel of both and starts as their mean, ``mean`` is their mean.
+    `size_bias`: whether, from this block on, attention counts each token as the patches that it stands for (their
+    number's logarithm is added to its logits).
+    """
+
+    kind: Literal["grid"] = "grid"
+    axis: Literal["w", "h"]
+    form: Literal["linear", "mean", "channel"] = "linear"
+    size_bias: bool = False
+
+    def wrong(self, arriving: Tokens, patches: int) -> str | None:
+        """See `Base.wrong`."""
+        if arriving.grid is None:
+            return "neighbours can be merged while patches fill a grid, but some were dropped or merged before"
+        if arriving.grid["hw".index(self.axis)] == 1:
+            rows, columns = arriving.grid
+            return f"a grid can be halved along an axis of 2 or more, but along '{self.axis}' {rows} x {columns} has 1"
+        return None
+
+    def flow(self, arriving: Tokens, patches: int) -> Flow:
+        """See `Base.flow`."""
+        leaves = self._merged(arriving)
+        return Flow(leaves.total, leaves.total, leaves.total, leaves.total, leaves)
+
+    def extra(self, arriving: Tokens, width: int, qk: int) -> tuple[int, int]:
+        """See `Base.extra`: both matrices and a bias, or two weights and a bias for each channel."""
+        if self.form == "linear":
+            return self._merged(arriving).patches * 2 * width**2, 2 * width**2 + width
+        return 0, 3 * width if self.form == "channel" else 0
+
+    def _merged(self, arriving: Tokens) -> Tokens:
+        assert arriving.grid is not None
+        (rows, columns), (high, wide) = arriving.grid, arriving.halved
+        grid, halved = ((-(-rows // 2), columns), (high + 1, wide))
+        if self.axis == "w":
+            grid, halved = ((rows, -(-columns // 2)), (high, wide + 1))
+        sized = arriving.sized or self.size_bias
+        return arriving._replace(patches=grid[0] * grid[1], grid=grid, halved=halved, sized=sized)
+
+
+Step = Annotated[Drop | GridMerge, Field(discriminator="kind")]
 """Any kind of step, told apart by `kind`."""
+
+
+def spans(size: int, halved: int) -> list[int]:
+    """How many of `size` rows (or columns) each one stands for after they were halved so often: ``[2, 2, 2, 1]``."""
+    step = 2**halved
+    return [min(step, size - start) for start in range(0, size, step)]
 
 
 def lost(step: Step | None, arriving: Tokens, patches: int) -> str | None:

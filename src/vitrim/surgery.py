@@ -40,8 +40,9 @@ def apply(parent: nn.Module, plan: Plan, *, grafts: Mapping[str, Tensor] | None 
     """
     spec = describe(parent)
     child = plan.child(spec)
+    like = next(parent.parameters())
     blocks = [
-        _cut(old, child_block, stage, decision, arriving)
+        _cut(old, child_block, stage, decision, arriving, like)
         for (_, old), (_, stage, child_block), decision, arriving in zip(
             blocks_of(parent), child.blocks(), plan.blocks(), child.arrivals(), strict=True
         )
@@ -94,7 +95,7 @@ def _flat(axis: Axis, kept: Kept) -> Tensor:
 
 
 @torch.no_grad()
-def _cut(old: Block, spec: BlockSpec, stage: Stage, plan: BlockPlan, arriving: Tokens) -> Block:
+def _cut(old: Block, spec: BlockSpec, stage: Stage, plan: BlockPlan, arriving: Tokens, like: Tensor) -> Block:
     with torch.device("meta"):
         block = make_block(stage, spec, arriving)
     entries = kept_entries(old, plan)
@@ -104,6 +105,8 @@ def _cut(old: Block, spec: BlockSpec, stage: Stage, plan: BlockPlan, arriving: T
         if name in constants and name not in source:
             branch, scale = constants[name]
             value, grad = _constant(branch, scale), True
+        elif block.step is not None and name.startswith("step.") and name not in source:
+            value, grad = block.step.fresh(name.removeprefix("step."), like), True
         else:
             value, grad = source[name], source[name].requires_grad
             for dim, index in entries.get(name, {}).items():

@@ -8,7 +8,6 @@ are read here.
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,10 @@ from typing import Any
 import timm
 import torch
 from timm.models import vision_transformer as timm_vit
-from torch import Tensor, nn
+from torch import nn
 
 from vitrim.errors import AdoptError, DataError, SpecError
+from vitrim.families._features import InputSize, Intermediates, tell_reduction_
 from vitrim.families._parts import (
     Hole,
     bare,
@@ -93,36 +93,10 @@ def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
     shell = copy.deepcopy(model, {id(model.blocks): nn.Sequential(*blocks).train(model.training)})
     if any(block.spec.tokens is not None for block in blocks):
         shell.forward_intermediates, shell.set_input_size = Intermediates(shell), InputSize(shell)
+        tell_reduction_(shell)
     if any(block.spec.only_prefix for block in blocks):
         shell.forward_intermediates, shell.reset_classifier = Intermediates(shell), Classifier(shell)
     return shell  # type: ignore[no-any-return]
-
-
-@dataclass(eq=False)
-class Intermediates:
-    """In place of timm's `forward_intermediates` on a model that drops tokens.
-
-    timm lays what comes out of a block on the grid, and where the numbers of the tokens that are left happen to divide
-    (147 of 196 at width 384) it would do so silently with other tokens' features side by side.
-    """
-
-    model: Any
-
-    def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
-        """As timm's, with ``output_fmt="NLC"`` alone; each entry holds the patches that its block ran on.
-
-        Raises:
-            DataError: if maps are asked for.
-        """
-        kind = type(self.model)
-        bound = inspect.signature(kind.forward_intermediates).bind(self.model, x, *arguments, **options)
-        bound.apply_defaults()
-        if bound.arguments.get("output_fmt") != "NLC":
-            raise DataError(
-                "maps of features must have every patch, but this model drops some; ask for output_fmt='NLC', whose "
-                "tokens are the prefix tokens and the patches of spec.stages[0].blocks[i].tokens.kept"
-            )
-        return kind.forward_intermediates(self.model, x, *arguments, **options)
 
 
 @dataclass(eq=False)
@@ -143,24 +117,6 @@ class Classifier:
                 f"'{global_pool}'; set it on the dense model, and cut after"
             )
         type(self.model).reset_classifier(self.model, num_classes, global_pool)
-
-
-@dataclass(eq=False)
-class InputSize:
-    """In place of timm's `set_input_size` on a model that drops tokens: their places are tied to the grid."""
-
-    model: Any
-
-    def __call__(self, *_: Any, **__: Any) -> None:
-        """Refuse.
-
-        Raises:
-            DataError: always.
-        """
-        raise DataError(
-            "the input size must stay where tokens are dropped at places of the grid "
-            f"{tuple(self.model.patch_embed.grid_size)}; set it on the dense model, and cut tokens after"
-        )
 
 
 def build(spec: Spec, construct: Callable[[], Any]) -> Any:

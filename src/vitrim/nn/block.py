@@ -96,7 +96,9 @@ class Block(nn.Module):
             DataError: if the number of tokens changes, and others arrive than it was made for, or a mask is given.
         """
         if (self.step is not None or self.asking is not None) and (attn_mask is not None or is_causal):
-            raise DataError("a model whose tokens are dropped must be run without attention masks; leave them out")
+            raise DataError(
+                "a model whose tokens are dropped or merged must be run without attention masks; leave them out"
+            )
         seen = None
         if self.step is not None:
             x = self.step.enter(x)

@@ -1,6 +1,7 @@
 """The block that a spec node asks for."""
 
 from vitrim.nn.block import Block
+from vitrim.nn.grid import grid_step
 from vitrim.nn.tokens import step_of
 from vitrim.nn.window import WindowBlock
 from vitrim.spec import Block as BlockSpec
@@ -19,7 +20,8 @@ def make_block(stage: Stage, spec: BlockSpec, arriving: Tokens | None = None) ->
     """
     if stage.window is not None:
         return WindowBlock(stage, spec)
-    step = step_of(stage, spec.tokens, stage.enters if arriving is None else arriving)
+    here = stage.enters if arriving is None else arriving
+    step = grid_step(stage, spec, here) or step_of(stage, spec.tokens, here)
     return Block(stage.width, spec, stage.form, step=step, asking=stage.prefix if spec.only_prefix else None)
 
 

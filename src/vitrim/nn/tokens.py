@@ -39,6 +39,10 @@ class Step(nn.Module):
     looks = False
     """Whether `settle` needs what the attention saw."""
 
+    def fresh(self, name: str, like: Tensor) -> Tensor:
+        """The parameter `name` of the step before any training, in the type and on the device of `like`."""
+        raise NotImplementedError
+
     def enter(self, x: Tensor) -> Tensor:
         """Map the tokens at the block's input, ``(B, N, D)``, to those that it runs on."""
         return x
@@ -109,7 +113,7 @@ class Dropped(Step):
 
 def step_of(stage: Stage, tokens: StepSpec | None, arriving: Tokens) -> Step | None:
     """The module of a block's step where `arriving` comes; None if the block runs on all that do."""
-    return None if tokens is None else _dropped(stage, tokens, arriving)
+    return _dropped(stage, tokens, arriving) if isinstance(tokens, Drop) else None
 
 
 def _dropped(stage: Stage, tokens: Drop, arriving: Tokens) -> Dropped:
