@@ -8,11 +8,13 @@ A tree, not a list of edits: there is no order to get wrong. None leaves a part 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
+
+from pydantic import Field
 
 from vitrim.errors import PlanError
 from vitrim.plain import Node, dump, load, read_json, write_json
-from vitrim.spec import NO_WINDOWS, Attention, Block, Drop, Form, Skip, Spec, Stage, lost
+from vitrim.spec import NO_WINDOWS, Attention, Block, Conv, Drop, Form, Skip, Spec, Stage, lost, torn
 
 __all__ = ["BlockPlan", "Plan", "StagePlan", "read_plan", "write_plan"]
 
@@ -25,13 +27,14 @@ class BlockPlan(Node):
     `qk` and `v` list, for each head of the parent, the channels it keeps of queries and keys and of values; a head that
     keeps none of both is gone. If all heads are gone the output bias stays. `hidden` lists the neurons kept; if none,
     the output bias of the MLP stays. `mixer` or `mlp` = skip takes the branch away with its bias; both together take
-    the block away (its place remains, so that paths stay true). `tokens` names the patches that the block runs on, by
-    their places in the dense grid; blocks after it run on no others.
+    the block away (its place remains, so that paths stay true). `mixer` = conv puts a convolution in place of an
+    attention, made of the value channels that `v` keeps, or a later state in place of a convolution. `tokens` names the
+    patches that the block runs on, by their places in the dense grid; blocks after it run on no others.
     """
 
     qk: tuple[Kept, ...] | None = None
     v: tuple[Kept, ...] | None = None
-    mixer: Skip | None = None
+    mixer: Annotated[Conv | Skip, Field(discriminator="kind")] | None = None
     hidden: Kept | None = None
     mlp: Skip | None = None
     tokens: Drop | None = None
@@ -41,16 +44,52 @@ class BlockPlan(Node):
         hidden = self._hidden(block, form, at)
         return block.model_copy(update={"mixer": self._mixer(block, form, at), "hidden": hidden})
 
-    def _mixer(self, block: Block, form: Form, at: str) -> Attention | Skip:
+    def _mixer(self, block: Block, form: Form, at: str) -> Attention | Conv | Skip:
         mixer = block.mixer
+        if isinstance(self.mixer, Conv):
+            return self._conv(self.mixer, mixer, form, at)
         if self.mixer is not None:
             if self.qk is not None or self.v is not None:
                 raise PlanError(f"{at}: a skipped mixer must keep no channels, but qk or v is given; leave them out")
+            if self.mixer.leaves == "norm" and not _reads(mixer):
+                raise PlanError(f"{at}.mixer: a skip that leaves its norm must have one, but the branch has none")
             return self.mixer
         if self.qk is None and self.v is None:
             return mixer
         if not isinstance(mixer, Attention):
             raise PlanError(f"{at}: channels must be kept of an attention, but the block's mixer is {mixer.kind}")
+        return self.attention(mixer, form, at)
+
+    def _conv(self, conv: Conv, mixer: Attention | Conv | Skip, form: Form, at: str) -> Conv:
+        if self.qk is not None:
+            raise PlanError(f"{at}.qk: a convolution has no queries and keys to keep, but qk is given; leave it out")
+        if isinstance(mixer, Conv):
+            state = {"mixture": conv.mixture, "norm": conv.norm}
+            later = (conv.mixture in (mixer.mixture, None), conv.norm <= mixer.norm, self.v is None)
+            if not all(later) or mixer.model_copy(update=state) != conv:
+                raise PlanError(f"{at}.mixer: a convolution must stay as it is or be folded, but another is asked for")
+            return conv
+        if not isinstance(mixer, Attention):
+            raise PlanError(f"{at}.mixer: a convolution must be made of an attention, but the mixer is {mixer.kind}")
+        widths = [n for n in self.attention(mixer, form, at).v if n]
+        if form.mixed_norm is not None:
+            raise PlanError(
+                f"{at}.mixer: a convolution must be made of values that go straight to the output projection, but a "
+                "norm over all heads stands between; keep attention here"
+            )
+        if not widths or set(widths) != {conv.width}:
+            raise PlanError(
+                f"{at}.mixer: a convolution must be as wide as every value head, but is {conv.width} wide for heads of "
+                f"{', '.join(map(str, widths)) or 'no'} channels; keep one width in v"
+            )
+        if conv.mixture is not None and conv.mixture.heads != len(widths):
+            raise PlanError(
+                f"{at}.mixer: a mixture must be one of the {len(widths)} heads, but is of {conv.mixture.heads}"
+            )
+        return conv
+
+    def attention(self, mixer: Attention, form: Form, at: str) -> Attention:
+        """The attention that the kept channels of `mixer` make."""
         qk, v = self.heads(mixer)
         for name, kept, widths in (("qk", qk, mixer.qk), ("v", v, mixer.v)):
             if len(kept) != len(widths):
@@ -65,7 +104,8 @@ class BlockPlan(Node):
                     f"{at}.heads.{head}: a head must keep channels of both qk and v or of neither, "
                     f"but keeps {len(a)} and {len(b)}"
                 )
-        self._tied(form, mixer, qk, v, at)
+        if not isinstance(self.mixer, Conv):
+            self._tied(form, mixer, qk, v, at)
         living = [head for head, kept in enumerate(v) if kept]
         return mixer.model_copy(update={"qk": tuple(len(qk[i]) for i in living), "v": tuple(len(v[i]) for i in living)})
 
@@ -85,6 +125,8 @@ class BlockPlan(Node):
 
     def _hidden(self, block: Block, form: Form, at: str) -> int | None:
         if self.mlp is not None:
+            if self.mlp.leaves != "zero":
+                raise PlanError(f"{at}.mlp: a skipped MLP must leave nothing, but leaves its {self.mlp.leaves}")
             if self.hidden is not None:
                 raise PlanError(f"{at}: a skipped MLP must keep no neurons, but hidden is given; leave it out")
             return None
@@ -115,8 +157,18 @@ class BlockPlan(Node):
         Patches depend on the blocks before, so `Plan.then` decides on them.
         """
         update: dict[str, Any] = {}
-        if later.mixer is not None or self.mixer is not None:
-            update |= {"mixer": Skip(), "qk": None, "v": None}
+        if isinstance(later.mixer, Skip) or isinstance(self.mixer, Skip):
+            update |= {"mixer": later.mixer or self.mixer, "qk": None, "v": None}
+        elif isinstance(self.mixer, Conv):
+            update |= {"mixer": later.mixer or self.mixer}
+        elif isinstance(later.mixer, Conv) and isinstance(block.mixer, Attention):
+            v, cut = self.heads(block.mixer)[1], self.qk is not None or self.v is not None
+            living = [head for head, kept in enumerate(v) if kept]
+            chosen = later.v if later.v is not None else tuple(tuple(range(len(v[i]))) for i in living)
+            composed = _compose(v, living, chosen, f"{at}.v") if cut else later.v
+            update |= {"mixer": later.mixer, "qk": None, "v": composed}
+        elif later.mixer is not None:
+            update |= {"mixer": later.mixer}
         elif (later.qk is not None or later.v is not None) and isinstance(block.mixer, Attention):
             qk, v = self.heads(block.mixer)
             living = [head for head, kept in enumerate(v) if kept]
@@ -192,6 +244,7 @@ class Plan(Node):
                 for j, (plan, block) in enumerate(zip(mine.blocks, stage.blocks, strict=True))
             )
             blocks = _with_tokens(blocks, mine, stage, f"stages.{i}.blocks")
+            _whole(blocks, spec, f"stages.{i}.blocks")
             stages.append(stage.model_copy(update={"blocks": blocks}))
         _pooled(stages, spec)
         return spec.model_copy(update={"stages": tuple(stages)})
@@ -243,6 +296,16 @@ def _with_tokens(blocks: tuple[Block, ...], plan: StagePlan, stage: Stage, at: s
     return tuple(reached)
 
 
+def _whole(blocks: Sequence[Block], spec: Spec, at: str) -> None:
+    """Refuse convolutions where patches are missing, or where the grid is not known beforehand."""
+    for index, block in enumerate(blocks):
+        wrong = torn(block)
+        if isinstance(block.mixer, Conv) and block.mixer.kernel > 1 and spec.host.arguments.get("dynamic_img_size"):
+            wrong = "a 3 x 3 convolution must know the grid, but dynamic_img_size is set; build the model without it"
+        if wrong is not None:
+            raise PlanError(f"{at}.{index}.mixer: {wrong}")
+
+
 def _remaining(mine: Drop | None, arriving: Drop | None) -> Drop | None:
     """What is left of a block's own patches where fewer arrive."""
     if mine is None or arriving is None:
@@ -276,6 +339,11 @@ def check_kept(indices: Kept, size: int, at: str) -> None:
             shown = indices if len(indices) <= 8 else (*indices[:8], "...")
             raise PlanError(f"{at}: kept indices must rise within [0, {size}), but got {shown}")
         previous = index
+
+
+def _reads(mixer: Attention | Conv | Skip) -> bool:
+    """Whether a branch has a norm before it."""
+    return bool(mixer.v) if isinstance(mixer, Attention) else isinstance(mixer, Conv) or mixer.leaves == "norm"
 
 
 def _follow(widths: tuple[int, ...], other: tuple[Kept, ...] | None) -> tuple[Kept, ...]:

@@ -32,7 +32,7 @@ from vitrim.families._parts import (
     read_mlp,
     same_norm,
 )
-from vitrim.nn import Block
+from vitrim.nn import Block, Conv
 from vitrim.nn.layers import activation_name, input_channels, make_activation, norm_of
 from vitrim.nn.mlp import LAYERS
 from vitrim.spec import Attention, Form, Host, Norm, Spec, Stage
@@ -93,6 +93,8 @@ def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
     shell = copy.deepcopy(model, {id(model.blocks): nn.Sequential(*blocks).train(model.training)})
     if any(block.spec.tokens is not None for block in blocks):
         shell.forward_intermediates, shell.set_input_size = Intermediates(shell), InputSize(shell)
+    elif any(isinstance(block.attn, Conv) for block in blocks):
+        shell.set_input_size = Regrid(shell)
     return shell  # type: ignore[no-any-return]
 
 
@@ -139,6 +141,21 @@ class InputSize:
             "the input size must stay where tokens are dropped at places of the grid "
             f"{tuple(self.model.patch_embed.grid_size)}; set it on the dense model, and cut tokens after"
         )
+
+
+@dataclass(eq=False)
+class Regrid:
+    """In place of timm's `set_input_size` on a model with convolutions, which must be told their grid."""
+
+    model: Any
+
+    def __call__(self, *arguments: Any, **options: Any) -> None:
+        """As timm's."""
+        type(self.model).set_input_size(self.model, *arguments, **options)
+        rows, columns = self.model.patch_embed.grid_size
+        for block in self.model.blocks:
+            if isinstance(block.attn, Conv):
+                block.attn.grid = (rows, columns)
 
 
 def build(spec: Spec, construct: Callable[[], Any]) -> Any:

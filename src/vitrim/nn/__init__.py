@@ -3,8 +3,9 @@
 from vitrim.nn.attention import Attention
 from vitrim.nn.axis import Axis, Member, Tap
 from vitrim.nn.block import Block, Constant
+from vitrim.nn.conv import Conv
 from vitrim.nn.make import make_block, settled
 from vitrim.nn.mlp import Mlp
 from vitrim.nn.window import WindowBlock
 
-__all__ = ["Attention", "Axis", "Block", "Constant", "Member", "Mlp", "Tap", "WindowBlock", "make_block", "settled"]
+__all__ = ["Attention", "Axis", "Block", "Constant", "Conv", "Member", "Mlp", "Tap", "WindowBlock", "make_block", "settled"]

@@ -1,6 +1,9 @@
 """The block that a spec node asks for."""
 
+import functools
+
 from vitrim.nn.block import Block
+from vitrim.nn.conv import Conv
 from vitrim.nn.tokens import step_of
 from vitrim.nn.window import WindowBlock
 from vitrim.spec import Block as BlockSpec
@@ -19,7 +22,8 @@ def make_block(stage: Stage, spec: BlockSpec, arriving: Drop | None = None) -> B
     """
     if stage.window is not None:
         return WindowBlock(stage, spec)
-    return Block(stage.width, spec, stage.form, step=step_of(stage, spec.tokens, arriving))
+    conv = functools.partial(Conv, grid=stage.grid, prefix=stage.prefix)
+    return Block(stage.width, spec, stage.form, step=step_of(stage, spec.tokens, arriving), conv=conv)
 
 
 def settled(block: Block) -> Block:
