@@ -83,9 +83,7 @@ def _with_conv(rng, form, block, decision, convs, dynamic):
     v = [tuple(sorted(rng.sample(range(n), width))) if rng.random() < 0.8 else () for n in mixer.v]
     v[0] = v[0] or tuple(range(width))
     heads = sum(map(bool, v))
-    mixture = Mixture(
-        heads=heads, temperature=rng.choice((0.01, 1.0, 100.0)), slots=rng.choice(("columns", "centre"))
-    )
+    mixture = Mixture(heads=heads, temperature=rng.choice((0.01, 1.0, 100.0)), slots=rng.choice(("columns", "centre")))
     if convs == "folded" or rng.random() < 0.4:
         mixture = None
     conv = Conv(

@@ -1,11 +1,11 @@
 """Multiply-accumulates and parameters of a spec, by arithmetic.
 
 N tokens, P tokens with padding to whole windows, A keys of a query, D width, Q and V channels of all heads together
-(queries or keys; values), M hidden neurons, G patches of the grid, d channels inside a convolution, k its kernel's side.
-Without windows both P and A are N.
+(queries or keys; values), M hidden neurons, G patches of the grid, d channels inside a convolution, k the side of its
+kernel. Without windows both P and A are N.
 
-`attention_macs`, `conv_macs` and `mlp_macs` take integers for a report and tensors for the differentiable cost of a search: the
-penalty of a search and the table in the README are one formula. Counted are the products of linear layers,
+`attention_macs`, `conv_macs` and `mlp_macs` take integers for a report and tensors for the differentiable cost of a
+search: the penalty of a search and the table in the README are one formula. Counted are the products of linear layers,
 convolutions and attention, as PyTorch's own counter does; norms, activations, softmax and additions are not.
 """
 

@@ -97,9 +97,9 @@ class Attention(Node):
 class Mixture(Node):
     """Kernels that are mixed from the value and output projections of an attention, as they are trained (SPViT).
 
-    `heads` are those that are mixed, `temperature` divides the logits of the mixture. `slots` says where the nine columns
-    of logits lie around a pixel: ``columns`` goes down the columns of the 3 x 3 window one after another (DeiT's order),
-    ``centre`` takes its centre first and then the other eight so (Swin's).
+    `heads` are those that are mixed, `temperature` divides the logits of the mixture. `slots` says where the nine
+    columns of logits lie around a pixel: ``columns`` goes down one column of the 3 x 3 window after another (DeiT's
+    order), ``centre`` takes its centre first and then the other eight so (Swin's).
     """
 
     heads: PositiveInt
@@ -123,12 +123,12 @@ class Mixture(Node):
 class Conv(Node):
     """A bottleneck convolution on the grid of patches, from the width to `width` channels, ReLU, and back.
 
-    It comes in three states, each exactly the function of the one before in evaluation: with a `mixture` its kernels are
-    mixed from an attention's projections; without, they are plain tensors, and `norm` says whether a batch norm stands
-    before the ReLU; without both it is two linear layers (`kernel` 1) or two convolutions (3).
+    It comes in three states, each in evaluation the function of the one before: with a `mixture` its kernels are mixed
+    from an attention's projections; without, they are plain tensors, and `norm` says whether a batch norm stands before
+    the ReLU; without both it is two linear layers (`kernel` 1) or two convolutions (3).
 
-    `prefix`: what the branch gives prefix tokens, which have no place on the grid: their own normed input (``norm``), or
-    nothing (``zero``).
+    `prefix`: what the branch gives prefix tokens, which have no place on the grid: their own normed input (``norm``),
+    or nothing (``zero``).
     """
 
     kind: Literal["conv"] = "conv"

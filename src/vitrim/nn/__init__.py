@@ -8,4 +8,16 @@ from vitrim.nn.make import make_block, settled
 from vitrim.nn.mlp import Mlp
 from vitrim.nn.window import WindowBlock
 
-__all__ = ["Attention", "Axis", "Block", "Constant", "Conv", "Member", "Mlp", "Tap", "WindowBlock", "make_block", "settled"]
+__all__ = [
+    "Attention",
+    "Axis",
+    "Block",
+    "Constant",
+    "Conv",
+    "Member",
+    "Mlp",
+    "Tap",
+    "WindowBlock",
+    "make_block",
+    "settled",
+]

@@ -1,11 +1,11 @@
 """A bottleneck convolution in place of attention, in all its states.
 
-B images, N tokens, P prefix tokens, R x C rows and columns of the grid, D width, H heads, d channels of a head, s one of
-nine slots (pixels around a pixel).
+B images, N tokens, P prefix tokens, R x C rows and columns of the grid, D width, H heads, d channels of a head. A slot
+is one of the nine pixels around a pixel.
 
 Source: He et al., "Pruning Self-attentions into Convolutional Layers in Single Path", TPAMI 2024, arXiv 2111.11802. The
-convolution owns almost nothing: its kernel is a convex mixture, over heads, of the attention's value projection, and its
-way back to the width is one of the output projection. Every slot votes over all heads for itself.
+convolution owns almost nothing: its kernel is a convex mixture, over heads, of the attention's value projection, and
+its way back to the width is one of the output projection. Every slot votes over all heads for itself.
 
 Where we differ from the authors' code: the grid need not be square, any number of prefix tokens passes by, and folding
 ends in two plain layers (theirs keeps the batch norm, and for Swin reads the slots in DeiT's order).
@@ -22,7 +22,7 @@ from vitrim.spec import Attention as AttentionSpec
 from vitrim.spec import Conv as ConvSpec
 from vitrim.spec import Form, Mixture
 
-__all__ = ["Conv", "Same", "mixed", "state_of", "votes"]
+__all__ = ["EPS", "Conv", "Same", "mixed_back", "mixed_kernel", "state_of", "taps", "votes"]
 
 EPS = 1e-5
 """Of the batch norm (the authors' code)."""
@@ -33,45 +33,52 @@ def votes(logits: Tensor, temperature: float) -> Tensor:
     return (logits / temperature).softmax(dim=0)
 
 
-def mixed(
-    share: Tensor, value: Tensor, bias: Tensor | None, out: Tensor, kernel: int, mixture: Mixture
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Mix the kernel of a convolution from an attention's projections.
-
-    Args:
-        share: votes, ``(H, 9)``.
-        value: value projection, ``(H d, D)``.
-        bias: its bias, ``(H d)``, or None.
-        out: output projection, ``(D, H d)``.
-        kernel: 1 reads the centre slot alone; 3 reads all, and adds up their biases and their ways out.
-        mixture: where the slots lie.
-
-    Returns:
-        The kernel, ``(d, D)`` or ``(d, D, 3, 3)``, its bias ``(d)``, and the way back ``(D, d)``.
-    """
-    heads, width = len(share), value.shape[1]
-    split = value.view(heads, -1)
-    # One slot of a 1 x 1 convolution; of a 3 x 3 the sum of all nine, which is what the mixtures add up to.
-    total = share[:, mixture.centre] if kernel == 1 else share.sum(dim=1)
-    back = torch.einsum("chd,h->cd", out.view(len(out), heads, -1), total)
-    start = None if bias is None else total @ bias.view(heads, -1)
-    if kernel == 1:
-        return (total @ split).view(-1, width), start, back
-    placed = share[:, _places(mixture)]
-    return (placed.t() @ split).view(3, 3, -1, width).permute(2, 3, 0, 1), start, back
-
-
-def _places(mixture: Mixture) -> list[int]:
+def taps(mixture: Mixture) -> list[int]:
     """The slot that lies at each of the nine taps of a kernel, row by row."""
     slots = {offset: slot for slot, offset in enumerate(mixture.offsets)}
     return [slots[down, right] for down in (-1, 0, 1) for right in (-1, 0, 1)]
 
 
+def mixed_kernel(share: Tensor, value: Tensor, kernel: int, mixture: Mixture) -> Tensor:
+    """Mix a kernel, ``(d, D)`` or ``(d, D, 3, 3)``, from an attention's value projection.
+
+    Args:
+        share: votes, ``(H, 9)``.
+        value: value projection, ``(H d, D)``.
+        kernel: 1 reads the centre slot alone, 3 all.
+        mixture: where the slots lie.
+    """
+    split = value.view(len(share), -1)
+    if kernel == 1:
+        return (share[:, mixture.centre] @ split).view(-1, value.shape[1])
+    return (share[:, taps(mixture)].t() @ split).view(3, 3, -1, value.shape[1]).permute(2, 3, 0, 1)
+
+
+def mixed_back(
+    share: Tensor, bias: Tensor | None, out: Tensor, kernel: int, mixture: Mixture
+) -> tuple[Tensor | None, Tensor]:
+    """Mix what a 1 x 1 convolution takes of one slot and a 3 x 3 convolution sums over all nine.
+
+    Args:
+        share: votes, ``(H, 9)``.
+        bias: of the values, ``(H d)``, or None.
+        out: output projection, ``(D, H d)``.
+        kernel: 1 or 3.
+        mixture: where the slots lie.
+
+    Returns:
+        The bias of the bottleneck, ``(d)`` or None, and the way back to the width, ``(D, d)``.
+    """
+    total = share[:, mixture.centre] if kernel == 1 else share.sum(dim=1)
+    back = torch.einsum("chd,h->cd", out.view(len(out), len(share), -1), total)
+    return None if bias is None else total @ bias.view(len(share), -1), back
+
+
 def state_of(conv: ConvSpec, was: AttentionSpec | ConvSpec, have: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a convolution consists of, made of what stood in its place.
 
-    Of an attention: value and output projections as they are, all heads mixed alike, a batch norm that does nothing yet.
-    Of a convolution: the same function in evaluation, with its mixture, then its batch norm, folded into plain tensors.
+    Of an attention: value and output projections as they are, all heads mixed alike, a batch norm that does nothing
+    yet. Of a convolution: the same function in evaluation, its mixture and then its batch norm folded into tensors.
 
     Args:
         conv: the state wanted.
@@ -102,9 +109,8 @@ def _of_attention(have: Mapping[str, Tensor], channels: int, heads: int, width: 
 
 def _merged(state: Mapping[str, Tensor], was: ConvSpec, mixture: Mixture) -> dict[str, Tensor]:
     share = votes(state["mix"], mixture.temperature)
-    kernel, bias, back = mixed(
-        share, state["v.weight"], state.get("v.bias"), state["proj.weight"], was.kernel, mixture
-    )
+    kernel = mixed_kernel(share, state["v.weight"], was.kernel, mixture)
+    bias, back = mixed_back(share, state.get("v.bias"), state["proj.weight"], was.kernel, mixture)
     plain = {name: value for name, value in state.items() if name.startswith("bn.") or name == "proj.bias"}
     plain |= {"conv.weight": kernel, "conv.bias": kernel.new_zeros(len(kernel)) if bias is None else bias}
     return plain | {"proj.weight": back if was.kernel == 1 else back[:, :, None, None]}
@@ -138,9 +144,7 @@ class Conv(nn.Module):
         prefix: P.
     """
 
-    def __init__(
-        self, width: int, spec: ConvSpec, form: Form, grid: tuple[int, int] = (0, 0), prefix: int = 0
-    ) -> None:
+    def __init__(self, width: int, spec: ConvSpec, form: Form, grid: tuple[int, int] = (0, 0), prefix: int = 0) -> None:
         super().__init__()
         self.spec, self.grid, self.prefix = spec, grid, prefix
         if spec.mixture is not None:
@@ -176,8 +180,8 @@ class Conv(nn.Module):
             raise DataError("a model whose attention became convolution must be run without masks; leave them out")
         if self.training and self.spec.norm and len(x) == 1:
             raise DataError(
-                "a convolution's batch norm must be trained on at least 2 images at a time, but got 1; raise train.batch "
-                "or lower train.accumulate, or fold the model first"
+                "a convolution's batch norm must be trained on at least 2 images at a time, but got 1; raise "
+                "train.batch or lower train.accumulate, or fold the model first"
             )
         if x.dim() == 4:
             return self._drop(self._pointwise(x) if self.spec.kernel == 1 else self._map(x))
@@ -185,7 +189,7 @@ class Conv(nn.Module):
         if self.spec.kernel == 1:
             out = self._pointwise(patches)
         else:
-            out = self._map(patches.unflatten(1, self._grid(patches.shape[1]))).flatten(1, 2)
+            out = self._map(torch.unflatten(patches, 1, self._grid(patches.shape[1]))).flatten(1, 2)
         if not self.prefix:
             return self._drop(out)
         first = x[:, : self.prefix]
@@ -235,6 +239,7 @@ class Conv(nn.Module):
         return F.linear(inner.permute(0, 2, 3, 1), back, self.proj.bias)  # type: ignore[arg-type]
 
     def _mixed(self, mixture: Mixture) -> tuple[Tensor, Tensor | None, Tensor]:
-        share = votes(self.mix, mixture.temperature)
+        share, kernel = votes(self.mix, mixture.temperature), self.spec.kernel
         weight: Tensor = self.proj.weight  # type: ignore[assignment]
-        return mixed(share, self.v.weight, self.v.bias, weight, self.spec.kernel, mixture)
+        mixed = mixed_kernel(share, self.v.weight, kernel, mixture)
+        return mixed, *mixed_back(share, self.v.bias, weight, kernel, mixture)
