@@ -19,25 +19,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from digits import MODELS, shortened
+from digits import shortened
 
 from vitrim import methods
 from vitrim.budget import Budget
 from vitrim.contract import Data, Found
 from vitrim.costs import cost_of
 from vitrim.data import Input, eval_loader, split
-from vitrim.demo import CHILD, PARENT, SEARCH, train_parent
+from vitrim.demo import CHILD, PARENT, SEARCH, small_vit, train_parent
 from vitrim.families import describe
 from vitrim.plain import dump
 from vitrim.spec import Attention, Conv, Spec, folded
 from vitrim.surgery import apply, fold
 from vitrim.train import Distill, Train, evaluate, fit, reference_logits
 
+
+def small_swin(seed: int) -> nn.Module:
+    """A Swin for 32 x 32 digits: patch 4, window 4, two stages of two blocks, widths 48 and 96."""
+    torch.manual_seed(seed)
+    return SwinTransformer(
+        img_size=32, patch_size=4, window_size=4, embed_dim=48, depths=(2, 2), num_heads=(3, 6), num_classes=10
+    )
+
+
 RESULTS = Path(__file__).parent
+MODELS = {"vit": small_vit, "swin": small_swin}
 TEACHING = {"labels": Distill(kind="none"), "teacher": CHILD.distill}
 
 
@@ -79,9 +90,7 @@ def records(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for teaching, distill in TEACHING.items():
                 epochs = args.child + (0 if name == "spvit" else args.search)
                 settings = shortened(CHILD, epochs / CHILD.epochs).model_copy(update={"distill": distill})
-                fitted = fit(
-                    copy.deepcopy(child), parts.train, settings, input=data.input, seed=seed, teacher=parent
-                )
+                fitted = fit(copy.deepcopy(child), parts.train, settings, input=data.input, seed=seed, teacher=parent)
                 after = evaluate(fold(fitted.model.eval()), loader, reference=theirs)
                 yield {
                     "model": args.model, "method": name, "teaching": teaching, "budget": budget, "seed": seed,
@@ -114,12 +123,13 @@ def main() -> None:
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for line in lines:
         groups.setdefault((line["budget"], line["method"], line["teaching"]), []).append(line)
-    print("| MACs | method | taught by | top-1, mean | against parent, mean (least to most) | same answer | attention |")
+    print("| MACs | method | taught by | top-1, mean | against parent (least to most) | same answer | attention |")
     print("| ---: | --- | --- | ---: | ---: | ---: | --- |")
     for (budget, name, teaching), group in groups.items():
         change = [line["top1"] - line["top1_parent"] for line in group]
         print(
-            f"| {budget.removeprefix('macs=')} | {name} | {teaching} | {statistics.mean(x['top1'] for x in group):.2f} | "
+            f"| {budget.removeprefix('macs=')} | {name} | {teaching} | "
+            f"{statistics.mean(line['top1'] for line in group):.2f} | "
             f"{statistics.mean(change):+.2f} ({min(change):+.2f} to {max(change):+.2f}) | "
             f"{statistics.mean(line['agreement'] for line in group):.2f} | "
             f"{', '.join('`' + line['operations'] + '`' for line in group)} |"
