@@ -8,7 +8,7 @@ import torch
 
 from vitrim import families
 from vitrim.plan import BlockPlan, Plan
-from vitrim.spec import Attention, Drop, Skip, Spec
+from vitrim.spec import Attention, Conv, Drop, Mixture, Skip, Spec
 
 PRESETS = [(family, name) for family in families.names() for name in families.get(family).TEST_PRESETS]
 IDS = [f"{family}-{name}" for family, name in PRESETS]
@@ -48,17 +48,52 @@ def images(spec: Spec, count: int = 2, dtype: torch.dtype = torch.float64) -> to
     return torch.randn(count, 3, *spec.image, generator=torch.Generator().manual_seed(7), dtype=dtype)
 
 
-def random_plan(spec: Spec, seed: int, skips: bool = True, drops: str = "") -> Plan:
+def random_plan(spec: Spec, seed: int, skips: bool = True, drops: str = "", convs: str = "") -> Plan:
     """A plan of every kind of cut that the form of each block allows.
 
     `drops`: whether tokens are dropped too, ``"exact"`` with one key for those missing, ``"mixed"`` with and without.
+    `convs`: whether attentions become convolutions too, ``"folded"``, or ``"mixed"`` in any state and folded further.
     """
     rng = random.Random(seed)
     blocks = [_random_block(rng, stage.form, block, skips) for _, stage, block in spec.blocks()]
     if drops and spec.stages[0].window is None:
         steps = _random_drops(random.Random(seed + 1000), spec, drops == "exact")
         blocks = [block.model_copy(update={"tokens": step}) for block, step in zip(blocks, steps, strict=True)]
+    if convs:
+        dynamic, rng = bool(spec.host.arguments.get("dynamic_img_size")), random.Random(seed + 2000)
+        blocks = [
+            _with_conv(rng, stage.form, block, decision, convs, dynamic)
+            for (_, stage, block), decision in zip(spec.blocks(), blocks, strict=True)
+        ]
     return Plan.of(spec, blocks)
+
+
+def _with_conv(rng, form, block, decision, convs, dynamic):
+    mixer = block.mixer
+    if isinstance(mixer, Conv):
+        states = {(mixer.mixture, mixer.norm), (None, mixer.norm), (None, False)}
+        mixture, norm = rng.choice(sorted(states, key=str))
+        later = mixer.model_copy(update={"mixture": mixture, "norm": norm})
+        return decision.model_copy(update={"mixer": rng.choice((None, later, Skip(leaves="norm")))})
+    if not isinstance(mixer, Attention) or not mixer.v or decision.tokens or form.mixed_norm or rng.random() < 0.4:
+        return decision
+    if rng.random() < 0.15:
+        return decision.model_copy(update={"mixer": Skip(leaves="norm"), "qk": None, "v": None})
+    width = rng.randint(1, min(mixer.v))
+    v = [tuple(sorted(rng.sample(range(n), width))) if rng.random() < 0.8 else () for n in mixer.v]
+    v[0] = v[0] or tuple(range(width))
+    heads = sum(map(bool, v))
+    mixture = Mixture(heads=heads, temperature=rng.choice((0.01, 1.0, 100.0)), slots=rng.choice(("columns", "centre")))
+    if convs == "folded" or rng.random() < 0.4:
+        mixture = None
+    conv = Conv(
+        kernel=1 if dynamic else rng.choice((1, 3)),
+        width=width,
+        prefix=rng.choice(("norm", "zero")),
+        mixture=mixture,
+        norm=mixture is not None or (convs != "folded" and rng.random() < 0.5),
+    )
+    return decision.model_copy(update={"mixer": conv, "qk": None, "v": tuple(v)})
 
 
 def _random_drops(rng, spec, exact):

@@ -60,6 +60,8 @@ def test_cost_is_counted(family, preset):
     for seed in (None, *SEEDS):
         model = parent if seed is None else surgery.apply(parent, random_plan(spec, seed, drops="mixed"))
         assert cost_of(describe(model)) == counted(model)
+        hybrid = surgery.apply(parent, random_plan(spec, seed or 7, convs="folded"))
+        assert cost_of(describe(hybrid)) == counted(hybrid)
 
 
 @EACH
@@ -77,10 +79,10 @@ def test_nothing_is_identity(family, preset):
 def test_plans_compose(family, preset):
     parent = adopted(family, preset)
     spec = describe(parent)
-    for seed in SEEDS:
-        first = random_plan(spec, seed, drops="mixed")
+    for seed, more in [(s, {"drops": "mixed"}) for s in SEEDS] + [(s, {"convs": "mixed"}) for s in range(8)]:
+        first = random_plan(spec, seed, **more)
         small = first.child(spec)
-        second = random_plan(small, seed + 100, drops="mixed")
+        second = random_plan(small, seed + 100, **more)
         steps = surgery.apply(surgery.apply(parent, first), second)
         once = surgery.apply(parent, first.then(second, spec))
         assert describe(steps) == describe(once)
@@ -92,8 +94,7 @@ def test_plans_compose(family, preset):
 def test_paper_is_paper(family, preset):
     spec = describe(adopted(family, preset))
     assert load(Spec, dump(spec)) == spec
-    for seed in SEEDS:
-        plan = random_plan(spec, seed, drops="mixed")
+    for plan in [random_plan(spec, s, **more) for s in SEEDS for more in ({"drops": "mixed"}, {"convs": "mixed"})]:
         assert load(Plan, dump(plan)) == plan
         child = plan.child(spec)
         assert load(Spec, dump(child)) == child
@@ -103,12 +104,13 @@ def test_paper_is_paper(family, preset):
 def test_built_from_paper(family, preset):
     parent = adopted(family, preset)
     spec = describe(parent)
-    child = surgery.apply(parent, random_plan(spec, 3, drops="mixed"))
-    again = families.build(describe(child)).double().eval()
-    again.load_state_dict(child.state_dict())
-    assert describe(again) == describe(child)
-    with torch.no_grad():
-        assert torch.equal(again(images(spec)), child(images(spec)))
+    for more in ({"drops": "mixed"}, {"convs": "mixed"}):
+        child = surgery.apply(parent, random_plan(spec, 3, **more))
+        again = families.build(describe(child)).double().eval()
+        again.load_state_dict(child.state_dict())
+        assert describe(again) == describe(child)
+        with torch.no_grad():
+            assert torch.equal(again(images(spec)), child(images(spec)))
 
 
 @EACH

@@ -152,7 +152,7 @@ def broken(change) -> dict:
         (lambda s: s["stages"][0]["blocks"][0]["mixer"].pop("scale"), "here.stages.0.blocks.0.mixer.scale: this field"),
         (lambda s: s["stages"][0]["blocks"][0]["mixer"]["v"].append(4), "qk and v must name the same heads"),
         (lambda s: s["stages"][0]["blocks"][0]["mixer"].update(qk=[0, 4]), "blocks.0.mixer.qk.0: "),
-        (lambda s: s["stages"][0]["blocks"][0].update(mixer={"kind": "conv"}), "blocks.0.mixer: "),
+        (lambda s: s["stages"][0]["blocks"][0].update(mixer={"kind": "fourier"}), "blocks.0.mixer: "),
         (lambda s: s["stages"][0].update(blocks=3), "here.stages.0.blocks: "),
         (lambda s: s["stages"].append(7), "here.stages.1: this must be a table of names and values, but got 7"),
         (lambda s: s["stages"][0]["form"]["norm"].update(eps=float("nan")), "here.stages.0.form.norm.eps: "),

@@ -1,19 +1,20 @@
 """Multiply-accumulates and parameters of a spec, by arithmetic.
 
 N tokens, P tokens with padding to whole windows, R queries, A keys of a query, D width, Q and V channels of all heads
-together (queries or keys; values), M hidden neurons. Without windows P is N, and where all tokens ask, so are R and A.
+together (queries or keys; values), M hidden neurons, G patches of the grid, d channels inside a convolution, k the side
+of its kernel. Without windows P is N, and where all tokens ask, so are R and A.
 
-`attention_macs` and `mlp_macs` take integers for a report and tensors for the differentiable cost of a search: the
-penalty of a search and the table in the README are one formula. Counted are the products of linear layers,
+`attention_macs`, `conv_macs` and `mlp_macs` take integers for a report and tensors for the differentiable cost of a
+search: the penalty of a search and the table in the README are one formula. Counted are the products of linear layers,
 convolutions and attention, as PyTorch's own counter does; norms, activations, softmax and additions are not.
 """
 
 from typing import Any, NamedTuple
 
-from vitrim.spec import Attention, Block, Form, Spec, Stage
+from vitrim.spec import Attention, Block, Conv, Form, Skip, Spec, Stage
 from vitrim.steps import Tokens, flow_of
 
-__all__ = ["Cost", "attention_macs", "block_cost", "cost_of", "mlp_macs"]
+__all__ = ["Cost", "attention_macs", "block_cost", "conv_macs", "cost_of", "mlp_macs"]
 
 
 class Cost(NamedTuple):
@@ -38,6 +39,15 @@ def attention_macs(
     """
     asking = tokens if queries is None else queries
     return (tokens * width + asking * (width + (tokens if keys is None else keys))) * (qk + v)
+
+
+def conv_macs(patches: int, width: int, channels: Any, kernel: int) -> Any:
+    """Multiply-accumulates of a bottleneck convolution, ``G D d (k^2 + 1)``.
+
+    Kernels that are still mixed from an attention are priced as the convolution that they become: mixing is done once a
+    forward pass, however many images there are, and is gone after folding.
+    """
+    return patches * width * channels * (kernel**2 + 1)
 
 
 def mlp_macs(tokens: int, width: int, hidden: Any, factors: int = 1) -> Any:
@@ -112,6 +122,11 @@ def _priced(block: Block, place: _Place, arriving: Tokens | None) -> tuple[int, 
         params += _attention_params(form, norm, width, qk, v)
         if offsets:
             params += offsets * len(mixer.v)
+    elif isinstance(mixer, Conv):
+        macs += conv_macs(enters.patches, width, mixer.width, mixer.kernel)
+        params += _conv_params(form, norm, width, mixer)
+    elif isinstance(mixer, Skip) and mixer.leaves == "norm":
+        params += norm + (width if form.layer_scale else 0)
     if hidden is not None:
         macs += mlp_macs(rows, width, hidden, form.factors)
         params += _mlp_params(form, norm, width, hidden)
@@ -132,6 +147,16 @@ def _attention_params(form: Form, norm: int, width: int, qk: int, v: int) -> int
     if form.mixed_norm is not None:
         params += form.mixed_norm.params(v)
     return params
+
+
+def _conv_params(form: Form, norm: int, width: int, conv: Conv) -> int:
+    params = norm + (width if form.out_bias else 0) + (width if form.layer_scale else 0)
+    if conv.norm:
+        params += 2 * conv.width
+    if conv.mixture is not None:
+        channels = conv.mixture.heads * conv.width
+        return params + 2 * channels * width + (channels if form.qkv_bias else 0) + 9 * conv.mixture.heads
+    return params + (conv.kernel**2 + 1) * conv.width * width + conv.width
 
 
 def _mlp_params(form: Form, norm: int, width: int, hidden: int) -> int:

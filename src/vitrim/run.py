@@ -32,8 +32,8 @@ from vitrim.measure import latency
 from vitrim.plain import dump, load, read_json, write_json, write_text
 from vitrim.plan import Plan, read_plan, write_plan
 from vitrim.recipe import Recipe, merged, write_recipe
-from vitrim.spec import Spec
-from vitrim.surgery import apply
+from vitrim.spec import Spec, folded
+from vitrim.surgery import apply, fold
 from vitrim.train import evaluate, fit, reference_logits
 
 __all__ = ["Result", "compress", "run"]
@@ -203,7 +203,8 @@ def _stored(job: Job, path: Path) -> tuple[nn.Module, float]:
 
 
 def _check_budget(job: Job, child: Spec) -> None:
-    parent, cost = cost_of(job.spec), cost_of(child)
+    # Convolutions are trained with all they are mixed from, and folded before they are stored.
+    parent, cost = cost_of(job.spec), cost_of(folded(child))
     if not job.budget.admits(cost, parent):
         raise BudgetError(f"what {job.recipe.method['name']} finds must cost at most {job.budget}, but costs {cost}")
     if job.budget.spent(cost, parent) < 1 - SLACK:
@@ -235,6 +236,7 @@ def _train(job: Job, child: nn.Module, seconds: float) -> tuple[nn.Module, float
         )
         child = fitted.ema if fitted.ema is not None else fitted.model
         before = fitted.seconds
+    child = fold(child.eval())
     seconds += max(time.perf_counter() - start, before)
     if path is not None:
         store.save(child, path, provenance={"recipe": dump(job.recipe), "seconds": seconds})

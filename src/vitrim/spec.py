@@ -15,11 +15,13 @@ from vitrim.steps import Drop, Flow, GridMerge, Step, Tokens, flow_of, lost, spa
 __all__ = [
     "Attention",
     "Block",
+    "Conv",
     "Drop",
     "Form",
     "GridMerge",
     "Host",
     "Mixer",
+    "Mixture",
     "Norm",
     "Skip",
     "Spec",
@@ -27,6 +29,7 @@ __all__ = [
     "Step",
     "Tokens",
     "Window",
+    "folded",
     "spans",
 ]
 
@@ -95,13 +98,65 @@ class Attention(Node):
         return self
 
 
+class Mixture(Node):
+    """Kernels that are mixed from the value and output projections of an attention, as they are trained (SPViT).
+
+    `heads` are those that are mixed, `temperature` divides the logits of the mixture. `slots` says where the nine
+    columns of logits lie around a pixel: ``columns`` goes down one column of the 3 x 3 window after another (DeiT's
+    order), ``centre`` takes its centre first and then the other eight so (Swin's).
+    """
+
+    heads: PositiveInt
+    temperature: PositiveFloat
+    slots: Literal["columns", "centre"] = "columns"
+
+    @property
+    def centre(self) -> int:
+        """The slot that reads the pixel itself."""
+        return 4 if self.slots == "columns" else 0
+
+    @property
+    def offsets(self) -> tuple[tuple[int, int], ...]:
+        """Rows down and columns right from a pixel to the one that each slot reads."""
+        columns = [(slot % 3 - 1, slot // 3 - 1) for slot in range(9)]
+        if self.slots == "centre":
+            columns = [(0, 0), *(offset for offset in columns if offset != (0, 0))]
+        return tuple(columns)
+
+
+class Conv(Node):
+    """A bottleneck convolution on the grid of patches, from the width to `width` channels, ReLU, and back.
+
+    It comes in three states, each in evaluation the function of the one before: with a `mixture` its kernels are mixed
+    from an attention's projections; without, they are plain tensors, and `norm` says whether a batch norm stands before
+    the ReLU; without both it is two linear layers (`kernel` 1) or two convolutions (3).
+
+    `prefix`: what the branch gives prefix tokens, which have no place on the grid: their own normed input (``norm``),
+    or nothing (``zero``).
+    """
+
+    kind: Literal["conv"] = "conv"
+    kernel: Literal[1, 3]
+    width: PositiveInt
+    prefix: Literal["norm", "zero"] = "norm"
+    mixture: Mixture | None = None
+    norm: bool = False
+
+    @model_validator(mode="after")
+    def _normed(self) -> Self:
+        if self.mixture is not None and not self.norm:
+            raise ValueError("norm must be true where kernels are mixed, but is false; fold the mixture first")
+        return self
+
+
 class Skip(Node):
-    """No branch at all: the residual stream passes by."""
+    """No branch: the residual stream passes by; ``leaves="norm"`` adds its normed self (released SPViT Swins)."""
 
     kind: Literal["skip"] = "skip"
+    leaves: Literal["zero", "norm"] = "zero"
 
 
-Mixer = Annotated[Attention | Skip, Field(discriminator="kind")]
+Mixer = Annotated[Attention | Conv | Skip, Field(discriminator="kind")]
 
 
 class Block(Node):
@@ -184,7 +239,7 @@ class Stage(Node):
             return self
         here = self.enters
         for index, block in enumerate(self.blocks):
-            wrong = lost(block.tokens, here, self.patches)
+            wrong = lost(block.tokens, here, self.patches) or torn(block, here, self)
             if wrong is not None:
                 raise ValueError(f"blocks.{index}.tokens: {wrong}")
             if block.only_prefix and (index < last or not self.prefix):
@@ -234,6 +289,18 @@ NO_WINDOWS = (
 )
 
 
+def torn(block: Block, arriving: Tokens, stage: Stage) -> str | None:
+    """What is wrong with a convolution where patches are missing, in words; None if nothing is."""
+    if not isinstance(block.mixer, Conv):
+        return None
+    if block.only_prefix or block.tokens is not None or (stage.window is None and arriving.grid != stage.grid):
+        return (
+            "a convolution must have the whole grid, but patches were dropped or merged; keep attention here, or all "
+            "patches"
+        )
+    return None
+
+
 class Host(Node):
     """All that is not a block: whose model it is, how to build it, and what it costs.
 
@@ -273,3 +340,22 @@ class Spec(Node):
     def arrivals(self) -> list[Tokens]:
         """The tokens at the input of each block, in the order of `blocks`."""
         return [arriving for stage in self.stages for arriving in stage.arrivals()]
+
+
+def folded(spec: Spec) -> Spec:
+    """The spec of the same model with every convolution in its last state, two plain layers."""
+    plain = {"mixture": None, "norm": False}
+    stages = tuple(
+        stage.model_copy(
+            update={
+                "blocks": tuple(
+                    block.model_copy(update={"mixer": block.mixer.model_copy(update=plain)})
+                    if isinstance(block.mixer, Conv)
+                    else block
+                    for block in stage.blocks
+                )
+            }
+        )
+        for stage in spec.stages
+    )
+    return spec.model_copy(update={"stages": stages})

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from vitrim.errors import PlanError
 from vitrim.families import blocks_of, describe, host
 from vitrim.nn import Axis, Block, Constant, make_block, settled
+from vitrim.nn.conv import state_of
 from vitrim.plan import BlockPlan, Plan
-from vitrim.spec import Attention, Stage, Tokens
+from vitrim.spec import Attention, Conv, Skip, Stage, Tokens, folded
 from vitrim.spec import Block as BlockSpec
 
-__all__ = ["apply", "kept_entries"]
+__all__ = ["apply", "fold", "kept_entries"]
 
 Kept = tuple[tuple[int, ...], ...]
 
@@ -29,7 +30,7 @@ def apply(parent: nn.Module, plan: Plan, *, grafts: Mapping[str, Tensor] | None 
     Args:
         parent: an adopted model; left as it was.
         plan: what to cut.
-        grafts: parameters of the child, by name, that are no slice of the parent's.
+        grafts: parameters and buffers of the child, by name, that are no slice of the parent's.
 
     Returns:
         A dense model of the parent's class that shares no parameter with it, on its device, in its mode.
@@ -50,6 +51,24 @@ def apply(parent: nn.Module, plan: Plan, *, grafts: Mapping[str, Tensor] | None 
     model = host(parent, blocks)
     _graft(model, grafts or {})
     return model
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Fold every convolution of an adopted model into two plain layers; in evaluation the function stays what it was.
+
+    Returns:
+        `model` itself where there is nothing to fold, else a new model that shares no parameter with it.
+    """
+    spec = describe(model)
+    plain = folded(spec)
+    if plain == spec:
+        return model
+    pairs = zip(spec.blocks(), plain.blocks(), strict=True)
+    blocks = [
+        BlockPlan(mixer=new.mixer) if isinstance(new.mixer, Conv) and new != old else BlockPlan()
+        for (_, _, old), (_, _, new) in pairs
+    ]
+    return apply(model, Plan.of(spec, blocks))
 
 
 def kept_entries(block: Block, plan: BlockPlan) -> dict[str, dict[int, Tensor]]:
@@ -98,24 +117,39 @@ def _flat(axis: Axis, kept: Kept) -> Tensor:
 def _cut(old: Block, spec: BlockSpec, stage: Stage, plan: BlockPlan, arriving: Tokens, like: Tensor) -> Block:
     with torch.device("meta"):
         block = make_block(stage, spec, arriving)
-    entries = kept_entries(old, plan)
-    source = dict(old.named_parameters())
+    source = _kept(old, spec, plan)
     constants = {"attn.bias": (old.attn, old.ls1), "mlp.bias": (old.mlp, old.ls2)}
-    for name, empty in list(block.named_parameters()):
-        if name in constants and name not in source:
-            branch, scale = constants[name]
-            value, grad = _constant(branch, scale), True
-        elif block.step is not None and name.startswith("step.") and name not in source:
-            value, grad = block.step.fresh(name.removeprefix("step."), like), True
+    frozen = {name for name, parameter in old.named_parameters() if not parameter.requires_grad}
+    for name, empty in block.state_dict(keep_vars=True).items():
+        if name in source:
+            value = source[name]
+        elif block.step is not None and name.startswith("step."):
+            value = block.step.fresh(name.removeprefix("step."), like)
         else:
-            value, grad = source[name], source[name].requires_grad
-            for dim, index in entries.get(name, {}).items():
-                value = value.index_select(dim, index.to(value.device))
+            value = _constant(*constants[name])
         if value.shape != empty.shape:
             raise PlanError(f"{name}: the plan must give {tuple(empty.shape)}, but gives {tuple(value.shape)}")
         owner, _, leaf = name.rpartition(".")
-        setattr(block.get_submodule(owner), leaf, nn.Parameter(value.detach().clone(), requires_grad=grad))
+        value = value.detach().clone(memory_format=torch.contiguous_format)
+        if isinstance(empty, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=name not in frozen)
+        setattr(block.get_submodule(owner), leaf, value)
     return settled(block)
+
+
+def _kept(old: Block, spec: BlockSpec, plan: BlockPlan) -> dict[str, Tensor]:
+    """Parameters and buffers of `old`, sliced; a convolution's are made of those of what stood in its place."""
+    entries, mixer = kept_entries(old, plan), spec.mixer
+    source = old.state_dict(keep_vars=True)
+    for name, cuts in entries.items():
+        for dim, index in cuts.items():
+            source[name] = source[name].index_select(dim, index.to(source[name].device))
+    if isinstance(mixer, Conv) and not isinstance(old.spec.mixer, Skip):
+        was = plan.attention(old.spec.mixer, old.form, "") if isinstance(old.spec.mixer, Attention) else old.spec.mixer
+        have = {name[5:]: value for name, value in source.items() if name.startswith("attn.")}
+        source = {name: value for name, value in source.items() if not name.startswith("attn.")}
+        source |= {f"attn.{name}": value for name, value in state_of(mixer, was, have).items()}
+    return source
 
 
 def _constant(branch: nn.Module | None, scale: nn.Module) -> Tensor:
@@ -128,7 +162,7 @@ def _constant(branch: nn.Module | None, scale: nn.Module) -> Tensor:
 
 
 def _graft(model: nn.Module, grafts: Mapping[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
+    parameters = model.state_dict(keep_vars=True)
     for name, value in grafts.items():
         if name not in parameters or parameters[name].shape != value.shape:
             have = tuple(parameters[name].shape) if name in parameters else "no such parameter"

@@ -32,7 +32,7 @@ from vitrim.families._parts import (
     read_mlp,
     same_norm,
 )
-from vitrim.nn import Block
+from vitrim.nn import Block, Conv
 from vitrim.nn.layers import activation_name, input_channels, make_activation, norm_of
 from vitrim.nn.mlp import LAYERS
 from vitrim.spec import Attention, Form, Host, Norm, Spec, Stage
@@ -94,6 +94,8 @@ def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
     if any(block.spec.tokens is not None for block in blocks):
         shell.forward_intermediates, shell.set_input_size = Intermediates(shell), InputSize(shell)
         tell_reduction_(shell)
+    elif any(isinstance(block.attn, Conv) for block in blocks):
+        shell.set_input_size = Regrid(shell)
     if any(block.spec.only_prefix for block in blocks):
         shell.forward_intermediates, shell.reset_classifier = Intermediates(shell), Classifier(shell)
     return shell  # type: ignore[no-any-return]
@@ -117,6 +119,21 @@ class Classifier:
                 f"'{global_pool}'; set it on the dense model, and cut after"
             )
         type(self.model).reset_classifier(self.model, num_classes, global_pool)
+
+
+@dataclass(eq=False)
+class Regrid:
+    """In place of timm's `set_input_size` on a model with convolutions, which must be told their grid."""
+
+    model: Any
+
+    def __call__(self, *arguments: Any, **options: Any) -> None:
+        """As timm's."""
+        type(self.model).set_input_size(self.model, *arguments, **options)
+        rows, columns = self.model.patch_embed.grid_size
+        for block in self.model.blocks:
+            if isinstance(block.attn, Conv):
+                block.attn.grid = (rows, columns)
 
 
 def build(spec: Spec, construct: Callable[[], Any]) -> Any:

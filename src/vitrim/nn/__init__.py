@@ -3,6 +3,7 @@
 from vitrim.nn.attention import Attention
 from vitrim.nn.axis import Axis, Member, Tap
 from vitrim.nn.block import Block, Constant
+from vitrim.nn.conv import Conv
 from vitrim.nn.grid import fold_merges_, unmerge
 from vitrim.nn.make import make_block, settled
 from vitrim.nn.mlp import Mlp
@@ -13,6 +14,7 @@ __all__ = [
     "Axis",
     "Block",
     "Constant",
+    "Conv",
     "Member",
     "Mlp",
     "Tap",

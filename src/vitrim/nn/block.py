@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from vitrim.errors import DataError
 from vitrim.nn.attention import Attention
 from vitrim.nn.axis import Axis
+from vitrim.nn.conv import Conv, Same
 from vitrim.nn.layers import make_norm
 from vitrim.nn.mlp import Mlp
 from vitrim.nn.tokens import Seen, Step
 from vitrim.spec import Attention as AttentionSpec
 from vitrim.spec import Block as BlockSpec
-from vitrim.spec import Form
+from vitrim.spec import Conv as ConvSpec
+from vitrim.spec import Form, Skip
 
 __all__ = ["Block", "Constant"]
 
@@ -42,7 +44,7 @@ class Block(nn.Module):
     """A pre-norm block: ``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``.
 
     It answers to whatever timm passes to its own block. A branch that a plan took away is None; a branch that lost all
-    its channels is a `Constant`, without norm and layer scale.
+    its channels is a `Constant`, without norm and layer scale. In place of attention may stand a `Conv`.
 
     Args:
         width: D.
@@ -51,6 +53,7 @@ class Block(nn.Module):
         attention: what builds the attention from D, the mixer and the form.
         step: what becomes of its tokens; None keeps all that arrive.
         asking: how many tokens, the first, ask, go through the MLP and leave; None for all.
+        conv: what builds the convolution from D, the mixer and the form.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Block(nn.Module):
         attention: Callable[[int, AttentionSpec, Form], Attention] = Attention,
         step: Step | None = None,
         asking: int | None = None,
+        conv: Callable[[int, ConvSpec, Form], Conv] = Conv,
     ) -> None:
         super().__init__()
         self.step, self.asking = step, asking
@@ -69,13 +73,17 @@ class Block(nn.Module):
 
         attends = isinstance(mixer, AttentionSpec) and len(mixer.v) > 0
         constant = isinstance(mixer, AttentionSpec) and not attends and form.out_bias
-        self.norm1 = make_norm(form.norm, width) if attends else nn.Identity()
-        self.attn: Attention | Constant | None = None
+        same = isinstance(mixer, Skip) and mixer.leaves == "norm"
+        reads = attends or same or isinstance(mixer, ConvSpec)
+        self.norm1 = make_norm(form.norm, width) if reads else nn.Identity()
+        self.attn: Attention | Conv | Constant | Same | None = None
         if attends and isinstance(mixer, AttentionSpec):
             self.attn = attention(width, mixer, form)
-        elif constant:
-            self.attn = Constant(width)
-        self.ls1 = LayerScale(width) if attends and form.layer_scale else nn.Identity()
+        elif isinstance(mixer, ConvSpec):
+            self.attn = conv(width, mixer, form)
+        elif constant or same:
+            self.attn = Same() if same else Constant(width)
+        self.ls1 = LayerScale(width) if reads and form.layer_scale else nn.Identity()
         self.drop_path1 = DropPath(spec.drop_path)
 
         self.norm2 = make_norm(form.norm, width) if hidden else nn.Identity()
@@ -115,9 +123,9 @@ class Block(nn.Module):
 
     def _mix(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Seen | None]:
         assert self.attn is not None
-        if isinstance(self.attn, Constant):
-            constant: Tensor = self.attn(x[:, : self.asking])
-            return constant, None
+        if not isinstance(self.attn, Attention):
+            alone: Tensor = self.attn(x[:, : self.asking], attn_mask=attn_mask, is_causal=is_causal)
+            return alone, None
         if self.step is None:
             mixed: Tensor = self.attn(x, attn_mask=attn_mask, is_causal=is_causal, asking=self.asking)
             return mixed, None

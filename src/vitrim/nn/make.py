@@ -1,6 +1,9 @@
 """The block that a spec node asks for."""
 
+import functools
+
 from vitrim.nn.block import Block
+from vitrim.nn.conv import Conv
 from vitrim.nn.grid import grid_step
 from vitrim.nn.tokens import step_of
 from vitrim.nn.window import WindowBlock
@@ -22,7 +25,9 @@ def make_block(stage: Stage, spec: BlockSpec, arriving: Tokens | None = None) ->
         return WindowBlock(stage, spec)
     here = stage.enters if arriving is None else arriving
     step = grid_step(stage, spec, here) or step_of(stage, spec.tokens, here)
-    return Block(stage.width, spec, stage.form, step=step, asking=stage.prefix if spec.only_prefix else None)
+    conv = functools.partial(Conv, grid=stage.grid, prefix=stage.prefix)
+    asking = stage.prefix if spec.only_prefix else None
+    return Block(stage.width, spec, stage.form, step=step, asking=asking, conv=conv)
 
 
 def settled(block: Block) -> Block:

@@ -150,8 +150,8 @@ class WindowBlock(Block):
     def _mixed(self, x: Tensor) -> Tensor:
         if not isinstance(self.attn, WindowAttention):
             assert self.attn is not None
-            constant: Tensor = self.attn(x)
-            return constant
+            whole: Tensor = self.attn(x)  # a constant, or a convolution on the map as it lies, without windows
+            return whole
         grid, (down, right) = (x.shape[1], x.shape[2]), self.shift
         if grid != self.grid and not self.window.dynamic:
             raise DataError(

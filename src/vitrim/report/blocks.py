@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from vitrim.costs import block_cost, cost_of
 from vitrim.plan import BlockPlan, Plan
-from vitrim.spec import Attention, Block, Spec
+from vitrim.spec import Attention, Block, Conv, Spec
 
-__all__ = ["HOST", "Fate", "Head", "Row", "fates", "sheet", "total"]
+__all__ = ["HOST", "Fate", "Head", "Row", "convolution", "fates", "sheet", "total"]
 
 HOST = "stem and head"
 """Path of the row for all that is not a block."""
@@ -35,7 +35,8 @@ class Fate(NamedTuple):
     """What becomes of one block.
 
     `heads` lists every head of the parent, None where the parent has no attention; `attention` and `mlp` say
-    ``"kept"``, ``"skipped"`` where the plan takes the branch away, or ``"none"`` where the parent had none.
+    ``"kept"``, ``"skipped"`` where the plan takes the branch away, or ``"none"`` where the parent had none. `conv` is
+    the side of the kernel where the child convolves in place of attending, else 0.
     """
 
     path: str
@@ -50,6 +51,7 @@ class Fate(NamedTuple):
     params: int
     tokens: int
     tokens_before: int
+    conv: int = 0
 
 
 class Row(NamedTuple):
@@ -115,6 +117,7 @@ def _fate(path: str, place: _Place, plan: BlockPlan, child: _Place) -> Fate:
         params=after[1],
         tokens=child.tokens,
         tokens_before=place.tokens,
+        conv=child.block.mixer.kernel if isinstance(child.block.mixer, Conv) else 0,
     )
 
 
@@ -149,7 +152,7 @@ def _row(fate: Fate) -> Row:
     kept = fate.attention == "kept"
     return Row(
         path=fate.path,
-        heads=f"{len(living)} of {len(fate.heads)}" if kept else fate.attention,
+        heads=f"{len(living)} of {len(fate.heads)}" if kept else convolution(fate) or fate.attention,
         qk=widths([head.qk for head in living]) if kept else "",
         v=widths([head.v for head in living]) if kept else "",
         hidden=hidden,
@@ -160,6 +163,11 @@ def _row(fate: Fate) -> Row:
         params=fate.params,
         tokens=f"{fate.tokens} of {fate.tokens_before}",
     )
+
+
+def convolution(fate: Fate) -> str:
+    """What stands in place of attention, in words; empty if attention or nothing does."""
+    return f"{fate.conv} x {fate.conv} convolution" if fate.conv else ""
 
 
 def _host_row(parent: Spec, plan: Plan) -> Row:

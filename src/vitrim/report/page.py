@@ -17,6 +17,7 @@ __all__ = ["html", "markdown"]
 LEGEND = (
     ("qk", "queries and keys kept"),
     ("v", "values kept"),
+    ("conv", "convolution in place of attention"),
     ("mlp", "neurons kept"),
     ("cost", "MACs after"),
     ("whole", "the parent's"),
@@ -103,8 +104,10 @@ def _kept(run: Run) -> list[str]:
     table = tables.block_table(run)
     if table is None or run.parent is None or run.plan is None:
         return []
-    keys = "".join(f'<span class="key {kind}">{words}</span>' for kind, words in LEGEND)
-    drawn = picture(fates(run.parent, run.plan))
+    blocks = fates(run.parent, run.plan)
+    shown = [(kind, words) for kind, words in LEGEND if kind != "conv" or any(fate.conv for fate in blocks)]
+    keys = "".join(f'<span class="key {kind}">{words}</span>' for kind, words in shown)
+    drawn = picture(blocks)
     return [
         "<h3>What was kept</h3>",
         f'<figure><figcaption>{keys}</figcaption><div class="wide">{drawn}</div></figure>',

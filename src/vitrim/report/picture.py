@@ -1,13 +1,14 @@
 """The picture of what was kept: a line a block, drawn by hand so that it follows the page's colours and fonts.
 
 Every head of the parent is a cell as wide as any other; the bars in it show the share of its channels that stayed,
-queries and keys above, values below. A cell without bars is a dead head. The MLP is one bar beside them.
+queries and keys above, values below. A cell without bars is a dead head. Where attention became a convolution, the line
+is one bar that says so. The MLP is one bar beside them.
 """
 
 from collections.abc import Sequence
 from html import escape
 
-from vitrim.report.blocks import Fate, Head
+from vitrim.report.blocks import Fate, Head, convolution
 from vitrim.report.tables import short
 
 __all__ = ["picture"]
@@ -43,8 +44,10 @@ def _words(fates: Sequence[Fate]) -> str:
     living = sum(head.lives for fate in fates for head in fate.heads)
     heads = sum(len(fate.heads) for fate in fates)
     kept, had = sum(fate.hidden for fate in fates), sum(fate.hidden_before for fate in fates)
+    convolving = sum(fate.conv > 0 for fate in fates)
+    became = f", {convolving} became convolution" if convolving else ""
     return (
-        f"What was kept of {len(fates)} blocks: {living} of {heads} heads and {kept:,} of {had:,} neurons; "
+        f"What was kept of {len(fates)} blocks: {living} of {heads} heads{became}, {kept:,} of {had:,} neurons; "
         "the table below the picture has the numbers of each block"
     )
 
@@ -72,11 +75,15 @@ def _block(fate: Fate, y: float, bar: int, most: int, widest: int) -> str:
 def _sentence(fate: Fate) -> str:
     heads = ", ".join(f"{h.qk}/{h.v}" if h.lives else "dead" for h in fate.heads)
     attention = f"heads (q/k / v) {heads}" if fate.attention == "kept" else f"attention {fate.attention}"
+    attention = convolution(fate) or attention
     mlp = f"{fate.hidden} of {fate.hidden_before} neurons" if fate.mlp == "kept" else f"MLP {fate.mlp}"
     return f"{fate.path}: {attention}; {mlp}; {fate.macs_before:,} to {fate.macs:,} MACs"
 
 
 def _attention(fate: Fate, y: float, bar: int) -> str:
+    if fate.conv:
+        words = _label(HEADS_AT + HEADS_WIDTH / 2, y, bar, f"{convolution(fate)} in place of attention")
+        return _rect(HEADS_AT, y, HEADS_WIDTH, bar, "conv") + words
     if fate.attention != "kept":
         return _absent(HEADS_AT, y, HEADS_WIDTH, bar, f"attention {fate.attention}")
     count = len(fate.heads)

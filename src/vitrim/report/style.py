@@ -5,10 +5,10 @@ __all__ = ["STYLE"]
 STYLE = """
 :root { color-scheme: light dark;
   --paper: #ffffff; --ink: #16191d; --soft: #555e69; --line: #dfe3e8; --wash: #f5f7f9; --whole: #e6eaee;
-  --qk: #2563b0; --v: #0d7a6c; --mlp: #b4560e; --cost: #5b6673; --other: #8a3f9c; }
+  --qk: #2563b0; --v: #0d7a6c; --mlp: #b4560e; --cost: #5b6673; --other: #8a3f9c; --conv: #a88414; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #14171a; --ink: #e9ecef; --soft: #a3adb8; --line: #31373e; --wash: #1c2024; --whole: #2b3137;
-  --qk: #6ea8f0; --v: #43bfae; --mlp: #eb9a55; --cost: #98a4b1; --other: #cf8fdf; } }
+  --qk: #6ea8f0; --v: #43bfae; --mlp: #eb9a55; --cost: #98a4b1; --other: #cf8fdf; --conv: #d9b94a; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", sans-serif; }
@@ -42,7 +42,8 @@ figcaption { color: var(--soft); font-size: 14px; margin: 0 0 12px; display: fle
 .key::before { content: ""; display: inline-block; width: 11px; height: 11px; margin-right: 6px; border-radius: 2px;
   background: var(--whole); }
 .key.qk::before { background: var(--qk); } .key.v::before { background: var(--v); }
-.key.mlp::before { background: var(--mlp); } .key.cost::before { background: var(--cost); }
+.key.conv::before { background: var(--conv); } .key.mlp::before { background: var(--mlp); }
+.key.cost::before { background: var(--cost); }
 .key.dead::before { background: none; border: 1px dashed var(--soft); }
 svg { display: block; width: 100%; height: auto; font-family: inherit; }
 svg.kept { min-width: 760px; }
@@ -52,7 +53,7 @@ svg.kept text.end { text-anchor: end; }
 svg.kept text.mid { text-anchor: middle; font-size: 11.5px; paint-order: stroke; stroke: var(--paper);
   stroke-width: 7px; stroke-linejoin: round; }
 .whole { fill: var(--whole); } rect.qk { fill: var(--qk); } rect.v { fill: var(--v); }
-rect.mlp { fill: var(--mlp); } rect.cost { fill: var(--cost); }
+rect.conv { fill: var(--conv); } rect.mlp { fill: var(--mlp); } rect.cost { fill: var(--cost); }
 rect.dead, rect.gone { fill: none; stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; opacity: 0.7; }
 svg.plot path, svg.plot line { stroke-linejoin: round; stroke-linecap: butt; }
 svg.plot .legend path { stroke: none; }

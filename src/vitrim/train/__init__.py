@@ -3,6 +3,7 @@
 from vitrim.train.distill import Objective
 from vitrim.train.evaluate import Evaluated, evaluate, reference_logits
 from vitrim.train.fit import Fitted, fit
+from vitrim.train.loop import Stop
 from vitrim.train.optim import learning_rate, parameter_groups
 from vitrim.train.settings import Distill, Train
 
@@ -11,6 +12,7 @@ __all__ = [
     "Evaluated",
     "Fitted",
     "Objective",
+    "Stop",
     "Train",
     "evaluate",
     "fit",

@@ -90,7 +90,8 @@ def fit(
             after its checkpoint.
         validation: pictures to measure top-1 on after each epoch.
         stage: name in records, errors and checkpoint files.
-        after_step: called with the model and the number of the step, gradients still in place.
+        after_step: called with the model and the number of the step, gradients still in place; may raise
+            `vitrim.train.Stop` to end training there.
 
     Returns:
         The model, averaged weights if asked for, and what happened.

@@ -31,7 +31,7 @@ from vitrim.train.guard import Interrupts
 from vitrim.train.optim import learning_rate, set_learning_rate
 from vitrim.train.settings import Train
 
-__all__ = ["AfterStep", "Log", "Loop", "Penalty"]
+__all__ = ["AfterStep", "Log", "Loop", "Penalty", "Stop"]
 
 Log = Callable[[Mapping[str, Any]], None]
 Penalty = Callable[[nn.Module], Tensor]
@@ -39,6 +39,13 @@ AfterStep = Callable[[nn.Module, int], None]
 
 _MIX, _DROP = 3, 4
 _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Stop(Exception):
+    """What `after_step` raises to end training with the step just taken.
+
+    That step leaves no checkpoint, so a run that is resumed takes it again and stops at the same place.
+    """
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -131,6 +138,8 @@ class Loop:
                 while self.state.step < self.steps:
                     self._epoch(advance, interrupts)
                 self._settle()
+        except Stop:
+            self._settle()
         except KeyboardInterrupt:
             if self.whole:
                 self._save()

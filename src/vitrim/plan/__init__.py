@@ -8,12 +8,15 @@ A tree, not a list of edits: there is no order to get wrong. None leaves a part 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
+
+from pydantic import Field
 
 from vitrim.errors import PlanError
 from vitrim.plain import Node, dump, load, read_json, write_json
-from vitrim.spec import NO_WINDOWS, Attention, Block, Form, Skip, Spec, Stage
-from vitrim.steps import Drop, GridMerge, Step, Tokens, flow_of, lost
+from vitrim.plan.tokens import check_pooled, check_whole, with_steps
+from vitrim.spec import Attention, Block, Conv, Form, Skip, Spec
+from vitrim.steps import Step
 
 __all__ = ["BlockPlan", "Plan", "StagePlan", "read_plan", "write_plan"]
 
@@ -26,14 +29,15 @@ class BlockPlan(Node):
     `qk` and `v` list, for each head of the parent, the channels it keeps of queries and keys and of values; a head that
     keeps none of both is gone. If all heads are gone the output bias stays. `hidden` lists the neurons kept; if none,
     the output bias of the MLP stays. `mixer` or `mlp` = skip takes the branch away with its bias; both together take
-    the block away (its place remains, so that paths stay true). `tokens` names the patches that the block runs on, by
-    their places in the dense grid (blocks after it run on no others), or what becomes of its tokens. `only_prefix`
-    leaves the patches behind in the last block.
+    the block away (its place remains, so that paths stay true). `mixer` = conv puts a convolution in place of an
+    attention, made of the value channels that `v` keeps, or a later state in place of a convolution. `tokens` names the
+    patches that the block runs on, by their places in the dense grid (blocks after it run on no others), or what
+    becomes of its tokens. `only_prefix` leaves the patches behind in the last block.
     """
 
     qk: tuple[Kept, ...] | None = None
     v: tuple[Kept, ...] | None = None
-    mixer: Skip | None = None
+    mixer: Annotated[Conv | Skip, Field(discriminator="kind")] | None = None
     hidden: Kept | None = None
     mlp: Skip | None = None
     tokens: Step | None = None
@@ -44,16 +48,52 @@ class BlockPlan(Node):
         update = {"mixer": self._mixer(block, form, at), "hidden": self._hidden(block, form, at)}
         return block.model_copy(update=update | {"only_prefix": block.only_prefix or self.only_prefix})
 
-    def _mixer(self, block: Block, form: Form, at: str) -> Attention | Skip:
+    def _mixer(self, block: Block, form: Form, at: str) -> Attention | Conv | Skip:
         mixer = block.mixer
+        if isinstance(self.mixer, Conv):
+            return self._conv(self.mixer, mixer, form, at)
         if self.mixer is not None:
             if self.qk is not None or self.v is not None:
                 raise PlanError(f"{at}: a skipped mixer must keep no channels, but qk or v is given; leave them out")
+            if self.mixer.leaves == "norm" and not _reads(mixer):
+                raise PlanError(f"{at}.mixer: a skip that leaves its norm must have one, but the branch has none")
             return self.mixer
         if self.qk is None and self.v is None:
             return mixer
         if not isinstance(mixer, Attention):
             raise PlanError(f"{at}: channels must be kept of an attention, but the block's mixer is {mixer.kind}")
+        return self.attention(mixer, form, at)
+
+    def _conv(self, conv: Conv, mixer: Attention | Conv | Skip, form: Form, at: str) -> Conv:
+        if self.qk is not None:
+            raise PlanError(f"{at}.qk: a convolution has no queries and keys to keep, but qk is given; leave it out")
+        if isinstance(mixer, Conv):
+            state = {"mixture": conv.mixture, "norm": conv.norm}
+            later = (conv.mixture in (mixer.mixture, None), conv.norm <= mixer.norm, self.v is None)
+            if not all(later) or mixer.model_copy(update=state) != conv:
+                raise PlanError(f"{at}.mixer: a convolution must stay as it is or be folded, but another is asked for")
+            return conv
+        if not isinstance(mixer, Attention):
+            raise PlanError(f"{at}.mixer: a convolution must be made of an attention, but the mixer is {mixer.kind}")
+        widths = [n for n in self.attention(mixer, form, at).v if n]
+        if form.mixed_norm is not None:
+            raise PlanError(
+                f"{at}.mixer: a convolution must be made of values that go straight to the output projection, but a "
+                "norm over all heads stands between; keep attention here"
+            )
+        if not widths or set(widths) != {conv.width}:
+            raise PlanError(
+                f"{at}.mixer: a convolution must be as wide as every value head, but is {conv.width} wide for heads of "
+                f"{', '.join(map(str, widths)) or 'no'} channels; keep one width in v"
+            )
+        if conv.mixture is not None and conv.mixture.heads != len(widths):
+            raise PlanError(
+                f"{at}.mixer: a mixture must be one of the {len(widths)} heads, but is of {conv.mixture.heads}"
+            )
+        return conv
+
+    def attention(self, mixer: Attention, form: Form, at: str) -> Attention:
+        """The attention that the kept channels of `mixer` make."""
         qk, v = self.heads(mixer)
         for name, kept, widths in (("qk", qk, mixer.qk), ("v", v, mixer.v)):
             if len(kept) != len(widths):
@@ -68,7 +108,8 @@ class BlockPlan(Node):
                     f"{at}.heads.{head}: a head must keep channels of both qk and v or of neither, "
                     f"but keeps {len(a)} and {len(b)}"
                 )
-        self._tied(form, mixer, qk, v, at)
+        if not isinstance(self.mixer, Conv):
+            self._tied(form, mixer, qk, v, at)
         living = [head for head, kept in enumerate(v) if kept]
         return mixer.model_copy(update={"qk": tuple(len(qk[i]) for i in living), "v": tuple(len(v[i]) for i in living)})
 
@@ -88,6 +129,8 @@ class BlockPlan(Node):
 
     def _hidden(self, block: Block, form: Form, at: str) -> int | None:
         if self.mlp is not None:
+            if self.mlp.leaves != "zero":
+                raise PlanError(f"{at}.mlp: a skipped MLP must leave nothing, but leaves its {self.mlp.leaves}")
             if self.hidden is not None:
                 raise PlanError(f"{at}: a skipped MLP must keep no neurons, but hidden is given; leave it out")
             return None
@@ -118,8 +161,18 @@ class BlockPlan(Node):
         Patches depend on the blocks before, so `Plan.then` decides on them.
         """
         update: dict[str, Any] = {"only_prefix": self.only_prefix or later.only_prefix}
-        if later.mixer is not None or self.mixer is not None:
-            update |= {"mixer": Skip(), "qk": None, "v": None}
+        if isinstance(later.mixer, Skip) or isinstance(self.mixer, Skip):
+            update |= {"mixer": later.mixer or self.mixer, "qk": None, "v": None}
+        elif isinstance(self.mixer, Conv):
+            update |= {"mixer": later.mixer or self.mixer}
+        elif isinstance(later.mixer, Conv) and isinstance(block.mixer, Attention):
+            v, cut = self.heads(block.mixer)[1], self.qk is not None or self.v is not None
+            living = [head for head, kept in enumerate(v) if kept]
+            chosen = later.v if later.v is not None else tuple(tuple(range(len(v[i]))) for i in living)
+            composed = _compose(v, living, chosen, f"{at}.v") if cut else later.v
+            update |= {"mixer": later.mixer, "qk": None, "v": composed}
+        elif later.mixer is not None:
+            update |= {"mixer": later.mixer}
         elif (later.qk is not None or later.v is not None) and isinstance(block.mixer, Attention):
             qk, v = self.heads(block.mixer)
             living = [head for head, kept in enumerate(v) if kept]
@@ -194,9 +247,10 @@ class Plan(Node):
                 plan.child(block, stage.form, f"stages.{i}.blocks.{j}")
                 for j, (plan, block) in enumerate(zip(mine.blocks, stage.blocks, strict=True))
             )
-            blocks = _with_tokens(blocks, mine, stage, f"stages.{i}.blocks")
+            blocks = with_steps(blocks, mine.blocks, stage, f"stages.{i}.blocks")
+            check_whole(blocks, stage, spec, f"stages.{i}.blocks")
             stages.append(stage.model_copy(update={"blocks": blocks}))
-        _pooled(stages, spec)
+        check_pooled(stages, spec)
         return spec.model_copy(update={"stages": tuple(stages)})
 
     def then(self, later: Self, spec: Spec) -> Self:
@@ -222,81 +276,6 @@ class Plan(Node):
         return self.model_copy(update={"stages": tuple(stages)})
 
 
-def _with_tokens(blocks: tuple[Block, ...], plan: StagePlan, stage: Stage, at: str) -> tuple[Block, ...]:
-    """The blocks of a child on the tokens that `plan` leaves them; `blocks` still have the steps of the parent."""
-    if not any(decision.tokens or decision.only_prefix for decision in plan.blocks):
-        return blocks
-    if stage.window is not None:
-        raise PlanError(f"{at}: {NO_WINDOWS}")
-    here, before, reached = stage.enters, None, []
-    for index, (block, decision) in enumerate(zip(blocks, plan.blocks, strict=True)):
-        step, wrong = _step(decision.tokens, block.tokens, here, before)
-        wrong = wrong or lost(step, here, stage.patches)
-        if wrong is None and isinstance(step, Drop) and not step.kept and not stage.prefix:
-            wrong = "a model without prefix tokens must keep a patch, but none is left"
-        if wrong is not None:
-            raise PlanError(f"{at}.{index}.tokens: {wrong}")
-        if block.only_prefix and (index < len(blocks) - 1 or not stage.prefix):
-            raise PlanError(
-                f"{at}.{index}.only_prefix: patches can be left behind in the last block of a model with prefix tokens "
-                f"alone, but this is block {index} of {len(blocks)} with {stage.prefix} prefix tokens"
-            )
-        step = None if isinstance(step, Drop) and len(step.kept) == stage.patches else step
-        reached.append(block.model_copy(update={"tokens": step}))
-        before = step
-        here = flow_of(step, here, stage.patches, block.only_prefix).leaves
-    return tuple(reached)
-
-
-def _step(
-    decided: Step | None, mine: Step | None, arriving: Tokens, before: Step | None
-) -> tuple[Step | None, str | None]:
-    """The step of a child's block, of what a plan decides and what the parent's block had; or why there is none.
-
-    Patches that were dropped `before` stay away where nothing is decided.
-    """
-    if decided is None:
-        if isinstance(mine, Drop) and arriving.places is not None:
-            here = set(arriving.places)
-            return mine.model_copy(update={"kept": tuple(place for place in mine.kept if place in here)}), None
-        return (before if mine is None and isinstance(before, Drop) else mine), None
-    if mine is None or decided == mine:
-        return decided, None
-    if isinstance(decided, Drop) and isinstance(mine, Drop):
-        missing = set(decided.kept) - set(mine.kept)
-        if not missing:
-            return decided, None
-        return None, f"patches that were dropped before must stay away, but {sorted(missing)[:8]} are kept here"
-    return None, f"a block can have one token step, but it has '{mine.kind}' already and '{decided.kind}' is asked for"
-
-
-def _pooled(stages: Sequence[Stage], spec: Spec) -> None:
-    """Refuse to leave no patch to a head that reads patches (a mean of none is no number), and to drop twice."""
-    pool, last = str(spec.host.arguments.get("global_pool", "")), stages[-1]
-    if not any(block.tokens or block.only_prefix for stage in stages for block in stage.blocks):
-        return
-    if spec.host.arguments.get("patch_drop_rate"):
-        raise PlanError(
-            "tokens: patches must not be dropped at random in training where they are cut, but patch_drop_rate is "
-            "above 0; build the model without it"
-        )
-    merges = any(isinstance(block.tokens, GridMerge) for stage in stages for block in stage.blocks)
-    if merges and spec.host.arguments.get("dynamic_img_size"):
-        raise PlanError(
-            "tokens: the grid must stay where neighbours are merged, but dynamic_img_size is on; build the model "
-            "without it, and change the size with set_input_size"
-        )
-    if last.leaves.patches:
-        return
-    if last.blocks[-1].only_prefix and pool != "token":
-        raise PlanError(
-            "only_prefix: patches can be left behind only where the head reads the prefix tokens, but it pools "
-            f"'{pool}'; leave it out"
-        )
-    if pool.startswith(("avg", "max")):
-        raise PlanError(f"tokens: a head that pools patches ({pool}) must be left one at least, but none is kept")
-
-
 def check_kept(indices: Kept, size: int, at: str) -> None:
     """Refuse indices that do not rise within ``[0, size)``.
 
@@ -309,6 +288,11 @@ def check_kept(indices: Kept, size: int, at: str) -> None:
             shown = indices if len(indices) <= 8 else (*indices[:8], "...")
             raise PlanError(f"{at}: kept indices must rise within [0, {size}), but got {shown}")
         previous = index
+
+
+def _reads(mixer: Attention | Conv | Skip) -> bool:
+    """Whether a branch has a norm before it."""
+    return bool(mixer.v) if isinstance(mixer, Attention) else isinstance(mixer, Conv) or mixer.leaves == "norm"
 
 
 def _follow(widths: tuple[int, ...], other: tuple[Kept, ...] | None) -> tuple[Kept, ...]:

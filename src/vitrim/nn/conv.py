@@ -1,0 +1,245 @@
+"""A bottleneck convolution in place of attention, in all its states.
+
+B images, N tokens, P prefix tokens, R x C rows and columns of the grid, D width, H heads, d channels of a head. A slot
+is one of the nine pixels around a pixel.
+
+Source: He et al., "Pruning Self-attentions into Convolutional Layers in Single Path", TPAMI 2024, arXiv 2111.11802. The
+convolution owns almost nothing: its kernel is a convex mixture, over heads, of the attention's value projection, and
+its way back to the width is one of the output projection. Every slot votes over all heads for itself.
+
+Where we differ from the authors' code: the grid need not be square, any number of prefix tokens passes by, and folding
+ends in two plain layers (theirs keeps the batch norm, and for Swin reads the slots in DeiT's order).
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitrim.errors import DataError
+from vitrim.spec import Attention as AttentionSpec
+from vitrim.spec import Conv as ConvSpec
+from vitrim.spec import Form, Mixture
+
+__all__ = ["EPS", "Conv", "Same", "mixed_back", "mixed_kernel", "state_of", "taps", "votes"]
+
+EPS = 1e-5
+"""Of the batch norm (the authors' code)."""
+
+
+def votes(logits: Tensor, temperature: float) -> Tensor:
+    """How much each head counts in each slot: a softmax over heads of ``(H, 9)`` logits; every column sums to 1."""
+    return (logits / temperature).softmax(dim=0)
+
+
+def taps(mixture: Mixture) -> list[int]:
+    """The slot that lies at each of the nine taps of a kernel, row by row."""
+    slots = {offset: slot for slot, offset in enumerate(mixture.offsets)}
+    return [slots[down, right] for down in (-1, 0, 1) for right in (-1, 0, 1)]
+
+
+def mixed_kernel(share: Tensor, value: Tensor, kernel: int, mixture: Mixture) -> Tensor:
+    """Mix a kernel, ``(d, D)`` or ``(d, D, 3, 3)``, from an attention's value projection.
+
+    Args:
+        share: votes, ``(H, 9)``.
+        value: value projection, ``(H d, D)``.
+        kernel: 1 reads the centre slot alone, 3 all.
+        mixture: where the slots lie.
+    """
+    split = value.view(len(share), -1)
+    if kernel == 1:
+        return (share[:, mixture.centre] @ split).view(-1, value.shape[1])
+    return (share[:, taps(mixture)].t() @ split).view(3, 3, -1, value.shape[1]).permute(2, 3, 0, 1)
+
+
+def mixed_back(
+    share: Tensor, bias: Tensor | None, out: Tensor, kernel: int, mixture: Mixture
+) -> tuple[Tensor | None, Tensor]:
+    """Mix what a 1 x 1 convolution takes of one slot and a 3 x 3 convolution sums over all nine.
+
+    Args:
+        share: votes, ``(H, 9)``.
+        bias: of the values, ``(H d)``, or None.
+        out: output projection, ``(D, H d)``.
+        kernel: 1 or 3.
+        mixture: where the slots lie.
+
+    Returns:
+        The bias of the bottleneck, ``(d)`` or None, and the way back to the width, ``(D, d)``.
+    """
+    total = share[:, mixture.centre] if kernel == 1 else share.sum(dim=1)
+    back = torch.einsum("chd,h->cd", out.view(len(out), len(share), -1), total)
+    return None if bias is None else total @ bias.view(len(share), -1), back
+
+
+def state_of(conv: ConvSpec, was: AttentionSpec | ConvSpec, have: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a convolution consists of, made of what stood in its place.
+
+    Of an attention: value and output projections as they are, all heads mixed alike, a batch norm that does nothing
+    yet. Of a convolution: the same function in evaluation, its mixture and then its batch norm folded into tensors.
+
+    Args:
+        conv: the state wanted.
+        was: what stood there, an attention whose heads are all of width d, or a convolution in an earlier state.
+        have: its parameters and buffers, by name.
+    """
+    if isinstance(was, AttentionSpec):
+        mixture = conv.mixture or Mixture(heads=len(was.v), temperature=1.0)
+        have = _of_attention(have, sum(was.v), mixture.heads, conv.width)
+        was = conv.model_copy(update={"mixture": mixture, "norm": True})
+    state = {name: value for name, value in have.items() if name.startswith(("v.", "conv.", "bn.", "proj.", "mix"))}
+    if was.mixture is not None and conv.mixture is None:
+        state = _merged(state, was, was.mixture)
+    if was.norm and not conv.norm:
+        state = _without_norm(state)
+    return state
+
+
+def _of_attention(have: Mapping[str, Tensor], channels: int, heads: int, width: int) -> dict[str, Tensor]:
+    state = {name: value for name, value in have.items() if name.startswith("proj.")}
+    state |= {f"v.{name[4:]}": value[-channels:] for name, value in have.items() if name.startswith("qkv.")}
+    like = have["qkv.weight"]
+    state["mix"] = like.new_ones(heads, 9)
+    one, zero = like.new_ones(width), like.new_zeros(width)
+    state |= {"bn.weight": one, "bn.bias": zero, "bn.running_mean": zero, "bn.running_var": one}
+    return state | {"bn.num_batches_tracked": torch.zeros((), dtype=torch.long, device=like.device)}
+
+
+def _merged(state: Mapping[str, Tensor], was: ConvSpec, mixture: Mixture) -> dict[str, Tensor]:
+    share = votes(state["mix"], mixture.temperature)
+    kernel = mixed_kernel(share, state["v.weight"], was.kernel, mixture)
+    bias, back = mixed_back(share, state.get("v.bias"), state["proj.weight"], was.kernel, mixture)
+    plain = {name: value for name, value in state.items() if name.startswith("bn.") or name == "proj.bias"}
+    plain |= {"conv.weight": kernel, "conv.bias": kernel.new_zeros(len(kernel)) if bias is None else bias}
+    return plain | {"proj.weight": back if was.kernel == 1 else back[:, :, None, None]}
+
+
+def _without_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    factor = state["bn.weight"] * (state["bn.running_var"] + EPS).rsqrt()
+    kernel = state["conv.weight"]
+    plain = {name: value for name, value in state.items() if name.startswith("proj.")}
+    plain["conv.weight"] = kernel * factor.view(-1, *[1] * (kernel.dim() - 1))
+    plain["conv.bias"] = (state["conv.bias"] - state["bn.running_mean"]) * factor + state["bn.bias"]
+    return plain
+
+
+class Same(nn.Module):
+    """A branch that gives back its own normed input (`vitrim.spec.Skip` with ``leaves="norm"``)."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Return `x`."""
+        return x
+
+
+class Conv(nn.Module):
+    """To the bottleneck, ReLU, and back, on the patches; prefix tokens pass by.
+
+    Args:
+        width: D.
+        spec: kernel, d, state.
+        form: biases of the attention that it was made of, and dropout.
+        grid: R and C, where tokens come in one row.
+        prefix: P.
+    """
+
+    def __init__(self, width: int, spec: ConvSpec, form: Form, grid: tuple[int, int] = (0, 0), prefix: int = 0) -> None:
+        super().__init__()
+        self.spec, self.grid, self.prefix = spec, grid, prefix
+        if spec.mixture is not None:
+            channels = spec.mixture.heads * spec.width
+            self.mix = nn.Parameter(torch.ones(spec.mixture.heads, 9))
+            self.v = nn.Linear(width, channels, bias=form.qkv_bias)
+            self.proj: nn.Module = nn.Linear(channels, width, bias=form.out_bias)
+        elif spec.kernel == 1:
+            self.conv: nn.Module = nn.Linear(width, spec.width)
+            self.proj = nn.Linear(spec.width, width, bias=form.out_bias)
+        else:
+            self.conv = nn.Conv2d(width, spec.width, 3, padding=1)
+            self.proj = nn.Conv2d(spec.width, width, 1, bias=form.out_bias)
+        if spec.norm:
+            self.bn = nn.BatchNorm1d(spec.width, EPS) if spec.kernel == 1 else nn.BatchNorm2d(spec.width, EPS)
+        self.proj_drop = nn.Dropout(form.drop)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Mix neighbouring patches.
+
+        Args:
+            x: normed tokens, ``(B, N, D)``, prefix tokens first; or a map without any, ``(B, R, C, D)``.
+            attn_mask: must be None: a convolution sees every neighbour.
+            is_causal: must be False.
+
+        Returns:
+            As `x`.
+
+        Raises:
+            DataError: if a mask is given, the tokens are not those of the grid, or one image is to be trained on.
+        """
+        if attn_mask is not None or is_causal:
+            raise DataError("a model whose attention became convolution must be run without masks; leave them out")
+        if self.training and self.spec.norm and len(x) == 1:
+            raise DataError(
+                "a convolution's batch norm must be trained on at least 2 images at a time, but got 1; raise "
+                "train.batch or lower train.accumulate, or fold the model first"
+            )
+        if x.dim() == 4:
+            return self._drop(self._pointwise(x) if self.spec.kernel == 1 else self._map(x))
+        patches = x[:, self.prefix :]
+        if self.spec.kernel == 1:
+            out = self._pointwise(patches)
+        else:
+            out = self._map(torch.unflatten(patches, 1, self._grid(patches.shape[1]))).flatten(1, 2)
+        if not self.prefix:
+            return self._drop(out)
+        first = x[:, : self.prefix]
+        return self._drop(torch.cat([first if self.spec.prefix == "norm" else torch.zeros_like(first), out], dim=1))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        dropped: Tensor = self.proj_drop(x)
+        return dropped
+
+    def _grid(self, patches: int) -> tuple[int, int]:
+        if patches != self.grid[0] * self.grid[1]:
+            raise DataError(
+                f"a 3 x 3 convolution must be given the {self.grid[0]} x {self.grid[1]} patches of its grid, but got "
+                f"{patches}; resize the images, or call set_input_size"
+            )
+        return self.grid
+
+    def _pointwise(self, x: Tensor) -> Tensor:
+        """Two linear layers on any number of leading dimensions."""
+        if self.spec.mixture is None:
+            inner: Tensor = self.conv(x)
+        else:
+            kernel, bias, back = self._mixed(self.spec.mixture)
+            inner = F.linear(x, kernel, bias)
+        if self.spec.norm:
+            inner = self.bn(inner.flatten(0, -2)).view_as(inner)
+        inner = inner.relu()
+        if self.spec.mixture is None:
+            out: Tensor = self.proj(inner)
+            return out
+        return F.linear(inner, back, self.proj.bias)  # type: ignore[arg-type]
+
+    def _map(self, x: Tensor) -> Tensor:
+        """Two convolutions on a map, ``(B, R, C, D)``; kept in that order of memory throughout."""
+        x = x.permute(0, 3, 1, 2)
+        if self.spec.mixture is None:
+            inner: Tensor = self.conv(x)
+        else:
+            kernel, bias, back = self._mixed(self.spec.mixture)
+            inner = F.conv2d(x, kernel, bias, padding=1)
+        if self.spec.norm:
+            inner = self.bn(inner)
+        inner = inner.relu()
+        if self.spec.mixture is None:
+            out: Tensor = self.proj(inner)
+            return out.permute(0, 2, 3, 1)
+        return F.linear(inner.permute(0, 2, 3, 1), back, self.proj.bias)  # type: ignore[arg-type]
+
+    def _mixed(self, mixture: Mixture) -> tuple[Tensor, Tensor | None, Tensor]:
+        share, kernel = votes(self.mix, mixture.temperature), self.spec.kernel
+        weight: Tensor = self.proj.weight  # type: ignore[assignment]
+        mixed = mixed_kernel(share, self.v.weight, kernel, mixture)
+        return mixed, *mixed_back(share, self.v.bias, weight, kernel, mixture)
