@@ -38,6 +38,7 @@ from vitrim.errors import MethodError
 from vitrim.families import describe
 from vitrim.methods._spvit import Counting, Layout, SinglePath, layout, prices
 from vitrim.methods._spvit_plan import as_evaluated, check_reach, decide, grafts, planned, told
+from vitrim.methods._spvit_published import check_budget, published
 from vitrim.plain import Node
 from vitrim.spec import Spec, folded
 from vitrim.train import Distill, Stop, Train, fit
@@ -64,7 +65,8 @@ class Method(Node):
         prefix: what a convolution gives prefix tokens, see `vitrim.spec.Conv`.
         skip: what a skipped attention leaves, see `vitrim.spec.Skip`.
         windowed: whether a Swin's 3 x 3 convolutions see a window at a time while searching, as published.
-        structure: name of a published structure to take in place of a search, see `vitrim.methods.spvit.published`.
+        structure: name of a released structure (``deit_ti``, ``swin_s`` …) to take in place of a search; see
+            `vitrim.methods._spvit_published`.
     """
 
     needs: ClassVar[str] = "images"
@@ -96,6 +98,7 @@ class Method(Node):
     prefix: Literal["norm", "zero"] = "norm"
     skip: Literal["zero", "norm"] = "zero"
     windowed: bool = False
+    structure: str | None = None
 
     @model_validator(mode="after")
     def _several(self) -> Self:
@@ -124,10 +127,14 @@ class Method(Node):
             MethodError: if no data is given.
             PlanError: naming the path, if an attention cannot become a convolution.
         """
-        if data is None or data.train is None:
-            raise MethodError("spvit must train its gates, but no data was given; give data or use magnitude")
         spec = describe(model)
         how = layout(spec, temperature=self.temperature, prefix=self.prefix, leaves=self.skip)
+        if self.structure is not None:
+            plan = published(self.structure, spec, how)
+            check_budget(self.structure, plan.child(spec), spec, budget)
+            return Found(plan=plan, parent=model)
+        if data is None or data.train is None:
+            raise MethodError("spvit must train its gates, but no data was given; give data or use magnitude")
         check_reach(spec, how, budget)
         single = SinglePath(copy.deepcopy(model), how, self.windowed)
         fit(
