@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from vitrim.plain import Node
-from vitrim.steps import Drop, Flow, Step, Tokens, flow_of, lost
+from vitrim.steps import Drop, Flow, Merge, Step, Tokens, flow_of, lost
 
 __all__ = [
     "Attention",
@@ -18,6 +18,7 @@ __all__ = [
     "Drop",
     "Form",
     "Host",
+    "Merge",
     "Mixer",
     "Norm",
     "Skip",

@@ -7,13 +7,13 @@ each kind of step says what it makes of them, so that costs, plans, reports and 
 """
 
 import itertools
-from typing import Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from vitrim.plain import Node
 
-__all__ = ["Drop", "Flow", "Step", "Tokens", "flow_of", "lost"]
+__all__ = ["Drop", "Flow", "Merge", "Step", "Tokens", "flow_of", "lost"]
 
 
 class Tokens(NamedTuple):
@@ -112,7 +112,37 @@ class Drop(Base):
         return Flow(seen, seen, seen, here, leaves)
 
 
-Step = Drop
+class Merge(Base):
+    """Between attention and MLP `count` patches are merged into others that are like them, in every image its own.
+
+    Patches are taken in turn into two sets; each of the first looks for the one of the second whose keys are most like
+    its own, and the `count` best pairs become one token, their mean by the number of patches in each. From then on
+    attention counts a token as so many keys as it has patches. Prefix tokens are never merged.
+    """
+
+    kind: Literal["merge"] = "merge"
+    count: PositiveInt
+
+    def wrong(self, arriving: Tokens, patches: int) -> str | None:
+        """See `Base.wrong`."""
+        if arriving.places is not None:
+            return "patches must be merged where all are there, but some were dropped before"
+        if 2 * self.count > arriving.patches:
+            return f"at most half of the {arriving.patches} patches can be merged, but {self.count} are asked for"
+        return None
+
+    def flow(self, arriving: Tokens, patches: int) -> Flow:
+        """See `Base.flow`."""
+        here = arriving.total
+        leaves = arriving._replace(patches=arriving.patches - self.count, grid=None, sized=True)
+        return Flow(here, here, here, leaves.total, leaves)
+
+    def extra(self, arriving: Tokens, width: int, qk: int) -> tuple[int, int]:
+        """The products of keys by which patches are matched; of the stream, where the block has no attention."""
+        return -(-arriving.patches // 2) * (arriving.patches // 2) * (qk or width), 0
+
+
+Step = Annotated[Drop | Merge, Field(discriminator="kind")]
 """Any kind of step, told apart by `kind`."""
 
 

@@ -29,7 +29,7 @@ from vitrim.search.recover import (
 )
 from vitrim.spec import Attention as AttentionSpec
 from vitrim.spec import Block as BlockSpec
-from vitrim.spec import Drop, Skip, Stage
+from vitrim.spec import Skip, Stage, Tokens
 from vitrim.surgery import apply
 
 __all__ = ["Choice", "compensated", "fewest", "recovered"]
@@ -63,7 +63,7 @@ class _Place:
     path: str
     block: Block
     stage: Stage
-    arrives: Drop | None
+    arrives: Tokens
     worth: Mapping[str, Importance]
     strength: float
     alpha: float

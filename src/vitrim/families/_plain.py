@@ -90,6 +90,8 @@ def describe(model: Any, family: str, host_arguments: dict[str, Any]) -> Spec:
 
 def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
     """A copy of `model` with other blocks; hooks on the old blocks are not taken along."""
+    for block in blocks:
+        block.ends = block is blocks[-1]
     shell = copy.deepcopy(model, {id(model.blocks): nn.Sequential(*blocks).train(model.training)})
     if any(block.spec.tokens is not None for block in blocks):
         shell.forward_intermediates, shell.set_input_size = Intermediates(shell), InputSize(shell)
@@ -117,6 +119,11 @@ class Intermediates:
         kind = type(self.model)
         bound = inspect.signature(kind.forward_intermediates).bind(self.model, x, *arguments, **options)
         bound.apply_defaults()
+        if any(getattr(block, "sized", False) for block in self.model.blocks):
+            raise DataError(
+                "features of single blocks must be tokens alone, but in a model that merges tokens they carry how many "
+                "patches each stands for; take them from the dense model, or use forward_features"
+            )
         if bound.arguments.get("output_fmt") != "NLC":
             raise DataError(
                 "maps of features must have every patch, but this model drops some; ask for output_fmt='NLC', whose "

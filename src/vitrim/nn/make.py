@@ -19,8 +19,17 @@ def make_block(stage: Stage, spec: BlockSpec, arriving: Tokens | None = None) ->
     """
     if stage.window is not None:
         return WindowBlock(stage, spec)
-    step = step_of(stage, spec.tokens, stage.enters if arriving is None else arriving)
-    return Block(stage.width, spec, stage.form, step=step, asking=stage.prefix if spec.only_prefix else None)
+    here = stage.enters if arriving is None else arriving
+    return Block(
+        stage.width,
+        spec,
+        stage.form,
+        step=step_of(stage, spec.tokens, here),
+        asking=stage.prefix if spec.only_prefix else None,
+        sized=here.sized,
+        patches=stage.patches,
+        prefix=stage.prefix,
+    )
 
 
 def settled(block: Block) -> Block:
