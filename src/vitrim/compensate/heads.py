@@ -37,14 +37,14 @@ class Heads:
         biased = attention.qkv.bias is not None
         if biased:
             rows = torch.cat([rows, attention.qkv.bias.detach().cpu().double()[:, None]], dim=1)
-        q, k, v = rows.split(attention.sizes)
+        q, k, v = torch.split(rows, list(attention.sizes))
         columns = attention.proj.weight.detach().cpu().double()
         bias = attention.proj.bias
         return cls(
-            list(q.split(attention.qk)),
-            list(k.split(attention.qk)),
-            list(v.split(attention.v)),
-            list(columns.split(attention.v, dim=1)),
+            list(torch.split(q, list(attention.qk))),
+            list(torch.split(k, list(attention.qk))),
+            list(torch.split(v, list(attention.v))),
+            list(torch.split(columns, list(attention.v), dim=1)),
             None if bias is None else bias.detach().cpu().double(),
             biased,
         )

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim.families import blocks_of
 from vitrim.nn import Attention, Block, Mlp
 
 __all__ = ["Attended", "arriving", "attended", "hidden", "passed", "resumed"]
@@ -30,7 +29,8 @@ class Attended:
         keys: ``(B, N, C)``, of all.
         mixed: the heads' outputs as the projection reads them, ``(B, n, C)``.
         out: what the projection gives, ``(B, n, D)``.
-        received: attention that each key receives, weighted by the askers' weights, ``(B, N, H)``; None unless asked for.
+        received: attention that each key receives, weighted by the askers' weights, ``(B, N, H)``; None unless asked
+            for.
     """
 
     queries: Tensor
@@ -55,9 +55,9 @@ def attended(block: Block, x: Tensor, weights: Tensor | None = None) -> Attended
     Args:
         block: one with an attention.
         x: what enters it, ``(B, N, D)`` or ``(B, R, C, D)``.
-        weights: of the tokens that ask, ``(B, n)``, for `Attended.received`. It is read off as a gradient: the derivative of
-            ``sum_i w_i o_i`` by one channel of the values is ``sum_i w_i a_ij``, whatever windows, biases or sizes of
-            merged tokens went into the attention a.
+        weights: of the tokens that ask, ``(B, n)``, for `Attended.received`. It is read off as a gradient: the
+            derivative of ``sum_i w_i o_i`` by one channel of the values is ``sum_i w_i a_ij``, whatever windows, biases
+            or sizes of merged tokens went into the attention a.
     """
     attention = block.attn
     assert isinstance(attention, Attention)
@@ -92,7 +92,8 @@ def attended(block: Block, x: Tensor, weights: Tensor | None = None) -> Attended
     received = None
     if weights is not None:
         firsts = [sum(attention.v[:head]) for head in range(len(attention.v))]
-        asked = (heard["raw"][..., firsts] * weights[..., None].to(heard["raw"].dtype)).sum()
+        with torch.enable_grad():
+            asked = (heard["raw"][..., firsts] * weights[..., None].to(heard["raw"].dtype)).sum()
         received = torch.autograd.grad(asked, heard["v"])[0][..., firsts]
     return Attended(heard["q"], heard["k"], heard["mixed"], heard["out"], received)
 
@@ -132,30 +133,32 @@ def passed(block: Block, streams: Sequence[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def arriving(model: nn.Module, index: int, images: Sequence[Tensor], before: Sequence[Tensor] | None) -> list[Tensor]:
+def arriving(
+    model: nn.Module, blocks: Sequence[Block], index: int, images: Sequence[Tensor], before: Sequence[Tensor] | None
+) -> list[Tensor]:
     """What enters block `index`, batch by batch, where `before` leaves the block before it.
 
-    What stands between the two (stem, merging of patches) is the host's own.
+    What stands between the two (stem, merging of patches) is the host's own. `blocks` are those of `model`, which knows
+    them too, but takes milliseconds to say them.
     """
     found: list[Tensor] = []
     device = next(model.parameters()).device
-    target = blocks_of(model)[index][1]
 
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         found.append(inputs[0])
         raise _Enough
 
-    with _hooked(target.register_forward_pre_hook(hook)):
+    with _hooked(blocks[index].register_forward_pre_hook(hook)):
         for number, x in enumerate(images):
-            with contextlib.suppress(_Enough), resumed(model, index, None if before is None else before[number]):
+            with contextlib.suppress(_Enough), resumed(blocks, index, None if before is None else before[number]):
                 model(x.to(device))
     return found
 
 
 @contextlib.contextmanager
-def resumed(model: nn.Module, index: int, before: Tensor | None) -> Iterator[None]:
+def resumed(blocks: Sequence[Block], index: int, before: Tensor | None) -> Iterator[None]:
     """While this lasts, the blocks before `index` do nothing, and the last of them gives `before`."""
-    skipped = [block for _, block in blocks_of(model)[:index]] if before is not None else []
+    skipped = blocks[:index] if before is not None else []
 
     def same(x: Tensor, *_arguments: Any, **_options: Any) -> Tensor:
         return x
@@ -168,7 +171,7 @@ def resumed(model: nn.Module, index: int, before: Tensor | None) -> Iterator[Non
         for block in skipped:
             block.forward = same  # type: ignore[method-assign]
         if skipped:
-            skipped[-1].forward = given  # type: ignore[method-assign]
+            skipped[-1].forward = given  # type: ignore[assignment, method-assign]
         yield
     finally:
         for block in skipped:

@@ -61,10 +61,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def importances(model: nn.Module, batches: Iterable[Tensor], *, seed: int) -> dict[str, Importance]:
     """Weigh tokens by one backward pass, without labels.
 
-    The loss is the cross-entropy with labels drawn from the model's own softmax: the mean of squares of its gradients is
-    the Fisher matrix, the second-order term of the divergence from the model's own output. A token's weight is the square
-    root of its squared gradient over the mean, which is milder than the gradient itself (a few hundred images give few
-    samples of it), brought to mean 1, plus 0.1.
+    The loss is the cross-entropy with labels drawn from the model's own softmax: the mean of squares of its gradients
+    is the Fisher matrix, the second-order term of the divergence from the model's own output. A token's weight is the
+    square root of its squared gradient over the mean, which is milder than the gradient itself (a few hundred images
+    give few samples of it), brought to mean 1, plus 0.1.
 
     Args:
         model: an adopted model; left as it was.
@@ -92,7 +92,7 @@ def importances(model: nn.Module, batches: Iterable[Tensor], *, seed: int) -> di
         for x in batches:
             seen += len(x)
             logits = model(x.to(device))
-            _loss(logits, draw).backward()
+            torch.autograd.backward(_loss(logits, draw))
     return {path: _importance(squares[path], metrics[path] / seen) for path in squares}
 
 
@@ -124,7 +124,7 @@ def _hook(
         metrics[path] = metrics[path] + more if path in metrics else more
 
     def hook(_module: nn.Module, _inputs: object, out: Tensor) -> None:
-        out.register_hook(heard)
+        out.register_hook(heard)  # type: ignore[no-untyped-call]
 
     return hook
 

@@ -51,8 +51,8 @@ class Block(nn.Module):
         attention: what builds the attention from D, the mixer and the form.
         step: what becomes of its tokens; None keeps all that arrive.
         asking: how many tokens, the first, ask, go through the MLP and leave; None for all.
-        sized: whether tokens arrive that stand for several patches: then the last channel of the stream, D + 1, says how
-            many.
+        sized: whether tokens arrive that stand for several patches: then the last channel of the stream, D + 1, says
+            how many.
         patches: of the dense grid.
         prefix: tokens before them.
     """

@@ -111,7 +111,8 @@ class Dropped(Step):
 class Merged(Step):
     """Merges patches that are alike, see `vitrim.spec.Merge`.
 
-    Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023. There keys are averaged over heads; here those of
+    Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023. There keys are averaged over heads; here
+        those of
     all heads are compared together, for after a cut each head has a basis of its own. Tokens that are left keep their
     order, so that neighbours stay in different sets.
 

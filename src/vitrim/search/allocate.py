@@ -1,10 +1,11 @@
 """Choose one option of every group so that the sum of losses is least within a budget. Numbers in, numbers out.
 
-G groups, O options of a group. A group is one thing whose width is chosen by itself (the attention of a block, its MLP).
+G groups, O options of a group. A group is one thing whose width is chosen by itself (the attention of a block, its
+MLP).
 
-The problem is the multiple-choice knapsack. It is solved by dynamic programming over the cost that is spent, in units that
-divide every cost where there are such, and otherwise in 1 / 4000 of what can be saved with costs rounded up. So the choice
-is exact where costs share a unit and at most 0.03 % of the budget from it where they do not, and never over.
+The problem is the multiple-choice knapsack. It is solved by dynamic programming over the cost that is spent, in units
+that divide every cost where there are such, and otherwise in 1 / 4000 of what can be saved with costs rounded up. So
+the choice is exact where costs share a unit and at most 0.03 % of the budget from it where they do not, and never over.
 """
 
 import itertools
@@ -22,7 +23,9 @@ _UNITS = 4000
 Array = NDArray[np.float64]
 
 
-def allocate(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[Sequence[int]]], limits: Sequence[int]) -> list[int]:
+def allocate(
+    losses: Sequence[Sequence[float]], costs: Sequence[Sequence[Sequence[int]]], limits: Sequence[int]
+) -> list[int]:
     """Choose options.
 
     Args:
@@ -31,8 +34,8 @@ def allocate(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[Sequenc
         limits: the largest sum of each.
 
     Returns:
-        For each group the number of the chosen option. With one bound the least sum of losses (see above); with several,
-        the best of a row of weightings of the bounds.
+        For each group the number of the chosen option. With one bound the least sum of losses (see above); with
+        several, the best of a row of weightings of the bounds.
 
     Raises:
         BudgetError: naming the least possible, if nothing fits.
@@ -137,8 +140,8 @@ def _moved(best: Array, steps: int) -> Array:
 def power_law(shares: Sequence[float], losses: Sequence[float], at: float) -> float:
     """Loss at a removed share, by straight lines between the logarithms of measured points.
 
-    Below the first point the line through the first two goes on, with an exponent of at least 1; nothing removed costs
-    nothing.
+    Beyond the first and the last point the line of their neighbour goes on, below with an exponent of at least 1.
+    Nothing removed costs nothing.
 
     Args:
         shares: removed shares in (0, 1], rising.
@@ -147,13 +150,13 @@ def power_law(shares: Sequence[float], losses: Sequence[float], at: float) -> fl
     """
     if at <= 0:
         return 0.0
-    floor = 1e-9
-    rising = np.maximum.accumulate(np.maximum(np.asarray(losses, dtype=np.float64), floor))
+    rising = np.maximum.accumulate(np.maximum(np.asarray(losses, dtype=np.float64), 1e-9))
     x, y = np.log(np.asarray(shares, dtype=np.float64)), np.log(rising)
     here = math.log(at)
-    if here >= x[-1]:
-        return float(rising[-1])
-    if here > x[0]:
-        return float(np.exp(np.interp(here, x, y)))
-    slope = max((y[1] - y[0]) / (x[1] - x[0]), 1.0) if len(x) > 1 else 1.0
-    return float(np.exp(y[0] + slope * (here - x[0])))
+    if x[0] <= here <= x[-1] or len(x) == 1:
+        slope = 1.0 if here < x[0] else 0.0
+        return float(np.exp(np.interp(here, x, y) + slope * min(here - x[0], 0.0)))
+    slopes = np.diff(y) / np.diff(x)
+    if here < x[0]:
+        return float(np.exp(y[0] + max(slopes[0], 1.0) * (here - x[0])))
+    return float(np.exp(y[-1] + slopes[-1] * (here - x[-1])))

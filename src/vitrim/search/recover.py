@@ -1,18 +1,19 @@
 """Compensation: what the channels that stay must become when others go. Tensors in, tensors out.
 
-C features that stay or go, K channels of a head, k of them kept, D width of the residual stream, M hidden neurons, m kept.
+C features that stay or go, K channels of a head, k of them kept, D width of the residual stream, M hidden neurons, m
+kept.
 
-All matrices are moments over tokens, in float64: Gram matrices (C, C) are centred unless said, and weighted by how much a
-token matters. A *metric* (D, D) is the mean of g g' over gradients g of the loss by a layer's output: ``e' metric e`` is
-what an error e there costs.
+All matrices are moments over tokens, in float64: Gram matrices (C, C) are centred unless said, and weighted by how much
+a token matters. A *metric* (D, D) is the mean of g g' over gradients g of the loss by a layer's output: ``e' metric e``
+is what an error e there costs.
 
 Sources: Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", 1992 (removal and the
-update of what stays); Frantar and Alistarh, "SparseGPT", 2023 (the same on a layer's Gram matrix); ridge compensation as in
-GRAIL and CORP, low rank weighted by activations as in ASVD. Ours is the joint treatment of queries and keys, which uses
-that a softmax ignores a shift of all keys.
+update of what stays); Frantar and Alistarh, "SparseGPT", 2023 (the same on a layer's Gram matrix); ridge compensation
+as in GRAIL and CORP, low rank weighted by activations as in ASVD. Ours is the joint treatment of queries and keys,
+which uses that a softmax ignores a shift of all keys.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -62,7 +63,8 @@ class Moments:
             MethodError: naming the place, if a value is not finite.
         """
         w, f, t = weights.reshape(-1, 1), features.flatten(0, -2), targets.flatten(0, -2)
-        # Products of a batch in the type of the model, sums over batches in float64: on the CPU, which every device has.
+        # Products of a batch in the type of the model, sums over batches in float64: on the CPU, which every device
+        # has.
         heavy = w * f
         parts = (heavy.sum(0), f.mT @ heavy, (w * t).sum(0), t.mT @ heavy)
         sums = [part.cpu().double() for part in parts]
@@ -74,6 +76,11 @@ class Moments:
         self.weight += float(w.sum())
         self.features, self.squares = self.features + sums[0], self.squares + sums[1]
         self.targets, self.products = self.targets + sums[2], self.products + sums[3]
+
+    def of(self, index: Tensor) -> "Moments":
+        """Those of some features alone, ``(c,)``."""
+        squares = self.squares[index][:, index]
+        return replace(self, features=self.features[index], squares=squares, products=self.products[:, index])
 
     @property
     def mean(self) -> Tensor:
@@ -115,8 +122,8 @@ def damped(gram: Tensor, strength: float, at: str) -> Tensor:
 def refit(gram: Tensor, cross: Tensor, start: Tensor, strength: float, at: str = "weights") -> Tensor:
     """Weights with the least error on the target, shrunk towards `start`.
 
-    They minimise ``mean |t - W f|^2 + strength * mean(diag gram) * |W - start|^2`` over centred targets and features, so
-    their error is never above that of `start`; where `start` has none they are `start`.
+    They minimise ``mean |t - W f|^2 + strength * mean(diag gram) * |W - start|^2`` over centred targets and features,
+    so their error is never above that of `start`; where `start` has none they are `start`.
 
     Args:
         gram: ``(C, C)``.
@@ -129,20 +136,27 @@ def refit(gram: Tensor, cross: Tensor, start: Tensor, strength: float, at: str =
         ``(D, C)``.
     """
     missing = cross - start @ gram
-    return start + torch.linalg.solve(damped(gram, max(strength, _TINY), at), missing, left=False)
+    return start + _divided(missing, damped(gram, max(strength, _TINY), at))
 
 
 def root(matrix: Tensor) -> Tensor:
     """Symmetric square root of a positive semidefinite matrix; roundings below zero count as zero."""
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
+    half: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
+    return half
+
+
+def _divided(left: Tensor, right: Tensor) -> Tensor:
+    """``left right^-1``."""
+    found: Tensor = torch.linalg.solve(right, left, left=False)
+    return found
 
 
 def removal_order(gram: Tensor, weight: Tensor, metric: Tensor, strength: float, at: str = "hidden") -> Tensor:
     """The order in which neurons go, each the one whose loss costs least once all that stay have made up for it.
 
-    After each removal the weights and the inverse of the Gram matrix are those of the neurons that are left (Optimal Brain
-    Surgeon), so the next choice knows what has been compensated.
+    After each removal the weights and the inverse of the Gram matrix are those of the neurons that are left (Optimal
+    Brain Surgeon), so the next choice knows what has been compensated.
 
     Args:
         gram: ``(M, M)``.
@@ -178,14 +192,15 @@ def removal_order(gram: Tensor, weight: Tensor, metric: Tensor, strength: float,
 def query_key_maps(queries: Tensor, keys: Tensor, width: int, at: str = "qk") -> tuple[Tensor, Tensor]:
     """Low rank of the products of one head's queries and keys.
 
-    With moments Q of the queries and K of the keys, the best rank-k form of all products is read off the singular vectors
-    of ``Q^(1/2) K^(1/2)``. New keys are the old ones in an orthonormal basis of the kept directions, so that distances
-    between keys stay what they were within it (token matching compares keys); new queries are the least-squares rest.
+    With moments Q of the queries and K of the keys, the best rank-k form of all products is read off the singular
+    vectors of ``Q^(1/2) K^(1/2)``. New keys are the old ones in an orthonormal basis of the kept directions, so that
+    distances between keys stay what they were within it (token matching compares keys); new queries are the
+    least-squares rest.
 
     Args:
         queries: ``(K, K)``, not centred: sum of w q q'.
-        keys: ``(K, K)``: sum of c (k - m)(k - m)' with c the attention that a key receives and m the mean of its image; a
-            softmax ignores what all keys share.
+        keys: ``(K, K)``: sum of c (k - m)(k - m)' with c the attention that a key receives and m the mean of its image;
+            a softmax ignores what all keys share.
         width: k, from 1 to K.
         at: the place, for error texts.
 
@@ -210,7 +225,7 @@ def least_squares_queries(keys: Tensor, basis: Tensor, at: str = "qk") -> Tensor
         at: the place, for error texts.
     """
     safe = damped(keys, _TINY, at)
-    return torch.linalg.solve(basis.mT @ safe @ basis, safe @ basis, left=False)
+    return _divided(safe @ basis, basis.mT @ safe @ basis)
 
 
 def value_map(gram: Tensor, weight: Tensor, metric: Tensor, width: int, at: str = "v") -> tuple[Tensor, Tensor]:

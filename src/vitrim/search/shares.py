@@ -171,7 +171,7 @@ def remains(spec: Spec, child: Spec, nominal: Mapping[str, float]) -> tuple[dict
                 "attention": sum(heads[1]) / max(sum(heads[0]), 1),
                 "mlp": (after.hidden or 0) / max(before.hidden or 0, 1),
                 "tokens_nominal": nominal.get(f"{path}.tokens", 1.0),
-                "tokens": 1.0 if after.tokens is None else len(after.tokens.kept) / stage.patches,
+                "tokens": len(after.tokens.kept) / stage.patches if isinstance(after.tokens, Drop) else 1.0,
             }
         )
     return tuple(records)
