@@ -46,8 +46,8 @@ _SHARES = (0.85, 0.78, 0.72, 0.66, 0.62, 0.58, 0.54, 0.5, 0.46, 0.42, 0.38)
 
 
 def needed(spec: Spec) -> int:
-    """Images that the statistics need: a token for every fourth neuron of each layer, for the ridge can bridge no
-    more.""" return max(-(-max(_widths(block), default=1) // (4 * stage.tokens)) for _, stage, block in spec.blocks())
+    """Images that the statistics need: a token for every fourth neuron of each layer; no ridge bridges more."""
+    return max(-(-max(_widths(block), default=1) // (4 * stage.tokens)) for _, stage, block in spec.blocks())
 
 
 def _widths(block: object) -> Iterator[int]:
