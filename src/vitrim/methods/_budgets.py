@@ -4,7 +4,7 @@ H heads, K channels of a head, M hidden neurons.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vitrim.budget import SLACK, Budget
 from vitrim.compensate import Choice
@@ -29,11 +29,13 @@ class Found:
         merges: patches merged in each block.
         choices: widths of each block.
         loss: the sum of the table's losses, nats.
+        exact: whether the last block computes prefix tokens alone where it can.
     """
 
     merges: tuple[int, ...]
     choices: tuple[Choice, ...]
     loss: float
+    exact: bool
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,26 @@ def read_off(calibration: Calibration, budget: Budget, *, merge: bool, widths: b
     rows = list(zip(calibration.merges, calibration.merged, strict=True))
     rows = rows if merge else rows[:1]
     check_reach(spec, [counts for counts, _ in rows], exact, limits, widths)
-    found: list[Found] = []
-    for counts, loss in rows:
-        small = merging(spec, counts, exact).child(spec)
-        one = _allocated(calibration, small, counts, loss, limits, widths)
-        if one is not None:
-            found.append(one)
-    best = min(found, key=lambda one: one.loss)
-    return _spent(spec, best, budget, exact)
+    # Where the exact last block alone saves more than is asked for, the budget is spent without it.
+    ways = (True, False) if exact else (False,)
+    found = [one for way in ways for one in _all(calibration, rows, way, limits, widths)]
+    for one in found:
+        spent = _spent(spec, one, budget)
+        if budget.spent(_priced(spec, spent), parent) >= 1 - SLACK:
+            return spent
+    return _spent(spec, found[0], budget)
+
+
+def _all(
+    calibration: Calibration,
+    rows: Sequence[tuple[tuple[int, ...], float]],
+    exact: bool,
+    limits: Mapping[str, int],
+    widths: bool,
+) -> list[Found]:
+    """The best of each schedule, the best of all first."""
+    found = [_allocated(calibration, counts, loss, exact, limits, widths) for counts, loss in rows]
+    return sorted((one for one in found if one is not None), key=lambda one: one.loss)
 
 
 def check_reach(
@@ -121,18 +135,19 @@ def check_reach(
 
 def _allocated(
     calibration: Calibration,
-    small: Spec,
     counts: tuple[int, ...],
     loss: float,
+    exact: bool,
     limits: Mapping[str, int],
     widths: bool,
 ) -> Found | None:
     """Widths for what one schedule leaves of the budget; None if they cannot reach it."""
+    small = merging(calibration.spec, counts, exact).child(calibration.spec)
     whole = cost_of(small)
     room = [limit - getattr(whole, name) for name, limit in limits.items()]
     still = tuple(Choice() for _ in counts)
     if not widths:
-        return Found(counts, still, loss) if min(room) >= 0 else None
+        return Found(counts, still, loss, exact) if min(room) >= 0 else None
     groups: list[list[_Option]] = []
     costs: list[list[list[int]]] = []
     places: list[int] = []
@@ -152,7 +167,7 @@ def _allocated(
         merged = {name: value for name, value in vars(option.choice).items() if value is not None}
         choices[index] = Choice(**{**vars(choices[index]), **merged})
         loss += option.loss
-    return Found(counts, tuple(choices), loss)
+    return Found(counts, tuple(choices), loss, exact)
 
 
 def _costs(
@@ -224,17 +239,17 @@ def _neurons(calibration: Calibration, path: str, block: Block) -> list[_Option]
 # -- what steps leave unspent
 
 
-def _spent(spec: Spec, found: Found, budget: Budget, exact: bool) -> Found:
+def _spent(spec: Spec, found: Found, budget: Budget) -> Found:
     """Give back what fits: single neurons, then single patches; a budget is spent to `SLACK`."""
     parent = cost_of(spec)
     for more in (_more_neurons, _fewer_merges):
-        if budget.spent(_priced(spec, found, exact), parent) < 1 - SLACK:
-            found = more(spec, found, budget, exact)
+        if budget.spent(_priced(spec, found), parent) < 1 - SLACK:
+            found = more(spec, found, budget)
     return found
 
 
-def _priced(spec: Spec, found: Found, exact: bool) -> Cost:
-    small = merging(spec, found.merges, exact).child(spec)
+def _priced(spec: Spec, found: Found) -> Cost:
+    small = merging(spec, found.merges, found.exact).child(spec)
     blocks = [_chosen(block, choice) for (_, _, block), choice in zip(small.blocks(), found.choices, strict=True)]
     return cost_of(_with(small, blocks))
 
@@ -252,7 +267,7 @@ def _chosen(block: Block, choice: Choice) -> Block:
     return block.model_copy(update={"mixer": mixer, "hidden": hidden})
 
 
-def _more_neurons(spec: Spec, found: Found, budget: Budget, exact: bool) -> Found:
+def _more_neurons(spec: Spec, found: Found, budget: Budget) -> Found:
     parent = cost_of(spec)
     for index, (_, _, block) in enumerate(spec.blocks()):
         have, size = found.choices[index].hidden, block.hidden
@@ -261,7 +276,7 @@ def _more_neurons(spec: Spec, found: Found, budget: Budget, exact: bool) -> Foun
         low, high = have, size
         while low < high:
             middle = (low + high + 1) // 2
-            if budget.admits(_priced(spec, _replaced(found, index, middle), exact), parent):
+            if budget.admits(_priced(spec, _replaced(found, index, middle)), parent):
                 low = middle
             else:
                 high = middle - 1
@@ -272,17 +287,17 @@ def _more_neurons(spec: Spec, found: Found, budget: Budget, exact: bool) -> Foun
 def _replaced(found: Found, index: int, hidden: int) -> Found:
     choices = list(found.choices)
     choices[index] = Choice(**{**vars(choices[index]), "hidden": hidden})
-    return Found(found.merges, tuple(choices), found.loss)
+    return replace(found, choices=tuple(choices))
 
 
-def _fewer_merges(spec: Spec, found: Found, budget: Budget, exact: bool) -> Found:
+def _fewer_merges(spec: Spec, found: Found, budget: Budget) -> Found:
     """Merge one patch less in one block after another, as long as the budget allows it."""
     parent, moved = cost_of(spec), True
     while moved:
         moved = False
         for index, count in enumerate(found.merges):
             counts = (*found.merges[:index], count - 1, *found.merges[index + 1 :])
-            fewer = Found(counts, found.choices, found.loss)
-            if count and budget.admits(_priced(spec, fewer, exact), parent):
+            fewer = replace(found, merges=counts)
+            if count and budget.admits(_priced(spec, fewer), parent):
                 found, moved = fewer, True
     return found

@@ -94,7 +94,7 @@ class Method(Node):
         calibration = self._calibration(model, data, images, probe, seed, folder)
         start = time.perf_counter()
         chosen = read_off(calibration, budget, merge=merge, widths=self.widths, exact=exact)
-        steps = merging(spec, chosen.merges, exact)
+        steps = merging(spec, chosen.merges, chosen.exact)
         base = apply(model, steps) if steps != Plan.keep(spec) else model
         merged = any(
             block.tokens is not None and isinstance(block.tokens, Merge) for _, _, block in describe(base).blocks()

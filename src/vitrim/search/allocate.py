@@ -45,6 +45,8 @@ def allocate(
     least = sum((group.min(axis=0) for group in table), np.zeros(len(bound), dtype=np.int64))
     if (least > bound).any():
         raise _out_of_reach(least, bound)
+    # What every choice costs counts for nothing here, and what is left is at least 0.
+    table, bound = [group - group.min(axis=0) for group in table], bound - least
     free = [np.asarray(group, dtype=np.float64) for group in losses]
     best = [int(group.argmin()) for group in free]
     if (_spent(table, best) <= bound).all():
@@ -52,7 +54,7 @@ def allocate(
     tries = [_weighted(free, table, bound, weights) for weights in _weightings(len(bound))]
     good = [found for found in tries if found is not None]
     if not good:
-        raise _out_of_reach(least, bound)
+        raise BudgetError(f"bounds must be met together, but no choice found keeps {limits}; loosen one of them")
     return min(good, key=lambda chosen: sum(float(group[i]) for group, i in zip(free, chosen, strict=True)))
 
 

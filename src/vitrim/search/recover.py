@@ -62,7 +62,8 @@ class Moments:
         Raises:
             MethodError: naming the place, if a value is not finite.
         """
-        w, f, t = weights.reshape(-1, 1), features.flatten(0, -2), targets.flatten(0, -2)
+        f, t = features.flatten(0, -2), targets.flatten(0, -2)
+        w = weights.reshape(-1, 1).to(f.dtype)
         # Products of a batch in the type of the model, sums over batches in float64: on the CPU, which every device
         # has.
         heavy = w * f
@@ -73,7 +74,7 @@ class Moments:
                 f"{self.at}: activations must be finite on the calibration images, but some are NaN or infinite; "
                 "check weights and normalisation"
             )
-        self.weight += float(w.sum())
+        self.weight += float(w.double().sum()) if w.device.type != "mps" else float(w.sum())
         self.features, self.squares = self.features + sums[0], self.squares + sums[1]
         self.targets, self.products = self.targets + sums[2], self.products + sums[3]
 
