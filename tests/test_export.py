@@ -1,4 +1,4 @@
-"""Other runtimes give eager PyTorch's logits, or nothing is written."""
+"""Cut, stored, loaded and written for another runtime: the logits are eager PyTorch's, or nothing is written."""
 
 import pytest
 import torch
@@ -24,9 +24,10 @@ def child(family, preset, seed=3):
 
 @pytest.mark.parametrize(("family", "preset"), CASES)
 def test_onnx_is_eager_at_any_batch(family, preset, tmp_path):
-    model = child(family, preset)
+    store.save(child(family, preset), tmp_path / "model.safetensors")
+    model = store.load(tmp_path / "model.safetensors").eval()
     done = export.export(model, tmp_path / "model.onnx")
-    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.safetensors"]
     assert done.apart < export.PARITY
     assert done.bytes == (tmp_path / "model.onnx").stat().st_size
     runtime, run = export.onnx_session(tmp_path / "model.onnx")
