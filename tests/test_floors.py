@@ -18,7 +18,7 @@ ROOMS = (
     "nn families "
     "measure observe surgery store parent "
     "data train "
-    "search contract methods "
+    "search compensate contract methods "
     "recipe job report run export cli demo"
 ).split()
 WORDS = frozenset({"errors", "plain", "steps", "spec", "plan", "costs", "budget"})

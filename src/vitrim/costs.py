@@ -90,7 +90,8 @@ def cost_of(spec: Spec) -> Cost:
             more_macs, more_params, here = _priced(block, place, here)
             macs += more_macs
             params += more_params
-        leaving = place.tokens if here is None else here.total
+        # Where the head reads patches, the last block gives it one token for each that was merged.
+        leaving = place.tokens if here is None or (here.carried and here.patches) else here.total
     return Cost(macs + leaving * spec.host.macs_per_token, params)
 
 

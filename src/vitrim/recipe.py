@@ -87,6 +87,8 @@ class Recipe(Node):
         data: its images.
         method: ``name`` and the method's own settings.
         budget: what the child may cost, as text (`vitrim.budget.Budget.parse`).
+        recover: ``ridge`` compensates what was cut in closed form on the calibration images, before any training,
+            whatever the method; ``none`` leaves the weights as they were.
         train: how the child is trained against its parent; ``epochs = 0`` cuts only.
         measure: how it is measured.
         seed: of everything random.
@@ -97,6 +99,7 @@ class Recipe(Node):
     data: DataRecipe = DataRecipe()
     method: dict[str, Any]
     budget: str
+    recover: Literal["none", "ridge"] = "none"
     train: Train = Train(epochs=0)
     measure: Measure = Measure()
     seed: NonNegativeInt = 0

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from vitrim import __version__, report, store
 from vitrim.budget import SLACK
-from vitrim.contract import Data, Method
+from vitrim.compensate import recovered
+from vitrim.contract import Data, Found, Method
 from vitrim.costs import cost_of
 from vitrim.data import Images, eval_loader
 from vitrim.errors import BudgetError, MethodError, RecipeError, RunError
@@ -68,6 +69,7 @@ def compress(
     seed: int = 0,
     test: Any = None,
     settings: Mapping[str, Any] | None = None,
+    recover: str = "none",
     train: Mapping[str, Any] | None = None,
     measure: Mapping[str, Any] | None = None,
     recipe: Mapping[str, Any] | None = None,
@@ -86,6 +88,7 @@ def compress(
         seed: of everything random.
         test: images to measure on, in the same forms; no search sees them.
         settings: the method's own settings.
+        recover: ``ridge`` compensates what was cut in closed form, see `vitrim.recipe.Recipe`.
         train: further settings of training, see `vitrim.train.Train`.
         measure: how to measure, see `vitrim.recipe.Measure`.
         recipe: any other setting of `vitrim.recipe.Recipe`, such as ``{"data": {"mean": [0.5, 0.5, 0.5]}}``.
@@ -103,6 +106,7 @@ def compress(
         "data": {"train": sources[0], "test": sources[1]},
         "method": {"name": method, **(settings or {})},
         "budget": budget,
+        "recover": recover,
         "train": {"epochs": epochs, **(train or {})},
         "measure": dict(measure or {}),
         "seed": seed,
@@ -185,7 +189,7 @@ def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module, float]:
         folder=job.file("search"),
         log=logger(job.file("log.jsonl")),
     )
-    child = apply(found.parent, found.plan, grafts=found.grafts)
+    child = apply(found.parent, found.plan, grafts=_recovered(job, found, data))
     _check_budget(job, describe(child))
     if plan_file is not None and cut_file is not None:
         lines = "".join(json.dumps(dict(trial)) + "\n" for trial in found.trials)
@@ -195,6 +199,22 @@ def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module, float]:
         # What a resumed run would read is what this one goes on with, down to which weights are frozen.
         return found.plan, *_stored(job, cut_file)
     return found.plan, child, time.perf_counter() - start
+
+
+def _recovered(job: Job, found: Found, data: Data | None) -> Mapping[str, Tensor]:
+    """The grafts of the child, with what `recover` makes of the weights that are slices."""
+    if job.recipe.recover == "none":
+        return found.grafts
+    if data is None or data.calibration is None:
+        raise MethodError("recover=ridge must see images, but no data was given; give --data SRC or leave it out")
+    if found.grafts:
+        raise MethodError(
+            "recover=ridge must find weights that are slices of the parent's, but "
+            f"{job.recipe.method['name']} makes its own; leave it out"
+        )
+    job.say("compensating in closed form")
+    images = [x for x, _ in eval_loader(data.calibration, data.input, batch=32)]
+    return recovered(found.parent, found.plan, images, seed=job.recipe.seed)
 
 
 def _stored(job: Job, path: Path) -> tuple[nn.Module, float]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from vitrim.plain import Node
-from vitrim.steps import Drop, Flow, GridMerge, Step, Tokens, flow_of, lost, spans
+from vitrim.steps import Drop, Flow, GridMerge, Merge, Step, Tokens, flow_of, lost, spans
 
 __all__ = [
     "Attention",
@@ -20,6 +20,7 @@ __all__ = [
     "Form",
     "GridMerge",
     "Host",
+    "Merge",
     "Mixer",
     "Mixture",
     "Norm",

@@ -9,11 +9,11 @@ each kind of step says what it makes of them, so that costs, plans, reports and 
 import itertools
 from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from vitrim.plain import Node
 
-__all__ = ["Drop", "Flow", "GridMerge", "Step", "Tokens", "flow_of", "lost", "spans"]
+__all__ = ["Drop", "Flow", "GridMerge", "Merge", "Step", "Tokens", "flow_of", "lost", "spans"]
 
 
 class Tokens(NamedTuple):
@@ -28,9 +28,11 @@ class Tokens(NamedTuple):
     places: tuple[int, ...] | None = None
     """Where on the dense grid the patches stand, if some were dropped and these places are the same for all images."""
     sized: bool = False
-    """Whether a token may stand for several patches, and attention counts it as so many."""
+    """Whether tokens of a merged grid count in attention as the patches that they stand for."""
     halved: tuple[int, int] = (0, 0)
     """How often the rows and the columns of the grid were halved by merging neighbours."""
+    carried: bool = False
+    """Whether a token may stand for several patches, in every image for others, and the stream carries their number."""
 
     @property
     def total(self) -> int:
@@ -161,7 +163,41 @@ class GridMerge(Base):
         return arriving._replace(patches=grid[0] * grid[1], grid=grid, halved=halved, sized=sized)
 
 
-Step = Annotated[Drop | GridMerge, Field(discriminator="kind")]
+class Merge(Base):
+    """Between attention and MLP `count` patches are merged into others that are like them, in every image its own.
+
+    Patches are taken in turn into two sets; each of the first looks for the one of the second whose keys are most like
+    its own, and the `count` best pairs become one token, their mean by the number of patches in each. From then on
+    attention counts a token as so many keys as it has patches. Prefix tokens are never merged.
+    """
+
+    kind: Literal["merge"] = "merge"
+    count: PositiveInt
+
+    def wrong(self, arriving: Tokens, patches: int) -> str | None:
+        """See `Base.wrong`."""
+        if arriving.places is not None:
+            return "patches must be merged where all are there, but some were dropped before"
+        if arriving.sized:
+            return (
+                "patches must be merged in one way, but neighbours were merged before with size_bias; set it to false"
+            )
+        if 2 * self.count > arriving.patches:
+            return f"at most half of the {arriving.patches} patches can be merged, but {self.count} are asked for"
+        return None
+
+    def flow(self, arriving: Tokens, patches: int) -> Flow:
+        """See `Base.flow`."""
+        here = arriving.total
+        leaves = arriving._replace(patches=arriving.patches - self.count, grid=None, carried=True)
+        return Flow(here, here, here, leaves.total, leaves)
+
+    def extra(self, arriving: Tokens, width: int, qk: int) -> tuple[int, int]:
+        """The products of keys by which patches are matched; of the stream, where the block has no attention."""
+        return -(-arriving.patches // 2) * (arriving.patches // 2) * (qk or width), 0
+
+
+Step = Annotated[Drop | GridMerge | Merge, Field(discriminator="kind")]
 """Any kind of step, told apart by `kind`."""
 
 

@@ -22,6 +22,10 @@ def compress(
     weights: Weights = None,
     random_weights: Random = False,
     epochs: Annotated[float, typer.Option("--epochs", help="Train the child so long; 0 cuts only.")] = 0,
+    recover: Annotated[str, typer.Option("--recover", help="ridge: compensate the cut in closed form.")] = "none",
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="A file of `vitrim pareto`; takes method post_training.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     set_: Settings = None,
 ) -> None:
@@ -32,13 +36,18 @@ def compress(
     asked = {
         "model": {"name": model, "weights": weights, "random_weights": random_weights},
         "data": {"train": data, "test": test},
-        "method": {"name": method},
+        "method": {"name": method} if calibration is None else _from_calibration(method, calibration),
         "budget": budget,
+        "recover": recover,
         "train": {"epochs": epochs},
         "seed": seed,
     }
     recipe = read(Recipe, merged(asked, overrides(set_ or [])))
     _show(run(recipe, out, say=say))
+
+
+def _from_calibration(method: str | None, calibration: Path) -> dict[str, str]:
+    return {"name": "post_training", "calibration": str(calibration)}
 
 
 @app.command("run")

@@ -51,8 +51,14 @@ class Intermediates:
             options: as timm's. With ``output_fmt="NLC"`` entries hold the patches that leave their block.
 
         Raises:
-            DataError: if maps are asked for where patches were dropped or no longer fill a grid.
+            DataError: if maps are asked for where patches were dropped or no longer fill a grid, or if tokens were
+                merged by likeness.
         """
+        if any(arriving.carried for arriving in _leaving(self.model)):
+            raise DataError(
+                "features of single blocks must be tokens alone, but in a model that merges tokens they carry how many "
+                "patches each stands for; take them from the dense model, or use forward_features"
+            )
         kind = type(self.model)
         bound = inspect.signature(kind.forward_intermediates).bind(self.model, x, *arguments, **options)
         bound.apply_defaults()

@@ -90,6 +90,8 @@ def describe(model: Any, family: str, host_arguments: dict[str, Any]) -> Spec:
 
 def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
     """A copy of `model` with other blocks; hooks on the old blocks are not taken along."""
+    for block in blocks:
+        block.ends = block is blocks[-1]
     shell = copy.deepcopy(model, {id(model.blocks): nn.Sequential(*blocks).train(model.training)})
     if any(block.spec.tokens is not None for block in blocks):
         shell.forward_intermediates, shell.set_input_size = Intermediates(shell), InputSize(shell)

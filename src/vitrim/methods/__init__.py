@@ -1,4 +1,7 @@
-"""Methods: one file each, found because the file exists; its name is the method's name in a recipe."""
+"""Methods: one file each, found because the file exists; its name is the method's name in a recipe.
+
+Files whose names begin with an underscore are helpers of one method or several.
+"""
 
 import importlib
 import pkgutil

@@ -15,7 +15,7 @@ from vitrim.nn.axis import Axis
 from vitrim.nn.conv import Conv, Same
 from vitrim.nn.layers import make_norm
 from vitrim.nn.mlp import Mlp
-from vitrim.nn.tokens import Seen, Step
+from vitrim.nn.tokens import Merged, Seen, Step, spread
 from vitrim.spec import Attention as AttentionSpec
 from vitrim.spec import Block as BlockSpec
 from vitrim.spec import Conv as ConvSpec
@@ -54,6 +54,10 @@ class Block(nn.Module):
         step: what becomes of its tokens; None keeps all that arrive.
         asking: how many tokens, the first, ask, go through the MLP and leave; None for all.
         conv: what builds the convolution from D, the mixer and the form.
+        sized: whether tokens arrive that stand for several patches: then the last channel of the stream, D + 1, says
+            how many.
+        patches: of the dense grid.
+        prefix: tokens before them.
     """
 
     def __init__(
@@ -65,9 +69,15 @@ class Block(nn.Module):
         step: Step | None = None,
         asking: int | None = None,
         conv: Callable[[int, ConvSpec, Form], Conv] = Conv,
+        sized: bool = False,
+        patches: int = 0,
+        prefix: int = 0,
     ) -> None:
         super().__init__()
-        self.step, self.asking = step, asking
+        self.step, self.asking, self.sized = step, asking, sized
+        self.patches, self.prefix = patches, prefix
+        self.ends = False
+        """Whether the host's head reads what leaves: sizes stay behind then. Set by the family that hosts the block."""
         self.spec, self.form, self.width = spec, form, width
         mixer, hidden = spec.mixer, spec.hidden
 
@@ -103,11 +113,15 @@ class Block(nn.Module):
         Raises:
             DataError: if the number of tokens changes, and others arrive than it was made for, or a mask is given.
         """
-        if (self.step is not None or self.asking is not None) and (attn_mask is not None or is_causal):
+        few = self.step is not None or self.asking is not None or self.sized
+        if few and (attn_mask is not None or is_causal):
             raise DataError(
                 "a model whose tokens are dropped or merged must be run without attention masks; leave them out"
             )
-        seen = None
+        seen, sizes = None, None
+        if self.sized:
+            x, sizes = x[..., :-1], x[..., -1:]
+            attn_mask = sizes.log().mT[:, None]
         if self.step is not None:
             x = self.step.enter(x)
         if self.attn is not None:
@@ -115,11 +129,15 @@ class Block(nn.Module):
             x = x[:, : self.asking] + self.drop_path1(self.ls1(mixed))
         elif self.asking is not None:
             x = x[:, : self.asking]
-        if self.step is not None:
+        if isinstance(self.step, Merged):
+            x, sizes = self.step.merge(x, sizes, seen)
+        elif self.step is not None:
             x = self.step.settle(x, seen)
         if self.mlp is not None:
             x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return x
+        if sizes is None or self.asking is not None:
+            return x
+        return spread(x, sizes, self.prefix, self.patches) if self.ends else torch.cat([x, sizes], dim=-1)
 
     def _mix(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Seen | None]:
         assert self.attn is not None
@@ -130,6 +148,7 @@ class Block(nn.Module):
             mixed: Tensor = self.attn(x, attn_mask=attn_mask, is_causal=is_causal, asking=self.asking)
             return mixed, None
         given, raised = self.step.keys(x)
+        raised = attn_mask if raised is None else raised
         seen: list[Seen] = []
         mixed = self.attn(given, attn_mask=raised, asking=self.asking, seen=seen if self.step.looks else None)
         return mixed[:, : x.shape[1]], seen[0] if seen else None

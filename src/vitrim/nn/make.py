@@ -24,10 +24,17 @@ def make_block(stage: Stage, spec: BlockSpec, arriving: Tokens | None = None) ->
     if stage.window is not None:
         return WindowBlock(stage, spec)
     here = stage.enters if arriving is None else arriving
-    step = grid_step(stage, spec, here) or step_of(stage, spec.tokens, here)
-    conv = functools.partial(Conv, grid=stage.grid, prefix=stage.prefix)
-    asking = stage.prefix if spec.only_prefix else None
-    return Block(stage.width, spec, stage.form, step=step, asking=asking, conv=conv)
+    return Block(
+        stage.width,
+        spec,
+        stage.form,
+        step=grid_step(stage, spec, here) or step_of(stage, spec.tokens, here),
+        asking=stage.prefix if spec.only_prefix else None,
+        conv=functools.partial(Conv, grid=stage.grid, prefix=stage.prefix),
+        sized=here.carried,
+        patches=stage.patches,
+        prefix=stage.prefix,
+    )
 
 
 def settled(block: Block) -> Block:

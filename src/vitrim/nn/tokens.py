@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vitrim.errors import DataError
-from vitrim.spec import Drop, Stage, Tokens
+from vitrim.spec import Drop, Merge, Stage, Tokens
 from vitrim.spec import Step as StepSpec
 
 if TYPE_CHECKING:
     from vitrim.nn.attention import Attention
 
-__all__ = ["Dropped", "Seen", "Step", "step_of"]
+__all__ = ["Dropped", "Merged", "Seen", "Step", "spread", "step_of"]
 
 
 class Seen(NamedTuple):
@@ -111,8 +112,75 @@ class Dropped(Step):
         self.places = torch.tensor(self.kept or (), dtype=torch.long, device="cpu")
 
 
+class Merged(Step):
+    """Merges patches that are alike, see `vitrim.spec.Merge`.
+
+    Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023. There keys are averaged over heads; here
+        those of
+    all heads are compared together, for after a cut each head has a basis of its own. Tokens that are left keep their
+    order, so that neighbours stay in different sets.
+
+    Args:
+        prefix: tokens before the patches.
+        count: patches that are merged into others.
+    """
+
+    looks = True
+
+    def __init__(self, prefix: int, count: int) -> None:
+        super().__init__()
+        self.prefix, self.count = prefix, count
+
+    def merge(self, x: Tensor, sizes: Tensor | None, seen: Seen | None) -> tuple[Tensor, Tensor]:
+        """Map tokens ``(B, N, D)`` and how many patches each stands for ``(B, N, 1)`` to those that are left.
+
+        Args:
+            x: the residual stream.
+            sizes: 1 for every token if None.
+            seen: whose keys are compared; the stream itself if None.
+        """
+        if sizes is None:
+            sizes = torch.ones_like(x[..., :1])
+        alike = F.normalize((x if seen is None else seen.k)[:, self.prefix :], dim=-1)
+        first, second = alike[:, ::2], alike[:, 1::2]
+        best, partner = (first @ second.mT).max(dim=-1)
+        order = best.argsort(dim=-1, descending=True, stable=True)
+        gone, stay = order[:, : self.count], order[:, self.count :].sort(dim=-1).values
+        # One row for sums and sizes: each is gathered and added once.
+        heavy = torch.cat([x * sizes, sizes], dim=-1)
+        patches = heavy[:, self.prefix :]
+        ones, others = patches[:, ::2], patches[:, 1::2]
+        width = heavy.shape[-1]
+        kept = ones.gather(1, stay[..., None].expand(-1, -1, width))
+        into = partner.gather(1, gone)[..., None].expand(-1, -1, width)
+        others = others.scatter_add(1, into, ones.gather(1, gone[..., None].expand(-1, -1, width)))
+        heavy = torch.cat([heavy[:, : self.prefix], kept, others], dim=1)
+        sizes = heavy[..., -1:]
+        return heavy[..., :-1] / sizes, sizes
+
+
+def spread(x: Tensor, sizes: Tensor, prefix: int, patches: int) -> Tensor:
+    """Put each token as often as it has patches: what a head that pools patches reads then is their mean or attention.
+
+    Args:
+        x: ``(B, N, D)``.
+        sizes: ``(B, N, 1)``; those of the patches' tokens sum to `patches`.
+        prefix: tokens that come first and stay as they are.
+        patches: of the dense grid.
+
+    Returns:
+        ``(B, prefix + patches, D)``.
+    """
+    ends = sizes[:, prefix:, 0].float().round().cumsum(dim=1)
+    places = torch.arange(patches, device=x.device, dtype=ends.dtype)
+    index = (ends[:, None, :] <= places[None, :, None]).sum(dim=-1) + prefix
+    return torch.cat([x[:, :prefix], x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))], dim=1)
+
+
 def step_of(stage: Stage, tokens: StepSpec | None, arriving: Tokens) -> Step | None:
     """The module of a block's step where `arriving` comes; None if the block runs on all that do."""
+    if isinstance(tokens, Merge):
+        return Merged(stage.prefix, tokens.count)
     return _dropped(stage, tokens, arriving) if isinstance(tokens, Drop) else None
 
 

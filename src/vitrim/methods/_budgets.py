@@ -1,0 +1,303 @@
+"""Read a budget off a calibration: which patches to merge, and how wide every part is to be.
+
+H heads, K channels of a head, M hidden neurons.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from vitrim.budget import SLACK, Budget
+from vitrim.compensate import Choice
+from vitrim.costs import Cost, block_cost, cost_of
+from vitrim.errors import BudgetError
+from vitrim.methods._calibration import Calibration
+from vitrim.methods._sensitivity import merging
+from vitrim.search.allocate import allocate, power_law
+from vitrim.spec import Attention, Block, Spec, Stage, Tokens
+
+__all__ = ["Found", "least", "read_off"]
+
+_STEP, _STEP_HIDDEN, _WIDE = 8, 32, 512
+"""Channels of a head go in steps of 8, neurons in steps of 32 where there are 512 or more, else of 8."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a budget gives.
+
+    Attributes:
+        merges: patches merged in each block.
+        choices: widths of each block.
+        loss: the sum of the table's losses, nats.
+        exact: whether the last block computes prefix tokens alone where it can.
+    """
+
+    merges: tuple[int, ...]
+    choices: tuple[Choice, ...]
+    loss: float
+    exact: bool
+
+
+@dataclass(frozen=True)
+class _Option:
+    choice: Choice
+    block: Block
+    loss: float
+
+
+def least(spec: Spec, merges: Sequence[Sequence[int]], exact: bool) -> Cost:
+    """What the smallest model that can be read off costs."""
+    found = []
+    for counts in merges:
+        small = merging(spec, counts, exact).child(spec)
+        bare = [
+            (block.model_copy(update={"mixer": _without(block.mixer), "hidden": 0 if block.hidden else block.hidden}))
+            for _, _, block in small.blocks()
+        ]
+        found.append(cost_of(_with(small, bare)))
+    return Cost(min(cost.macs for cost in found), min(cost.params for cost in found))
+
+
+def _without(mixer: object) -> object:
+    return mixer.model_copy(update={"qk": (), "v": ()}) if isinstance(mixer, Attention) else mixer
+
+
+def _with(spec: Spec, blocks: Sequence[Block]) -> Spec:
+    rest = iter(blocks)
+    stages = [stage.model_copy(update={"blocks": tuple(next(rest) for _ in stage.blocks)}) for stage in spec.stages]
+    return spec.model_copy(update={"stages": tuple(stages)})
+
+
+def read_off(calibration: Calibration, budget: Budget, *, merge: bool, widths: bool, exact: bool) -> Found:
+    """The schedule and widths with the least sum of losses within `budget`.
+
+    For each schedule of merging that was measured, widths are allocated to what it leaves of the budget, at the costs
+    that blocks have with so many tokens; the best sum of both wins.
+
+    Args:
+        calibration: of the model.
+        budget: what the child may cost.
+        merge: whether patches may be merged.
+        widths: whether widths may be cut.
+        exact: whether the last block computes prefix tokens alone where it can.
+
+    Raises:
+        BudgetError: naming the least possible, if nothing fits.
+    """
+    spec = calibration.spec
+    parent = cost_of(spec)
+    limits = budget.limits(parent)
+    rows = list(zip(calibration.merges, calibration.merged, strict=True))
+    rows = rows if merge else rows[:1]
+    check_reach(spec, [counts for counts, _ in rows], exact, limits, widths)
+    # Where the exact last block alone saves more than is asked for, the budget is spent without it.
+    ways = (True, False) if exact else (False,)
+    found = [one for way in ways for one in _all(calibration, rows, way, limits, widths)]
+    for one in found:
+        spent = _spent(spec, one, budget)
+        if budget.spent(_priced(spec, spent), parent) >= 1 - SLACK:
+            return spent
+    return _spent(spec, found[0], budget)
+
+
+def _all(
+    calibration: Calibration,
+    rows: Sequence[tuple[tuple[int, ...], float]],
+    exact: bool,
+    limits: Mapping[str, int],
+    widths: bool,
+) -> list[Found]:
+    """The best of each schedule, the best of all first."""
+    found = [_allocated(calibration, counts, loss, exact, limits, widths) for counts, loss in rows]
+    return sorted((one for one in found if one is not None), key=lambda one: one.loss)
+
+
+def check_reach(
+    spec: Spec, merges: Sequence[Sequence[int]], exact: bool, limits: Mapping[str, int], widths: bool
+) -> None:
+    """Refuse what no choice reaches, before anything is measured.
+
+    Raises:
+        BudgetError: naming the least possible.
+    """
+    if widths:
+        floor = least(spec, merges, exact)
+    else:
+        costs = [cost_of(merging(spec, counts, exact).child(spec)) for counts in merges]
+        floor = Cost(min(cost.macs for cost in costs), min(cost.params for cost in costs))
+    for name, limit in limits.items():
+        if getattr(floor, name) > limit:
+            raise BudgetError(
+                f"budget of {name} must be at least {getattr(floor, name):,} for this model, but got {limit:,}; "
+                "allow more, or other kinds of cuts"
+            )
+
+
+def _allocated(
+    calibration: Calibration,
+    counts: tuple[int, ...],
+    loss: float,
+    exact: bool,
+    limits: Mapping[str, int],
+    widths: bool,
+) -> Found | None:
+    """Widths for what one schedule leaves of the budget; None if they cannot reach it."""
+    small = merging(calibration.spec, counts, exact).child(calibration.spec)
+    whole = cost_of(small)
+    room = [limit - getattr(whole, name) for name, limit in limits.items()]
+    still = tuple(Choice() for _ in counts)
+    if not widths:
+        return Found(counts, still, loss, exact) if min(room) >= 0 else None
+    groups: list[list[_Option]] = []
+    costs: list[list[list[int]]] = []
+    places: list[int] = []
+    for index, ((path, stage, block), arriving) in enumerate(zip(small.blocks(), small.arrivals(), strict=True)):
+        for options in (_attention(calibration, path, block), _neurons(calibration, path, block)):
+            if len(options) > 1:
+                groups.append(options)
+                costs.append(_costs(options, block, stage, arriving, tuple(limits)))
+                places.append(index)
+    try:
+        chosen = allocate([[option.loss for option in options] for options in groups], costs, room)
+    except BudgetError:
+        return None
+    choices = list(still)
+    for index, options, number in zip(places, groups, chosen, strict=True):
+        option = options[number]
+        merged = {name: value for name, value in vars(option.choice).items() if value is not None}
+        choices[index] = Choice(**{**vars(choices[index]), **merged})
+        loss += option.loss
+    return Found(counts, tuple(choices), loss, exact)
+
+
+def _costs(
+    options: Sequence[_Option], block: Block, stage: Stage, arriving: Tokens, names: Sequence[str]
+) -> list[list[int]]:
+    """What each option costs more than the block as it is."""
+    whole = Cost(*block_cost(block, stage, arriving))
+    priced = [Cost(*block_cost(option.block, stage, arriving)) for option in options]
+    return [[getattr(cost, name) - getattr(whole, name) for name in names] for cost in priced]
+
+
+def _attention(calibration: Calibration, path: str, block: Block) -> list[_Option]:
+    """Whole heads, and even widths of those that stay."""
+    mixer = block.mixer
+    if not isinstance(mixer, Attention) or f"{path}.heads" not in calibration.losses:
+        return []
+    *alone, together = calibration.losses[f"{path}.heads"]
+    order = sorted(range(len(alone)), key=alone.__getitem__)
+    options = []
+    for gone in range(len(alone)) if alone else [0]:
+        kept = tuple(sorted(set(range(len(mixer.v))) - set(order[:gone])))
+        lost = _heads_loss([alone[head] for head in order], together, gone)
+        for qk, qk_loss in _levels(calibration, f"{path}.qk", mixer.qk[0]):
+            for v, v_loss in _levels(calibration, f"{path}.v", mixer.v[0]):
+                share = len(kept) / len(mixer.v)
+                node = mixer.model_copy(
+                    update={
+                        "qk": (qk,) * len(kept) if qk else tuple(mixer.qk[head] for head in kept),
+                        "v": (v,) * len(kept) if v else tuple(mixer.v[head] for head in kept),
+                    }
+                )
+                choice = Choice(heads=kept if gone else None, qk=qk, v=v)
+                loss = lost + share * (qk_loss + v_loss)
+                options.append(_Option(choice, block.model_copy(update={"mixer": node}), loss))
+    empty = block.model_copy(update={"mixer": _without(mixer)})
+    return [*options, _Option(Choice(heads=()), empty, together)]
+
+
+def _heads_loss(alone: Sequence[float], together: float, gone: int) -> float:
+    """Between one head and all a power law, and never less than the heads' own losses together."""
+    if not gone:
+        return 0.0
+    shares = [1 / (len(alone) + (len(alone) == 1)), 1.0]
+    return max(power_law(shares, [alone[0], together], gone / len(alone)), sum(alone[:gone]))
+
+
+def _levels(calibration: Calibration, path: str, size: int) -> Iterator[tuple[int | None, float]]:
+    """Widths of a head and what they lose; None leaves it alone."""
+    yield None, 0.0
+    if path in calibration.losses:
+        for width in range((size - 1) // _STEP * _STEP, 0, -_STEP):
+            yield width, power_law(calibration.shares[path], calibration.losses[path], 1 - width / size)
+
+
+def _neurons(calibration: Calibration, path: str, block: Block) -> list[_Option]:
+    name = f"{path}.hidden"
+    if not block.hidden or name not in calibration.losses:
+        return []
+    shares, losses, size = calibration.shares[name], calibration.losses[name], block.hidden
+    step = _STEP_HIDDEN if size >= _WIDE else _STEP
+    widths = range((size - 1) // step * step, 0, -step) if len(shares) > 1 else ()
+    options = [_Option(Choice(), block, 0.0)]
+    for width in (*widths, 0):
+        loss = power_law(shares, losses, 1 - width / size)
+        options.append(_Option(Choice(hidden=width), block.model_copy(update={"hidden": width}), loss))
+    return options
+
+
+# -- what steps leave unspent
+
+
+def _spent(spec: Spec, found: Found, budget: Budget) -> Found:
+    """Give back what fits: single neurons, then single patches; a budget is spent to `SLACK`."""
+    parent = cost_of(spec)
+    for more in (_more_neurons, _fewer_merges):
+        if budget.spent(_priced(spec, found), parent) < 1 - SLACK:
+            found = more(spec, found, budget)
+    return found
+
+
+def _priced(spec: Spec, found: Found) -> Cost:
+    small = merging(spec, found.merges, found.exact).child(spec)
+    blocks = [_chosen(block, choice) for (_, _, block), choice in zip(small.blocks(), found.choices, strict=True)]
+    return cost_of(_with(small, blocks))
+
+
+def _chosen(block: Block, choice: Choice) -> Block:
+    """The node that a choice of widths makes of a block."""
+    mixer, hidden = block.mixer, block.hidden
+    if isinstance(mixer, Attention):
+        kept = range(len(mixer.v)) if choice.heads is None else choice.heads
+        qk = tuple(choice.qk if isinstance(choice.qk, int) else mixer.qk[head] for head in kept)
+        v = tuple(choice.v if isinstance(choice.v, int) else mixer.v[head] for head in kept)
+        mixer = mixer.model_copy(update={"qk": qk, "v": v})
+    if isinstance(choice.hidden, int):
+        hidden = choice.hidden
+    return block.model_copy(update={"mixer": mixer, "hidden": hidden})
+
+
+def _more_neurons(spec: Spec, found: Found, budget: Budget) -> Found:
+    parent = cost_of(spec)
+    for index, (_, _, block) in enumerate(spec.blocks()):
+        have, size = found.choices[index].hidden, block.hidden
+        if not isinstance(have, int) or not have or not size:
+            continue
+        low, high = have, size
+        while low < high:
+            middle = (low + high + 1) // 2
+            if budget.admits(_priced(spec, _replaced(found, index, middle)), parent):
+                low = middle
+            else:
+                high = middle - 1
+        found = _replaced(found, index, low)
+    return found
+
+
+def _replaced(found: Found, index: int, hidden: int) -> Found:
+    choices = list(found.choices)
+    choices[index] = Choice(**{**vars(choices[index]), "hidden": hidden})
+    return replace(found, choices=tuple(choices))
+
+
+def _fewer_merges(spec: Spec, found: Found, budget: Budget) -> Found:
+    """Merge one patch less in one block after another, as long as the budget allows it."""
+    parent, moved = cost_of(spec), True
+    while moved:
+        moved = False
+        for index, count in enumerate(found.merges):
+            counts = (*found.merges[:index], count - 1, *found.merges[index + 1 :])
+            fewer = replace(found, merges=counts)
+            if count and budget.admits(_priced(spec, fewer), parent):
+                found, moved = fewer, True
+    return found

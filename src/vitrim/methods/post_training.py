@@ -1,0 +1,222 @@
+"""Without training and without labels: calibrate once, read off any budget.
+
+B images, N tokens, D width, H heads, M hidden neurons.
+
+Our own method on published parts. A few hundred images go through the dense model once; each kind of cut is made alone
+in each block, compensated, and what it does to the output is noted. Any budget is then a choice of patches to merge and
+widths to keep with the least sum of losses, and the model is cut block after block with closed-form compensation
+(`vitrim.compensate`).
+
+Sources: Bolya et al., "Token Merging", ICLR 2023 (merging, proportional attention); Hassibi and Stork, "Optimal Brain
+Surgeon", 1992, and Frantar and Alistarh, "SparseGPT", 2023 (removal of neurons); ridge compensation as in GRAIL, CORP
+and VBP. Ours: the joint low rank of queries and keys, schedules of merging, and the table by which tokens and widths
+are traded.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveInt
+from torch import Tensor, nn
+
+from vitrim.budget import Budget
+from vitrim.compensate import compensated, importances
+from vitrim.contract import Data, Found
+from vitrim.costs import cost_of
+from vitrim.data import eval_loader
+from vitrim.errors import MethodError
+from vitrim.families import describe
+from vitrim.methods._budgets import check_reach, read_off
+from vitrim.methods._calibration import Calibration, read_calibration, write_calibration
+from vitrim.methods._sensitivity import calibrate, merging, schedules
+from vitrim.plain import Node
+from vitrim.plan import Plan
+from vitrim.progress import progress
+from vitrim.spec import Merge, Spec
+from vitrim.surgery import apply
+
+__all__ = ["Method"]
+
+FILE = "calibration.safetensors"
+
+
+class Method(Node):
+    """Merge patches, narrow heads and MLPs, and re-fit what stays; nothing is trained.
+
+    Attributes:
+        merge: ``bipartite``: patches that are alike become one, in every image its own; ``none``: every patch stays, as
+            dense prediction needs; ``auto``: bipartite where the model can (not in windows).
+        widths: whether heads, their channels and neurons may go.
+        only_prefix: whether the last block computes the prefix tokens alone where the head reads nothing else, which
+            changes no logit. Not with ``merge = "none"``, for patches are wanted then.
+        strength: of the ridge, as a share of the mean diagonal of a layer's Gram matrix.
+        alpha: share of a re-fit's target that brings the stream back to the dense one, in [0, 1]; without merging
+            alone.
+        probe: images on which single cuts are judged, of the validation images.
+        batch: images at a time.
+        calibration: a file that ``vitrim pareto`` wrote, in place of a new calibration.
+    """
+
+    needs: ClassVar[str] = "images"
+    sentence: ClassVar[str] = "merges patches and narrows layers, compensated in closed form; no labels, no training"
+
+    merge: Literal["auto", "bipartite", "none"] = "auto"
+    widths: bool = True
+    only_prefix: bool = True
+    strength: NonNegativeFloat = 1e-2
+    alpha: float = Field(default=0.3, ge=0, le=1)
+    probe: PositiveInt = 80
+    batch: PositiveInt = 32
+    calibration: str | None = None
+
+    def search(
+        self,
+        model: nn.Module,
+        data: Data | None,
+        budget: Budget,
+        *,
+        seed: int,
+        teacher: nn.Module | None = None,
+        folder: Path | None = None,
+        log: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> Found:
+        """See `vitrim.contract.Method.search`."""
+        if data is None or data.calibration is None:
+            raise MethodError("post_training must see images, but no data was given; give data or use magnitude")
+        spec = describe(model)
+        merge, exact = self._merges(spec), self._exact
+        check_reach(
+            spec, schedules(spec, exact) if merge else [_none(spec)], exact, budget.limits(cost_of(spec)), self.widths
+        )
+        images, probe = self.images(data)
+        calibration = self._calibration(model, data, images, probe, seed, folder)
+        start = time.perf_counter()
+        chosen = read_off(calibration, budget, merge=merge, widths=self.widths, exact=exact)
+        steps = merging(spec, chosen.merges, chosen.exact)
+        base = apply(model, steps) if steps != Plan.keep(spec) else model
+        merged = any(
+            block.tokens is not None and isinstance(block.tokens, Merge) for _, _, block in describe(base).blocks()
+        )
+        worth = importances(base, images, seed=seed)
+        with progress("compensation", len(chosen.choices)) as advance:
+            widths, grafts = compensated(
+                base,
+                chosen.choices,
+                images,
+                worth,
+                strength=self.strength,
+                alpha=0.0 if merged else self.alpha,
+                advance=advance,
+            )
+        plan = Plan.of(
+            spec,
+            [
+                width.model_copy(update={"tokens": step.tokens, "only_prefix": step.only_prefix})
+                for width, step in zip(widths.blocks(), steps.blocks(), strict=True)
+            ],
+        )
+        record = {
+            "stage": "post_training",
+            "merges": list(chosen.merges),
+            "predicted": chosen.loss,
+            "calibration_seconds": calibration.seconds,
+            "seconds": time.perf_counter() - start,
+        }
+        if log is not None:
+            log(record)
+        return Found(plan=plan, parent=model, grafts=grafts, trials=(record,))
+
+    @property
+    def _exact(self) -> bool:
+        return self.only_prefix and self.merge != "none"
+
+    def _merges(self, spec: Spec) -> bool:
+        able = len(spec.stages) == 1 and spec.stages[0].window is None
+        if self.merge == "bipartite" and not able:
+            raise MethodError(
+                "merge=bipartite must have one stage without windows, but this model has windows or several stages; "
+                "use merge=none"
+            )
+        return able and self.merge != "none"
+
+    def images(self, data: Data) -> tuple[list[Tensor], list[Tensor]]:
+        """Batches for statistics, and batches of other images to judge cuts on; all in memory.
+
+        Without validation images the last fifth of the calibration images judges.
+        """
+        assert data.calibration is not None
+        images = list(_few(data.calibration, data, self.batch, None))
+        if data.validation is not None:
+            return images, list(_few(data.validation, data, self.batch, self.probe))
+        count = sum(map(len, images))
+        keep = count - max(1, count // 5)
+        if keep < 1:
+            raise MethodError("calibration must have at least 2 images, but got 1; give more with data.calibration")
+        return _divided(images, keep)
+
+    def _calibration(
+        self,
+        model: nn.Module,
+        data: Data,
+        images: Sequence[Tensor],
+        probe: Sequence[Tensor],
+        seed: int,
+        folder: Path | None,
+    ) -> Calibration:
+        """The one that is named, the one that a stopped run left, or a new one."""
+        if self.calibration is not None:
+            known = read_calibration(Path(self.calibration))
+            known.check(model, data.input, self.calibration)
+            return known
+        path = folder / FILE if folder is not None else None
+        if path is not None and path.is_file():
+            return read_calibration(path)
+        made = self.calibrated(model, data, images, probe, seed)
+        if path is not None:
+            write_calibration(path, made)
+        return made
+
+    def calibrated(
+        self, model: nn.Module, data: Data, images: Sequence[Tensor], probe: Sequence[Tensor], seed: int
+    ) -> Calibration:
+        """A new calibration of `model`."""
+        spec = describe(model)
+        with progress("calibration", len(spec.blocks()) + 1) as advance:
+            return calibrate(
+                model,
+                images,
+                probe,
+                data.input,
+                seed=seed,
+                strength=self.strength,
+                merge=self._merges(spec),
+                exact=self._exact,
+                advance=advance,
+            )
+
+
+def _none(spec: Spec) -> tuple[int, ...]:
+    return (0,) * len(spec.blocks())
+
+
+def _few(dataset: Any, data: Data, batch: int, most: int | None) -> Iterator[Tensor]:
+    """Batches of the first images."""
+    left = len(dataset) if most is None else min(most, len(dataset))
+    for x, _ in eval_loader(dataset, data.input, batch=batch):
+        if left <= 0:
+            return
+        yield x[:left]
+        left -= len(x)
+
+
+def _divided(images: Sequence[Tensor], keep: int) -> tuple[list[Tensor], list[Tensor]]:
+    first: list[Tensor] = []
+    last: list[Tensor] = []
+    for x in images:
+        here, there = x[: max(keep, 0)], x[max(keep, 0) :]
+        first += [here] if len(here) else []
+        last += [there] if len(there) else []
+        keep -= len(x)
+    return first, last

@@ -1,0 +1,344 @@
+"""Compensation on whole models, the table of single cuts, and what is read off it."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from tests.conformance.method import digits
+from tests.samples import PRESETS, adopted, apart, images, timm_model
+from tests.tolerance import EXACT
+from vitrim import methods, surgery
+from vitrim.budget import Budget
+from vitrim.compensate import Choice, compensated, importances, recovered
+from vitrim.compensate.attention import AttentionCut
+from vitrim.compensate.hear import attended
+from vitrim.compensate.walk import Walk
+from vitrim.contract import Data
+from vitrim.costs import cost_of
+from vitrim.errors import BudgetError, MethodError
+from vitrim.families import adopt, blocks_of, describe
+from vitrim.methods._budgets import read_off
+from vitrim.methods._calibration import Calibration, fingerprint, read_calibration, write_calibration
+from vitrim.methods._sensitivity import last_exact, merging, needed
+from vitrim.plan import BlockPlan, Plan
+from vitrim.search.recover import Moments
+from vitrim.spec import Attention, Drop
+
+LOW_RANK = 1e-9
+"""Full rank on a whole model: several decompositions a layer."""
+
+
+def batches(spec, count=24):
+    return list(images(spec, count).split(12))
+
+
+WITH_LOGITS = [(family, preset) for family, preset in PRESETS if (family, preset) != ("swin", "sizes")]
+"""All but the one whose head gives a map of logits."""
+
+
+def whole(spec):
+    """Choices that ask for new bases and cut nothing."""
+    found = []
+    for _, stage, block in spec.blocks():
+        qk = v = None
+        if isinstance(block.mixer, Attention) and block.mixer.v:
+            qk = block.mixer.qk[0] if stage.form.head_norm is None else None
+            v = block.mixer.v[0] if stage.form.mixed_norm is None else None
+        found.append(Choice(qk=qk, v=v))
+    return found
+
+
+@pytest.mark.parametrize(("family", "preset"), WITH_LOGITS)
+def test_nothing_removed_is_identity(family, preset):
+    """Low rank at full rank, in every family: windows, q/k norm, layer scale, gates, prefix tokens, pooled heads."""
+    parent = adopted(family, preset)
+    spec = describe(parent)
+    x = batches(spec)
+    worth = importances(parent, x, seed=0)
+    for alpha in (0.0, 0.3):
+        plan, grafts = compensated(parent, whole(spec), x, worth, alpha=alpha)
+        child = surgery.apply(parent, plan, grafts=grafts)
+        assert describe(child) == spec
+        with torch.no_grad():
+            assert apart(child(x[0]), parent(x[0])) < LOW_RANK
+
+
+def narrow(spec):
+    """Choices that cut heads' channels and neurons wherever that is allowed."""
+    found = []
+    for (_, stage, block), choice in zip(spec.blocks(), whole(spec), strict=True):
+        qk, v = (None if width is None else max(1, width // 2) for width in (choice.qk, choice.v))
+        hidden = block.hidden // 2 if block.hidden and stage.form.hidden_norm is None else None
+        found.append(Choice(qk=qk, v=v, hidden=hidden))
+    return found
+
+
+@pytest.mark.parametrize(("family", "preset"), WITH_LOGITS)
+def test_a_cut_is_what_the_plan_says(family, preset):
+    parent = adopted(family, preset)
+    spec = describe(parent)
+    before = {name: value.clone() for name, value in parent.state_dict().items()}
+    x = batches(spec)
+    plan, grafts = compensated(parent, narrow(spec), x, importances(parent, x, seed=0))
+    child = surgery.apply(parent, plan, grafts=grafts)
+    assert describe(child) == plan.child(spec)
+    assert cost_of(describe(child)).macs < cost_of(spec).macs
+    with torch.no_grad():
+        assert bool(torch.isfinite(child(x[0])).all())
+    assert all(torch.equal(value, before[name]) for name, value in parent.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in parent.modules())
+
+
+@pytest.mark.parametrize("preset", ["plain", "registers", "qk_norm", "glu"])
+def test_compensated_is_never_worse_layer_by_layer(preset):
+    """Weighted error of each layer's output, on what enters it after the cuts before, against the bare slice."""
+    parent = adopted("vit", preset)
+    spec = describe(parent)
+    x = batches(spec)
+    worth = importances(parent, x, seed=0)
+    cut = Plan.of(
+        spec,
+        [
+            BlockPlan(
+                qk=None if stage.form.head_norm else tuple(tuple(range(0, k, 2)) for k in block.mixer.qk),
+                v=tuple(tuple(range(1, v, 2)) for v in block.mixer.v),
+                hidden=tuple(range(0, block.hidden, 3)),
+            )
+            for _, stage, block in spec.blocks()
+        ],
+    )
+    bare = surgery.apply(parent, cut)
+    child = surgery.apply(parent, cut, grafts=recovered(parent, cut, x, alpha=0.0))
+    walk = Walk(parent, x, worth, 1e-2, 0.0)
+    place = walk.first()
+    for number, ((_, mine), (_, slice_)) in enumerate(zip(blocks_of(child), blocks_of(bare), strict=True)):
+        wanted = AttentionCut(place).targets
+
+        def error(block, place=place, wanted=wanted):
+            weights = place.worth[f"{place.path}.mixer"].weights.split(12)
+            pairs = zip(place.streams, wanted, weights, strict=True)
+            return sum(float((w * (attended(block, a).out - b).square().sum(-1)).sum()) for a, b, w in pairs)
+
+        assert error(mine) <= error(slice_) * (1 + 1e-9)
+        if number + 1 < len(spec.blocks()):
+            with torch.no_grad():
+                place = walk.send([mine(batch) for batch in place.streams])
+
+
+def test_ridge_after_any_cut_brings_the_output_nearer():
+    model = adopt(timm_model("vit", "plain"))
+    spec = describe(model)
+    x = batches(spec, 60)
+    plan = methods.get("magnitude").search(model, None, Budget.parse("macs=0.7"), seed=0).plan
+    with torch.no_grad():
+        dense = model(x[0])
+        bare = surgery.apply(model, plan)(x[0])
+        kept = surgery.apply(model, plan, grafts=recovered(model, plan, x))(x[0])
+    assert (kept - dense).square().mean() < 0.5 * (bare - dense).square().mean()
+
+
+def test_ridge_after_token_drops_and_dead_branches():
+    model = adopt(timm_model("vit", "plain"))
+    spec = describe(model)
+    keep = tuple(range(0, 16, 2))
+    decisions = [
+        BlockPlan(hidden=tuple(range(40))),
+        BlockPlan(qk=((), (0, 1, 2, 3), ()), v=((), (4, 5, 6, 7), ()), tokens=Drop(kept=keep)),
+        BlockPlan(v=((), (), ()), hidden=()),
+    ]
+    plan = Plan.of(spec, decisions)
+    x = batches(spec, 60)
+    with torch.no_grad():
+        dense, bare = model(x[0]), surgery.apply(model, plan)(x[0])
+        kept = surgery.apply(model, plan, grafts=recovered(model, plan, x))(x[0])
+    assert (kept - dense).square().mean() < (bare - dense).square().mean()
+
+
+def test_attention_received_is_that_of_the_softmax():
+    model = adopted("vit", "plain")
+    block = blocks_of(model)[0][1]
+    x = torch.randn(2, 17, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights = torch.rand(2, 17, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    heard = attended(block, x, weights)
+    q, k = (t.unflatten(-1, (3, 16)).transpose(1, 2) for t in (heard.queries, heard.keys))
+    probabilities = (q @ k.mT * block.attn.scale).softmax(-1)
+    wanted = (weights[:, None, :, None] * probabilities).sum(2).mT
+    assert apart(heard.received, wanted) < EXACT
+
+
+def test_importance_is_the_gradient_at_the_last_layer():
+    model = copy.deepcopy(adopted("vit", "registers"))
+    x = images(describe(model), 6)
+    worth = importances(model, [x[:4], x[4:]], seed=0)["stages.0.blocks.1.mlp"]
+    assert worth.weights.shape == (6, 19)
+    assert float(worth.weights.mean()) == pytest.approx(1.1)
+    assert float(torch.linalg.eigvalsh(worth.metric).min()) > -1e-12
+    last = importances(model, [x], seed=0)["stages.0.blocks.2.mlp"].weights
+    assert float(last[:, 1:].max()) == pytest.approx(0.1)  # the head reads the class token alone
+
+
+# -- the table, and what is read off it
+
+
+def made_up(model) -> Calibration:
+    """A table by formulas, for what is read off it."""
+    spec = describe(model)
+    shares, losses = {}, {}
+    for number, (path, _, block) in enumerate(spec.blocks()):
+        for kind in ("qk", "v", "hidden"):
+            points = (0.25, 0.5, 0.75) + ((1.0,) if kind == "hidden" else ())
+            shares[f"{path}.{kind}"] = points
+            losses[f"{path}.{kind}"] = tuple((1 + number) * point**2 for point in points)
+        shares[f"{path}.heads"] = (1.0,) * (len(block.mixer.v) + 1)
+        losses[f"{path}.heads"] = (*(0.5 + head for head in range(len(block.mixer.v))), 5.0)
+    rows = ((0,) * len(spec.blocks()), (2, 2, 0), (4, 4, 0))
+    return Calibration(
+        spec=spec,
+        weights=fingerprint(model),
+        input=digits(model).input,
+        count=32,
+        shares=shares,
+        losses=losses,
+        merges=rows,
+        merged=(0.0, 0.05, 0.9),
+    )
+
+
+@pytest.mark.parametrize("budget", ["macs=0.8", "macs=0.5", "macs=0.35", "params=0.6", "macs=0.7,params=0.8"])
+def test_what_is_read_off_spends_its_budget(budget):
+    model = adopted("vit", "plain")
+    spec, limit = describe(model), Budget.parse(budget)
+    found = read_off(made_up(model), limit, merge=True, widths=True, exact=True)
+    steps = merging(spec, found.merges, found.exact)
+    base = surgery.apply(model, steps)
+    x = batches(spec)
+    plan, _ = compensated(base, found.choices, x, importances(base, x, seed=0))
+    cost = cost_of(plan.child(describe(base)))
+    assert limit.admits(cost, cost_of(spec))
+    assert limit.spent(cost, cost_of(spec)) >= 0.98
+
+
+def test_a_smaller_budget_never_promises_less_loss():
+    table = made_up(adopted("vit", "plain"))
+    losses = [
+        read_off(table, Budget.parse(f"macs={share}"), merge=True, widths=True, exact=True).loss
+        for share in (0.9, 0.7, 0.5, 0.3)
+    ]
+    assert losses == sorted(losses)
+
+
+def test_budget_below_reach_names_the_least():
+    table = made_up(adopted("vit", "plain"))
+    with pytest.raises(BudgetError, match=r"budget of macs must be at least [\d,]+ for this model, but got"):
+        read_off(table, Budget.parse("macs=0.01"), merge=True, widths=True, exact=True)
+    with pytest.raises(BudgetError, match="must be at least"):
+        read_off(table, Budget.parse("macs=0.3"), merge=True, widths=False, exact=True)
+
+
+def test_calibration_is_paper(tmp_path):
+    model = adopt(timm_model("vit", "plain", torch.float32))
+    table = made_up(model)
+    write_calibration(tmp_path / "c.safetensors", table)
+    assert dataclasses.asdict(read_calibration(tmp_path / "c.safetensors")) == dataclasses.asdict(table)
+
+
+def test_calibrations_that_do_not_fit_are_refused(tmp_path):
+    model = adopt(timm_model("vit", "plain", torch.float32))
+    table, path = made_up(model), tmp_path / "c.safetensors"
+    write_calibration(path, table)
+    data, budget = digits(model), Budget.parse("macs=0.7")
+    method = methods.get("post_training", {"calibration": str(path)})
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.head.bias.add_(1)
+    with pytest.raises(MethodError, match="its weights were others"):
+        method.search(other, data, budget, seed=0)
+    narrow_ = adopt(timm_model("vit", "registers", torch.float32))
+    with pytest.raises(MethodError, match="another structure"):
+        method.search(narrow_, digits(narrow_), budget, seed=0)
+    size = dataclasses.replace(data, input=data.input.model_copy(update={"size": (40, 40)}))
+    with pytest.raises(MethodError, match=r"images must be of the size \(32, 32\)"):
+        method.search(model, size, budget, seed=0)
+    mean = dataclasses.replace(data, input=data.input.model_copy(update={"mean": (0.1, 0.1, 0.1)}))
+    with pytest.raises(MethodError, match="normalised as they were"):
+        method.search(model, mean, budget, seed=0)
+    path.write_bytes(b"no tensors")
+    with pytest.raises(MethodError, match="must be whole safetensors"):
+        method.search(model, data, budget, seed=0)
+    path.unlink()
+    with pytest.raises(MethodError, match="must exist"):
+        method.search(model, data, budget, seed=0)
+
+
+def test_too_few_images_say_how_many():
+    model = adopt(timm_model("t2t", "performer", torch.float32))
+    assert needed(describe(model)) > 2
+    data = digits(model)
+    few = dataclasses.replace(data, calibration=data.calibration.pick(range(2)))
+    with pytest.raises(MethodError, match=r"must have at least \d+ images for this model, but got 2"):
+        methods.get("post_training").search(model, few, Budget.parse("macs=0.7"), seed=0)
+
+
+def test_broken_and_constant_activations_are_named():
+    model = adopt(timm_model("vit", "plain", torch.float32))
+    data, budget = digits(model), Budget.parse("macs=0.7")
+    dead = copy.deepcopy(model)
+    with torch.no_grad():
+        dead.blocks[1].mlp.fc1.weight.zero_()
+    with pytest.raises(MethodError, match=r"stages\.0\.blocks\.1\.hidden: activations must vary"):
+        methods.get("post_training").search(dead, data, budget, seed=0)
+    loud = copy.deepcopy(model)
+    with torch.no_grad():
+        loud.blocks[1].attn.proj.weight.mul_(1e30)
+        loud.blocks[1].attn.qkv.weight.mul_(1e30)
+    with pytest.raises(MethodError, match="must be finite"):
+        methods.get("post_training").search(loud, data, budget, seed=0)
+
+
+def test_merge_is_refused_or_left_out_in_windows():
+    model = adopt(timm_model("swin", "windows", torch.float32))
+    with pytest.raises(MethodError, match="merge=none"):
+        methods.get("post_training", {"merge": "bipartite"}).search(
+            model, digits(model), Budget.parse("macs=0.7"), seed=0
+        )
+
+
+def test_dense_prediction_keeps_every_patch():
+    model = adopt(timm_model("vit", "plain", torch.float32))
+    method = methods.get("post_training", {"merge": "none"})
+    found = method.search(model, digits(model), Budget.parse("macs=0.8"), seed=0)
+    child = surgery.apply(model, found.plan, grafts=found.grafts)
+    assert all(block.tokens is None and not block.only_prefix for _, _, block in describe(child).blocks())
+    x = torch.zeros(1, 3, 32, 32)
+    assert child.forward_intermediates(x)[1][-1].shape == model.forward_intermediates(x)[1][-1].shape
+
+
+def test_same_seed_same_weights_and_resumed(tmp_path):
+    model = adopt(timm_model("vit", "plain", torch.float32))
+    data: Data = digits(model)
+    method, budget = methods.get("post_training"), Budget.parse("macs=0.6")
+    first = method.search(model, data, budget, seed=0, folder=tmp_path)
+    assert (tmp_path / "calibration.safetensors").is_file()
+    second = method.search(model, data, budget, seed=0, folder=tmp_path)
+    assert first.plan == second.plan
+    assert first.grafts.keys() == second.grafts.keys()
+    assert all(torch.equal(value, second.grafts[name]) for name, value in first.grafts.items())
+
+
+def test_exact_last_block_where_the_head_allows_it():
+    for preset, able in (("plain", True), ("distilled", True), ("average", False), ("map", False)):
+        plan = last_exact(describe(adopted("vit", preset)))
+        assert plan.blocks()[-1].only_prefix == able
+
+
+def test_moments_of_some_features_are_slices():
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+    w = torch.rand(3, 5, dtype=torch.float64)
+    index = torch.tensor([1, 4])
+    whole_, part = Moments("a"), Moments("a")
+    whole_.add(w, x, x)
+    part.add(w, x[..., index], x)
+    assert apart(whole_.of(index).gram, part.gram) < EXACT
+    assert apart(whole_.of(index).cross, part.cross) < EXACT

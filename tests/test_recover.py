@@ -1,0 +1,160 @@
+"""Compensation and allocation on plain matrices: identities, and what must never get worse."""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.tolerance import EXACT
+from vitrim.errors import BudgetError, MethodError
+from vitrim.search.allocate import allocate, power_law
+from vitrim.search.recover import Moments, query_key_maps, refit, removal_order, root, value_map
+
+LOW_RANK = 1e-10
+"""Products of several decompositions in float64."""
+
+
+def gram(size: int, seed: int, count: int = 200) -> torch.Tensor:
+    x = torch.randn(count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = x @ torch.randn(size, size, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    return x.mT @ x / count
+
+
+def matrix(*shape: int, seed: int = 5) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def error(weight, cross, squares, target):
+    """Mean squared error up to what no weight changes."""
+    return float((weight @ squares * weight).sum() - 2 * (weight * cross).sum() + target)
+
+
+def test_refit_with_nothing_removed_is_the_dense_weight():
+    squares, weight = gram(12, 0), matrix(7, 12)
+    assert torch.allclose(refit(squares, weight @ squares, weight, 1e-2), weight, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("strength", [0.0, 1e-2, 1.0])
+def test_refit_never_does_worse_than_its_start(strength):
+    squares, weight = gram(12, 0), matrix(7, 12)
+    kept = torch.tensor([0, 2, 3, 7, 9])
+    cross, small = (weight @ squares)[:, kept], squares[kept][:, kept]
+    whole = float((weight @ squares * weight).sum())
+    fitted = refit(small, cross, weight[:, kept], strength)
+    assert error(fitted, cross, small, whole) <= error(weight[:, kept], cross, small, whole)
+    if strength == 0:
+        assert torch.allclose(fitted, cross @ torch.linalg.inv(small), rtol=1e-6, atol=1e-9)
+
+
+def test_removal_follows_optimal_brain_surgeon():
+    """Each neuron that goes is the one whose loss is least after the others were fitted anew, checked one by one."""
+    squares, weight, metric = gram(9, 3), matrix(6, 9), gram(6, 8)
+    order = removal_order(squares, weight, metric, 0.0).tolist()
+    half = root(metric) @ weight
+
+    def cost(kept):
+        cross, small = (half @ squares)[:, kept], squares[kept][:, kept]
+        fitted = cross @ torch.linalg.inv(small)
+        return error(fitted, cross, small, float((half @ squares * half).sum()))
+
+    left = list(range(9))
+    for gone in order[:6]:
+        best = min(left, key=lambda n: cost([m for m in left if m != n]))
+        assert gone == best
+        left.remove(gone)
+    assert sorted(order) == list(range(9))
+
+
+def test_removal_takes_dead_and_double_neurons_first():
+    squares, weight = gram(8, 1), matrix(5, 8)
+    weight[:, 6] = 0
+    twin = torch.eye(8, dtype=torch.float64)
+    twin[3, 2], twin[3, 3] = 1.0, 0.0  # neuron 3 says what neuron 2 says
+    order = removal_order(twin @ squares @ twin.mT, weight, torch.eye(5, dtype=torch.float64), 1e-9).tolist()
+    assert set(order[:2]) in ({6, 2}, {6, 3})
+
+
+def test_low_rank_at_full_rank_is_identity():
+    q, k = gram(8, 0), gram(8, 4)
+    a, b = query_key_maps(q, k, 8)
+    assert torch.allclose(a @ b.mT, torch.eye(8, dtype=torch.float64), rtol=0, atol=LOW_RANK)
+    assert torch.allclose(b.mT @ b, torch.eye(8, dtype=torch.float64), rtol=0, atol=LOW_RANK)
+    weight = matrix(6, 8)
+    back, columns = value_map(gram(8, 2), weight, gram(6, 9), 8)
+    assert torch.allclose(columns @ back.mT, weight, rtol=0, atol=LOW_RANK)
+
+
+@pytest.mark.parametrize("width", [1, 3, 6])
+def test_low_rank_is_the_best_there_is(width):
+    """Against the truncated singular value decomposition of the weighted product."""
+    q, k = gram(8, 0), gram(8, 4)
+    a, b = query_key_maps(q, k, width)
+    left, right = root(q), root(k)
+    values = torch.linalg.svdvals(left @ right)
+    lost = (left @ (torch.eye(8, dtype=torch.float64) - a @ b.mT) @ right).square().sum()
+    assert float(lost) == pytest.approx(float(values[width:].square().sum()), rel=1e-6)
+    weight, metric = matrix(6, 8), gram(6, 9)
+    back, columns = value_map(q, weight, metric, width)
+    lost = (left @ (weight - columns @ back.mT).mT @ root(metric)).square().sum()
+    values = torch.linalg.svdvals(left @ weight.mT @ root(metric))
+    assert float(lost) == pytest.approx(float(values[width:].square().sum()), rel=1e-6, abs=1e-9)
+
+
+def test_constant_and_broken_activations_are_named():
+    moments = Moments("stages.0.blocks.1.hidden")
+    x = torch.ones(2, 5, 4, dtype=torch.float64)
+    moments.add(torch.ones(2, 5), x, x)
+    with pytest.raises(MethodError, match=r"stages\.0\.blocks\.1\.hidden: activations must vary"):
+        refit(moments.gram, moments.cross, torch.zeros(4, 4, dtype=torch.float64), 1e-2, moments.at)
+    with pytest.raises(MethodError, match=r"stages\.0\.blocks\.1\.hidden: activations must be finite"):
+        moments.add(torch.ones(2, 5), x * float("nan"), x)
+
+
+# -- allocation
+
+
+def brute(losses, costs, limits):
+    best = None
+    for chosen in itertools.product(*(range(len(group)) for group in losses)):
+        spent = [sum(group[i][b] for group, i in zip(costs, chosen, strict=True)) for b in range(len(limits))]
+        loss = sum(group[i] for group, i in zip(losses, chosen, strict=True))
+        if all(a <= b for a, b in zip(spent, limits, strict=True)) and (best is None or loss < best):
+            best = loss
+    return best
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_allocation_equals_brute_force(seed):
+    draw = torch.Generator().manual_seed(seed)
+    losses = [torch.rand(4, generator=draw).tolist() for _ in range(5)]
+    costs = [[[int(n)] for n in torch.randint(0, 60, (4,), generator=draw)] for _ in range(5)]
+    limits = [110]
+    wanted = brute(losses, costs, limits)
+    if wanted is None:
+        with pytest.raises(BudgetError, match="must be at least"):
+            allocate(losses, costs, limits)
+        return
+    chosen = allocate(losses, costs, limits)
+    assert sum(group[i][0] for group, i in zip(costs, chosen, strict=True)) <= limits[0]
+    assert sum(group[i] for group, i in zip(losses, chosen, strict=True)) == pytest.approx(wanted)
+
+
+def test_allocation_keeps_two_bounds():
+    draw = torch.Generator().manual_seed(3)
+    losses = [torch.rand(4, generator=draw).sort().values.tolist() for _ in range(5)]
+    costs = [[[100 - 20 * i, 400 - 40 * i - 40 * i * (g % 2)] for i in range(4)] for g in range(5)]
+    limits = [420, 1500]
+    chosen = allocate(losses, costs, limits)
+    for bound, limit in enumerate(limits):
+        assert sum(group[i][bound] for group, i in zip(costs, chosen, strict=True)) <= limit
+    loss = sum(group[i] for group, i in zip(losses, chosen, strict=True))
+    assert loss <= 1.1 * brute(losses, costs, limits)
+
+
+def test_power_law_goes_through_its_points():
+    shares, losses = (0.25, 0.5, 1.0), (0.01, 0.04, 0.16)
+    for share, loss in zip(shares, losses, strict=True):
+        assert power_law(shares, losses, share) == pytest.approx(loss)
+    assert power_law(shares, losses, 0.125) == pytest.approx(0.0025)  # the square goes on
+    assert power_law(shares, losses, 0.0) == 0.0
+    assert power_law((0.25, 0.5), (0.01, 0.04), 1.0) == pytest.approx(0.16)
