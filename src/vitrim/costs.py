@@ -1,7 +1,7 @@
 """Multiply-accumulates and parameters of a spec, by arithmetic.
 
-N tokens, P tokens with padding to whole windows, A keys of a query, D width, Q and V channels of all heads together
-(queries or keys; values), M hidden neurons. Without windows both P and A are N.
+N tokens, P tokens with padding to whole windows, R queries, A keys of a query, D width, Q and V channels of all heads
+together (queries or keys; values), M hidden neurons. Without windows P is N, and where all tokens ask, so are R and A.
 
 `attention_macs` and `mlp_macs` take integers for a report and tensors for the differentiable cost of a search: the
 penalty of a search and the table in the README are one formula. Counted are the products of linear layers,
@@ -11,6 +11,7 @@ convolutions and attention, as PyTorch's own counter does; norms, activations, s
 from typing import Any, NamedTuple
 
 from vitrim.spec import Attention, Block, Form, Spec, Stage
+from vitrim.steps import Tokens, flow_of
 
 __all__ = ["Cost", "attention_macs", "block_cost", "cost_of", "mlp_macs"]
 
@@ -22,17 +23,21 @@ class Cost(NamedTuple):
     params: int
 
 
-def attention_macs(tokens: int, width: int, qk: Any, v: Any, keys: int | None = None) -> Any:
-    """Multiply-accumulates of an attention branch, ``P D (2Q + V) + P A (Q + V) + P V D``.
+def attention_macs(
+    tokens: int, width: int, qk: Any, v: Any, keys: int | None = None, queries: int | None = None
+) -> Any:
+    """Multiply-accumulates of an attention branch, ``(P D + R D + R A) (Q + V)``.
 
     Args:
-        tokens: P.
+        tokens: P, of which keys and values are made.
         width: D.
         qk: Q.
         v: V.
         keys: A; all tokens if None.
+        queries: R, tokens that ask and whose heads are projected; all if None.
     """
-    return tokens * (width * 2 * (qk + v) + (tokens if keys is None else keys) * (qk + v))
+    asking = tokens if queries is None else queries
+    return (tokens * width + asking * (width + (tokens if keys is None else keys))) * (qk + v)
 
 
 def mlp_macs(tokens: int, width: int, hidden: Any, factors: int = 1) -> Any:
@@ -51,16 +56,16 @@ class _Place(NamedTuple):
     padded: int
     keys: int
     offsets: int
-    patches: int
+    enters: Tokens
 
 
 def _place(stage: Stage) -> _Place:
     tokens, width, form, window = stage.tokens, stage.width, stage.form, stage.window
     norm = form.norm.params(width)
     if window is None:
-        return _Place(form, norm, width, tokens, tokens, tokens, 0, stage.patches)
+        return _Place(form, norm, width, tokens, tokens, tokens, 0, stage.enters)
     rows, columns = window.padded(stage.grid)
-    return _Place(form, norm, width, tokens, rows * columns, window.area, window.offsets, tokens)
+    return _Place(form, norm, width, tokens, rows * columns, window.area, window.offsets, stage.enters)
 
 
 def cost_of(spec: Spec) -> Cost:
@@ -68,43 +73,49 @@ def cost_of(spec: Spec) -> Cost:
 
     The head is priced for the tokens that leave the last block.
     """
-    macs, params, tokens = spec.host.macs, spec.host.params, 0
+    macs, params, leaving = spec.host.macs, spec.host.params, 0
     for stage in spec.stages:
-        place = _place(stage)
-        tokens = place.tokens
+        place, here = _place(stage), None
         for block in stage.blocks:
-            more_macs, more_params = _priced(block, place)
+            more_macs, more_params, here = _priced(block, place, here)
             macs += more_macs
             params += more_params
-        if stage.blocks and stage.blocks[-1].tokens is not None:
-            tokens = stage.prefix + len(stage.blocks[-1].tokens.kept)
-    return Cost(macs + tokens * spec.host.macs_per_token, params)
+        leaving = place.tokens if here is None else here.total
+    return Cost(macs + leaving * spec.host.macs_per_token, params)
 
 
-def block_cost(block: Block, stage: Stage) -> tuple[int, int]:
-    """Return (macs, params) of one block of `stage`, for the tokens that it runs on."""
-    return _priced(block, _place(stage))
+def block_cost(block: Block, stage: Stage, arriving: Tokens | None = None) -> tuple[int, int]:
+    """Return (macs, params) of one block of `stage`.
+
+    Args:
+        block: the block.
+        stage: where it stands.
+        arriving: the tokens at its input; those of the whole grid if None.
+    """
+    macs, params, _ = _priced(block, _place(stage), None if stage.window is not None else arriving)
+    return macs, params
 
 
-def _priced(block: Block, place: _Place) -> tuple[int, int]:
-    form, norm, width, tokens, padded, keys, offsets, patches = place
-    macs, params = 0, 0
+def _priced(block: Block, place: _Place, arriving: Tokens | None) -> tuple[int, int, Tokens | None]:
+    """(macs, params) of a block, and what it leaves; None stands for the whole grid."""
+    form, norm, width, rows, padded, keys, offsets, enters = place
+    macs, params, leaving, queries = 0, 0, arriving, padded
     mixer, hidden, step = block.mixer, block.hidden, block.tokens
-    if step is not None:
-        missing = patches - len(step.kept)
-        tokens -= missing
-        # In the exact form one token more goes through attention, for all that are missing.
-        padded = keys = tokens + (1 if step.exact and missing else 0)
+    if step is not None or arriving is not None or block.only_prefix:
+        here = enters if arriving is None else arriving
+        padded, queries, keys, rows, leaving = flow_of(step, here, enters.patches, block.only_prefix)
+        if step is not None:
+            macs, params = step.extra(here, width, sum(mixer.qk) if isinstance(mixer, Attention) else 0)
     if isinstance(mixer, Attention):
         qk, v = sum(mixer.qk), sum(mixer.v)
-        macs = attention_macs(padded, width, qk, v, keys)
-        params = _attention_params(form, norm, width, qk, v)
+        macs += attention_macs(padded, width, qk, v, keys, queries)
+        params += _attention_params(form, norm, width, qk, v)
         if offsets:
             params += offsets * len(mixer.v)
     if hidden is not None:
-        macs += mlp_macs(tokens, width, hidden, form.factors)
+        macs += mlp_macs(rows, width, hidden, form.factors)
         params += _mlp_params(form, norm, width, hidden)
-    return macs, params
+    return macs, params, leaving
 
 
 def _attention_params(form: Form, norm: int, width: int, qk: int, v: int) -> int:

@@ -12,7 +12,8 @@ from typing import Any, Self
 
 from vitrim.errors import PlanError
 from vitrim.plain import Node, dump, load, read_json, write_json
-from vitrim.spec import NO_WINDOWS, Attention, Block, Drop, Form, Skip, Spec, Stage, lost
+from vitrim.spec import NO_WINDOWS, Attention, Block, Form, Skip, Spec, Stage
+from vitrim.steps import Drop, Step, Tokens, flow_of, lost
 
 __all__ = ["BlockPlan", "Plan", "StagePlan", "read_plan", "write_plan"]
 
@@ -26,7 +27,8 @@ class BlockPlan(Node):
     keeps none of both is gone. If all heads are gone the output bias stays. `hidden` lists the neurons kept; if none,
     the output bias of the MLP stays. `mixer` or `mlp` = skip takes the branch away with its bias; both together take
     the block away (its place remains, so that paths stay true). `tokens` names the patches that the block runs on, by
-    their places in the dense grid; blocks after it run on no others.
+    their places in the dense grid (blocks after it run on no others), or what becomes of its tokens. `only_prefix`
+    leaves the patches behind in the last block.
     """
 
     qk: tuple[Kept, ...] | None = None
@@ -34,12 +36,13 @@ class BlockPlan(Node):
     mixer: Skip | None = None
     hidden: Kept | None = None
     mlp: Skip | None = None
-    tokens: Drop | None = None
+    tokens: Step | None = None
+    only_prefix: bool = False
 
     def child(self, block: Block, form: Form, at: str) -> Block:
         """The block that this plan makes of `block`, on the patches that `block` runs on."""
-        hidden = self._hidden(block, form, at)
-        return block.model_copy(update={"mixer": self._mixer(block, form, at), "hidden": hidden})
+        update = {"mixer": self._mixer(block, form, at), "hidden": self._hidden(block, form, at)}
+        return block.model_copy(update=update | {"only_prefix": block.only_prefix or self.only_prefix})
 
     def _mixer(self, block: Block, form: Form, at: str) -> Attention | Skip:
         mixer = block.mixer
@@ -114,7 +117,7 @@ class BlockPlan(Node):
 
         Patches depend on the blocks before, so `Plan.then` decides on them.
         """
-        update: dict[str, Any] = {}
+        update: dict[str, Any] = {"only_prefix": self.only_prefix or later.only_prefix}
         if later.mixer is not None or self.mixer is not None:
             update |= {"mixer": Skip(), "qk": None, "v": None}
         elif (later.qk is not None or later.v is not None) and isinstance(block.mixer, Attention):
@@ -220,47 +223,71 @@ class Plan(Node):
 
 
 def _with_tokens(blocks: tuple[Block, ...], plan: StagePlan, stage: Stage, at: str) -> tuple[Block, ...]:
-    """The blocks of a child on the patches that `plan` leaves them; `blocks` still run on those of the parent."""
-    if not any(decision.tokens for decision in plan.blocks):
+    """The blocks of a child on the tokens that `plan` leaves them; `blocks` still have the steps of the parent."""
+    if not any(decision.tokens or decision.only_prefix for decision in plan.blocks):
         return blocks
     if stage.window is not None:
         raise PlanError(f"{at}: {NO_WINDOWS}")
-    arriving: Drop | None = None
-    reached = []
+    here, before, reached = stage.enters, None, []
     for index, (block, decision) in enumerate(zip(blocks, plan.blocks, strict=True)):
-        step, wrong = decision.tokens, None
-        if step is None:
-            step = _remaining(block.tokens, arriving)
-        else:
-            wrong = lost(step, arriving, stage.patches) or lost(step, block.tokens, stage.patches)
-        if wrong is None and step is not None and not step.kept and not stage.prefix:
+        step, wrong = _step(decision.tokens, block.tokens, here, before)
+        wrong = wrong or lost(step, here, stage.patches)
+        if wrong is None and isinstance(step, Drop) and not step.kept and not stage.prefix:
             wrong = "a model without prefix tokens must keep a patch, but none is left"
         if wrong is not None:
             raise PlanError(f"{at}.{index}.tokens: {wrong}")
-        step = None if step is not None and len(step.kept) == stage.patches else step
+        if block.only_prefix and (index < len(blocks) - 1 or not stage.prefix):
+            raise PlanError(
+                f"{at}.{index}.only_prefix: patches can be left behind in the last block of a model with prefix tokens "
+                f"alone, but this is block {index} of {len(blocks)} with {stage.prefix} prefix tokens"
+            )
+        step = None if isinstance(step, Drop) and len(step.kept) == stage.patches else step
         reached.append(block.model_copy(update={"tokens": step}))
-        arriving = step
+        before = step
+        here = flow_of(step, here, stage.patches, block.only_prefix).leaves
     return tuple(reached)
 
 
-def _remaining(mine: Drop | None, arriving: Drop | None) -> Drop | None:
-    """What is left of a block's own patches where fewer arrive."""
-    if mine is None or arriving is None:
-        return mine or arriving
-    here = set(arriving.kept)
-    return mine.model_copy(update={"kept": tuple(place for place in mine.kept if place in here)})
+def _step(
+    decided: Step | None, mine: Step | None, arriving: Tokens, before: Step | None
+) -> tuple[Step | None, str | None]:
+    """The step of a child's block, of what a plan decides and what the parent's block had; or why there is none.
+
+    Patches that were dropped `before` stay away where nothing is decided.
+    """
+    if decided is None:
+        if isinstance(mine, Drop) and arriving.places is not None:
+            here = set(arriving.places)
+            return mine.model_copy(update={"kept": tuple(place for place in mine.kept if place in here)}), None
+        return (before if mine is None and isinstance(before, Drop) else mine), None
+    if mine is None or decided == mine:
+        return decided, None
+    if isinstance(decided, Drop) and isinstance(mine, Drop):
+        missing = set(decided.kept) - set(mine.kept)
+        if not missing:
+            return decided, None
+        return None, f"patches that were dropped before must stay away, but {sorted(missing)[:8]} are kept here"
+    return None, f"a block can have one token step, but it has '{mine.kind}' already and '{decided.kind}' is asked for"
 
 
 def _pooled(stages: Sequence[Stage], spec: Spec) -> None:
-    """Refuse to leave no patch to a head that pools patches (their mean would be no number), and to drop twice."""
-    pool = str(spec.host.arguments.get("global_pool", ""))
-    last = stages[-1].blocks[-1].tokens if stages and stages[-1].blocks else None
-    if last is not None and spec.host.arguments.get("patch_drop_rate"):
+    """Refuse to leave no patch to a head that reads patches (a mean of none is no number), and to drop twice."""
+    pool, last = str(spec.host.arguments.get("global_pool", "")), stages[-1]
+    if not any(block.tokens or block.only_prefix for stage in stages for block in stage.blocks):
+        return
+    if spec.host.arguments.get("patch_drop_rate"):
         raise PlanError(
-            "tokens: patches must not be dropped at random in training where they are cut at fixed places, but "
-            "patch_drop_rate is above 0; build the model without it"
+            "tokens: patches must not be dropped at random in training where they are cut, but patch_drop_rate is "
+            "above 0; build the model without it"
         )
-    if last is not None and not last.kept and pool.startswith(("avg", "max")):
+    if last.leaves.patches:
+        return
+    if last.blocks[-1].only_prefix and pool != "token":
+        raise PlanError(
+            "only_prefix: patches can be left behind only where the head reads the prefix tokens, but it pools "
+            f"'{pool}'; leave it out"
+        )
+    if pool.startswith(("avg", "max")):
         raise PlanError(f"tokens: a head that pools patches ({pool}) must be left one at least, but none is kept")
 
 

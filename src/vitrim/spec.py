@@ -5,14 +5,28 @@ D width of the residual stream, N tokens, P patches, H heads, K channels of a he
 A place has one path everywhere, in a spec, a plan, a report and an error: ``stages.0.blocks.3.hidden``.
 """
 
-import itertools
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from vitrim.plain import Node
+from vitrim.steps import Drop, Flow, Step, Tokens, flow_of, lost
 
-__all__ = ["Attention", "Block", "Drop", "Form", "Host", "Mixer", "Norm", "Skip", "Spec", "Stage", "Window"]
+__all__ = [
+    "Attention",
+    "Block",
+    "Drop",
+    "Form",
+    "Host",
+    "Mixer",
+    "Norm",
+    "Skip",
+    "Spec",
+    "Stage",
+    "Step",
+    "Tokens",
+    "Window",
+]
 
 
 class Norm(Node):
@@ -88,40 +102,21 @@ class Skip(Node):
 Mixer = Annotated[Attention | Skip, Field(discriminator="kind")]
 
 
-class Drop(Node):
-    """A block runs on some patches only; the others have left the model before it.
-
-    `kept` are their places in the grid of the dense model (row by row from 0, rising), whatever was dropped before, so
-    that a place has one number everywhere. Prefix tokens always stay.
-
-    `exact`: whether attention meets one key and value more, made of a token of zeros, whose logit is raised by the
-    logarithm of how many patches are missing. That is what the missing patches answer with where a mask multiplies the
-    outputs of both norms by zero, so the block then computes what the masked one does (ViT-Slim's training form).
-    """
-
-    kind: Literal["drop"] = "drop"
-    kept: tuple[NonNegativeInt, ...]
-    exact: bool = False
-
-    @model_validator(mode="after")
-    def _rise(self) -> Self:
-        if any(a >= b for a, b in itertools.pairwise(self.kept)):
-            raise ValueError("kept places must rise")
-        return self
-
-
 class Block(Node):
     """One transformer block; `hidden` counts MLP neurons: 0 leaves the output bias, None leaves no branch.
 
     `shifted`: whether it attends in windows that lie across those of the block before. `tokens`: the patches that it
-    runs on, None for the whole grid; from block to block they can only become fewer.
+    runs on, or what becomes of its tokens, None for all that arrive; from block to block they can only become fewer.
+    `only_prefix`: whether the prefix tokens alone ask, go through the MLP and leave, which the last block of a model
+    whose head reads nothing else may do without changing any logit.
     """
 
     mixer: Mixer
     hidden: NonNegativeInt | None
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     shifted: bool = False
-    tokens: Drop | None = None
+    tokens: Step | None = None
+    only_prefix: bool = False
 
 
 class Window(Node):
@@ -180,15 +175,22 @@ class Stage(Node):
 
     @model_validator(mode="after")
     def _shrink(self) -> Self:
-        steps = [block.tokens for block in self.blocks]
-        if any(steps) and self.window is not None:
-            raise ValueError(f"tokens: {NO_WINDOWS}")
-        arriving = None
-        for index, step in enumerate(steps):
-            wrong = lost(step, arriving, self.patches)
+        last = len(self.blocks) - 1
+        if self.window is not None:
+            if any(block.tokens or block.only_prefix for block in self.blocks):
+                raise ValueError(f"tokens: {NO_WINDOWS}")
+            return self
+        here = self.enters
+        for index, block in enumerate(self.blocks):
+            wrong = lost(block.tokens, here, self.patches)
             if wrong is not None:
                 raise ValueError(f"blocks.{index}.tokens: {wrong}")
-            arriving = step
+            if block.only_prefix and (index < last or not self.prefix):
+                raise ValueError(
+                    f"blocks.{index}.only_prefix: only the last block of a stage with prefix tokens may leave the "
+                    f"patches behind, but this is block {index} of {last + 1} with {self.prefix} prefix tokens"
+                )
+            here = flow_of(block.tokens, here, self.patches, block.only_prefix).leaves
         return self
 
     @property
@@ -201,27 +203,33 @@ class Stage(Node):
         """Tokens that enter the first block."""
         return self.patches + self.prefix
 
-    def arrivals(self) -> list[Drop | None]:
-        """The patches that arrive at each block, those that the block before ran on."""
-        return [None, *(block.tokens for block in self.blocks)][: len(self.blocks)]
+    @property
+    def enters(self) -> Tokens:
+        """The tokens before the first block."""
+        return Tokens(self.prefix, self.patches, self.grid)
+
+    def flows(self) -> list[Flow]:
+        """The tokens at each part of every block."""
+        flows, here = [], self.enters
+        for block in self.blocks:
+            flows.append(flow_of(block.tokens, here, self.patches, block.only_prefix))
+            here = flows[-1].leaves
+        return flows
+
+    def arrivals(self) -> list[Tokens]:
+        """The tokens at the input of each block."""
+        return [self.enters, *(flow.leaves for flow in self.flows())][: len(self.blocks)]
+
+    @property
+    def leaves(self) -> Tokens:
+        """The tokens after the last block."""
+        return self.flows()[-1].leaves if self.blocks else self.enters
 
 
 NO_WINDOWS = (
     "token cuts are not possible on windowed attention: windows, shifts and the merging of patches need the whole "
     "grid; cut heads, channels and neurons"
 )
-
-
-def lost(step: Drop | None, arriving: Drop | None, patches: int) -> str | None:
-    """What is wrong with a block that runs on `step` where `arriving` comes, in words; None if nothing is."""
-    if step is None:
-        return None if arriving is None else "patches that were dropped before must stay away, but all are kept here"
-    if step.kept and step.kept[-1] >= patches:
-        return f"kept places must lie within the grid's {patches}, but one is {step.kept[-1]}"
-    missing = set(step.kept) - set(arriving.kept) if arriving is not None else set()
-    if missing:
-        return f"patches that were dropped before must stay away, but {sorted(missing)[:8]} are kept here"
-    return None
 
 
 class Host(Node):
@@ -256,6 +264,10 @@ class Spec(Node):
             for j, block in enumerate(stage.blocks)
         ]
 
-    def arrivals(self) -> list[Drop | None]:
-        """The patches that arrive at each block, in the order of `blocks`."""
+    def flows(self) -> list[Flow]:
+        """The tokens at each part of every block, in the order of `blocks`."""
+        return [flow for stage in self.stages for flow in stage.flows()]
+
+    def arrivals(self) -> list[Tokens]:
+        """The tokens at the input of each block, in the order of `blocks`."""
         return [arriving for stage in self.stages for arriving in stage.arrivals()]

@@ -15,7 +15,7 @@ from vitrim.errors import PlanError
 from vitrim.families import blocks_of, describe, host
 from vitrim.nn import Axis, Block, Constant, make_block, settled
 from vitrim.plan import BlockPlan, Plan
-from vitrim.spec import Attention, Drop, Stage
+from vitrim.spec import Attention, Stage, Tokens
 from vitrim.spec import Block as BlockSpec
 
 __all__ = ["apply", "kept_entries"]
@@ -94,7 +94,7 @@ def _flat(axis: Axis, kept: Kept) -> Tensor:
 
 
 @torch.no_grad()
-def _cut(old: Block, spec: BlockSpec, stage: Stage, plan: BlockPlan, arriving: Drop | None) -> Block:
+def _cut(old: Block, spec: BlockSpec, stage: Stage, plan: BlockPlan, arriving: Tokens) -> Block:
     with torch.device("meta"):
         block = make_block(stage, spec, arriving)
     entries = kept_entries(old, plan)

@@ -93,6 +93,8 @@ def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
     shell = copy.deepcopy(model, {id(model.blocks): nn.Sequential(*blocks).train(model.training)})
     if any(block.spec.tokens is not None for block in blocks):
         shell.forward_intermediates, shell.set_input_size = Intermediates(shell), InputSize(shell)
+    if any(block.spec.only_prefix for block in blocks):
+        shell.forward_intermediates, shell.reset_classifier = Intermediates(shell), Classifier(shell)
     return shell  # type: ignore[no-any-return]
 
 
@@ -121,6 +123,26 @@ class Intermediates:
                 "tokens are the prefix tokens and the patches of spec.stages[0].blocks[i].tokens.kept"
             )
         return kind.forward_intermediates(self.model, x, *arguments, **options)
+
+
+@dataclass(eq=False)
+class Classifier:
+    """In place of timm's `reset_classifier` on a model whose last block leaves the patches behind."""
+
+    model: Any
+
+    def __call__(self, num_classes: int, global_pool: str | None = None) -> None:
+        """As timm's, for a head that reads the prefix tokens.
+
+        Raises:
+            DataError: if the new head would pool patches, of which none is left.
+        """
+        if global_pool not in (None, "token"):
+            raise DataError(
+                f"global_pool must stay 'token' where the last block leaves the patches behind, but got "
+                f"'{global_pool}'; set it on the dense model, and cut after"
+            )
+        type(self.model).reset_classifier(self.model, num_classes, global_pool)
 
 
 @dataclass(eq=False)

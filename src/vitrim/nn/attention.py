@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from vitrim.nn.axis import Axis, Member, Tap
 from vitrim.nn.layers import make_norm
+from vitrim.nn.tokens import Seen
 from vitrim.spec import Attention as AttentionSpec
 from vitrim.spec import Form
 
@@ -57,24 +58,42 @@ class Attention(nn.Module):
         self.proj = nn.Linear(self.sizes[2], width, bias=form.out_bias)
         self.proj_drop = nn.Dropout(form.drop)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        asking: int | None = None,
+        seen: list[Seen] | None = None,
+    ) -> Tensor:
         """Mix tokens.
 
         Args:
             x: normed tokens, ``(B, N, D)``.
             attn_mask: True where a key may be seen, or a bias added to the logits; broadcasts to ``(B, H, N, N)``.
             is_causal: whether a token sees only itself and those before it.
+            asking: how many tokens, the first, ask; None for all.
+            seen: what queries, keys and values are added to, for a token step that needs them.
 
         Returns:
-            ``(B, N, D)``.
+            ``(B, N, D)``, or only the tokens that asked.
         """
-        return self._run(x, attn_mask, lambda q, k, v, mask: self._attend(q, k, v, mask, is_causal))
+        return self._run(x, attn_mask, lambda q, k, v, mask: self._attend(q, k, v, mask, is_causal), asking, seen)
 
-    def _run(self, x: Tensor, attn_mask: Tensor | None, attend: Attend) -> Tensor:
-        q, k, v = self.qkv(x).split(self.sizes, dim=-1)
+    def _run(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        attend: Attend,
+        asking: int | None = None,
+        seen: list[Seen] | None = None,
+    ) -> Tensor:
+        q, k, v = self.qkv(x).split(self.sizes, dim=-1) if asking is None else self._projected(x, asking)
         if self.tied_qk:
             q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
         q, k, v = self.q_tap(q), self.k_tap(k), self.v_tap(v)
+        if seen is not None:
+            seen.append(Seen(self, q, k, v))
         if self.even:
             q, k, v = (self._heads(t).transpose(1, 2) for t in (q, k, v))
             mixed = attend(q, k, v, attn_mask).transpose(1, 2).flatten(2)
@@ -82,6 +101,13 @@ class Attention(nn.Module):
             mixed = self._uneven(q, k, v, attn_mask, attend)
         out: Tensor = self.proj_drop(self.proj(self.norm(mixed)))
         return out
+
+    def _projected(self, x: Tensor, asking: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the first tokens, keys and values of all."""
+        weight, bias, (first, second, _) = self.qkv.weight, self.qkv.bias, self.sizes
+        q = F.linear(x[:, :asking], weight[:first], None if bias is None else bias[:first])
+        k, v = F.linear(x, weight[first:], None if bias is None else bias[first:]).tensor_split((second,), dim=-1)
+        return q, k, v
 
     def _normed(self, x: Tensor, norm: nn.Module) -> Tensor:
         normed: Tensor = norm(self._heads(x))

@@ -14,7 +14,7 @@ from vitrim.nn.attention import Attention
 from vitrim.nn.axis import Axis
 from vitrim.nn.layers import make_norm
 from vitrim.nn.mlp import Mlp
-from vitrim.nn.tokens import Step
+from vitrim.nn.tokens import Seen, Step
 from vitrim.spec import Attention as AttentionSpec
 from vitrim.spec import Block as BlockSpec
 from vitrim.spec import Form
@@ -49,7 +49,8 @@ class Block(nn.Module):
         spec: mixer, hidden neurons, drop path.
         form: what the blocks of the stage have in common.
         attention: what builds the attention from D, the mixer and the form.
-        step: what drops tokens at its input; None keeps all that arrive.
+        step: what becomes of its tokens; None keeps all that arrive.
+        asking: how many tokens, the first, ask, go through the MLP and leave; None for all.
     """
 
     def __init__(
@@ -59,9 +60,10 @@ class Block(nn.Module):
         form: Form,
         attention: Callable[[int, AttentionSpec, Form], Attention] = Attention,
         step: Step | None = None,
+        asking: int | None = None,
     ) -> None:
         super().__init__()
-        self.step = step
+        self.step, self.asking = step, asking
         self.spec, self.form, self.width = spec, form, width
         mixer, hidden = spec.mixer, spec.hidden
 
@@ -86,31 +88,41 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(spec.drop_path)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Map tokens ``(B, N, D)`` to ``(B, n, D)``, where n is N unless the block drops some.
+        """Map tokens ``(B, N, D)`` to ``(B, n, D)``, where n is N unless the block has a token step or `asking`.
 
         Masks are those of `Attention.forward`.
 
         Raises:
-            DataError: if the block drops tokens, and others arrive than it was made for, or a mask is given.
+            DataError: if the number of tokens changes, and others arrive than it was made for, or a mask is given.
         """
+        if (self.step is not None or self.asking is not None) and (attn_mask is not None or is_causal):
+            raise DataError("a model whose tokens are dropped must be run without attention masks; leave them out")
+        seen = None
         if self.step is not None:
-            if attn_mask is not None or is_causal:
-                raise DataError("a model whose tokens are dropped must be run without attention masks; leave them out")
-            x = self.step(x)
+            x = self.step.enter(x)
         if self.attn is not None:
-            x = x + self.drop_path1(self.ls1(self._mix(self.norm1(x), attn_mask, is_causal)))
+            mixed, seen = self._mix(self.norm1(x), attn_mask, is_causal)
+            x = x[:, : self.asking] + self.drop_path1(self.ls1(mixed))
+        elif self.asking is not None:
+            x = x[:, : self.asking]
+        if self.step is not None:
+            x = self.step.settle(x, seen)
         if self.mlp is not None:
             x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x
 
-    def _mix(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    def _mix(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Seen | None]:
         assert self.attn is not None
-        if self.step is None or not self.step.missing or isinstance(self.attn, Constant):
-            mixed: Tensor = self.attn(x, attn_mask=attn_mask, is_causal=is_causal)
-            return mixed
-        more, raised = self.step.with_missing(x)
-        mixed = self.attn(more, attn_mask=raised)
-        return mixed[:, :-1]
+        if isinstance(self.attn, Constant):
+            constant: Tensor = self.attn(x[:, : self.asking])
+            return constant, None
+        if self.step is None:
+            mixed: Tensor = self.attn(x, attn_mask=attn_mask, is_causal=is_causal, asking=self.asking)
+            return mixed, None
+        given, raised = self.step.keys(x)
+        seen: list[Seen] = []
+        mixed = self.attn(given, attn_mask=raised, asking=self.asking, seen=seen if self.step.looks else None)
+        return mixed[:, : x.shape[1]], seen[0] if seen else None
 
     def axes(self) -> tuple[Axis, ...]:
         """Every axis of this block."""

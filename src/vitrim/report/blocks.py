@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from vitrim.costs import block_cost, cost_of
 from vitrim.plan import BlockPlan, Plan
-from vitrim.spec import Attention, Block, Spec, Stage
+from vitrim.spec import Attention, Block, Spec
 
 __all__ = ["HOST", "Fate", "Head", "Row", "fates", "sheet", "total"]
 
@@ -76,19 +76,30 @@ def fates(parent: Spec, plan: Plan) -> list[Fate]:
     """
     child = plan.child(parent)
     return [
-        _fate(path, stage, before, decision, after)
-        for (path, stage, before), decision, (_, _, after) in zip(
-            parent.blocks(), plan.blocks(), child.blocks(), strict=True
+        _fate(path, block, decision, after)
+        for (path, _, _), block, decision, after in zip(
+            parent.blocks(), _places(parent), plan.blocks(), _places(child), strict=True
         )
     ]
 
 
-def _costs(spec: Spec) -> list[tuple[int, int]]:
-    return [block_cost(block, stage) for _, stage, block in spec.blocks()]
+class _Place(NamedTuple):
+    """A block where it stands."""
+
+    block: Block
+    cost: tuple[int, int]
+    tokens: int
 
 
-def _fate(path: str, stage: Stage, block: Block, plan: BlockPlan, child: Block) -> Fate:
-    before, after = block_cost(block, stage), block_cost(child, stage)
+def _places(spec: Spec) -> list[_Place]:
+    return [
+        _Place(block, block_cost(block, stage, arriving), flow.leaves.total)
+        for (_, stage, block), arriving, flow in zip(spec.blocks(), spec.arrivals(), spec.flows(), strict=True)
+    ]
+
+
+def _fate(path: str, place: _Place, plan: BlockPlan, child: _Place) -> Fate:
+    block, before, after = place.block, place.cost, child.cost
     had = block.hidden or 0
     kept = had if plan.hidden is None else len(plan.hidden)
     return Fate(
@@ -102,14 +113,9 @@ def _fate(path: str, stage: Stage, block: Block, plan: BlockPlan, child: Block) 
         macs=after[0],
         params_before=before[1],
         params=after[1],
-        tokens=_tokens(stage, child),
-        tokens_before=_tokens(stage, block),
+        tokens=child.tokens,
+        tokens_before=place.tokens,
     )
-
-
-def _tokens(stage: Stage, block: Block) -> int:
-    """Tokens that a block runs on."""
-    return stage.tokens if block.tokens is None else stage.prefix + len(block.tokens.kept)
 
 
 def _branch(had: bool, skipped: bool) -> str:
@@ -163,7 +169,7 @@ def _host_row(parent: Spec, plan: Plan) -> Row:
 
 def _host_cost(spec: Spec) -> tuple[int, int]:
     """All that is no block's; a head may be priced by the tokens that the last block leaves it."""
-    whole, blocks = cost_of(spec), _costs(spec)
+    whole, blocks = cost_of(spec), [place.cost for place in _places(spec)]
     return whole.macs - sum(macs for macs, _ in blocks), whole.params - sum(params for _, params in blocks)
 
 

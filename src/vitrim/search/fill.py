@@ -20,7 +20,7 @@ from vitrim.budget import SLACK, Budget
 from vitrim.costs import Cost, block_cost, cost_of
 from vitrim.errors import BudgetError, MethodError
 from vitrim.plan import BlockPlan, Kept, Plan
-from vitrim.spec import Attention, Block, Spec, Stage
+from vitrim.spec import Attention, Block, Spec, Stage, Tokens
 
 __all__ = ["ALIGN", "Choice", "fill", "quantiles"]
 
@@ -135,25 +135,31 @@ def _checked(spec: Spec, scores: Mapping[str, Tensor]) -> dict[str, list[Array]]
 
 
 def _ladders(spec: Spec, scores: Mapping[str, list[Array]], choice: Choice) -> Iterator[_Ladder]:
-    for index, (path, stage, block) in enumerate(spec.blocks()):
+    for index, ((path, stage, block), arriving) in enumerate(zip(spec.blocks(), spec.arrivals(), strict=True)):
         if isinstance(block.mixer, Attention) and block.mixer.v and f"{path}.v" in scores:
-            yield from _attention_ladders(index, stage, block, scores, path, choice)
+            rates = _attention_rate(stage, block, arriving)
+            yield from _attention_ladders(index, stage, block, scores, path, choice, rates)
         if block.hidden and f"{path}.hidden" in scores and stage.form.hidden_norm is None:
             levels = _levels(block.hidden, 1 if choice == "free" else ALIGN)
-            rate = _hidden_rate(stage, block)
+            rate = _hidden_rate(stage, block, arriving)
             yield _ladder(
                 index, "hidden", (0,), [(0, n) for n in levels], [np.zeros(0)], scores[f"{path}.hidden"], rate
             )
 
 
 def _attention_ladders(
-    index: int, stage: Stage, block: Block, scores: Mapping[str, list[Array]], path: str, choice: Choice
+    index: int,
+    stage: Stage,
+    block: Block,
+    scores: Mapping[str, list[Array]],
+    path: str,
+    choice: Choice,
+    rate: Callable[[int, int, int], tuple[int, int]],
 ) -> Iterator[_Ladder]:
     mixer, form = block.mixer, stage.form
     assert isinstance(mixer, Attention)
     qk = scores.get(f"{path}.qk", [np.zeros(n) for n in mixer.qk])
     v = scores[f"{path}.v"]
-    rate = _attention_rate(stage, block)
     if choice == "heads":
         if form.mixed_norm is None:
             order = sorted(range(len(v)), key=lambda h: float(qk[h].sum() + v[h].sum()))
@@ -183,25 +189,25 @@ def _joint_levels(qk: int, v: int, step: int, tied_qk: bool, tied_v: bool) -> li
     return [(min(n, qk), min(n, v)) for n in levels]
 
 
-def _rate(stage: Stage, build: Callable[[int], Block]) -> tuple[int, int]:
+def _rate(stage: Stage, arriving: Tokens, build: Callable[[int], Block]) -> tuple[int, int]:
     """Cost of one channel: macs and parameters are straight lines in every width."""
-    one, two = (block_cost(build(n), stage) for n in (1, 2))
+    one, two = (block_cost(build(n), stage, arriving) for n in (1, 2))
     return two[0] - one[0], two[1] - one[1]
 
 
-def _hidden_rate(stage: Stage, block: Block) -> tuple[int, int]:
-    return _rate(stage, lambda hidden: Block(mixer=block.mixer, hidden=hidden, tokens=block.tokens))
+def _hidden_rate(stage: Stage, block: Block, arriving: Tokens) -> tuple[int, int]:
+    return _rate(stage, arriving, lambda hidden: block.model_copy(update={"hidden": hidden}))
 
 
-def _attention_rate(stage: Stage, block: Block) -> Callable[[int, int, int], tuple[int, int]]:
+def _attention_rate(stage: Stage, block: Block, arriving: Tokens) -> Callable[[int, int, int], tuple[int, int]]:
     """What cutting (qk channels, v channels, heads) saves; a head's own share is its column of position biases."""
     scale = block.mixer.scale if isinstance(block.mixer, Attention) else 1.0
 
     def one_head(qk: int, v: int) -> Block:
-        return Block(mixer=Attention(qk=(qk,), v=(v,), scale=scale), hidden=block.hidden, tokens=block.tokens)
+        return block.model_copy(update={"mixer": Attention(qk=(qk,), v=(v,), scale=scale)})
 
-    qk = _rate(stage, lambda n: one_head(n, 1))
-    v = _rate(stage, lambda n: one_head(1, n))
+    qk = _rate(stage, arriving, lambda n: one_head(n, 1))
+    v = _rate(stage, arriving, lambda n: one_head(1, n))
     head = stage.window.offsets if stage.window is not None else 0
     return lambda a, b, dead: (a * qk[0] + b * v[0], a * qk[1] + b * v[1] + dead * head)
 
@@ -340,14 +346,14 @@ def _top_up(spec: Spec, plan: Plan, ranked: Mapping[str, Array], budget: Budget)
     parent = cost_of(spec)
     limits = budget.limits(parent)
     blocks = plan.blocks()
-    for index, (path, stage, block) in enumerate(spec.blocks()):
+    for index, ((path, stage, block), arriving) in enumerate(zip(spec.blocks(), spec.arrivals(), strict=True)):
         cost = cost_of(Plan.of(spec, blocks).child(spec))
         if budget.spent(cost, parent) >= 1 - SLACK:
             break
         kept = blocks[index].hidden
         if kept is None or not block.hidden:
             continue
-        rate = _hidden_rate(stage, block)
+        rate = _hidden_rate(stage, block, arriving)
         room = [
             (limits[name] - getattr(cost, name)) // step
             for name, step in zip(Cost._fields, rate, strict=True)
