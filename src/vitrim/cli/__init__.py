@@ -1,7 +1,7 @@
 """The command line. Exit 0: done. Exit 1: failed, a bug of ours. Exit 2: a wrong request, told in one sentence.
 
-Rooms are imported where they are used: `vitrim explain` answers before torch would have been read. A command stands in the
-file of its kind, and is there because `app` in `shared` knows it.
+Rooms are imported where they are used: `vitrim explain` answers before torch would have been read. A command stands in
+the file of its kind, and `app` in `shared` knows it.
 """
 
 import sys
