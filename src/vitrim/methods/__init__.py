@@ -1,4 +1,7 @@
-"""Methods: one file each, found because the file exists; its name is the method's name in a recipe."""
+"""Methods: one file each, found because the file exists; its name is the method's name in a recipe.
+
+Files whose names begin with an underscore are helpers of one method.
+"""
 
 import importlib
 import pkgutil
@@ -14,7 +17,7 @@ __all__ = ["get", "names", "settings_of"]
 
 def names() -> list[str]:
     """Names of all methods."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def settings_of(name: str) -> type[Node]:

@@ -20,7 +20,18 @@ from vitrim.plan import BlockPlan, Plan
 from vitrim.search.policy import Array, Space
 from vitrim.spec import NO_WINDOWS, Attention, Block, Spec, Stage
 
-__all__ = ["Bounds", "Frame", "Ranking", "Rounding", "released_macs", "selection_blocks", "token_counts"]
+__all__ = [
+    "PRESETS",
+    "Bounds",
+    "Frame",
+    "Preset",
+    "Ranking",
+    "Rounding",
+    "natural",
+    "released_macs",
+    "selection_blocks",
+    "token_counts",
+]
 
 Rounding = Literal["nearest", "floor"]
 Ranking = Mapping[str, Tensor]
@@ -37,6 +48,41 @@ class Bounds:
     heads: float
     neurons: float
     tokens: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """A published policy: heads and neurons that each block keeps, and the ratio of tokens that each selection drops."""
+
+    heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+    tokens: float
+
+
+PRESETS = {
+    "deit_small_60": Preset(
+        heads=(5, 5, 5, 4, 5, 5, 5, 5, 4, 5, 5, 5),
+        neurons=(1348, 1533, 1517, 782, 1376, 1032, 1505, 1130, 1498, 964, 1016, 1037),
+        tokens=0.48807,
+    ),
+    "deit_base_60": Preset(
+        heads=(9, 6, 7, 6, 10, 11, 9, 11, 10, 10, 11, 7),
+        neurons=(1560, 1769, 1986, 2249, 2697, 2879, 1646, 2815, 2847, 3061, 2985, 2541),
+        tokens=0.40072,
+    ),
+}
+"""Of the published code, "60 % fewer FLOPs" for DeiT-S and DeiT-B; 58.0 and 59.3 % of our macs."""
+
+
+def natural(spec: Spec) -> dict[str, Tensor]:
+    """A ranking that keeps the first, for costs that do not depend on it."""
+    found = {}
+    for path, _, block in spec.blocks():
+        if isinstance(block.mixer, Attention) and len(block.mixer.v) > 1:
+            found[f"{path}.heads"] = torch.arange(len(block.mixer.v))
+        if block.hidden:
+            found[f"{path}.hidden"] = torch.arange(block.hidden)
+    return found
 
 
 def selection_blocks(depth: int) -> tuple[int, ...]:
@@ -158,7 +204,7 @@ class Frame:
         return selection_blocks(len(self.places))
 
     def _reachable(self) -> None:
-        cost = self._costs(self.space.upper[None])
+        cost = self.costs(self.space.upper[None])
         for name, limit in self.limits.items():
             least = int(getattr(cost, name)[0])
             if least > limit:
@@ -205,7 +251,7 @@ class Frame:
             real[:, self.token] = np.mean(gone, axis=0)
         return real
 
-    def _costs(self, policies: Array) -> Any:
+    def costs(self, policies: Array) -> Any:
         """Macs and parameters of every policy, ``(S,)`` each; what `cost_of` gives for their plans."""
         blocks, steps = self.counts(policies)
         saved = np.zeros((len(policies), 2), dtype=np.int64)
@@ -233,8 +279,31 @@ class Frame:
         found: Ints = macs + tokens * self.spec.host.macs_per_token
         return found
 
+    def policy(self, preset: Preset) -> Array:
+        """The ratios of a published policy, ``(P,)``.
+
+        Raises:
+            MethodError: if it is for another model.
+        """
+        heads = tuple(len(place.v) - 1 for place in self.places)
+        neurons = tuple(place.block.hidden or 0 for place in self.places)
+        pairs = [*zip(preset.heads, heads, strict=False), *zip(preset.neurons, neurons, strict=False)]
+        if len(heads) != len(preset.heads) or any(kept > all_ for kept, all_ in pairs) or self.token is None:
+            raise MethodError(
+                f"a preset must be of the model's {len(preset.heads)} blocks, heads and neurons with tokens to choose, "
+                f"but the model has {len(heads)} blocks with {heads} heads; search a policy instead"
+            )
+        found = np.zeros(len(self.space.names))
+        for place, k, m in zip(self.places, preset.heads, preset.neurons, strict=True):
+            if place.heads is not None:
+                found[place.heads] = 1 - k / (len(place.v) - 1)
+            if place.hidden is not None:
+                found[place.hidden] = 1 - m / (place.block.hidden or 1)
+        found[self.token] = preset.tokens
+        return found
+
     def _spent(self, policies: Array) -> Array:
-        cost = self._costs(policies)
+        cost = self.costs(policies)
         shares = [getattr(cost, name) / max(limit, 1) for name, limit in self.limits.items()]
         return np.max(np.asarray(shares, dtype=np.float64), axis=0)  # type: ignore[no-any-return]
 

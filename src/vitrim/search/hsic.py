@@ -103,8 +103,8 @@ def gaussian(*bandwidths: float) -> Kernel:
 def median_gaussian(z: Tensor) -> Tensor:
     """The kernel ``exp(-|a - b|^2 / (2 m^2))``, m the median distance of each component's pairs of samples.
 
-    It stays alive at any dimension and does not see the amplitude. Where m is 0 (a constant component) it is 1
-    everywhere, and depends on nothing.
+    It stays alive at any dimension and does not see the amplitude. Where m is 0 (a constant component) the whole matrix
+    is 0, so that its dependence on anything is exactly 0.
 
     Args:
         z: ``(..., n, F)``.
@@ -114,8 +114,9 @@ def median_gaussian(z: Tensor) -> Tensor:
     middle = pairs.median(dim=-1).values
     size = _precise(z).square().sum(dim=-1).mean(dim=-1)
     noise = (_ROUNDINGS * torch.finfo(distances.dtype).eps) ** 2 * size
-    rate = torch.where(middle > noise, -0.5 / middle.clamp(min=torch.finfo(distances.dtype).tiny), 0.0)
-    return distances.mul_(rate[..., None, None]).exp_()
+    alive = middle > noise
+    rate = torch.where(alive, -0.5 / middle.clamp(min=torch.finfo(distances.dtype).tiny), 0.0)
+    return distances.mul_(rate[..., None, None]).exp_().mul_(alive[..., None, None])
 
 
 def _pairs(distances: Tensor) -> Tensor:

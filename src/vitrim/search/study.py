@@ -1,15 +1,14 @@
 """Where the trials of a search lie: an Optuna study, in a file of one's own or in a storage that many share."""
 
 import contextlib
-import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import optuna
 import sqlalchemy.exc
 
-from vitrim.errors import RunError
+from vitrim.errors import RunError, VitrimError
 
 __all__ = ["kept", "open_study", "reachable"]
 
@@ -18,24 +17,26 @@ _LOCKED = 60
 _TRIES = 5
 
 
+_TOLD = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError)
+_OPENING = (*_TOLD, ImportError, OSError, ValueError, optuna.exceptions.OptunaError)
+
+
 @contextlib.contextmanager
-def reachable(url: str) -> Iterator[None]:
+def reachable(url: str, *, opening: bool = False) -> Iterator[None]:
     """Tell what a storage says in one sentence.
+
+    Args:
+        url: of the storage.
+        opening: whether the storage is being opened, where a wrong address shows in more ways.
 
     Raises:
         RunError: if the storage is locked, unreachable or unknown; what it holds is left alone.
     """
     try:
         yield
-    except (
-        optuna.exceptions.StorageInternalError,
-        sqlalchemy.exc.SQLAlchemyError,
-        ImportError,
-        OSError,
-        ValueError,
-    ) as problem:
-        if isinstance(problem, RunError):
-            raise
+    except VitrimError:
+        raise
+    except _OPENING if opening else _TOLD as problem:
         cause = problem.__cause__ or problem
         first = str(getattr(cause, "orig", None) or cause).strip().splitlines()[:1]
         raise RunError(
@@ -51,12 +52,13 @@ def _public(url: str) -> str:
     return f"{scheme}{mark}{host}" if at else url
 
 
-def open_study(url: str, name: str, identity: Mapping[str, str]) -> optuna.Study:
+def open_study(url: str | None, name: str, identity: Mapping[str, str]) -> optuna.Study:
     """Open a study, or make it.
 
     Args:
         url: of a relational database (``sqlite:///trials.db``, ``mysql://…``, ``postgresql://…``), of a file that many
-            machines append to (``journal:///folder/trials.log``), or of a server (``grpc://host:port``).
+            machines append to (``journal:///folder/trials.log``), or of a server (``grpc://host:port``); None keeps it in
+            memory.
         name: of the study in its storage.
         identity: what tells the model and the space from others, by name; kept as user attributes of the study.
 
@@ -64,7 +66,9 @@ def open_study(url: str, name: str, identity: Mapping[str, str]) -> optuna.Study
         RunError: if the storage cannot be used, or the study is of another model or space.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with reachable(url):
+    if url is None:
+        return optuna.create_study(study_name=name, direction="maximize")
+    with reachable(url, opening=True):
         study = _made(url, name)
         known = study.user_attrs
         for key, value in identity.items():
@@ -107,10 +111,20 @@ def _storage(url: str) -> Any:
     return optuna.storages.RDBStorage(url, engine_kwargs=wait)
 
 
-def kept(study: optuna.Study, name: str, make: Any) -> Any:
-    """What the study keeps under `name`; made and put there if it keeps nothing yet."""
-    known = study.user_attrs.get(name)
-    if known is None:
-        study.set_user_attr(name, json.dumps(make()))
-        known = study.user_attrs[name]
-    return json.loads(known)
+def kept(study: optuna.Study, values: Callable[[], Mapping[str, Any]], names: Iterable[str]) -> dict[str, Any]:
+    """What the study keeps under `names`; made and put there if it lacks any.
+
+    Processes that share a study so share what the first of them made.
+
+    Args:
+        study: of the search.
+        values: makes plain values, by name.
+        names: what is needed.
+    """
+    wanted = list(names)
+    if any(name not in study.user_attrs for name in wanted):
+        made = values()
+        for name in wanted:
+            study.set_user_attr(name, made[name])
+    known = study.user_attrs
+    return {name: known[name] for name in wanted}
