@@ -3,7 +3,7 @@
     python benchmarks/mdc_search.py synthetic [--seeds 10] [--noise 0.3] [--searches random botorch optuna]
     python benchmarks/mdc_search.py digits --out FOLDER [--seeds 3]
 
-`synthetic`: ``f = 80 - sum a n^2 - sum b h^2 - 25 t^2 - 5 t mean(n)`` over the policies of a DeiT-S (25 ratios), a and b
+`synthetic`: ``f = 80 - sum a n^2 - sum b h^2 - 25 t^2 - 5 t mean(n)`` over the policies of a DeiT-S (25 ratios), a, b
 drawn from 6 LogNormal(0, 1), priced as DeiT-S is; each search has 30 measurements, the first 10 of them drawn. Told
 are the true values of what each search takes for the best. `digits`: the held-out loss of a small trained ViT, no
 retraining, 40 measurements, 15 drawn. `optuna`: `optuna.samplers.GPSampler`, which knows no budget: what it asks
@@ -25,8 +25,8 @@ import torch
 
 from vitrim import store
 from vitrim.budget import Budget
-from vitrim.data import Input, split
 from vitrim.contract import Data
+from vitrim.data import Input, split
 from vitrim.demo import PARENT, small_vit, train_parent
 from vitrim.families import describe
 from vitrim.methods import mdc
@@ -68,7 +68,9 @@ def sampler(space: Space, value: Value, seed: int, trials: int, initial: int) ->
     )
     for drawn in sample(space, initial, rng):
         study.enqueue_trial({name: float(ratio) for name, ratio in zip(space.names, drawn, strict=True)})
-    ranges = {n: optuna.distributions.FloatDistribution(0, float(u)) for n, u in zip(space.names, space.upper, strict=True)}
+    ranges = {
+        n: optuna.distributions.FloatDistribution(0, float(u)) for n, u in zip(space.names, space.upper, strict=True)
+    }
     best, top, seconds = None, -np.inf, 0.0
     for _ in range(trials):
         start = time.perf_counter()
@@ -112,6 +114,11 @@ def hills(space: Space, seed: int) -> Value:
     return value
 
 
+def blurred(true: Value, noise: float, rng: np.random.Generator) -> Value:
+    """The same with noise on every measurement."""
+    return lambda policy: true(policy) + noise * rng.normal()
+
+
 def synthetic(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every search on every seed and budget."""
     lines = []
@@ -120,8 +127,7 @@ def synthetic(args: argparse.Namespace) -> list[dict[str, Any]]:
         for seed in range(args.seeds):
             true = hills(space, seed)
             for name in args.searches:
-                noise = np.random.default_rng([seed, 2])
-                noisy = lambda policy, true=true, noise=noise: true(policy) + args.noise * noise.normal()
+                noisy = blurred(true, args.noise, np.random.default_rng([seed, 2]))
                 policy, seconds = SEARCHES[name](space, noisy, seed, 30, 10)
                 lines.append({"objective": "synthetic", "noise": args.noise, "keep": keep, "seed": seed,
                               "search": name, "value": true(policy), "seconds": seconds})  # fmt: skip
@@ -139,7 +145,9 @@ def digits(args: argparse.Namespace) -> list[dict[str, Any]]:
                      "warmup_epochs": PARENT.warmup_epochs * args.scale}))  # fmt: skip
         model = store.load(parent).eval()
         parts = split("digits", calibration=256, validation=0.2, seed=seed)
-        data = Data(train=parts.train, calibration=parts.calibration, validation=parts.validation, input=Input.of(model))
+        data = Data(
+            train=parts.train, calibration=parts.calibration, validation=parts.validation, input=Input.of(model)
+        )
         method, spec = mdc.Method(measure="loss"), describe(model)
         for keep in args.budgets:
             budget = Budget.parse(f"macs={keep}")
@@ -179,7 +187,9 @@ def main() -> None:
     print("| keep | search | mean best | gain over random: mean, least | better than random | seconds a proposal |")
     print("| ---: | --- | ---: | ---: | ---: | ---: |")
     for keep in args.budgets:
-        found = {n: np.array([x["value"] for x in lines if (x["keep"], x["search"]) == (keep, n)]) for n in args.searches}
+        found = {
+            n: np.array([x["value"] for x in lines if (x["keep"], x["search"]) == (keep, n)]) for n in args.searches
+        }
         for name, values in found.items():
             gain = values - found.get("random", values)
             took = np.mean([x["seconds"] for x in lines if (x["keep"], x["search"]) == (keep, name)])

@@ -6,7 +6,7 @@ L blocks, H heads, M hidden neurons, N tokens, P ratios of a policy, S policies 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitrim.budget import Budget
-from vitrim.costs import Cost, attention_macs, block_cost, cost_of, mlp_macs
+from vitrim.costs import attention_macs, block_cost, cost_of, mlp_macs
 from vitrim.errors import BudgetError, MethodError
-from vitrim.plan import BlockPlan, Plan
 from vitrim.search.policy import Array, Space
 from vitrim.spec import NO_WINDOWS, Attention, Block, Spec, Stage
 
@@ -41,6 +40,13 @@ Ints = NDArray[np.int64]
 TOKENS = "tokens"
 
 
+class Costs(NamedTuple):
+    """What many policies cost, ``(S,)`` each."""
+
+    macs: Ints
+    params: Ints
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
     """Largest ratios that a policy may cut; 0 leaves a dimension alone."""
@@ -52,7 +58,7 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """A published policy: heads and neurons that each block keeps, and the ratio of tokens that each selection drops."""
+    """A published policy: heads and neurons that each block keeps, and the ratio that each selection drops."""
 
     heads: tuple[int, ...]
     neurons: tuple[int, ...]
@@ -119,8 +125,8 @@ def token_counts(tokens: int, ratio: Any, times: int, least: int) -> list[tuple[
 class _Place:
     """One block: the columns of its ratios in a policy, and what its channels cost.
 
-    `qk` and `v` are the channels of the best k heads, ``(H + 1,)``. `rates` are (macs, params) of one channel of queries
-    and keys, one of values, and one neuron.
+    `qk` and `v` are the channels of the best k heads, ``(H + 1,)``. `rates` are (macs, params) of one channel of
+    queries and keys, one of values, and one neuron.
     """
 
     path: str
@@ -251,7 +257,7 @@ class Frame:
             real[:, self.token] = np.mean(gone, axis=0)
         return real
 
-    def costs(self, policies: Array) -> Any:
+    def costs(self, policies: Array) -> Costs:
         """Macs and parameters of every policy, ``(S,)`` each; what `cost_of` gives for their plans."""
         blocks, steps = self.counts(policies)
         saved = np.zeros((len(policies), 2), dtype=np.int64)
@@ -261,8 +267,8 @@ class Frame:
                 saved += channels[:, None] * np.array(rate)
             saved[:, 1] += _offsets(place.stage) * (len(place.v) - 1 - heads)
         if self.token is None:
-            return Cost(self.parent.macs - saved[:, 0], self.parent.params - saved[:, 1])
-        return Cost(self._macs_of_selected(blocks, steps), self.parent.params - saved[:, 1])
+            return Costs(self.parent.macs - saved[:, 0], self.parent.params - saved[:, 1])
+        return Costs(self._macs_of_selected(blocks, steps), self.parent.params - saved[:, 1])
 
     def _macs_of_selected(self, blocks: list[tuple[Ints, Ints]], steps: list[tuple[Ints, Ints]]) -> Ints:
         """Macs where each selection lies between the attention and the MLP of its block."""
@@ -273,7 +279,11 @@ class Frame:
         for index, (place, (heads, hidden)) in enumerate(zip(self.places, blocks, strict=True)):
             mixing: Any = tokens
             macs += attention_macs(mixing, stage.width, place.qk[heads], place.v[heads], mixing)
-            tokens = left.get(index, tokens)
+            after = left.get(index, tokens)
+            if not stage.prefix:
+                # Without a class token all logits are made once more, to see what each token receives.
+                macs += np.where(after < tokens, tokens**2 * place.qk[heads], 0)
+            tokens = after
             rest: Any = tokens
             macs += mlp_macs(rest, stage.width, hidden, stage.form.factors)
         found: Ints = macs + tokens * self.spec.host.macs_per_token

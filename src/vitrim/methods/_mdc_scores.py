@@ -31,8 +31,8 @@ _MIX = (0.1, 0.9)
 
 
 _DEAD = 1e-6
-"""A head whose own HSIC is at most this is constant: five Gaussians of a constant give 1e-8 in float32, of anything else
-at least 1 / n."""
+"""A head whose own HSIC is at most this is constant: five Gaussians of a constant give 1e-8 in float32, of anything
+else at least 1 / n."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +171,7 @@ def _heads(
 
     def ear(mixed: Tensor) -> None:
         sums.add(sums.energy, path, torch.linalg.vector_norm(mixed, dim=(0, 1)).square())
-        parts = mixed.split(list(groups), dim=-1)
+        parts = torch.split(mixed, list(groups), dim=-1)
         if settings.heads_by == "greedy":
             grams = [settings.kernel(part.flatten(1)) for part in parts]
         else:
@@ -207,7 +207,7 @@ def _ranked(model: nn.Module, known: Mapping[str, Axis], sums: _Sums, settings: 
                 values = _MIX[0] * minmax(found_sum) + _MIX[1] * minmax(sums.size[path])
             found.values[path], found.ranking[path] = values, order(values, energy)
             continue
-        energy = torch.stack([part.sum() for part in energy.split(list(axis.groups))])
+        energy = torch.stack([part.sum() for part in torch.split(energy, list(axis.groups))])
         if settings.heads_by == "greedy":
             found.ranking[path] = greedy(_normalised(found_sum), energy)
         else:

@@ -63,13 +63,13 @@ class Method(Node):
 
     Attributes:
         heads, neurons: largest ratio that a block may lose; 0 leaves them alone.
-        tokens: largest ratio that a selection may drop; 0 leaves tokens alone, and so does None where they cannot be cut.
+        tokens: largest ratio that a selection may drop; 0 leaves tokens alone; None is 0.5 where they can be cut.
         trials: policies to measure in all, by all processes that share the search.
         initial: of which so many are drawn before the Gaussian process proposes.
         proposal: ``gp``; ``random`` draws alone; ``even`` cuts one share of every bound, and searches nothing.
         preset: a published policy in place of a search.
-        measure: what a policy is measured by on held-out images: ``top1``; ``agreement`` with the dense model, which needs
-            no labels; ``loss``, finer where images are few; ``auto``: top1 where all images have labels.
+        measure: what a policy is measured by on held-out images: ``top1``; ``agreement`` with the dense model, which
+            needs no labels; ``loss``, finer where images are few; ``auto``: top1 where all images have labels.
         neurons_by: ``hsic``, or the published code's mix with activation size.
         heads_by: ``released``: relevance less a tenth of the mean redundancy; ``greedy``: one after another by what
             each adds to those chosen, which alone tells copies apart.
@@ -80,15 +80,16 @@ class Method(Node):
         rounding: see `vitrim.methods._mdc.Frame`.
         fused: whether the mean of the tokens left out goes on.
         batch: calibration images of one estimate; estimates are averaged.
-        train: weight sharing before the search, each step on one policy drawn within the budget; no epochs, no sharing.
-            The paper gives no length; 10 epochs on ImageNet at a tenth of the final learning rate are our reading.
-        storage: an Optuna storage by URL, to share the search with other processes; None for a file in the run's folder.
+        train: weight sharing before the search, each step on one policy drawn within the budget; 0 epochs: none. The
+            paper gives no length; 10 epochs on ImageNet at a tenth of the final learning rate are our reading.
+        storage: an Optuna storage by URL, to share the search with other processes; None for a file in the run
+            folder.
         study: name of the study in its storage.
     """
 
     needs: ClassVar[str] = "images"
     sentence: ClassVar[str] = (
-        "searches how much of heads, neurons and tokens to keep together, with a Gaussian process over measured policies"
+        "searches how much of heads, neurons and tokens to keep, with a Gaussian process over measured policies"
     )
 
     heads: Ratio = 0.5
@@ -184,11 +185,10 @@ class Method(Node):
         }
         return open_study(url, self.study, identity)
 
-    def _scores(
-        self, model: nn.Module, spec: Spec, data: Data, study: Any
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
+    def _scores(self, model: nn.Module, spec: Spec, data: Data, study: Any) -> tuple[dict[str, Tensor], Tensor | None]:
         """Rankings, and scores of places; those that the study keeps already, if it does."""
-        assert data.calibration is not None
+        images = data.calibration
+        assert images is not None
         wanted = [f"ranking.{path}" for path in natural(spec)]
         weighed = self.tokens_by == "hsic_attn" and self._bounds(spec).tokens > 0
         blocks = [path for path, _, _ in spec.blocks()]
@@ -201,8 +201,8 @@ class Method(Node):
         )
 
         def made() -> dict[str, Any]:
-            count = len(data.calibration) if isinstance(data.calibration, Sized) else self.batch
-            batches = eval_loader(data.calibration, data.input, batch=_even(count, self.batch))
+            count = len(images) if isinstance(images, Sized) else self.batch
+            batches = eval_loader(images, data.input, batch=_even(count, self.batch))
             with progress("scores", len(batches)) as advance:
                 found = score(model, _counted(batches, advance), settings)
             values: dict[str, Any] = {f"ranking.{path}": best.tolist() for path, best in found.ranking.items()}
@@ -301,9 +301,7 @@ def _portrait(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _tell(
-    log: Callable[[Mapping[str, Any]], None] | None, advance: Callable[[float], None], trial: Trial
-) -> None:
+def _tell(log: Callable[[Mapping[str, Any]], None] | None, advance: Callable[[float], None], trial: Trial) -> None:
     advance(1)
     if log is not None:
         log({"stage": "policies", "event": "trial", "step": trial.number, "value": trial.value, **trial.notes})

@@ -142,7 +142,7 @@ class Chosen(Step):
         """What each token is worth, ``(B, N)``; prefix tokens above all others."""
         attention = seen.attention
         queries = seen.q[:, :1] if self.prefix else seen.q
-        parts = [t.split(list(attention.qk), dim=-1) for t in (queries, seen.k)]
+        parts = [torch.split(t, list(attention.qk), dim=-1) for t in (queries, seen.k)]
         precise = torch.promote_types(seen.q.dtype, torch.float32)
         heads = [_received(q.to(precise), k.to(precise), attention.scale) for q, k in zip(*parts, strict=True)]
         found = torch.stack(heads).mean(dim=0)

@@ -2,9 +2,10 @@
 
 P ratios of a policy, n trials measured, S candidates.
 
-Source: Hou and Kung, CVPR Workshops 2022 (a Gaussian process from policy to accuracy, expected improvement). Differences
-from the published code, measured in docs/mdc.md: targets are standardised, inputs are the ratios that are really cut,
-expected improvement is compared by its logarithm, and the candidates are feasible draws and neighbours of the best.
+Source: Hou and Kung, CVPR Workshops 2022 (a Gaussian process from policy to accuracy, expected improvement).
+Differences from the published code, measured in docs/mdc.md: targets are standardised, inputs are the ratios that are
+really cut, expected improvement is compared by its logarithm, and candidates are feasible draws and neighbours of the
+best.
 
 The study is the state. What is proposed next is a function of (seed, place of the trial, what the study holds), so a
 search that was killed and goes on repeats the uninterrupted one, and any number of processes may share a study.
@@ -66,7 +67,7 @@ class Trial:
 
 
 def expected_improvement(mean: Array, deviation: Array, best: float) -> Array:
-    """``(mu - f) Phi(z) + sigma phi(z)`` with ``z = (mu - f) / sigma``; ``max(mu - f, 0)`` where sigma is below 1e-9."""
+    """``(mu - f) Phi(z) + sigma phi(z)``, ``z = (mu - f) / sigma``; ``max(mu - f, 0)`` where sigma is below 1e-9."""
     gain = mean - best
     z = gain / np.maximum(deviation, 1e-9)
     density = np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi)
@@ -138,9 +139,7 @@ def search(
         longest, heard = max(longest, time.monotonic() - start), time.monotonic()
 
 
-def _step(
-    study: optuna.Study, space: Space, objective: Objective, trials: int, told: Callable[[Trial], None]
-) -> bool:
+def _step(study: optuna.Study, space: Space, objective: Objective, trials: int, told: Callable[[Trial], None]) -> bool:
     """Ask, measure, tell; whether there was a policy left to measure."""
     trial = study.ask()
     if not trial.relative_params:

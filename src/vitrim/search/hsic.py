@@ -50,8 +50,8 @@ BANDWIDTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Widths of the five Gaussians of MDC's published code, whose kernels are averaged."""
 
 MEMORY = 2**23
-"""Bytes that one chunk of components may take. Larger chunks leave the cache and are no faster (0.20 s a block of DeiT-S
-at n = 64, one thread, from 4 to 16 MiB; 0.28 s at 64)."""
+"""Bytes that one chunk of components may take. Larger chunks leave the cache and are no faster (0.20 s a block of
+DeiT-S at n = 64, one thread, from 4 to 16 MiB; 0.28 s at 64)."""
 
 # A component that varies by less than this many roundings of its size is taken for constant: attention weights sum to 1
 # up to rounding only, and the median kernel, blind to amplitude, would take that noise for a signal.

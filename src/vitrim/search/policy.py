@@ -62,7 +62,7 @@ class Space:
         least = float(self.spent(self.upper[None])[0]) if len(self.names) else np.inf
         if least > 1:
             raise BudgetError(
-                f"a budget must be at least {least:.4g} times what was asked for, what ratios up to their bounds leave, "
+                f"a budget must be at least {least:.4g} times what was asked for, which ratios at their bounds leave, "
                 "but is less; allow more, or raise the bounds"
             )
 

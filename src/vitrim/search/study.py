@@ -36,7 +36,9 @@ def reachable(url: str, *, opening: bool = False) -> Iterator[None]:
         yield
     except VitrimError:
         raise
-    except _OPENING if opening else _TOLD as problem:
+    except _OPENING as problem:
+        if not opening and not isinstance(problem, _TOLD):
+            raise
         cause = problem.__cause__ or problem
         first = str(getattr(cause, "orig", None) or cause).strip().splitlines()[:1]
         raise RunError(
@@ -57,8 +59,8 @@ def open_study(url: str | None, name: str, identity: Mapping[str, str]) -> optun
 
     Args:
         url: of a relational database (``sqlite:///trials.db``, ``mysql://…``, ``postgresql://…``), of a file that many
-            machines append to (``journal:///folder/trials.log``), or of a server (``grpc://host:port``); None keeps it in
-            memory.
+            machines append to (``journal:///folder/trials.log``), or of a server (``grpc://host:port``); None keeps it
+            in memory.
         name: of the study in its storage.
         identity: what tells the model and the space from others, by name; kept as user attributes of the study.
 
@@ -90,8 +92,9 @@ def _made(url: str, name: str) -> optuna.Study:
             return optuna.create_study(
                 storage=_storage(url), study_name=name, direction="maximize", load_if_exists=True
             )
-        except (sqlalchemy.exc.OperationalError, sqlalchemy.exc.IntegrityError) as problem:
-            if attempt == _TRIES - 1 or "already exists" not in str(problem):
+        except _TOLD as problem:
+            said = f"{problem} {problem.__cause__}".lower()
+            if attempt == _TRIES - 1 or not any(word in said for word in ("already exists", "unique", "duplicate")):
                 raise
             time.sleep(0.2 * (attempt + 1))
     raise AssertionError
