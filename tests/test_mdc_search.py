@@ -13,7 +13,7 @@ import timm
 import torch
 
 from tests.samples import PRESETS, adopted
-from vitrim import families
+from vitrim import cli, families
 from vitrim.budget import Budget
 from vitrim.costs import cost_of
 from vitrim.errors import BudgetError, MethodError, RunError
@@ -348,6 +348,7 @@ def test_three_processes_share_a_search(tmp_path):
     assert len({json.dumps(trial.params, sort_keys=True) for trial in done}) == 7
     assert not study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
     assert len({(tmp_path / f"{i}.json").read_text() for i in range(3)}) == 1
-    refused = subprocess.run([*command, "--budget", "macs=0.7"], capture_output=True, text=True, check=False)
-    assert refused.returncode == 2
-    assert "must be of the same space" in " ".join(refused.stderr.split())
+    with pytest.raises(RunError, match="must be of the same space"):
+        cli.app([*command[3:], "--budget", "macs=0.7"], standalone_mode=False)
+    with pytest.raises(MethodError, match="of a method with trials, but taylor has none"):
+        cli.app([*command[3:], "--method", "taylor"], standalone_mode=False)
