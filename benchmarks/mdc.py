@@ -1,7 +1,7 @@
 """MDC against its parts and its controls, at equal macs, without retraining and with a little.
 
-    python benchmarks/mdc.py vit --out FOLDER            scikit-learn's digits, a small ViT (t2t: a small T2T-ViT)
-    python benchmarks/mdc.py imagenet --weights WEIGHTS --train TRAIN --test TEST --out FOLDER    a real ViT-Ti/16
+    python -m benchmarks.mdc vit --out FOLDER            scikit-learn's digits, a small ViT (t2t: a small T2T-ViT)
+    python -m benchmarks.mdc imagenet --weights WEIGHTS --train TRAIN --test TEST --out FOLDER    a real ViT-Ti/16
 
 Rows: `joint` (heads, neurons and tokens by the Gaussian process), each dimension alone, `random` (as many policies,
 drawn), `even` (one share of every bound, no search), `taylor` (widths by gradients, no search). Bounds of a single

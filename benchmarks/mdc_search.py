@@ -1,7 +1,7 @@
 """Which Gaussian process finds better policies: BoTorch's over a feasible pool, or Optuna's sampler?
 
-    python benchmarks/mdc_search.py synthetic [--seeds 10] [--noise 0.3] [--searches random botorch optuna]
-    python benchmarks/mdc_search.py digits --out FOLDER [--seeds 3]
+    python -m benchmarks.mdc_search synthetic [--seeds 10] [--noise 0.3] [--searches random botorch optuna]
+    python -m benchmarks.mdc_search digits --out FOLDER [--seeds 3]
 
 `synthetic`: ``f = 80 - sum a n^2 - sum b h^2 - 25 t^2 - 5 t mean(n)`` over the policies of a DeiT-S (25 ratios), a, b
 drawn from 6 LogNormal(0, 1), priced as DeiT-S is; each search has 30 measurements, the first 10 of them drawn. Told
