@@ -6,8 +6,8 @@
 `synthetic`: ``f = 80 - sum a n^2 - sum b h^2 - 25 t^2 - 5 t mean(n)`` over the policies of a DeiT-S (25 ratios), a, b
 drawn from 6 LogNormal(0, 1), priced as DeiT-S is; each search has 30 measurements, the first 10 of them drawn. Told
 are the true values of what each search takes for the best. `digits`: the held-out loss of a small trained ViT, no
-retraining, 40 measurements, 15 drawn. `optuna`: `optuna.samplers.GPSampler`, which knows no budget: what it asks
-for is scaled into the budget and measured there. Appends lines to ``benchmarks/mdc_search.jsonl``, prints means.
+retraining, 40 measurements, 15 drawn. `optuna` is what vitrim uses (`vitrim.search.bayes`), `botorch` the contender in
+`benchmarks/botorch_search.py`. Appends lines to ``benchmarks/mdc_search.jsonl``, prints means.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from vitrim.methods import mdc
 from vitrim.methods._mdc import Bounds, Frame, natural
 from vitrim.methods._mdc_share import Chooser
 from vitrim.search import bayes
-from vitrim.search.policy import Array, Space, project, sample
+from vitrim.search.policy import Array, Space, sample
 
 RESULTS = Path(__file__).parent / "mdc_search.jsonl"
 Value = Callable[[Array], float]
@@ -60,35 +60,25 @@ def ours(kind: str) -> Callable[[Space, Value, int, int, int], tuple[Array, floa
     return run
 
 
-def sampler(space: Space, value: Value, seed: int, trials: int, initial: int) -> tuple[Array, float]:
-    """Optuna's own sampler, from the same kind of start."""
+def botorch(space: Space, value: Value, seed: int, trials: int, initial: int) -> tuple[Array, float]:
+    """The contender, from the same draws."""
+    from benchmarks.botorch_search import propose
+
     rng = np.random.default_rng([seed, 1])
-    study = optuna.create_study(
-        direction="maximize", sampler=optuna.samplers.GPSampler(seed=seed, n_startup_trials=initial)
-    )
-    for drawn in sample(space, initial, rng):
-        study.enqueue_trial({name: float(ratio) for name, ratio in zip(space.names, drawn, strict=True)})
-    ranges = {
-        n: optuna.distributions.FloatDistribution(0, float(u)) for n, u in zip(space.names, space.upper, strict=True)
-    }
-    best, top, seconds = None, -np.inf, 0.0
-    for _ in range(trials):
-        start = time.perf_counter()
-        trial = study.ask(ranges)
-        policy = np.array([trial.params[name] for name in space.names])
-        if not space.feasible(policy[None])[0]:
-            near = project(space, policy[None] + 1e-6, rng)
-            policy = near[0] if len(near) else sample(space, 1, rng)[0]
-        seconds += time.perf_counter() - start
+    start, inside = time.perf_counter(), 0.0
+    policies, values = np.zeros((0, len(space.names))), np.zeros(0)
+    for trial in range(trials):
+        drawn = sample(space, 16, np.random.default_rng([seed, trial]))[0] if trial < initial else None
+        policy = propose(space, policies, values, rng) if drawn is None else drawn
+        before = time.perf_counter()
         found = value(policy)
-        study.tell(trial, found)
-        if found > top:
-            best, top = policy, found
-    assert best is not None
-    return best, seconds / trials
+        inside += time.perf_counter() - before
+        policies, values = np.vstack([policies, policy]), np.append(values, found)
+    best: Array = policies[int(values.argmax())]
+    return best, (time.perf_counter() - start - inside) / trials
 
 
-SEARCHES = {"random": ours("random"), "botorch": ours("gp"), "optuna": sampler}
+SEARCHES = {"random": ours("random"), "optuna": ours("gp"), "botorch": botorch}
 
 
 def deit_small(keep: float) -> Space:

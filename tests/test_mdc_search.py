@@ -21,7 +21,7 @@ from vitrim.families import describe
 from vitrim.methods._mdc import PRESETS as PUBLISHED
 from vitrim.methods._mdc import Bounds, Frame, natural, released_macs, selection_blocks, token_counts
 from vitrim.methods._mdc_share import Chooser
-from vitrim.search import bayes, gaussian
+from vitrim.search import bayes
 from vitrim.search.policy import Space, even, mutate, project, sample
 from vitrim.search.study import open_study
 
@@ -103,7 +103,7 @@ class TestPolicies:
         assert len(near) > 150
         assert space.feasible(near).all()
         assert np.abs(near - best).mean() < np.abs(sample(space, 200, rng) - best).mean()
-        assert space.feasible(project(space, rng.random((50, 25)), rng)).all()
+        assert space.feasible(project(space, rng.random((50, 25)) / 2)).all()
 
     def test_even(self):
         found = frame()
@@ -161,57 +161,7 @@ class TestPublished:
             made.policy(PUBLISHED["deit_small_60"])
 
 
-class TestImprovement:
-    def test_by_hand(self):
-        one = np.ones(1)
-        assert float(bayes.expected_improvement(3 * one, 2 * one, 3)[0]) == pytest.approx(2 / np.sqrt(2 * np.pi))
-        for gain in (-1.0, 2.0):
-            assert float(bayes.expected_improvement((5 + gain) * one, 0 * one, 5)[0]) == max(gain, 0)
-
-    def test_it_rises_with_mean_and_deviation(self):
-        grid = np.linspace(0.01, 3, 50)
-        for form in (bayes.expected_improvement, bayes.log_expected_improvement):
-            assert (np.diff(form(np.zeros(50), grid, 1.0)) > 0).all()
-            assert (np.diff(form(np.linspace(-3, 3, 50), np.ones(50), 0.0)) > 0).all()
-
-    def test_its_logarithm_is_finite_far_away(self):
-        z = np.array([-1e6, -40.0, -1.0001, -0.9999, 0.0, 5.0])
-        found = bayes.log_expected_improvement(z, np.ones(6), 0.0)
-        assert np.isfinite(found).all()
-        plain = np.log(bayes.expected_improvement(z[2:], np.ones(4), 0.0))
-        assert found[2:] == pytest.approx(plain, abs=1e-10)
-        # phi(z) / z^2 (1 - 3 / z^2 + 15 / z^4)
-        tail = -800 - 0.5 * np.log(2 * np.pi) - 2 * np.log(40) + np.log1p(-3 / 1600 + 15 / 1600**2)
-        assert found[1] == pytest.approx(tail, abs=1e-6)
-
-
-class TestGaussianProcess:
-    def test_it_passes_near_what_was_measured(self):
-        rng = np.random.default_rng(0)
-        points = rng.random((30, 3))
-        values = np.sin(3 * points).sum(axis=1)
-        targets = (values - values.mean()) / values.std()
-        mean, deviation = gaussian.fitted(points, targets, np.zeros((0, 3)))(points)
-        assert np.abs(mean - targets).max() < 0.1
-        _, unsure = gaussian.fitted(points, targets, np.zeros((0, 3)))(np.full((1, 3), 9.0))
-        assert unsure[0] > 3 * deviation.max()
-
-    def test_what_others_measure_is_no_news(self):
-        rng = np.random.default_rng(0)
-        points, targets = rng.random((12, 2)), rng.normal(size=12)
-        there = np.array([[2.0, 2.0]])
-        _, alone = gaussian.fitted(points, targets, np.zeros((0, 2)))(there)
-        mean, beside = gaussian.fitted(points, targets, there)(there)
-        assert beside[0] < 0.7 * alone[0]
-        assert np.isfinite(mean).all()
-
-
 class TestSearch:
-    @pytest.fixture(autouse=True)
-    def _small(self, monkeypatch):
-        monkeypatch.setattr(bayes, "POOL", 200)
-        monkeypatch.setattr(bayes, "NEIGHBOURS", 50)
-
     def run(self, study, space=None, objective=peak, trials=9, seed=0, **options):
         space = space or few()
         bayes.search(study, space, objective, trials=trials, initial=5, seed=seed, **options)
@@ -268,15 +218,13 @@ class TestSearch:
         with pytest.raises(MethodError, match="policies must spend at least 98%"):
             self.run(self.memory(), gap)
 
-    def test_it_beats_chance_on_the_synthetic_objective(self, monkeypatch):
+    def test_it_beats_chance_on_the_synthetic_objective(self):
         """A taste of benchmarks/mdc_search.py, which has ten seeds and four budgets."""
         from benchmarks.mdc_search import SEARCHES, hills
 
-        monkeypatch.setattr(bayes, "POOL", 300)
-        monkeypatch.setattr(bayes, "NEIGHBOURS", 100)
         space = frame().space
         value = hills(space, 0)
-        guided, drawn = (SEARCHES[name](space, value, 0, 16, 8)[0] for name in ("botorch", "random"))
+        guided, drawn = (SEARCHES[name](space, value, 0, 16, 8)[0] for name in ("optuna", "random"))
         assert value(guided) > value(drawn)
 
 

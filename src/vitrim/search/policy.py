@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vitrim.budget import SLACK
 from vitrim.errors import BudgetError
 
-__all__ = ["Array", "Space", "even", "mutate", "project", "sample"]
+__all__ = ["Array", "Space", "even", "mutate", "project", "sample", "within"]
 
 Array = NDArray[np.float64]
 
@@ -25,6 +25,8 @@ _DRAWS = 20
 """Uniform draws for each policy wanted, before scaling takes over."""
 _HALVINGS = 48
 _ROUNDS = 8
+_LEAST = 1e-6
+"""A ratio of 0 could not be scaled up."""
 _MOVED = 0.2
 _STEP = 0.1
 
@@ -89,7 +91,7 @@ def sample(space: Space, count: int, rng: np.random.Generator) -> Array:
         short = count - len(found)
         if not short:
             break
-        scaled = project(space, rng.random((short, len(space.names))), rng)
+        scaled = project(space, rng.random((short, len(space.names))) * space.upper)
         found = np.concatenate([found, scaled])
     return found
 
@@ -104,56 +106,74 @@ def mutate(space: Space, policy: Array, count: int, rng: np.random.Generator) ->
     moved = policy + (rng.random(size) < _MOVED) * rng.normal(0, _STEP, size)
     moved = np.clip(moved, 0, space.upper)
     inside = space.feasible(moved)
-    return np.concatenate([moved[inside], project(space, moved[~inside], rng)])
+    return np.concatenate([moved[inside], project(space, moved[~inside])])
 
 
-def project(space: Space, policies: Array, rng: np.random.Generator) -> Array:
+def project(space: Space, policies: Array) -> Array:
     """Scale policies into the budget: the smallest factor that meets it, found by bisection.
+
+    Where whole heads, or many blocks at once, then overshoot the band, single ratios are lowered.
 
     Args:
         space: of the policies.
-        policies: ``(S, P)``, not below 0.
-        rng: order in which single ratios are lowered where whole heads or many blocks at once overshoot the band.
+        policies: ``(S, P)``, from 0 to their bounds.
 
     Returns:
         Those that could be brought in, ``(s, P)`` with s at most S.
     """
-    if not len(policies):
-        return policies
-    # Beyond this factor every ratio that is not 0 stands at its bound.
-    high = (space.upper / np.maximum(policies, 1e-9)).max(axis=1)
+    found = within(space, policies)
+    return found[~np.isnan(found).any(axis=1)]
+
+
+def within(space: Space, policies: Array) -> Array:
+    """What each policy stands for: a feasible one itself, another one scaled as by `project`.
+
+    A function of each row by itself.
+
+    Returns:
+        ``(S, P)``; rows of NaN where no factor brings the policy in.
+    """
+    found = policies.copy()
+    outside = ~space.feasible(policies) if len(policies) else np.zeros(0, dtype=bool)
+    rows = np.maximum(policies[outside], _LEAST)
+    if len(rows):
+        found[outside] = _lowered(space, _scaled(space, rows))
+    return found
+
+
+def _scaled(space: Space, policies: Array) -> Array:
+    # Beyond this factor every ratio stands at its bound.
+    high = (space.upper / policies).max(axis=1)
     low = np.zeros(len(policies))
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         fits = space.spent(np.clip(middle[:, None] * policies, 0, space.upper)) <= 1
         low, high = np.where(fits, low, middle), np.where(fits, middle, high)
-    scaled = np.clip(high[:, None] * policies, 0, space.upper)
-    scaled = scaled[space.spent(scaled) <= 1]
-    under = ~space.feasible(scaled)
-    return np.concatenate([scaled[~under], _lowered(space, scaled[under], rng)])
+    scaled: Array = np.clip(high[:, None] * policies, 0, space.upper)
+    return scaled
 
 
-def _lowered(space: Space, policies: Array, rng: np.random.Generator) -> Array:
-    """Give back one ratio after another until the band is reached; what never gets there is left out."""
-    policies = policies.copy()
-    done = []
-    order = rng.permuted(np.tile(np.arange(len(space.names)), (len(policies), 1)), axis=1)
+def _lowered(space: Space, policies: Array) -> Array:
+    """Give back one ratio after another until the band is reached; NaN where that never happens.
+
+    The order is each policy's own, of digits that mean nothing, so that no block is favoured.
+    """
+    order = np.argsort(policies * 1e4 % 1, axis=1, kind="stable")
+    left = np.flatnonzero(~space.feasible(policies))
     for place in range(len(space.names)):
-        if not len(policies):
-            break
-        rows, column = np.arange(len(policies)), order[:, place]
-        high = policies[rows, column].copy()
-        low = np.zeros(len(policies))
+        if not len(left):
+            return policies
+        part, column, rows = policies[left], order[left, place], np.arange(len(left))
+        high, low = part[rows, column].copy(), np.zeros(len(left))
         for _ in range(_HALVINGS // 2):
-            middle = (low + high) / 2
-            policies[rows, column] = middle
-            fits = space.spent(policies) <= 1
-            low, high = np.where(fits, low, middle), np.where(fits, middle, high)
-        policies[rows, column] = high
-        ready = space.feasible(policies)
-        done.append(policies[ready])
-        policies, order = policies[~ready], order[~ready]
-    return np.concatenate(done) if done else policies
+            part[rows, column] = (low + high) / 2
+            fits = space.spent(part) <= 1
+            low, high = np.where(fits, low, part[rows, column]), np.where(fits, part[rows, column], high)
+        part[rows, column] = high
+        policies[left] = part
+        left = left[~space.feasible(part)]
+    policies[left] = np.nan
+    return policies
 
 
 def even(space: Space) -> Array:
@@ -163,7 +183,7 @@ def even(space: Space) -> Array:
         BudgetError: if no such policy spends the budget.
     """
     space.check()
-    found = project(space, space.upper[None], np.random.default_rng(0))
+    found = project(space, space.upper[None])
     if not len(found):
         raise BudgetError("a budget must be met by one share of every ratio, but none does; search with proposal=gp")
     return found
