@@ -4,7 +4,9 @@ B images, N tokens, C channels of an axis.
 
 Axes are named by one path everywhere: ``stages.0.blocks.3.qk``, ``….v``, ``….hidden``; the two branches of a block are
 ``….mixer`` and ``….mlp``, each an axis of one channel that a mask can switch off. ``….tokens`` are the outputs of both
-norms of a block; a mask of them has one value for each token that the block runs on, prefix tokens first.
+norms of a block; a mask of them has one value for each token that the block runs on, prefix tokens first. ``….heads``
+are the heads' outputs before any norm and the projection, all heads' channels in a row; they are listened to, never
+masked (a mask of ``….v`` is one of them).
 """
 
 import contextlib
@@ -17,10 +19,11 @@ from torch.func import functional_call
 
 from vitrim.errors import MethodError
 from vitrim.families import blocks_of
-from vitrim.nn import Axis, Block
+from vitrim.nn import Attention, Axis, Block
+from vitrim.nn.tokens import Step
 from vitrim.plain import did_you_mean
 
-__all__ = ["Gated", "axes", "listening", "masked"]
+__all__ = ["Gated", "axes", "listening", "masked", "stepping"]
 
 _BRANCHES = {"mixer": "drop_path1", "mlp": "drop_path2"}
 
@@ -38,6 +41,8 @@ def _taps(model: nn.Module) -> dict[str, list[nn.Module]]:
         for name, layer in _BRANCHES.items():
             taps[f"{path}.{name}"] = [block.get_submodule(layer)]
         taps[f"{path}.tokens"] = [block.norm1, block.norm2]
+        if isinstance(block.attn, Attention):
+            taps[f"{path}.heads"] = [block.attn.norm]
     return taps
 
 
@@ -80,8 +85,33 @@ def listening(model: nn.Module, hear: Mapping[str, Callable[[Tensor], Any]]) -> 
                 def hook(_m: nn.Module, _i: Any, out: Tensor, call: Callable[[Tensor], Any] = function) -> None:
                     call(out)
 
-                stack.callback(module.register_forward_hook(hook).remove)
+                def before(_m: nn.Module, given: Any, call: Callable[[Tensor], Any] = function) -> None:
+                    call(given[0])
+
+                if path.endswith(".heads"):
+                    stack.callback(module.register_forward_pre_hook(before).remove)
+                else:
+                    stack.callback(module.register_forward_hook(hook).remove)
         yield
+
+
+@contextlib.contextmanager
+def stepping(model: nn.Module, steps: Mapping[str, Step]) -> Iterator[None]:
+    """Put token steps into blocks for a while; weights and structure stay as they are.
+
+    Args:
+        model: an adopted model without windows.
+        steps: by path of a block (``stages.0.blocks.3``), its step; the number of tokens may change from there on.
+    """
+    blocks: dict[str, Block] = dict(blocks_of(model))
+    before = {path: blocks[path].step for path in steps}
+    try:
+        for path, step in steps.items():
+            blocks[path].step = step
+        yield
+    finally:
+        for path, old in before.items():
+            blocks[path].step = old
 
 
 class Gated(nn.Module):

@@ -358,7 +358,9 @@ def _finish(job: Job) -> None:
         half.unlink()
     for name in ("search", "training"):
         scraps = job.folder / name
+        # A study of trials is a result, which other tools read.
         for path in sorted(scraps.rglob("*"), reverse=True) if scraps.is_dir() else []:
-            path.unlink() if path.is_file() else path.rmdir()
-        if scraps.is_dir():
+            if path.suffix != ".db":
+                path.unlink() if path.is_file() else path.rmdir()
+        if scraps.is_dir() and not any(scraps.iterdir()):
             scraps.rmdir()

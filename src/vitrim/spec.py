@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from vitrim.plain import Node
-from vitrim.steps import Drop, Flow, GridMerge, Merge, Step, Tokens, flow_of, lost, spans
+from vitrim.steps import Drop, Flow, GridMerge, Merge, Step, Tokens, TopK, flow_of, lost, spans
 
 __all__ = [
     "Attention",
@@ -29,6 +29,7 @@ __all__ = [
     "Stage",
     "Step",
     "Tokens",
+    "TopK",
     "Window",
     "folded",
     "spans",
@@ -176,6 +177,13 @@ class Block(Node):
     tokens: Step | None = None
     only_prefix: bool = False
 
+    def unseen(self) -> str | None:
+        """What is wrong with a token step that reads an attention which is not there; None if nothing is."""
+        living = isinstance(self.mixer, Attention) and len(self.mixer.v) > 0
+        if self.tokens is None or not self.tokens.attends or living:
+            return None
+        return "tokens are chosen by the attention of their block, which must keep a head, but it keeps none"
+
 
 class Window(Node):
     """Attention within windows of the grid, with one learned bias for each head and each offset inside a window.
@@ -240,7 +248,7 @@ class Stage(Node):
             return self
         here = self.enters
         for index, block in enumerate(self.blocks):
-            wrong = lost(block.tokens, here, self.patches) or torn(block, here, self)
+            wrong = lost(block.tokens, here, self.patches) or torn(block, here, self) or block.unseen()
             if wrong is not None:
                 raise ValueError(f"blocks.{index}.tokens: {wrong}")
             if block.only_prefix and (index < last or not self.prefix):

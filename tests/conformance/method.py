@@ -26,9 +26,10 @@ def digits(model) -> Data:
 
 
 def method_of(name: str):
-    """The method with a search short enough for a test, where it trains."""
+    """The method with a search short enough for a test, where it trains or tries."""
     fields = methods.settings_of(name).model_fields
-    return methods.get(name, {"train": SHORT} if "train" in fields else {})
+    short = {"train": SHORT, "trials": 4, "initial": 3}
+    return methods.get(name, {key: value for key, value in short.items() if key in fields})
 
 
 class MethodConformance:

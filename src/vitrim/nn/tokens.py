@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitrim.errors import DataError
-from vitrim.spec import Drop, Merge, Stage, Tokens
+from vitrim.spec import Drop, Merge, Stage, Tokens, TopK
 from vitrim.spec import Step as StepSpec
 
 if TYPE_CHECKING:
     from vitrim.nn.attention import Attention
 
-__all__ = ["Dropped", "Merged", "Seen", "Step", "spread", "step_of"]
+__all__ = ["Chosen", "Dropped", "Merged", "Seen", "Step", "spread", "step_of"]
 
 
 class Seen(NamedTuple):
@@ -177,10 +177,68 @@ def spread(x: Tensor, sizes: Tensor, prefix: int, patches: int) -> Tensor:
     return torch.cat([x[:, :prefix], x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))], dim=1)
 
 
+class Chosen(Step):
+    """Keeps the tokens that the attention of the block looks at most, image by image, and the mean of the others.
+
+    Args:
+        step: how many, and by what.
+        prefix: prefix tokens, which come first and always stay.
+    """
+
+    looks = True
+    weights: Tensor
+
+    def __init__(self, step: TopK, prefix: int) -> None:
+        super().__init__()
+        self.spec, self.prefix = step, prefix
+        self.register_buffer("weights", torch.tensor(step.weights), persistent=False)
+
+    def settle(self, x: Tensor, seen: Seen | None) -> Tensor:
+        """Map ``(B, N, D)`` to ``(B, kept + 1, D)``; kept tokens stay in order, the fused one comes last."""
+        count, kept = x.shape[1], self.spec.kept
+        if count <= kept or seen is None:
+            return x
+        scores = self.scores(seen)
+        # Sorted, so that prefix tokens stay where heads read them; the order of the score itself would move them.
+        chosen = scores.topk(kept, dim=1).indices.sort(dim=1).values
+        stays = torch.gather(x, 1, chosen[..., None].expand(-1, -1, x.shape[2]))
+        if not self.spec.fused:
+            return stays
+        left_out = torch.ones_like(scores).scatter(1, chosen, 0.0).to(x.dtype)
+        fused = (x * left_out[..., None]).sum(dim=1, keepdim=True) / (count - kept)
+        return torch.cat([stays, fused], dim=1)
+
+    def scores(self, seen: Seen) -> Tensor:
+        """What each token is worth, ``(B, N)``; prefix tokens above all others."""
+        attention = seen.attention
+        queries = seen.q[:, :1] if self.prefix else seen.q
+        parts = [torch.split(t, list(attention.qk), dim=-1) for t in (queries, seen.k)]
+        precise = torch.promote_types(seen.q.dtype, torch.float32)
+        heads = [_received(q.to(precise), k.to(precise), attention.scale) for q, k in zip(*parts, strict=True)]
+        found = torch.stack(heads).mean(dim=0)
+        prefix, patches = found[:, : self.prefix], found[:, self.prefix :]
+        if self.spec.weights:
+            patches = patches * self.weights.to(patches)
+        return torch.cat([torch.full_like(prefix, torch.inf), patches], dim=1)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Compute what is not stored."""
+        self.weights = torch.tensor(self.spec.weights, device="cpu")
+
+
+def _received(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """What each key gets of the queries' attention, on average, ``(B, N)``."""
+    if q.shape[1] == 1:
+        return ((q * k).sum(dim=-1) * scale).softmax(dim=-1)
+    return ((q @ k.transpose(-2, -1)) * scale).softmax(dim=-1).mean(dim=1)
+
+
 def step_of(stage: Stage, tokens: StepSpec | None, arriving: Tokens) -> Step | None:
     """The module of a block's step where `arriving` comes; None if the block runs on all that do."""
     if isinstance(tokens, Merge):
         return Merged(stage.prefix, tokens.count)
+    if isinstance(tokens, TopK):
+        return Chosen(tokens, stage.prefix)
     return _dropped(stage, tokens, arriving) if isinstance(tokens, Drop) else None
 
 

@@ -42,7 +42,10 @@ def with_steps(blocks: tuple[Block, ...], decisions: Sequence[Decision], stage: 
                 f"alone, but this is block {index} of {len(blocks)} with {stage.prefix} prefix tokens"
             )
         step = None if isinstance(step, Drop) and len(step.kept) == stage.patches else step
-        reached.append(block.model_copy(update={"tokens": step}))
+        child = block.model_copy(update={"tokens": step})
+        if child.unseen() is not None:
+            raise PlanError(f"{at}.{index}.tokens: {child.unseen()}")
+        reached.append(child)
         before = step
         here = flow_of(step, here, stage.patches, block.only_prefix).leaves
     return tuple(reached)

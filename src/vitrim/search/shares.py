@@ -163,7 +163,7 @@ def remains(spec: Spec, child: Spec, nominal: Mapping[str, float]) -> tuple[dict
         nominal: by path, the share of tokens that the block would keep by itself.
     """
     records = []
-    for (path, stage, before), (_, _, after) in zip(spec.blocks(), child.blocks(), strict=True):
+    for (path, stage, before), (_, _, after), flow in zip(spec.blocks(), child.blocks(), child.flows(), strict=True):
         heads = [block.mixer.v if isinstance(block.mixer, Attention) else () for block in (before, after)]
         records.append(
             {
@@ -171,7 +171,7 @@ def remains(spec: Spec, child: Spec, nominal: Mapping[str, float]) -> tuple[dict
                 "attention": sum(heads[1]) / max(sum(heads[0]), 1),
                 "mlp": (after.hidden or 0) / max(before.hidden or 0, 1),
                 "tokens_nominal": nominal.get(f"{path}.tokens", 1.0),
-                "tokens": len(after.tokens.kept) / stage.patches if isinstance(after.tokens, Drop) else 1.0,
+                "tokens": (flow.rows - stage.prefix) / stage.patches,
             }
         )
     return tuple(records)

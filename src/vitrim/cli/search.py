@@ -1,0 +1,78 @@
+"""The command that lends a process to a search that many share."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vitrim.cli.shared import Random, Settings, Source, Weights, app, read, say, show_table
+from vitrim.errors import MethodError, RecipeError
+
+if TYPE_CHECKING:
+    from vitrim.recipe import Recipe
+
+
+@app.command()
+def search(
+    model: Annotated[str, typer.Argument(help="A recipe (.toml), or a model as `vitrim compress` takes it.")],
+    storage: Annotated[
+        str, typer.Option("--storage", help="sqlite:///FILE, mysql://..., postgresql://..., journal:///FILE.")
+    ],
+    budget: Annotated[str, typer.Option("--budget", help="macs=0.5, macs=2.3G, params=12M, or several.")] = "macs=0.5",
+    method: Annotated[str, typer.Option("--method", help="A method that searches by trials.")] = "mdc",
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Trials of all processes together.")] = None,
+    data: Source = None,
+    weights: Weights = None,
+    random_weights: Random = False,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the best plan here, as plan.json.")] = None,
+    set_: Settings = None,
+) -> None:
+    """Search with as many processes as you like: each one that runs this joins the study in the storage.
+
+    Ends when the study holds all trials. `vitrim compress --method mdc --set method.storage=URL` then cuts the best.
+    """
+    from vitrim.plain import read_toml
+    from vitrim.recipe import Recipe, merged, overrides
+
+    if model.endswith(".toml"):
+        asked = read_toml(Path(model))
+    else:
+        asked = {
+            "model": {"name": model, "weights": weights, "random_weights": random_weights},
+            "data": {"train": data},
+            "method": {"name": method},
+            "budget": budget,
+            "seed": seed,
+        }
+    shared = {"storage": storage} | ({} if trials is None else {"trials": trials})
+    asked = merged(merged(asked, overrides(set_ or [])), {"method": shared})
+    recipe = read(Recipe, asked).resolved()
+    if "storage" not in recipe.method:
+        raise MethodError(f"a shared search must be of a method with trials, but {recipe.method['name']} has none")
+    _run(recipe, out)
+
+
+def _run(recipe: "Recipe", out: Path | None) -> None:
+    from vitrim.contract import Data
+    from vitrim.costs import cost_of
+    from vitrim.job import prepare
+    from vitrim.plan import write_plan
+
+    method = recipe.found_method()
+    job = prepare(recipe, method, None, None, (recipe.data.train, None), say)
+    if job.splits is None:
+        raise RecipeError("a search must see images, but there are none; give --data SRC")
+    parts = job.splits
+    images = Data(train=parts.train, calibration=parts.calibration, validation=parts.validation, input=job.input)
+    say(f"joining the search in {recipe.method['storage']}")
+    found = method.search(job.parent, images, job.budget, seed=recipe.seed, teacher=job.parent)
+    best: Mapping[str, Any] = next((trial for trial in found.trials if trial.get("best")), {})
+    cost = cost_of(found.plan.child(job.spec))
+    rows = [[str(best.get("trial", "-")), f"{best.get('value', 0.0):.4f}", f"{cost.macs / 1e9:.4f} G",
+             f"{cost.params / 1e6:.3f} M"]]  # fmt: skip
+    show_table(f"best of {len(found.trials)} trials", ["trial", "value", "MACs", "parameters"], rows)
+    if out is not None:
+        write_plan(out, job.spec, found.plan)
+        say(f"wrote {out}")

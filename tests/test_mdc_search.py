@@ -1,0 +1,302 @@
+"""Policies that spend a budget, and the search among them: what is drawn, proposed, stored and refused."""
+
+import functools
+import json
+import sqlite3
+import subprocess
+import sys
+
+import numpy as np
+import optuna
+import pytest
+import timm
+import torch
+
+from tests.samples import PRESETS, adopted
+from vitrim import cli, families
+from vitrim.budget import Budget
+from vitrim.costs import cost_of
+from vitrim.errors import BudgetError, MethodError, RunError
+from vitrim.families import describe
+from vitrim.methods._mdc import PRESETS as PUBLISHED
+from vitrim.methods._mdc import Bounds, Frame, natural, released_macs, selection_blocks, token_counts
+from vitrim.methods._mdc_share import Chooser
+from vitrim.search import bayes
+from vitrim.search.policy import Space, even, mutate, project, sample
+from vitrim.search.study import open_study
+
+HALF = Bounds(heads=0.5, neurons=0.5, tokens=0.5)
+
+
+@functools.cache
+def deit(size):
+    with torch.device("meta"):
+        return describe(timm.create_model(f"deit_{size}_patch16_224"))
+
+
+def frame(size="small", budget="macs=0.6", **options):
+    spec = deit(size)
+    return Frame(spec, natural(spec), Budget.parse(budget), HALF, **options)
+
+
+def few(trials=3):
+    """A small space whose policies cost their mean."""
+    return Space(
+        names=("a", "b", "c"),
+        upper=np.full(3, 0.5),
+        spent=lambda x: (1 - x.mean(axis=1)) / 0.7,
+        realised=lambda x: np.round(x, 2),
+    )
+
+
+def peak(policy):
+    return float(-np.square(policy - [0.5, 0.1, 0.3]).sum()), {"cost": 1}
+
+
+class TestPolicies:
+    @pytest.mark.parametrize("size", ["tiny", "small", "base"])
+    @pytest.mark.parametrize("keep", [0.9, 0.6, 0.3])
+    def test_a_thousand_policies_spend_their_budget(self, size, keep):
+        space = frame(size, f"macs={keep}").space
+        found = sample(space, 1000, np.random.default_rng(0))
+        spent = space.spent(found)
+        assert len(found) == 1000
+        assert float(spent.max()) <= 1
+        assert float(spent.min()) >= 0.98
+        assert float(found.min()) >= 0
+        assert float(found.max()) <= 0.5
+
+    def test_out_of_reach_is_said_at_once(self):
+        with pytest.raises(BudgetError, match=r"must be at least 1,1\d\d,\d\d\d,\d\d\d for this model"):
+            frame(budget="macs=0.2")
+        with pytest.raises(BudgetError, match=r"at least 1\.25 times"):
+            sample(Space(names=("a",), upper=np.array([0.5]), spent=lambda x: 1.25 + 0 * x[:, 0], realised=lambda x: x),
+                   1, np.random.default_rng(0))  # fmt: skip
+
+    @pytest.mark.parametrize(("family", "preset"), PRESETS)
+    def test_costs_are_those_of_the_plans(self, family, preset):
+        """The arithmetic of the search and that of the report are one, on every preset and at random policies."""
+        model = adopted(family, preset)
+        spec = describe(model)
+        tokens = 0.5 if spec.stages[0].window is None else 0.0
+        made = Frame(
+            spec, natural(spec), Budget.parse("macs=1,params=1"), Bounds(heads=0.9, neurons=0.9, tokens=tokens)
+        )
+        drawn = np.random.default_rng(0).random((6, len(made.space.names))) * made.space.upper
+        costs = made.costs(drawn)
+        for i, policy in enumerate(drawn):
+            cost = cost_of(Chooser(made).plan(policy).child(spec))
+            assert cost == (costs.macs[i], costs.params[i])
+
+    def test_cost_falls_with_every_ratio(self):
+        space = frame().space
+        rng = np.random.default_rng(0)
+        for _ in range(20):
+            a = rng.random((1, 25)) * 0.5
+            b = np.minimum(a + rng.random((1, 25)) * 0.2 * (rng.random((1, 25)) < 0.3), 0.5)
+            assert space.spent(b)[0] <= space.spent(a)[0]
+
+    def test_neighbours_and_projections_are_feasible(self):
+        space, rng = frame().space, np.random.default_rng(0)
+        best = sample(space, 1, rng)[0]
+        near = mutate(space, best, 200, rng)
+        assert len(near) > 150
+        assert space.feasible(near).all()
+        assert np.abs(near - best).mean() < np.abs(sample(space, 200, rng) - best).mean()
+        assert space.feasible(project(space, rng.random((50, 25)) / 2)).all()
+
+    def test_even(self):
+        found = frame()
+        policy = even(found.space)
+        assert found.space.feasible(policy).all()
+        assert float(np.median(policy)) == pytest.approx(float(policy.max()), abs=0.02)
+
+    def test_where_selections_stand(self):
+        assert [selection_blocks(n) for n in (12, 14, 19, 24)] == [(3, 6, 9), (3, 7, 10), (4, 9, 14), (6, 12, 18)]
+
+    def test_token_counts(self):
+        assert [int(left) for _, left in token_counts(197, 0.48807, 3, 2)] == [101, 52, 27]
+        assert [int(left) for _, left in token_counts(197, 0.40072, 3, 2)] == [119, 72, 44]
+        assert [int(left) for _, left in token_counts(197, 0.0, 3, 2)] == [197] * 3
+        assert [int(left) for _, left in token_counts(5, 0.9, 3, 3)] == [4, 4, 4]
+
+
+class TestPublished:
+    @pytest.mark.parametrize(
+        ("size", "heads", "released", "exact", "params"),
+        [
+            ("tiny", None, 1.224590, 1.253683, 5_717_416),
+            ("small", None, 4.540696, 4.598882, 22_050_664),
+            ("base", None, 17.447455, 17.563828, 86_567_656),
+            ("small", "deit_small_60", 1.862783, 1.933382, 17_831_034),
+            ("base", "deit_base_60", 6.938087, 7.142908, 67_252_883),
+        ],
+    )
+    def test_costs(self, size, heads, released, exact, params):
+        made = frame(size, "macs=0.5", rounding="floor")
+        spec, width = made.spec, made.spec.stages[0].width
+        policy = np.zeros(25) if heads is None else made.policy(PUBLISHED[heads])
+        child = Chooser(made).plan(policy).child(spec)
+        cost = cost_of(child)
+        assert cost.macs / 1e9 == pytest.approx(exact, abs=1e-6)
+        assert cost.params == params
+        kept = [(len(block.mixer.v), block.hidden) for _, _, block in child.blocks()]
+        theirs = released_macs(*zip(*kept, strict=True), policy[-1], width=width, channels=64)
+        assert theirs / 1e9 == pytest.approx(released, abs=1e-6)
+        if heads is not None:
+            assert tuple(k for k, _ in kept) == PUBLISHED[heads].heads
+            assert tuple(m for _, m in kept) == PUBLISHED[heads].neurons
+
+    @pytest.mark.parametrize(("ratio", "macs"), [(0.1, 3.988), (0.3, 2.980), (0.4, 2.608), (0.5, 2.282)])
+    def test_tokens_alone(self, ratio, macs):
+        """Exact cost of DeiT-S with tokens alone."""
+        policy = np.zeros((1, 25))
+        policy[0, -1] = ratio
+        assert frame().costs(policy).macs[0] / 1e9 == pytest.approx(macs, abs=5e-4)
+
+    def test_another_model_is_refused(self):
+        spec = describe(adopted("vit", "plain"))
+        made = Frame(spec, natural(spec), Budget.parse("macs=0.7"), HALF)
+        with pytest.raises(MethodError, match="must be of the model's 12 blocks"):
+            made.policy(PUBLISHED["deit_small_60"])
+
+
+class TestSearch:
+    def run(self, study, space=None, objective=peak, trials=9, seed=0, **options):
+        space = space or few()
+        bayes.search(study, space, objective, trials=trials, initial=5, seed=seed, **options)
+        return bayes.trials_of(study, space)
+
+    def memory(self):
+        return optuna.create_study(direction="maximize")
+
+    def test_same_seed_same_trials(self):
+        first, again, other = (self.run(self.memory(), seed=seed) for seed in (0, 0, 1))
+        assert [t.policy.tolist() for t in first] == [t.policy.tolist() for t in again]
+        assert [t.policy.tolist() for t in first] != [t.policy.tolist() for t in other]
+
+    def test_it_is_feasible_distinct_and_the_best_measured(self):
+        space, trials = few(), self.run(self.memory())
+        policies = np.array([t.policy for t in trials])
+        assert space.feasible(policies).all()
+        assert len({row.tobytes() for row in space.realised(policies)}) == len(trials) == 9
+        best = bayes.best_of(trials)
+        assert best.value == max(t.value for t in trials) == peak(best.policy)[0]
+
+    def test_a_killed_search_goes_on_as_if_it_had_not_been(self, tmp_path):
+        whole = self.run(self.memory())
+        url = f"sqlite:///{tmp_path / 'trials.db'}"
+
+        def dying(policy):
+            if len(optuna.load_study(study_name="s", storage=url).trials) == 7:
+                raise SystemExit
+            return peak(policy)
+
+        with pytest.raises(SystemExit):
+            self.run(open_study(url, "s", {}), objective=dying)
+        # A trial that a process took along when it died has no end.
+        open_study(url, "s", {}).ask()
+        resumed = self.run(open_study(url, "s", {}))
+        assert [t.policy.tolist() for t in resumed] == [t.policy.tolist() for t in whole]
+        assert self.run(open_study(url, "s", {})) is not None
+        assert len(bayes.trials_of(open_study(url, "s", {}), few())) == 9
+
+    def test_a_flat_objective(self):
+        trials = self.run(self.memory(), objective=lambda _: (1.0, {}))
+        assert len({few().realised(t.policy[None]).tobytes() for t in trials}) == 9
+
+    def test_a_small_space_is_searched_out(self):
+        space = Space(names=("a",), upper=np.array([0.5]), spent=lambda x: 0 * x[:, 0] + 1,
+                      realised=lambda x: np.round(4 * x) / 4)  # fmt: skip
+        trials = self.run(self.memory(), space, lambda p: (float(p[0]), {}), trials=50)
+        assert len(trials) == 3
+        assert bayes.best_of(trials).policy[0] > 0.37
+
+    def test_no_policy_at_all(self):
+        gap = Space(names=("a",), upper=np.array([0.5]), spent=lambda x: np.where(x[:, 0] > 0.2, 0.5, 1.5),
+                    realised=lambda x: x)  # fmt: skip
+        with pytest.raises(MethodError, match="policies must spend at least 98%"):
+            self.run(self.memory(), gap)
+
+    def test_it_beats_chance_on_the_synthetic_objective(self):
+        """A taste of benchmarks/mdc_search.py, which has ten seeds and four budgets."""
+        from benchmarks.mdc_search import SEARCHES, hills
+
+        space = frame().space
+        value = hills(space, 0)
+        guided, drawn = (SEARCHES[name](space, value, 0, 16, 8)[0] for name in ("optuna", "random"))
+        assert value(guided) > value(drawn)
+
+
+class TestStorage:
+    def test_another_model_or_space_is_refused(self, tmp_path):
+        url = f"sqlite:///{tmp_path / 'trials.db'}"
+        open_study(url, "mdc", {"model": "a", "space": "x"})
+        open_study(url, "mdc", {"model": "a", "space": "x"})
+        for name, identity in (("model", {"model": "b", "space": "x"}), ("space", {"model": "a", "space": "y"})):
+            with pytest.raises(RunError, match=f"study mdc must be of the same {name}"):
+                open_study(url, "mdc", identity)
+        assert open_study(url, "other", {"model": "b"}).user_attrs == {"model": "b"}
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "nonsense",
+            "nothing://here",
+            "sqlite:////no/such/folder/trials.db",
+            "redis://localhost",
+            "mysql://x:secret@127.0.0.1:1/y",
+        ],
+    )
+    def test_unreachable(self, url):
+        with pytest.raises(RunError, match="storage must be reachable and free") as told:
+            open_study(url, "mdc", {})
+        assert "secret" not in str(told.value)
+
+    def test_locked(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("vitrim.search.study._LOCKED", 0.1)
+        path = tmp_path / "trials.db"
+        url = f"sqlite:///{path}"
+        study = open_study(url, "mdc", {})
+        TestSearch().run(study, trials=3)
+        holder = sqlite3.connect(path)
+        holder.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(RunError, match="locked"):
+            open_study(url, "mdc", {"model": "a"})
+        holder.rollback()
+        assert len(bayes.trials_of(open_study(url, "mdc", {}), few())) == 3
+
+    def test_a_journal_is_a_storage(self, tmp_path):
+        study = open_study(f"journal://{tmp_path / 'trials.log'}", "mdc", {"model": "a"})
+        assert len(TestSearch().run(study, trials=4)) == 4
+
+
+def test_three_processes_share_a_search(tmp_path):
+    """No trial lost or doubled, and each process ends with the same plan."""
+    from vitrim import store
+
+    model = families.adopt(families.get("vit").example(depth=2))
+    store.save(model, tmp_path / "model.safetensors", provenance={})
+    url = f"sqlite:///{tmp_path / 'trials.db'}"
+    command = [sys.executable, "-m", "vitrim", "search", str(tmp_path / "model.safetensors"), "--storage", url,
+               "--budget", "macs=0.8", "--trials", "7", "--data", "digits", "--set", "method.initial=4",
+               "--set", "data.calibration=16", "--set", "data.validation=32"]  # fmt: skip
+    running = [
+        subprocess.Popen(
+            [*command, "--out", str(tmp_path / f"{i}.json")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for i in range(3)
+    ]
+    for process in running:
+        _, problems = process.communicate(timeout=240)
+        assert process.returncode == 0, problems.decode()
+    study = optuna.load_study(study_name="mdc", storage=url)
+    done = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    assert len(done) == 7
+    assert len({json.dumps(trial.params, sort_keys=True) for trial in done}) == 7
+    assert not study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
+    assert len({(tmp_path / f"{i}.json").read_text() for i in range(3)}) == 1
+    with pytest.raises(RunError, match="must be of the same space"):
+        cli.app([*command[3:], "--budget", "macs=0.7"], standalone_mode=False)
+    with pytest.raises(MethodError, match="of a method with trials, but taylor has none"):
+        cli.app([*command[3:], "--method", "taylor"], standalone_mode=False)
