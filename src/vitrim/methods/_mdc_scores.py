@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitrim.errors import MethodError
-from vitrim.families import blocks_of
+from vitrim.families import blocks_of, describe
 from vitrim.nn import Axis
 from vitrim.observe import axes, listening
 from vitrim.search import hsic
@@ -74,7 +74,10 @@ class Scores:
 
 @dataclass
 class _Sums:
-    """Sums over batches, by path."""
+    """Sums over batches, by path.
+
+    The energy that decides ties is that of what varies: what a constant adds, a bias could.
+    """
 
     dependence: dict[str, Tensor] = field(default_factory=dict)
     size: dict[str, Tensor] = field(default_factory=dict)
@@ -157,7 +160,7 @@ def _ears(
 def _neurons(path: str, against: Tensor, settings: Settings, sums: _Sums) -> Callable[[Tensor], None]:
     def ear(activation: Tensor) -> None:
         sums.add(sums.dependence, path, hsic.dependence(activation, against, settings.kernel))
-        sums.add(sums.energy, path, torch.linalg.vector_norm(activation, dim=(0, 1)).square())
+        sums.add(sums.energy, path, activation.var(dim=(0, 1), correction=0))
         if settings.neurons_by == "released":
             sums.add(sums.size, path, torch.linalg.vector_norm(activation, ord=1, dim=(0, 1)))
 
@@ -170,7 +173,7 @@ def _heads(
     """HSIC of every head with every head, and last with the output: ``(H + 1, H + 1)``."""
 
     def ear(mixed: Tensor) -> None:
-        sums.add(sums.energy, path, torch.linalg.vector_norm(mixed, dim=(0, 1)).square())
+        sums.add(sums.energy, path, mixed.var(dim=(0, 1), correction=0))
         parts = torch.split(mixed, list(groups), dim=-1)
         if settings.heads_by == "greedy":
             grams = [settings.kernel(part.flatten(1)) for part in parts]
@@ -196,7 +199,7 @@ def _ranked(model: nn.Module, known: Mapping[str, Axis], sums: _Sums, settings: 
     blocks = dict(blocks_of(model))
     for path, found_sum in sums.dependence.items():
         if path == "tokens":
-            found.places = minmax(found_sum)
+            found.places = minmax(found_sum[describe(model).stages[0].prefix :])
             continue
         block, _, name = path.rpartition(".")
         axis = known[path if name == "hidden" else f"{block}.v"]

@@ -173,9 +173,10 @@ def target(gram: Tensor, estimator: Estimator) -> Tensor:
         MethodError: if there are fewer than 4 samples, for which the unbiased estimator does not exist.
     """
     n = _enough(gram)
-    if estimator == "biased":
-        return centred(gram) / (n - 1) ** 2
-    return u_centred(gram) / (n * (n - 3))
+    found = centred(gram) / (n - 1) ** 2 if estimator == "biased" else u_centred(gram) / (n * (n - 3))
+    # Of equal outputs nothing but rounding is left, which must not rank anything.
+    noise = _ROUNDINGS * torch.finfo(gram.dtype).eps * gram.abs().amax(dim=(-2, -1), keepdim=True) / n**2
+    return found * (found.abs().amax(dim=(-2, -1), keepdim=True) > noise)
 
 
 def biased(features: Tensor, outputs: Tensor) -> Tensor:
