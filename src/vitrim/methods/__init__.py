@@ -14,7 +14,7 @@ __all__ = ["get", "names", "settings_of"]
 
 def names() -> list[str]:
     """Names of all methods."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def settings_of(name: str) -> type[Node]:
