@@ -14,6 +14,7 @@ from vitrim.data import Augment, Images, Input, eval_loader, open_source, seeded
 from vitrim.data.augment import move, normalize
 from vitrim.data.inputs import to_bytes, to_tensor
 from vitrim.data.loader import share
+from vitrim.data.noise import numbers
 from vitrim.errors import DataError, RecipeError
 from vitrim.plain import dump, load
 
@@ -101,12 +102,31 @@ def test_a_batch_is_a_function_of_seed_epoch_and_step(kind):
         assert not torch.equal(other[0][0], whole[0][0])
 
 
+@pytest.mark.parametrize("kind", ["none", "light", "full"])
+def test_repeats_show_fewer_pictures_more_often(kind):
+    """An epoch keeps its length; copies stand in one batch, each moved in its own way, the first as ever."""
+    images = noise(12, 16)
+    far = Augment(kind=kind, rotate=90)
+    once = batches(train_loader(images, SMALL, far, batch=6, seed=1))
+    thrice = batches(train_loader(images, SMALL, far.model_copy(update={"repeats": 3}), batch=6, seed=1))
+    assert [len(labels) for _, labels in thrice] == [6, 6]
+    order = numbers(1, 0, 1).permutation(12)
+    wanted = np.repeat(order[:4], 3)
+    assert torch.cat([labels for _, labels in thrice]).tolist() == images.labels[wanted].tolist()
+    plain, shown = (torch.cat([pictures for pictures, _ in each]) for each in (once, thrice))
+    for number in range(4):
+        copies = shown[3 * number : 3 * number + 3]
+        assert torch.equal(copies[0], plain[number])
+        assert torch.equal(copies[1], copies[2]) == (kind == "none")
+
+
 @pytest.mark.parametrize("kind", ["light", "full"])
 def test_workers_change_nothing(kind, monkeypatch):
     monkeypatch.setattr("vitrim.data.loader._CACHE_BYTES", 0)
     images = noise(8, 16)
-    alone = train_loader(images, SMALL, Augment(kind=kind), batch=4, seed=1)
-    helped = train_loader(images, SMALL, Augment(kind=kind), batch=4, seed=1, workers=2)
+    augment = Augment(kind=kind, repeats=2)
+    alone = train_loader(images, SMALL, augment, batch=4, seed=1)
+    helped = train_loader(images, SMALL, augment, batch=4, seed=1, workers=2)
     same(batches(alone), batches(helped))
 
 

@@ -107,7 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     start = time.perf_counter()
     found = demo(args.out, args.seed, args.budget)
-    from vitrim.cli import show_table
+    from vitrim.cli.shared import show_table
 
     table = result(found.measured)
     show_table(f"digits, ViT-Slim at {args.budget}", table.head, table.rows)

@@ -8,6 +8,7 @@ __all__ = [
     "AdoptError",
     "BudgetError",
     "DataError",
+    "ExportError",
     "MethodError",
     "PlanError",
     "RecipeError",
@@ -66,3 +67,7 @@ class TrainError(VitrimError, ArithmeticError):
 
 class RunError(VitrimError, OSError):
     """A run folder cannot be used or finished."""
+
+
+class ExportError(VitrimError, RuntimeError):
+    """A model cannot be written for another runtime."""

@@ -38,6 +38,9 @@ class Augment(Node):
         auto: timm's policy string for `full`; empty for none.
         jitter: brightness, contrast and saturation factor of `full`, `>= 0`; timm leaves it off beside a policy.
         erase: chance that `full` erases a rectangle, in `[0, 1]`.
+        repeats: how often an epoch shows each picture it shows, `>= 1`, moved differently each time. An epoch keeps its
+            length, so that with 3 it shows a third of the pictures three times: the repeated augmentation that DeiT
+            trains with (Hoffer et al. 2020), whose copies stand in one batch.
     """
 
     kind: Literal["none", "light", "full"] = "light"
@@ -48,6 +51,7 @@ class Augment(Node):
     auto: str = "rand-m9-mstd0.5-inc1"
     jitter: float = Field(default=0.4, ge=0)
     erase: float = Field(default=0.25, ge=0, le=1)
+    repeats: int = Field(default=1, ge=1, le=16)
 
     @property
     def flips(self) -> float:

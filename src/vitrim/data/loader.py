@@ -39,17 +39,21 @@ def share(batch: NDArray[np.int64], part: int, parts: int) -> NDArray[np.int64]:
 
 
 class _Keyed(Dataset[tuple[Tensor, int] | DataError]):
-    """Pictures by `(epoch, index)`, so that workers need not be told the epoch."""
+    """Pictures by `(epoch, number)`, so that workers need not be told the epoch.
 
-    def __init__(self, dataset: Dataset[Any], transform: Full) -> None:
+    The numbers of a picture's copies lie `count` apart.
+    """
+
+    def __init__(self, dataset: Dataset[Any], transform: Full, count: int) -> None:
         self.dataset = dataset
         self.transform = transform
+        self.count = count
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | DataError:
-        epoch, index = key
+        epoch, number = key
         try:
-            picture, label = self.dataset[index]
-            return self.transform(picture, epoch, index), int(label)
+            picture, label = self.dataset[number % self.count]
+            return self.transform(picture, epoch, number), int(label)
         except DataError as problem:
             return problem
 
@@ -92,7 +96,7 @@ class TrainLoader:
         self.size -= self.size % 2 if even else 0
         self._check(batch)
         self._cache: tuple[Tensor, Tensor] | None = None
-        self._keyed = _Keyed(dataset, Full(augment, input, seed)) if augment.kind == "full" else None
+        self._keyed = _Keyed(dataset, Full(augment, input, seed), self.count) if augment.kind == "full" else None
         bytes_needed = self.count * input.channels * input.size[0] * input.size[1]
         self._caching = self._keyed is None and bytes_needed <= _CACHE_BYTES
 
@@ -131,6 +135,9 @@ class TrainLoader:
 
     def _shares(self, epoch: int, start_step: int) -> list[NDArray[np.int64]]:
         order = numbers(self.seed, epoch, _ORDER).permutation(self.count)
+        if self.augment.repeats > 1:
+            copies = self.count * np.arange(self.augment.repeats)
+            order = (order[:, None] + copies).reshape(-1)[: self.count]
         parts = self.world * self.accumulate
         return [
             share(order[step * self.size : (step + 1) * self.size], micro * self.world + self.rank, parts)
@@ -151,8 +158,8 @@ class TrainLoader:
             yield pictures.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def _moved(self, epoch: int, shares: list[NDArray[np.int64]]) -> Iterator[Batch]:
-        draws = numbers(self.seed, epoch, _MOVE).random((self.count, 4))
-        for each, (pictures, labels) in zip(shares, self._plain(shares), strict=True):
+        draws = numbers(self.seed, epoch, _MOVE).random((self.count * self.augment.repeats, 4))
+        for each, (pictures, labels) in zip(shares, self._plain([s % self.count for s in shares]), strict=True):
             if self.augment.kind == "light":
                 pictures = move(pictures, self.augment, draws[each])
             yield normalize(pictures, self.input), labels

@@ -104,7 +104,7 @@ class Dropped(Step):
             return x, None
         raised = x.new_zeros(1, 1, 1, x.shape[1] + 1)
         raised[..., -1] = math.log(self.missing)
-        return torch.cat([x, x.new_zeros(len(x), 1, x.shape[2])], dim=1), raised
+        return torch.cat([x, x.new_zeros(x.shape[0], 1, x.shape[2])], dim=1), raised
 
     def init_non_persistent_buffers(self) -> None:
         """Compute what is not stored."""

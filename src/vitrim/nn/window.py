@@ -79,7 +79,7 @@ class WindowAttention(Attention):
         (high, wide), heads = self.window_size, q.shape[1]
         rows, columns = grid[0] // high, grid[1] // wide
         split, area = (rows, high, columns, wide), high * wide
-        lead = (-1, heads) if len(mask) == 1 else (len(q), rows * columns * heads)
+        lead = (-1, heads) if len(mask) == 1 else (q.shape[0], rows * columns * heads)
         mask = mask if len(mask) == 1 else mask.flatten(0, 1)[None]
         q, k, v = (
             torch.unflatten(t, 2, split).permute(0, 2, 4, 1, 3, 5, 6).reshape(*lead, area, t.shape[-1])
@@ -87,7 +87,7 @@ class WindowAttention(Attention):
         )
         mixed = self._attend(q, k, v, mask.to(q.dtype), is_causal=False)
         mixed = mixed.reshape(-1, rows, columns, heads, high, wide, v.shape[-1]).permute(0, 1, 4, 2, 5, 3, 6)
-        return mixed.reshape(len(mixed), grid[0] * grid[1], heads, -1).transpose(1, 2)
+        return mixed.reshape(mixed.shape[0], grid[0] * grid[1], heads, -1).transpose(1, 2)
 
     def axes(self) -> tuple[Axis, ...]:
         """As in `Attention`; a head takes its column of biases along."""

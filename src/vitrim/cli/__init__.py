@@ -1,0 +1,64 @@
+"""The command line. Exit 0: done. Exit 1: failed, a bug of ours. Exit 2: a wrong request, told in one sentence.
+
+Rooms are imported where they are used: `vitrim explain` answers before torch would have been read. A command stands in
+the file of its kind, and `app` in `shared` knows it.
+"""
+
+import sys
+import warnings
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from vitrim import __version__
+from vitrim.cli import compress, deploy, look, measure
+from vitrim.cli.shared import app
+from vitrim.errors import VitrimError
+
+__all__ = ["app", "compress", "deploy", "look", "main", "measure"]
+
+_INTERRUPTED = 130
+"""What typer returns for ctrl-C, the shell's own number for it."""
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"vitrim {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*|timm\..*")
+    try:
+        code = app(args=sys.argv[1:] or ["--help"], prog_name="vitrim", standalone_mode=False)
+    except VitrimError as problem:
+        _fail(str(problem))
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
+    except Exception as problem:
+        if not hasattr(problem, "format_message"):
+            raise
+        # A wrong option or argument.
+        command = getattr(getattr(problem, "ctx", None), "command_path", "vitrim")
+        _fail(f"{problem.format_message().rstrip('.')}; see `{command} --help`")
+    if code == _INTERRUPTED:
+        _fail("interrupted; the same command goes on from the last checkpoint")
+    sys.exit(code)
+
+
+def _fail(text: str) -> NoReturn:
+    one_line = " ".join(text.split())
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error", "bold red"), " ", one_line))
+    sys.exit(2)

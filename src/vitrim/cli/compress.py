@@ -1,0 +1,71 @@
+"""The commands that make a model smaller."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vitrim.cli.shared import Random, Settings, Source, Weights, app, read, say, show_table
+
+if TYPE_CHECKING:
+    from vitrim.run import Result
+
+
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(help="A timm name, an hf-hub: name, or a file that vitrim stored.")],
+    out: Annotated[Path, typer.Option("--out", help="Run folder to write; a stopped run goes on there.")],
+    method: Annotated[str, typer.Option("--method", help="See `vitrim methods`.")] = "taylor",
+    budget: Annotated[str, typer.Option("--budget", help="macs=0.5, macs=2.3G, params=12M, or several.")] = "macs=0.5",
+    data: Source = None,
+    test: Annotated[str | None, typer.Option("--test", help="Images to measure on; no search sees them.")] = None,
+    weights: Weights = None,
+    random_weights: Random = False,
+    epochs: Annotated[float, typer.Option("--epochs", help="Train the child so long; 0 cuts only.")] = 0,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    set_: Settings = None,
+) -> None:
+    """Make a model smaller and write a run folder."""
+    from vitrim.recipe import Recipe, merged, overrides
+    from vitrim.run import run
+
+    asked = {
+        "model": {"name": model, "weights": weights, "random_weights": random_weights},
+        "data": {"train": data, "test": test},
+        "method": {"name": method},
+        "budget": budget,
+        "train": {"epochs": epochs},
+        "seed": seed,
+    }
+    recipe = read(Recipe, merged(asked, overrides(set_ or [])))
+    _show(run(recipe, out, say=say))
+
+
+@app.command("run")
+def run_(
+    recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run folder; runs/NAME by default, or the recipe's own.")
+    ] = None,
+    set_: Settings = None,
+) -> None:
+    """Carry out a recipe."""
+    from vitrim.plain import read_toml
+    from vitrim.recipe import Recipe, merged, overrides
+    from vitrim.run import run
+
+    written = read_toml(recipe)
+    asked = read(Recipe, merged(written, overrides(set_ or [])), at=str(recipe))
+    # A run folder's own recipe, which alone names every setting, goes on where it lies.
+    whole = recipe.name == "recipe.toml" and set(written) == set(Recipe.model_fields)
+    _show(run(asked, out or (recipe.parent if whole else Path("runs") / recipe.stem), say=say))
+
+
+def _show(result: "Result") -> None:
+    from vitrim.report import result as side_by_side
+
+    measured = result.measured
+    table = side_by_side(measured)
+    show_table(f"{measured['model']}, {measured['method']} at {measured['budget']}", table.head, table.rows)
+    if result.folder is not None:
+        say(f"model, plan, log and report are in {result.folder}")

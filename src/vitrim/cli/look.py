@@ -1,0 +1,80 @@
+"""The commands that say what there is."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from vitrim.cli.shared import app, print_table, say, show_table
+
+
+@app.command()
+def explain(plan: Annotated[Path, typer.Argument(help="plan.json of a run folder.")]) -> None:
+    """Say what a plan keeps, block by block, and what that costs."""
+    from vitrim.plan import read_plan
+    from vitrim.report import plan_table
+
+    table = plan_table(*read_plan(plan))
+    show_table(str(plan), table.head, table.rows)
+
+
+@app.command("report")
+def report_(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="HTML file; Markdown goes to the screen without it.")
+    ] = None,
+) -> None:
+    """Report on run folders, as one HTML page or as Markdown."""
+    from vitrim import report
+    from vitrim.plain import write_text
+
+    if out is None:
+        sys.stdout.write(report.markdown(folders))
+        return
+    write_text(out, report.html(folders))
+    say(f"wrote {out}")
+
+
+@app.command("methods")
+def methods_() -> None:
+    """List the methods and their settings."""
+    from vitrim import methods
+
+    rows = []
+    for name in methods.names():
+        kind: Any = methods.settings_of(name)
+        rows.append([name, kind.needs, kind.sentence, ", ".join(f for f in kind.model_fields)])
+    table = Table(box=None, pad_edge=False)
+    for column in ("method", "needs", "what it does", "settings"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    print_table(table)
+
+
+@app.command("models")
+def models_(
+    pattern: Annotated[str, typer.Argument(help="A timm name or a pattern such as 'deit*'.")] = "*",
+    json_: Annotated[bool, typer.Option("--json", help="One JSON record a line.")] = False,
+) -> None:
+    """List the timm models that vitrim can cut, with their cost."""
+    from vitrim.parent import guests
+
+    rows = []
+    for guest in guests(pattern):
+        if json_:
+            sys.stdout.write(json.dumps(guest) + "\n")
+            continue
+        cost = (
+            [f"{guest['macs'] / 1e9:.4f} G", f"{guest['params'] / 1e6:.3f} M"]
+            if guest["reason"] is None
+            else ["-", "-"]
+        )
+        rows.append([str(guest["name"]), *cost, str(guest["reason"] or "yes")])
+    if not json_:
+        show_table("", ["model", "MACs", "parameters", "can be cut"], rows)

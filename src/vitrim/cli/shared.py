@@ -1,0 +1,59 @@
+"""What all commands share: the app, options that return, and how tables and remarks are printed."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vitrim.errors import RecipeError
+
+__all__ = ["Random", "Settings", "Source", "Weights", "app", "print_table", "read", "say", "show_table"]
+
+app = typer.Typer(
+    name="vitrim",
+    help="Takes a trained Vision Transformer and gives back a smaller, really faster, dense one.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Weights = Annotated[
+    str | None, typer.Option("--weights", help="Weights file for a timm name (safetensors or PyTorch).")
+]
+Random = Annotated[bool, typer.Option("--random-weights", help="Leave a timm model's weights random.")]
+Source = Annotated[
+    str | None, typer.Option("--data", help="digits, a folder, a tar, torch/NAME, hfds/NAME or wds/NAME.")
+]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting of a recipe.")]
+
+
+def say(text: str) -> None:
+    """Remark on what happens, beside the results."""
+    Console(stderr=True, soft_wrap=True).print(Text(text, style="dim"))
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows under a title."""
+    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    print_table(table)
+
+
+def print_table(table: Table) -> None:
+    """Print a table."""
+    console = Console()
+    # A file or pipe has no width, and what reads it wants rows whole.
+    (console if console.is_terminal else Console(width=10_000)).print(table)
+
+
+def read(kind: Any, data: Any, at: str = "recipe") -> Any:
+    """Read a node from what was asked; see `vitrim.plain.load`."""
+    from vitrim.plain import load
+
+    return load(kind, data, RecipeError, at=at)
