@@ -1,6 +1,7 @@
 """CAIT-style channels: masks and cuts, slots and budgets, scores, and the state that training goes on from."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,7 +12,7 @@ from tests.conformance.method import digits
 from tests.samples import adopted, apart, images, timm_model, without_data
 from tests.tolerance import EXACT
 from vitrim import families, methods, store
-from vitrim.budget import Budget
+from vitrim.budget import SLACK, Budget
 from vitrim.costs import cost_of
 from vitrim.errors import BudgetError, MethodError, RunError, TrainError, VitrimError
 from vitrim.families import adopt, describe
@@ -22,7 +23,7 @@ from vitrim.methods._cait import Channels, free_axes, merge_plan, ramped
 from vitrim.observe import axes, masked
 from vitrim.plain import load
 from vitrim.plan import Plan
-from vitrim.recipe import Recipe
+from vitrim.recipe import Recipe, read_recipe
 from vitrim.run import run
 from vitrim.search.slots import Rules, allocate, ladders_of, plan_of
 from vitrim.surgery import apply, cut_tensors
@@ -493,3 +494,31 @@ class TestGoingOn:
         for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True):
             assert torch.equal(a, b)
         assert not (tmp_path / "parts" / "search").exists()
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*cait*.toml"))
+
+
+def test_all_six_recipes_are_there():
+    assert len(RECIPES) == 6
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_recipes_are_strict_and_meet_their_budgets(path):
+    """One run cut at 60 %, and a budget between merging alone and all floors."""
+    recipe = read_recipe(path).resolved()
+    found = recipe.found_method()
+    first, second = found.train, recipe.train
+    assert first.epochs / (first.epochs + second.epochs) == pytest.approx(found.cut)
+    assert second == first.model_copy(update={"epochs": second.epochs})
+    assert path.read_text(encoding="utf-8").count("NOT YET MEASURED") == 1
+    spec = describe(without_data(lambda: timm.create_model(recipe.model.name.split(".")[0])))
+    budget = Budget.parse(recipe.budget)
+    small = found.merging(spec, budget).child(spec)
+    scores = {}
+    for at, _, block in small.blocks():
+        scores |= {f"{at}.{name}": torch.rand(sum(block.mixer.v)) for name in ("qk", "v")}
+        scores[f"{at}.hidden"] = torch.rand(block.hidden)
+    masks = allocate(small, scores, budget.limits(cost_of(spec)), found.rules, fine=True)
+    cost = cost_of(plan_of(spec, masks, found.merging(spec, budget)).child(spec))
+    assert 1 - SLACK < budget.spent(cost, cost_of(spec)) <= 1
