@@ -5,6 +5,7 @@ import functools
 import math
 import pickle
 
+import onnx
 import pytest
 import timm
 import torch
@@ -12,8 +13,8 @@ from timm.models._features import FeatureGetterNet
 from torch.nn import functional as F
 
 from tests.samples import adopted, apart, images, random_plan, without_data
-from tests.tolerance import EXACT, SINGLE
-from vitrim import families, store, surgery
+from tests.tolerance import EXACT
+from vitrim import export, families, store, surgery
 from vitrim.costs import cost_of
 from vitrim.errors import DataError, MethodError, PlanError
 from vitrim.families import adopt, describe
@@ -297,12 +298,23 @@ def test_folded_is_the_same():
 
 
 @pytest.mark.parametrize("size_bias", [True, False])
-def test_exported(size_bias):
-    child = fold_merges_(merged(adopt(example()), seed=4, size_bias=size_bias)).eval()
+def test_exported_folded(size_bias, tmp_path):
+    """One product a merge, nothing left of its parts, and as many weights as the formula counts."""
+    child = merged(adopt(example(img_size=(40, 56))), seed=4, size_bias=size_bias).eval()
+    names = list(child.state_dict())
+    export.export(child, tmp_path / "model.onnx")
+    assert list(child.state_dict()) == names
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    weights = {tuple(sorted(each.dims)) for each in graph.initializer}
+    assert (48, 96) in weights
+    positions = math.prod(child.pos_embed.shape)
+    large = sum(math.prod(each.dims) for each in graph.initializer if math.prod(each.dims) >= 2 * 48)
+    counted = sum(p.numel() for p in child.parameters() if p.numel() >= 2 * 48)
+    assert counted - positions <= large <= counted + 200
+    _, run = export.onnx_session(tmp_path / "model.onnx")
     x = images(describe(child), dtype=torch.float32)
-    program = torch.export.export(child, (x,))
     with torch.no_grad():
-        assert apart(program.module()(x), child(x)) < SINGLE
+        assert apart(run(x), child(x)) < export.PARITY
 
 
 class TestTimmIsToldTheTruth:

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from vitrim.budget import Budget
 from vitrim.data import Input
 from vitrim.plan import Plan
+from vitrim.train import Start
 
 __all__ = ["Data", "Found", "Method"]
 
@@ -45,12 +46,14 @@ class Found:
         parent: the model to cut; its weights may have moved while searching, the caller's model has not.
         grafts: parameters of the child that are no slice of the parent's, by name.
         trials: what was tried, flat records for ``trials.jsonl``.
+        start: what the training of the child goes on from, by the child's names, where search and training are one.
     """
 
     plan: Plan
     parent: nn.Module
     grafts: Mapping[str, Tensor] = field(default_factory=dict)
     trials: tuple[Mapping[str, Any], ...] = ()
+    start: Start | None = None
 
 
 class Method(Protocol):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vitrim.errors import ExportError
 from vitrim.families import describe
 from vitrim.measure.model import home_of, image_of, resting
+from vitrim.nn import fold_merges_
 from vitrim.plain import Node
 
 __all__ = ["KINDS", "OLDEST_OPSET", "OPSET", "Exported", "export"]
@@ -78,7 +79,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, opset: int = OPSET
     still = _still(model)
     image = image_of(still)
     with _beside(file) as part:
-        program = _traced(still, torch.zeros(3, *image))
+        program = _traced(fold_merges_(copy.deepcopy(still)), torch.zeros(3, *image))
         runtime, run = (_onnx if kind == "onnx" else _program)(program, part, opset)
         worst = _compare(still, run, image)
         size = part.stat().st_size

@@ -124,17 +124,25 @@ class Gated(nn.Module):
         model: an adopted model; trained in place together with the gates.
         gates: by path, C values or a tensor that broadcasts to them; a gate may serve several axes (`share`).
         share: by path of an axis, the path of the gate that it uses.
+        once: whether of two members that are multiplied with each other (queries and keys) the first alone is gated, so
+            that the product is scaled by the gate and not by its square.
 
     Raises:
         MethodError: if an axis cannot be gated through the weights (a norm stands between).
     """
 
-    def __init__(self, model: nn.Module, gates: Mapping[str, Tensor], share: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        gates: Mapping[str, Tensor],
+        share: Mapping[str, str] | None = None,
+        once: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self.gates = nn.ParameterDict({_key(path): nn.Parameter(gate.clone()) for path, gate in gates.items()})
         uses = {path: path for path in gates} | dict(share or {})
-        self._scales = _scales(model, uses)
+        self._scales = _scales(model, uses, once)
 
     def forward(self, x: Tensor) -> Any:
         """Logits of the gated model."""
@@ -153,8 +161,12 @@ class Gated(nn.Module):
     def _piece(self, gate: str | None, size: int, like: Tensor) -> Tensor:
         if gate is None:
             return torch.ones(size, dtype=like.dtype, device=like.device)
-        piece: Tensor = self.gates[gate].flatten().to(like.dtype)
-        return piece
+        return self.held(gate).flatten().to(like.dtype)
+
+    def held(self, key: str) -> Tensor:
+        """What multiplies the axes that use a gate, by the gate's name in the module."""
+        gate: Tensor = self.gates[key]
+        return gate
 
     def has_gate(self, path: str) -> bool:
         """Whether the axis at `path` has a gate of its own."""
@@ -178,7 +190,9 @@ def _key(path: str) -> str:
     return path.replace(".", "/")
 
 
-def _scales(model: nn.Module, uses: Mapping[str, str]) -> dict[str, tuple[int, list[tuple[str | None, int]]]]:
+def _scales(
+    model: nn.Module, uses: Mapping[str, str], once: bool
+) -> dict[str, tuple[int, list[tuple[str | None, int]]]]:
     """For each gated parameter: the dimension, and the run of gates (or ones) along it."""
     known = axes(model)
     modules = {id(module): name for name, module in model.named_modules()}
@@ -190,7 +204,10 @@ def _scales(model: nn.Module, uses: Mapping[str, str]) -> dict[str, tuple[int, l
         axis, prefix = known[path], modules[id(blocks[path.rpartition(".")[0]])]
         if not axis.scales:
             raise MethodError(f"{path}: a gated axis must be free of norms, but its channels are tied by one")
+        first: dict[str, int] = {}
         for member in axis.scales:
+            if once and first.setdefault(member.parameter, member.offset) != member.offset:
+                continue
             runs.setdefault(f"{prefix}.{member.parameter}", (member.dim, {}))[1][member.offset] = (gate, axis.size)
     return {name: (dim, _fill(model, name, dim, pieces)) for name, (dim, pieces) in runs.items()}
 

@@ -35,9 +35,12 @@ from vitrim.plan import Plan, read_plan, write_plan
 from vitrim.recipe import Recipe, merged, write_recipe
 from vitrim.spec import Spec, folded
 from vitrim.surgery import apply, fold
-from vitrim.train import evaluate, fit, reference_logits
+from vitrim.train import Start, evaluate, fit, reference_logits
 
 __all__ = ["Result", "compress", "run"]
+
+BEGUN = "start.safetensors"
+"""In the folder of a search: what the training goes on from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,15 +152,15 @@ def _run(
         with leaving_nothing(folder):
             if folder is not None and not job.has("recipe.toml"):
                 write_recipe(folder / "recipe.toml", recipe)
-            plan, child, seconds = _cut(job, method)
-            child, seconds = _train(job, child, seconds)
+            plan, child, seconds, begun = _cut(job, method)
+            child, seconds = _train(job, child, seconds, begun)
             measured = _measure(job, child, seconds)
             _finish(job)
     return Result(model=child.eval(), plan=plan, measured=measured, parent=job.parent, folder=folder)
 
 
-def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module, float]:
-    """Search and cut, or read what an earlier run cut; with the seconds that it took."""
+def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module, float, Start | None]:
+    """Search and cut, or read what an earlier run cut; with the seconds that it took and what training goes on from."""
     start = time.perf_counter()
     plan_file, cut_file = job.file("plan.json"), job.file("cut.safetensors")
     for stored in ("model.safetensors", "cut.safetensors"):
@@ -169,7 +172,7 @@ def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module, float]:
                     f"{plan_file}: the plan must be for {job.recipe.model.name}, but was made for another model; "
                     "choose another --out"
                 )
-            return plan, *_stored(job, path)
+            return plan, *_stored(job, path), _begun(job)
     job.say(f"searching with {job.recipe.method['name']} for {job.budget}")
     data = None
     # Without training images the splits are the test images', which no search sees.
@@ -195,10 +198,18 @@ def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module, float]:
         lines = "".join(json.dumps(dict(trial)) + "\n" for trial in found.trials)
         write_text(plan_file.with_name("trials.jsonl"), lines)
         write_plan(plan_file, job.spec, found.plan)
+        if found.start is not None:
+            found.start.save(plan_file.with_name("search") / BEGUN)
         store.save(child, cut_file, provenance={"seconds": time.perf_counter() - start})
         # What a resumed run would read is what this one goes on with, down to which weights are frozen.
-        return found.plan, *_stored(job, cut_file)
-    return found.plan, child, time.perf_counter() - start
+        return found.plan, *_stored(job, cut_file), _begun(job)
+    return found.plan, child, time.perf_counter() - start, found.start
+
+
+def _begun(job: Job) -> Start | None:
+    """What a search left for the training to go on from, if it did."""
+    folder = job.file("search")
+    return Start.load(folder / BEGUN) if folder is not None and (folder / BEGUN).is_file() else None
 
 
 def _recovered(job: Job, found: Found, data: Data | None) -> Mapping[str, Tensor]:
@@ -234,7 +245,7 @@ def _check_budget(job: Job, child: Spec) -> None:
         )
 
 
-def _train(job: Job, child: nn.Module, seconds: float) -> tuple[nn.Module, float]:
+def _train(job: Job, child: nn.Module, seconds: float, begun: Start | None) -> tuple[nn.Module, float]:
     """Train the child, or read what an earlier run trained; `seconds` grow by those of every part of the training."""
     path = job.file("model.safetensors")
     if path is not None and path.is_file():
@@ -253,6 +264,7 @@ def _train(job: Job, child: nn.Module, seconds: float) -> tuple[nn.Module, float
             folder=job.file("training"),
             log=logger(job.file("log.jsonl")),
             stage="train",
+            start=begun,
         )
         child = fitted.ema if fitted.ema is not None else fitted.model
         before = fitted.seconds

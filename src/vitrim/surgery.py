@@ -19,7 +19,7 @@ from vitrim.plan import BlockPlan, Plan
 from vitrim.spec import Attention, Conv, Skip, Stage, Tokens, folded
 from vitrim.spec import Block as BlockSpec
 
-__all__ = ["apply", "fold", "kept_entries"]
+__all__ = ["apply", "cut_tensors", "fold", "kept_entries"]
 
 Kept = tuple[tuple[int, ...], ...]
 
@@ -92,6 +92,39 @@ def kept_entries(block: Block, plan: BlockPlan) -> dict[str, dict[int, Tensor]]:
             for dim, pieces in by_dim.items()
         }
     return entries
+
+
+def cut_tensors(parent: nn.Module, plan: Plan, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Cut tensors that are shaped like the parent's parameters (averages of an optimiser) as `apply` cuts those.
+
+    Args:
+        parent: an adopted model.
+        plan: what to cut.
+        values: by the parameter's name; those without dimensions, such as counts, stay as they are.
+
+    Returns:
+        By the child's names. What belongs to a branch that is gone is left out.
+    """
+    modules = {id(module): name for name, module in parent.named_modules()}
+    names = {name for name, _ in parent.named_parameters()}
+    cut = {name: value for name, value in values.items() if name in names}
+    child = plan.child(describe(parent))
+    for (_, block), decision, (_, _, small) in zip(blocks_of(parent), plan.blocks(), child.blocks(), strict=True):
+        prefix, entries = modules[id(block)], kept_entries(block, decision)
+        gone = [name for name, kept in (("attn.", _attends(small)), ("mlp.", bool(small.hidden))) if not kept]
+        for name in [name for name in cut if name.startswith(f"{prefix}.")]:
+            inner = name.removeprefix(f"{prefix}.")
+            if inner.startswith(tuple(gone)):
+                del cut[name]
+                continue
+            for dim, index in entries.get(inner, {}).items():
+                value = cut[name]
+                cut[name] = value.index_select(dim, index.to(value.device)) if value.dim() else value
+    return cut
+
+
+def _attends(block: BlockSpec) -> bool:
+    return isinstance(block.mixer, Attention) and bool(block.mixer.v)
 
 
 def _decisions(block: Block, plan: BlockPlan) -> Iterator[tuple[Axis, Kept]]:

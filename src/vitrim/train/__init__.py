@@ -2,16 +2,18 @@
 
 from vitrim.train.distill import Objective
 from vitrim.train.evaluate import Evaluated, evaluate, reference_logits
-from vitrim.train.fit import Fitted, fit
+from vitrim.train.fit import Fitted, fit, steps_of
 from vitrim.train.loop import Stop
 from vitrim.train.optim import learning_rate, parameter_groups
 from vitrim.train.settings import Distill, Train
+from vitrim.train.start import Start
 
 __all__ = [
     "Distill",
     "Evaluated",
     "Fitted",
     "Objective",
+    "Start",
     "Stop",
     "Train",
     "evaluate",
@@ -19,4 +21,5 @@ __all__ = [
     "learning_rate",
     "parameter_groups",
     "reference_logits",
+    "steps_of",
 ]

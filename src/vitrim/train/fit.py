@@ -27,8 +27,9 @@ from vitrim.train.guard import check_finite, drop_path
 from vitrim.train.loop import AfterStep, Log, Loop, Penalty
 from vitrim.train.optim import Groups, optimizer
 from vitrim.train.settings import Train
+from vitrim.train.start import Start, averages_of
 
-__all__ = ["Fitted", "fit"]
+__all__ = ["Fitted", "fit", "steps_of"]
 
 # What a resumed run may be asked for anew, since it does not touch the result.
 _FREE = {"checkpoint_every", "keep", "log_every", "workers"}
@@ -44,6 +45,7 @@ class Fitted:
         steps: optimiser steps taken, over all resumed parts.
         seconds: time they took, over all resumed parts.
         history: the records of the epochs.
+        averages: the optimiser's state of each parameter, by name.
     """
 
     model: nn.Module
@@ -51,6 +53,7 @@ class Fitted:
     steps: int
     seconds: float
     history: tuple[dict[str, Any], ...]
+    averages: dict[str, dict[str, torch.Tensor]]
 
 
 def fit(
@@ -68,6 +71,8 @@ def fit(
     validation: Dataset[Any] | None = None,
     stage: str = "train",
     after_step: AfterStep | None = None,
+    start: Start | None = None,
+    until: float = 1.0,
 ) -> Fitted:
     """Train a model in place.
 
@@ -92,6 +97,8 @@ def fit(
         stage: name in records, errors and checkpoint files.
         after_step: called with the model and the number of the step, gradients still in place; may raise
             `vitrim.train.Stop` to end training there.
+        start: what to go on from; the learning rate goes on from there to the end of its cycle.
+        until: share of the cycle of the learning rate that this training ends at, above that of `start`, at most 1.
 
     Returns:
         The model, averaged weights if asked for, and what happened.
@@ -114,6 +121,7 @@ def fit(
             loop = dataclasses.replace(
                 loop, penalty=penalty, folder=folder, log=log, validation=validation, after_step=after_step
             )
+            loop = _within_cycle(loop, start, until)
             if folder is not None:
                 loop = _resume(loop, folder)
             loop.wrapped = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
@@ -123,7 +131,35 @@ def fit(
         # The seeds of the steps are our own business.
         torch.set_rng_state(generator)
     ema = loop.ema.module if loop.ema is not None else None
-    return Fitted(model, ema, loop.state.step, loop.state.seconds, tuple(loop.state.history))
+    return Fitted(
+        model, ema, loop.state.step, loop.state.seconds, tuple(loop.state.history), averages_of(model, loop.optimizer)
+    )
+
+
+def steps_of(dataset: Dataset[Any], settings: Train, input: Input) -> int:
+    """Optimiser steps that `fit` takes over `dataset`."""
+    return _steps(
+        settings,
+        train_loader(dataset, input, settings.augment, batch=settings.batch, seed=0, even=settings.mixes),
+    )
+
+
+def _steps(settings: Train, loader: TrainLoader) -> int:
+    return math.ceil(settings.epochs * len(loader))
+
+
+def _within_cycle(loop: Loop, start: Start | None, until: float) -> Loop:
+    """Let the learning rate and the averaged weights go on from `start`, and end at `until`."""
+    done = 0.0 if start is None else start.done
+    if not 0 <= done < until <= 1:
+        raise RecipeError(f"a training must end later in its cycle than it starts, but goes from {done:g} to {until:g}")
+    if start is not None:
+        start.give_(loop.model, loop.optimizer, loop.ema.module if loop.ema is not None else None)
+    if (done, until) == (0.0, 1.0):
+        return loop
+    cycle = round(loop.steps / (until - done))
+    run = loop.run | {"cycle": {"start": done, "end": until}}
+    return dataclasses.replace(loop, run=run, cycle=cycle, before=round(cycle * done))
 
 
 def _accelerator(settings: Train) -> Accelerator:
@@ -196,7 +232,7 @@ def _prepare(
         input=input,
         seed=seed,
         stage=stage,
-        steps=math.ceil(settings.epochs * len(loader)),
+        steps=_steps(settings, loader),
         run=_run(settings, loader, input, seed, stage),
         penalty=None,
         after_step=None,

@@ -74,6 +74,8 @@ class Loop:
         log: takes records.
         validation: pictures to measure on after each epoch, or None.
         state: how far the run is.
+        cycle: steps of a whole cycle of the learning rate, if that is longer than the run; 0 for the run's own.
+        before: steps of the cycle before the run's first.
     """
 
     model: nn.Module
@@ -97,6 +99,8 @@ class Loop:
     log: Log | None
     validation: Dataset[Any] | None
     state: Progressed
+    cycle: int = 0
+    before: int = 0
 
     def __post_init__(self) -> None:
         self.device = self.accelerator.device
@@ -160,7 +164,7 @@ class Loop:
 
     def _step(self, parts: Iterator[tuple[Tensor, Tensor]]) -> None:
         step = self.state.step
-        set_learning_rate(self.optimizer, learning_rate(step, self.steps, self.warmup, self.settings))
+        set_learning_rate(self.optimizer, self._rate(step))
         self.optimizer.zero_grad(set_to_none=True)
         sums = self._sums([0.0, 0.0, 1.0])
         for part in range(self.settings.accumulate):
@@ -173,13 +177,16 @@ class Loop:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:
-            self.ema.update(self.model, step=step + 1)
+            self.ema.update(self.model, step=self.before + step + 1)
         self.window += sums
         self.epoch_sums += sums
         self.state.step += 1
         if self.after_step is not None:
             self.after_step(self.model, step)
         self.whole = True
+
+    def _rate(self, step: int) -> float:
+        return learning_rate(self.before + step, self.cycle or self.steps, self.warmup, self.settings)
 
     def _part(self, pictures: Tensor, labels: Tensor, step: int, part: int) -> Tensor:
         """Add the gradients of one part, and return its share of task loss and penalty, `(2,)`."""
@@ -270,7 +277,7 @@ class Loop:
             "loss": (task + penalty) / count,
             "task": task / count,
             "penalty": penalty / count,
-            "lr": learning_rate(self.state.step - 1, self.steps, self.warmup, self.settings),
+            "lr": self._rate(self.state.step - 1),
             "seconds": round(self.state.seconds, 3),
         }
 
