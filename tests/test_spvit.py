@@ -81,8 +81,8 @@ def test_search_is_child_is_folded(family, preset):
     single = single_of(family, preset)
     spec = describe(single.model)
     how, x = layout(spec), images(spec)
-    for shift in range(4):
-        set_levels_(single, {path: (i + shift) % 4 for i, path in enumerate(single.names)}, signs=shift == 1)
+    for shift in (0, 3):
+        set_levels_(single, {path: (i + shift) % 4 for i, path in enumerate(single.names)}, signs=shift == 3)
         cut_neurons_(single, shift)
         levels, neurons = _spvit_plan.as_evaluated(single)
         plan = _spvit_plan.planned(spec, how, levels, neurons)
