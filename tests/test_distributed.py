@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vitrim import methods
+from vitrim.budget import Budget
 from vitrim.data import Augment, Images, Input
-from vitrim.families import adopt
+from vitrim.families import adopt, describe
 from vitrim.methods import vit_slim
+from vitrim.methods._spvit import SinglePath, layout
 from vitrim.train import Train, fit
 
 COUNT = 24
@@ -28,6 +30,8 @@ SETTINGS = {
     # The weights of a penalty are what they say, however many processes there are.
     "vit_slim": Train(epochs=0.5, batch=12, clip=None, augment=Augment()),
 }
+DRAWS = Train(epochs=1, batch=12, clip=None, augment=Augment())
+"""For SPViT, whose processes draw gates of their own, so that two take no step of one."""
 
 
 class Masked(nn.Module):
@@ -58,8 +62,26 @@ def gated():
     return vit_slim.gate_model(adopt(Masked().model), tokens=True)
 
 
+class Remembering(SinglePath):
+    """SPViT's search model, which remembers what was drawn."""
+
+    def _draw(self):
+        self.last = super()._draw()
+        return self.last
+
+
+def single():
+    """The same ViT with every choice of SPViT; its penalty stands for half the cost."""
+    model = adopt(Masked().model)
+    spec = describe(model)
+    method, how = methods.get("spvit"), layout(spec)
+    return Remembering(model, how).double(), {"penalty": method.penalty(spec, how, Budget.parse("macs=0.5"))}
+
+
 def task_of(name):
     """A model in float64, and what `fit` is given with it."""
+    if name == "spvit":
+        return single()
     if name != "vit_slim":
         return Masked().double(), {"penalty": penalty, "groups": groups}
     method = methods.get("vit_slim", {"token_l1": 1e-2, "gate_lr": 1e-2})
@@ -81,8 +103,10 @@ def step(name):
     torch.set_num_threads(1)
     model, given = task_of(name)
     given |= {"input": Input(size=(8, 8), crop_pct=1.0), "seed": 0}
-    done = fit(model, images(), SETTINGS[name], after_step=keep, **given)
+    done = fit(model, images(), SETTINGS.get(name, DRAWS), after_step=keep, **given)
     found |= {f"weight.{name}": p.detach().clone() for name, p in model.named_parameters()}
+    if name == "spvit":
+        found |= {f"drawn.{name}": value.detach().clone() for name, value in model.last.items()}
     for name in ("loss", "task", "penalty"):
         found[name] = torch.tensor(done.history[-1][name], dtype=torch.float64)
     return found
@@ -92,7 +116,7 @@ def main(folder):
     """What each process runs."""
     accelerator = Accelerator()
     assert accelerator.num_processes == 2
-    for name in SETTINGS:
+    for name in (*SETTINGS, "spvit"):
         save_file(step(name), Path(folder) / f"{name}-{accelerator.process_index}.safetensors")
     accelerator.end_training()
 
@@ -128,6 +152,16 @@ def test_two_processes_take_the_step_of_one(launched, name):
         # A weight is a gradient divided by its own size: its rounding errors are larger.
         tolerance = 1e-7 if key.startswith("weight.") else 1e-12
         assert torch.allclose(value, first[key], rtol=0, atol=tolerance), key
+
+
+def test_two_processes_draw_their_own_gates(launched):
+    first, second = (load_file(launched / f"spvit-{rank}.safetensors") for rank in range(2))
+    drawn = [key for key in first if key.startswith("drawn.")]
+    assert any(not torch.equal(first[key], second[key]) for key in drawn)
+    for key, value in first.items():
+        assert value.isfinite().all()
+        if key not in drawn and "running" not in key:
+            assert torch.equal(value, second[key]), key
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 M hidden neurons.
 
 Operations by block are those of the fine-tuning configurations, and kept neurons those of the gates' files, of
-github.com/ziplab/SPViT at commit ae19b0d; the ``_first_release`` ones are of its first commit, of which widths alone are
-known. They lie as facts in ``_spvit_published.json``: one letter a block (M attention, 3 and 1 convolutions, - nothing),
-and for each block the neurons kept, a bit each from the highest of the first byte on.
+github.com/ziplab/SPViT at commit ae19b0d; the ``_first_release`` ones are of its first commit, of which widths alone
+are known. They lie as facts in ``_spvit_published.json``: one letter a block (M attention, 3 and 1 convolutions, -
+nothing), and for each block the neurons kept, a bit each from the highest of the first byte on, in base 64.
 """
 
 import base64
@@ -55,8 +55,8 @@ def published(name: str, spec: Spec, how: Layout) -> Plan:
     levels, neurons = _choices(known[name], spec)
     if levels is None or neurons is None:
         raise MethodError(
-            f"structure {name} must be given the model that it was searched from, {known[name]['model']}, but the blocks "
-            "of this one differ; take that model, or search this one"
+            f"structure {name} must be given the model that it was searched from, {known[name]['model']}, but the "
+            "blocks of this one differ; take that model, or search this one"
         )
     return planned(spec, how, levels, neurons)
 

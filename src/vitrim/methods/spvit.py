@@ -133,9 +133,9 @@ class Method(Node):
             plan = published(self.structure, spec, how)
             check_budget(self.structure, plan.child(spec), spec, budget)
             return Found(plan=plan, parent=model)
+        check_reach(spec, how, budget)
         if data is None or data.train is None:
             raise MethodError("spvit must train its gates, but no data was given; give data or use magnitude")
-        check_reach(spec, how, budget)
         single = SinglePath(copy.deepcopy(model), how, self.windowed)
         fit(
             single,
