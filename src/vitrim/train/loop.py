@@ -102,6 +102,7 @@ class Loop:
         self.whole = True
         self.saved = self.state.step
         self.pending: tuple[Tensor, Tensor, int] | None = None
+        self.rate = 0.0
 
     def _sums(self, values: list[float]) -> Tensor:
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
@@ -128,6 +129,8 @@ class Loop:
         advance(self.state.step)
         try:
             with Interrupts() as interrupts:
+                if self._late():  # a run that was stopped after its minutes
+                    self.steps = self.state.step
                 while self.state.step < self.steps:
                     self._epoch(advance, interrupts)
                 self._settle()
@@ -144,14 +147,35 @@ class Loop:
             start = time.perf_counter()
             self._step(parts)
             self.state.seconds += time.perf_counter() - start
+            if self._late():
+                self.steps = self.state.step
             advance(1)
             self._report(epoch)
             if interrupts.came:
                 raise KeyboardInterrupt
+            if self.state.step == self.steps:
+                return
+
+    def _late(self) -> bool:
+        """Whether the minutes are over; the processes agree on it."""
+        if self.settings.minutes is None:
+            return False
+        seconds = torch.tensor(self.state.seconds, device=self.device)
+        if self.accelerator.num_processes > 1:
+            seconds = self.accelerator.reduce(seconds, "mean")
+        return float(seconds) >= 60 * self.settings.minutes
+
+    def _horizon(self) -> int:
+        """Steps that the run will have taken: those of its epochs, or as many as its minutes seem to allow."""
+        if self.settings.minutes is None or not self.state.step:
+            return self.steps
+        allowed = round(60 * self.settings.minutes * self.state.step / max(self.state.seconds, 1e-9))
+        return min(self.steps, max(allowed, self.state.step + 1))
 
     def _step(self, parts: Iterator[tuple[Tensor, Tensor]]) -> None:
         step = self.state.step
-        set_learning_rate(self.optimizer, learning_rate(step, self.steps, self.warmup, self.settings))
+        self.rate = learning_rate(step, self._horizon(), self.warmup, self.settings)
+        set_learning_rate(self.optimizer, self.rate)
         self.optimizer.zero_grad(set_to_none=True)
         sums = self._sums([0.0, 0.0, 1.0])
         for part in range(self.settings.accumulate):
@@ -261,7 +285,7 @@ class Loop:
             "loss": (task + penalty) / count,
             "task": task / count,
             "penalty": penalty / count,
-            "lr": learning_rate(self.state.step - 1, self.steps, self.warmup, self.settings),
+            "lr": self.rate,
             "seconds": round(self.state.seconds, 3),
         }
 
