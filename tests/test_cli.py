@@ -30,6 +30,7 @@ OPTIONS = {
     "compress": "model out method budget data test weights random-weights epochs minutes recover calibration seed set",
     "pareto": "model data out test budgets weights random-weights seed set",
     "run": "recipe out set",
+    "export": "model out opset weights random-weights",
     "evaluate": "model data weights random-weights set",
     "explain": "plan",
     "bench": "model reference batch threads dtype device seconds",

@@ -6,9 +6,10 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
-from tests.test_cli import ARGUMENTS, CLASSES, TINY, pictures
+from tests.test_cli import ARGUMENTS, CLASSES, TINY
 from vitrim import cli, store
 from vitrim.families import describe
 from vitrim.plain import read_json
@@ -18,11 +19,21 @@ from vitrim.train import Train
 QUICK = ("--set", ARGUMENTS, "--set", "device=cpu", "--set", "data.calibration=24", "--set", "data.validation=8")
 
 
+def noisy(root, each):
+    """Pictures that differ from place to place: statistics of plain ones would be refused."""
+    draw = torch.Generator().manual_seed(each)
+    for label in range(CLASSES):
+        (root / f"class{label}").mkdir(parents=True)
+        for number in range(each):
+            values = torch.randint(0, 256, (32, 32, 3), generator=draw, dtype=torch.uint8)
+            Image.fromarray(values.numpy()).save(root / f"class{label}" / f"{number}.png")
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     root = tmp_path_factory.mktemp("files")
-    pictures(root / "images" / "train", 8)
-    pictures(root / "images" / "test", 2)
+    noisy(root / "images" / "train", 8)
+    noisy(root / "images" / "test", 2)
     torch.manual_seed(0)
     save_file(timm.create_model("test_vit", num_classes=CLASSES, **TINY).state_dict(), root / "weights.safetensors")
     return root

@@ -72,7 +72,7 @@ def pareto(
             one = recipe.model_copy(update={"method": method})
             results.append(run(one, folder / recipe.budget.replace(",", "_"), say=say))
         found = [result.folder for result in results if result.folder is not None]
-        write_text(folder / "pareto.svg", report.frontier([result.measured for result in results]))
+        write_text(folder / "pareto.svg", report.curve([result.measured for result in results]))
         write_text(folder / "report.html", report.html(found))
     return Pareto(results=tuple(results), calibration=path, folder=folder)
 

@@ -7,11 +7,11 @@ from vitrim.report.blocks import Row, sheet, total
 from vitrim.report.page import html, markdown
 from vitrim.report.tables import Table, plan_table, result
 
-__all__ = ["Row", "Table", "frontier", "html", "markdown", "plan_table", "result", "sheet", "total"]
+__all__ = ["Row", "Table", "curve", "html", "markdown", "plan_table", "result", "sheet", "total"]
 
 
-def frontier(records: Sequence[dict[str, Any]]) -> str:
-    """See `vitrim.report.frontier.frontier`; matplotlib is loaded only here."""
+def curve(records: Sequence[dict[str, Any]]) -> str:
+    """The curve of several runs as an SVG file, see `vitrim.report.frontier`; matplotlib is loaded only here."""
     from vitrim.report.frontier import frontier as draw
 
     return draw(records)
