@@ -27,8 +27,10 @@ QUICK = ["--set", "measure.latency=false", "--set", "device=cpu", "--set", "data
 CLASSES = 4
 
 OPTIONS = {
-    "compress": "model out method budget data test weights random-weights epochs seed set",
+    "compress": "model out method budget data test weights random-weights epochs minutes recover calibration seed set",
+    "pareto": "model data out test budgets weights random-weights seed set",
     "run": "recipe out set",
+    "export": "model out opset weights random-weights",
     "evaluate": "model data weights random-weights set",
     "explain": "plan",
     "bench": "model reference batch threads dtype device seconds",

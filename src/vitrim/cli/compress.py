@@ -1,11 +1,12 @@
 """The commands that make a model smaller."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vitrim.cli.shared import Random, Settings, Source, Weights, app, read, say, show_table
+from vitrim.errors import RecipeError
 
 if TYPE_CHECKING:
     from vitrim.run import Result
@@ -15,13 +16,18 @@ if TYPE_CHECKING:
 def compress(
     model: Annotated[str, typer.Argument(help="A timm name, an hf-hub: name, or a file that vitrim stored.")],
     out: Annotated[Path, typer.Option("--out", help="Run folder to write; a stopped run goes on there.")],
-    method: Annotated[str, typer.Option("--method", help="See `vitrim methods`.")] = "taylor",
+    method: Annotated[
+        str | None, typer.Option("--method", help="See `vitrim methods`; taylor, or post_training with --calibration.")
+    ] = None,
     budget: Annotated[str, typer.Option("--budget", help="macs=0.5, macs=2.3G, params=12M, or several.")] = "macs=0.5",
     data: Source = None,
     test: Annotated[str | None, typer.Option("--test", help="Images to measure on; no search sees them.")] = None,
     weights: Weights = None,
     random_weights: Random = False,
     epochs: Annotated[float, typer.Option("--epochs", help="Train the child so long; 0 cuts only.")] = 0,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", help="Distil the child from its parent so long, without labels.")
+    ] = None,
     recover: Annotated[str, typer.Option("--recover", help="ridge: compensate the cut in closed form.")] = "none",
     calibration: Annotated[
         Path | None, typer.Option("--calibration", help="A file of `vitrim pareto`; takes method post_training.")
@@ -36,18 +42,36 @@ def compress(
     asked = {
         "model": {"name": model, "weights": weights, "random_weights": random_weights},
         "data": {"train": data, "test": test},
-        "method": {"name": method} if calibration is None else _from_calibration(method, calibration),
+        "method": _method(method, calibration),
         "budget": budget,
         "recover": recover,
-        "train": {"epochs": epochs},
+        "train": {"epochs": epochs} if minutes is None else _distilled(epochs, minutes),
         "seed": seed,
     }
     recipe = read(Recipe, merged(asked, overrides(set_ or [])))
     _show(run(recipe, out, say=say))
 
 
-def _from_calibration(method: str | None, calibration: Path) -> dict[str, str]:
+def _method(name: str | None, calibration: Path | None) -> dict[str, str]:
+    if calibration is None:
+        return {"name": name or "taylor"}
+    if name not in (None, "post_training"):
+        raise RecipeError(f"a calibration must be read by post_training, but --method is {name}; leave one of them out")
     return {"name": "post_training", "calibration": str(calibration)}
+
+
+def _distilled(epochs: float, minutes: float) -> dict[str, Any]:
+    """Label-free distillation for some minutes: divergence from the dense output, on images and their mirror images."""
+    if epochs:
+        raise RecipeError("training must be bounded by --epochs or by --minutes, but both are given; leave one out")
+    return {
+        "epochs": 1000,
+        "minutes": minutes,
+        "batch": 16,
+        "lr": 1e-4,
+        "augment": {"kind": "light", "shift": 0, "hflip": 0.5},
+        "distill": {"kind": "soft", "alpha": 1},
+    }
 
 
 @app.command("run")

@@ -3,6 +3,7 @@
 H heads, K channels of a head, M hidden neurons.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,9 @@ from vitrim.search.allocate import allocate, power_law
 from vitrim.spec import Attention, Block, Spec, Stage, Tokens
 
 __all__ = ["Found", "least", "read_off"]
+
+_TRIES = 8
+"""Schedules that are looked at, the best first, until one spends its budget."""
 
 _STEP, _STEP_HIDDEN, _WIDE = 8, 32, 512
 """Channels of a head go in steps of 8, neurons in steps of 32 where there are 512 or more, else of 8."""
@@ -39,10 +43,18 @@ class Found:
 
 
 @dataclass(frozen=True)
-class _Option:
-    choice: Choice
-    block: Block
-    loss: float
+class _Group:
+    """What one part of a block can become.
+
+    Attributes:
+        choices: of the part alone.
+        losses: from the table.
+        counts: heads, channels of queries and of values together, or neurons, of each choice.
+    """
+
+    choices: list[Choice]
+    losses: list[float]
+    counts: list[tuple[int, ...]]
 
 
 def least(spec: Spec, merges: Sequence[Sequence[int]], exact: bool) -> Cost:
@@ -92,12 +104,13 @@ def read_off(calibration: Calibration, budget: Budget, *, merge: bool, widths: b
     check_reach(spec, [counts for counts, _ in rows], exact, limits, widths)
     # Where the exact last block alone saves more than is asked for, the budget is spent without it.
     ways = (True, False) if exact else (False,)
-    found = [one for way in ways for one in _all(calibration, rows, way, limits, widths)]
-    for one in found:
-        spent = _spent(spec, one, budget)
-        if budget.spent(_priced(spec, spent), parent) >= 1 - SLACK:
-            return spent
-    return _spent(spec, found[0], budget)
+    found: list[Found] = []
+    for way in ways:
+        found += [_spent(spec, one, budget) for one in _all(calibration, rows, way, limits, widths)[:_TRIES]]
+        for one in found:
+            if budget.spent(_priced(spec, one), parent) >= 1 - SLACK:
+                return one
+    return found[0]
 
 
 def _all(
@@ -148,62 +161,95 @@ def _allocated(
     still = tuple(Choice() for _ in counts)
     if not widths:
         return Found(counts, still, loss, exact) if min(room) >= 0 else None
-    groups: list[list[_Option]] = []
-    costs: list[list[list[int]]] = []
-    places: list[int] = []
+    places, groups, costs = [], [], []
+    names = tuple(limits)
     for index, ((path, stage, block), arriving) in enumerate(zip(small.blocks(), small.arrivals(), strict=True)):
-        for options in (_attention(calibration, path, block), _neurons(calibration, path, block)):
-            if len(options) > 1:
-                groups.append(options)
-                costs.append(_costs(options, block, stage, arriving, tuple(limits)))
+        for group, priced in ((_attention, _heads_priced), (_neurons, _neurons_priced)):
+            options = group(calibration, path, block)
+            if len(options.choices) > 1:
                 places.append(index)
+                groups.append(options)
+                costs.append(_costs(priced(options, block, stage, arriving), block, stage, arriving, names))
     try:
-        chosen = allocate([[option.loss for option in options] for options in groups], costs, room)
+        chosen = allocate([options.losses for options in groups], costs, room)
     except BudgetError:
         return None
     choices = list(still)
     for index, options, number in zip(places, groups, chosen, strict=True):
-        option = options[number]
-        merged = {name: value for name, value in vars(option.choice).items() if value is not None}
-        choices[index] = Choice(**{**vars(choices[index]), **merged})
-        loss += option.loss
+        decided = {name: value for name, value in vars(options.choices[number]).items() if value is not None}
+        choices[index] = Choice(**{**vars(choices[index]), **decided})
+        loss += options.losses[number]
     return Found(counts, tuple(choices), loss, exact)
 
 
 def _costs(
-    options: Sequence[_Option], block: Block, stage: Stage, arriving: Tokens, names: Sequence[str]
+    priced: Sequence[Cost], block: Block, stage: Stage, arriving: Tokens, names: Sequence[str]
 ) -> list[list[int]]:
     """What each option costs more than the block as it is."""
     whole = Cost(*block_cost(block, stage, arriving))
-    priced = [Cost(*block_cost(option.block, stage, arriving)) for option in options]
     return [[getattr(cost, name) - getattr(whole, name) for name in names] for cost in priced]
 
 
-def _attention(calibration: Calibration, path: str, block: Block) -> list[_Option]:
-    """Whole heads, and even widths of those that stay."""
+def _heads_priced(group: _Group, block: Block, stage: Stage, arriving: Tokens) -> list[Cost]:
+    """Costs are straight lines in heads and channels, once there is a head."""
     mixer = block.mixer
+    assert isinstance(mixer, Attention)
+
+    def cost(qk: tuple[int, ...], v: tuple[int, ...]) -> Cost:
+        node = block.model_copy(update={"mixer": mixer.model_copy(update={"qk": qk, "v": v})})
+        return Cost(*block_cost(node, stage, arriving))
+
+    none, one, more_qk, more_v = cost((), ()), cost((1,), (1,)), cost((2,), (1,)), cost((1,), (2,))
+    two = cost((1, 1), (1, 1))
+
+    def line(heads: int, qk: int, v: int) -> Cost:
+        if not heads:
+            return none
+        numbers = []
+        for a, b, c, d in zip(one, more_qk, more_v, two, strict=True):
+            head = d - b - c + a
+            numbers.append(a + (qk - 1) * (b - a) + (v - 1) * (c - a) + (heads - 1) * head)
+        return Cost(*numbers)
+
+    return [line(*counts) for counts in group.counts]
+
+
+def _neurons_priced(group: _Group, block: Block, stage: Stage, arriving: Tokens) -> list[Cost]:
+    def cost(hidden: int) -> Cost:
+        return Cost(*block_cost(block.model_copy(update={"hidden": hidden}), stage, arriving))
+
+    none, one, two = cost(0), cost(1), cost(2)
+    lines = [(a, b - a) for a, b in zip(one, two, strict=True)]
+    return [Cost(*(a + (m - 1) * slope for a, slope in lines)) if m else none for (m,) in group.counts]
+
+
+def _attention(calibration: Calibration, path: str, block: Block) -> _Group:
+    """Whole heads, and even widths of those that stay."""
+    mixer, group = block.mixer, _Group([], [], [])
     if not isinstance(mixer, Attention) or f"{path}.heads" not in calibration.losses:
-        return []
+        return group
     *alone, together = calibration.losses[f"{path}.heads"]
     order = sorted(range(len(alone)), key=alone.__getitem__)
-    options = []
+    levels = {name: list(_levels(calibration, f"{path}.{name}", size[0])) for name, size in _sizes(mixer).items()}
     for gone in range(len(alone)) if alone else [0]:
         kept = tuple(sorted(set(range(len(mixer.v))) - set(order[:gone])))
-        lost = _heads_loss([alone[head] for head in order], together, gone)
-        for qk, qk_loss in _levels(calibration, f"{path}.qk", mixer.qk[0]):
-            for v, v_loss in _levels(calibration, f"{path}.v", mixer.v[0]):
-                share = len(kept) / len(mixer.v)
-                node = mixer.model_copy(
-                    update={
-                        "qk": (qk,) * len(kept) if qk else tuple(mixer.qk[head] for head in kept),
-                        "v": (v,) * len(kept) if v else tuple(mixer.v[head] for head in kept),
-                    }
-                )
-                choice = Choice(heads=kept if gone else None, qk=qk, v=v)
-                loss = lost + share * (qk_loss + v_loss)
-                options.append(_Option(choice, block.model_copy(update={"mixer": node}), loss))
-    empty = block.model_copy(update={"mixer": _without(mixer)})
-    return [*options, _Option(Choice(heads=()), empty, together)]
+        lost, share = _heads_loss([alone[head] for head in order], together, gone), len(kept) / len(mixer.v)
+        for (qk, qk_loss), (v, v_loss) in itertools.product(levels["qk"], levels["v"]):
+            group.choices.append(Choice(heads=kept if gone else None, qk=qk, v=v))
+            group.losses.append(lost + share * (qk_loss + v_loss))
+            channels = (
+                qk * len(kept) if qk else sum(mixer.qk[head] for head in kept),
+                v * len(kept) if v else sum(mixer.v[head] for head in kept),
+            )
+            group.counts.append((len(kept), *channels))
+    group.choices.append(Choice(heads=()))
+    group.losses.append(together)
+    group.counts.append((0, 0, 0))
+    return group
+
+
+def _sizes(mixer: Attention) -> dict[str, tuple[int, ...]]:
+    return {"qk": mixer.qk, "v": mixer.v}
 
 
 def _heads_loss(alone: Sequence[float], together: float, gone: int) -> float:
@@ -222,18 +268,17 @@ def _levels(calibration: Calibration, path: str, size: int) -> Iterator[tuple[in
             yield width, power_law(calibration.shares[path], calibration.losses[path], 1 - width / size)
 
 
-def _neurons(calibration: Calibration, path: str, block: Block) -> list[_Option]:
-    name = f"{path}.hidden"
-    if not block.hidden or name not in calibration.losses:
-        return []
-    shares, losses, size = calibration.shares[name], calibration.losses[name], block.hidden
+def _neurons(calibration: Calibration, path: str, block: Block) -> _Group:
+    name, size, group = f"{path}.hidden", block.hidden, _Group([], [], [])
+    if not size or name not in calibration.losses:
+        return group
+    shares, losses = calibration.shares[name], calibration.losses[name]
     step = _STEP_HIDDEN if size >= _WIDE else _STEP
-    widths = range((size - 1) // step * step, 0, -step) if len(shares) > 1 else ()
-    options = [_Option(Choice(), block, 0.0)]
-    for width in (*widths, 0):
-        loss = power_law(shares, losses, 1 - width / size)
-        options.append(_Option(Choice(hidden=width), block.model_copy(update={"hidden": width}), loss))
-    return options
+    for width in (size, *(range((size - 1) // step * step, 0, -step) if len(shares) > 1 else ()), 0):
+        group.choices.append(Choice(hidden=None if width == size else width))
+        group.losses.append(power_law(shares, losses, 1 - width / size))
+        group.counts.append((width,))
+    return group
 
 
 # -- what steps leave unspent

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from vitrim.report.folder import Record, Run, number
 from vitrim.report.tables import short
 
-__all__ = ["compared", "curves", "trials"]
+__all__ = ["INK", "SERIES", "compared", "curves", "drawn", "trials"]
 
 INK, SOFT, LINE = "#010101", "#020202", "#030303"
 SERIES = ("#040404", "#050505", "#060606", "#070707")
@@ -86,7 +86,7 @@ def curves(log: Sequence[Record]) -> str | None:
             axes.set_axis_off()
 
     words = "Curves over steps: " + ", ".join(f"{panel.__name__.strip('_')} of {name}" for panel, name, _ in panels)
-    return _svg(draw, words, 9.2, 2.6 * rows)
+    return drawn(draw, words, 9.2, 2.6 * rows)
 
 
 def trials(records: Sequence[Record]) -> str | None:
@@ -103,7 +103,7 @@ def trials(records: Sequence[Record]) -> str | None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         axes.set_ylabel("score")
 
-    return _svg(draw, f"Score of {len(points)} trials", 9.2, 2.6)
+    return drawn(draw, f"Score of {len(points)} trials", 9.2, 2.6)
 
 
 def compared(runs: Sequence[Run]) -> str | None:
@@ -135,17 +135,17 @@ def compared(runs: Sequence[Run]) -> str | None:
         axes.margins(0.12)
         axes.legend(loc="best")
 
-    return _svg(draw, f"Top-1 against the share of multiply-accumulates of {len(found)} runs", 9.2, 3.6)
+    return drawn(draw, f"Top-1 against the share of multiply-accumulates of {len(found)} runs", 9.2, 3.6)
 
 
 def _losses(axes: Any, name: str, lines: Sequence[Record]) -> None:
     axes.set_title(f"loss, {name}")
-    drawn = [(key, series) for key in ("loss", "task", "penalty") if (series := _series(lines, key))]
-    if not any(value for key, series in drawn for _, value in series if key == "penalty"):
-        drawn = drawn[:1]  # without a penalty the task is the loss
-    for color, (key, series) in zip(SERIES, drawn, strict=False):
+    found = [(key, series) for key in ("loss", "task", "penalty") if (series := _series(lines, key))]
+    if not any(value for key, series in found for _, value in series if key == "penalty"):
+        found = found[:1]  # without a penalty the task is the loss
+    for color, (key, series) in zip(SERIES, found, strict=False):
         axes.plot(*_thin(series), color=color, label=key, alpha=1.0 if key == "loss" else 0.75)
-    if len(drawn) > 1:
+    if len(found) > 1:
         axes.legend(loc="best")
 
 
@@ -176,7 +176,7 @@ def _thin(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[floa
     return [fmean(x for x, _ in group) for group in groups], [fmean(y for _, y in group) for group in groups]
 
 
-def _svg(draw: Callable[[Figure], None], words: str, wide: float, high: float) -> str:
+def drawn(draw: Callable[[Figure], None], words: str, wide: float, high: float) -> str:
     """Draw a figure of `wide` x `high` inches, and return it as SVG that belongs into a page."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": words}), warnings.catch_warnings():
         # The browser has glyphs that matplotlib's measuring font lacks.

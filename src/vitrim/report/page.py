@@ -1,5 +1,6 @@
 """The report as one self-contained page, and its tables as Markdown."""
 
+import importlib
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -89,6 +90,9 @@ def _together(runs: Sequence[Run]) -> str:
     plot = _plots().compared(runs)
     if plot:
         parts += ["<h3>Top-1 against cost</h3>", f"<figure>{plot}</figure>"]
+    curve = _plots("frontier").frontier_plot([run.measured for run in runs])
+    if curve:
+        parts += ["<h3>Against cost and measured time</h3>", f"<figure>{curve}</figure>"]
     for run in runs:
         sentence = escape(tables.outcome(run.measured))
         parts += [f'<section>\n<h2>{escape(run.name)}</h2>\n<p class="outcome">{sentence}</p>', _run(run), "</section>"]
@@ -124,11 +128,9 @@ def _course(run: Run) -> list[str]:
     return parts
 
 
-def _plots() -> ModuleType:
+def _plots(name: str = "curves") -> ModuleType:
     # matplotlib takes longer to load than `vitrim explain` may take, and that needs this package only for its rows.
-    from vitrim.report import curves
-
-    return curves
+    return importlib.import_module(f"vitrim.report.{name}")
 
 
 def _origin(run: Run) -> list[str]:

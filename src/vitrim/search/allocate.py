@@ -99,11 +99,14 @@ def _weighted(
 
 def _knapsack(losses: list[Array], costs: list[NDArray[np.int64]], limit: int) -> list[int] | None:
     """Exact in units: least losses for every amount saved up to what is needed."""
+    fair = [_fair(loss, cost) for loss, cost in zip(losses, costs, strict=True)]
+    losses = [loss[keep] for loss, keep in zip(losses, fair, strict=True)]
+    costs = [cost[keep] for cost, keep in zip(costs, fair, strict=True)]
     tops = [int(group.max()) for group in costs]
     saved = [top - group for top, group in zip(tops, costs, strict=True)]
     need = sum(tops) - limit
     if need <= 0:
-        return [int(group.argmin()) for group in losses]
+        return [int(keep[group.argmin()]) for group, keep in zip(losses, fair, strict=True)]
     unit = math.gcd(need, *(int(value) for group in saved for value in group))
     if need > _UNITS * unit:
         unit = math.ceil(need / _UNITS)
@@ -128,7 +131,14 @@ def _knapsack(losses: list[Array], costs: list[NDArray[np.int64]], limit: int) -
         chosen.append(int(mark[at]))
         steps = min(int(gain[chosen[-1]]), goal)
         at = int(goal - steps + before[goal - steps :].argmin()) if at == goal else at - steps
-    return chosen[::-1]
+    return [int(keep[option]) for keep, option in zip(fair, chosen[::-1], strict=True)]
+
+
+def _fair(loss: Array, cost: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Options that no other undercuts in both loss and cost, the cheapest first."""
+    order = np.lexsort((loss, cost))
+    best = np.concatenate([[np.inf], np.minimum.accumulate(loss[order])[:-1]])
+    return order[loss[order] < best]
 
 
 def _moved(best: Array, steps: int) -> Array:

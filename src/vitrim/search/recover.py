@@ -244,6 +244,8 @@ def value_map(gram: Tensor, weight: Tensor, metric: Tensor, width: int, at: str 
     """
     safe = damped(gram, _TINY, at)
     values, vectors = torch.linalg.eigh(safe)
+    # Roundings below zero, where activations hardly vary.
+    values = values.clamp_min(_TINY * float(values.max()))
     half = (vectors * values.sqrt()) @ vectors.mT
     kept = torch.linalg.svd(half @ weight.mT @ root(metric))[0][:, :width]
     back = (vectors / values.sqrt()) @ (vectors.mT @ kept)

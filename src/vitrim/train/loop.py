@@ -113,6 +113,7 @@ class Loop:
         self.whole = True
         self.saved = self.state.step
         self.pending: tuple[Tensor, Tensor, int] | None = None
+        self.rate = 0.0
 
     def _sums(self, values: list[float]) -> Tensor:
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
@@ -139,6 +140,8 @@ class Loop:
         advance(self.state.step)
         try:
             with Interrupts() as interrupts:
+                if self._late():  # a run that was stopped after its minutes
+                    self.steps = self.state.step
                 while self.state.step < self.steps:
                     self._epoch(advance, interrupts)
                 self._settle()
@@ -157,14 +160,35 @@ class Loop:
             start = time.perf_counter()
             self._step(parts)
             self.state.seconds += time.perf_counter() - start
+            if self._late():
+                self.steps = self.state.step
             advance(1)
             self._report(epoch)
             if interrupts.came:
                 raise KeyboardInterrupt
+            if self.state.step == self.steps:
+                return
+
+    def _late(self) -> bool:
+        """Whether the minutes are over; the processes agree on it."""
+        if self.settings.minutes is None:
+            return False
+        seconds = torch.tensor(self.state.seconds, device=self.device)
+        if self.accelerator.num_processes > 1:
+            seconds = self.accelerator.reduce(seconds, "mean")
+        return float(seconds) >= 60 * self.settings.minutes
+
+    def _horizon(self) -> int:
+        """Steps that the run will have taken: those of its epochs, or as many as its minutes seem to allow."""
+        if self.settings.minutes is None or not self.state.step:
+            return self.steps
+        allowed = round(60 * self.settings.minutes * self.state.step / max(self.state.seconds, 1e-9))
+        return min(self.steps, max(allowed, self.state.step + 1))
 
     def _step(self, parts: Iterator[tuple[Tensor, Tensor]]) -> None:
         step = self.state.step
-        set_learning_rate(self.optimizer, self._rate(step))
+        self.rate = self._rate(step)
+        set_learning_rate(self.optimizer, self.rate)
         self.optimizer.zero_grad(set_to_none=True)
         sums = self._sums([0.0, 0.0, 1.0])
         for part in range(self.settings.accumulate):
@@ -186,7 +210,7 @@ class Loop:
         self.whole = True
 
     def _rate(self, step: int) -> float:
-        return learning_rate(self.before + step, self.cycle or self.steps, self.warmup, self.settings)
+        return learning_rate(self.before + step, self.cycle or self._horizon(), self.warmup, self.settings)
 
     def _part(self, pictures: Tensor, labels: Tensor, step: int, part: int) -> Tensor:
         """Add the gradients of one part, and return its share of task loss and penalty, `(2,)`."""
@@ -277,7 +301,7 @@ class Loop:
             "loss": (task + penalty) / count,
             "task": task / count,
             "penalty": penalty / count,
-            "lr": self._rate(self.state.step - 1),
+            "lr": self.rate,
             "seconds": round(self.state.seconds, 3),
         }
 

@@ -30,6 +30,8 @@ class Train(Node):
 
     Attributes:
         epochs: passes over the data, `>= 0`; a fraction stops inside one.
+        minutes: stop after so many minutes of steps, > 0, and let the learning rate fall over them; `epochs` still is
+            the most. None for no such bound; with one, what is trained depends on the machine.
         batch: images of one optimiser step, over all processes and accumulated parts, `>= 1`.
         accumulate: parts a process splits its share of a step into, `>= 1`; saves memory, changes no result.
         lr: learning rate after warm-up, > 0; not scaled by the batch.
@@ -55,6 +57,7 @@ class Train(Node):
     """
 
     epochs: float = Field(default=10, ge=0)
+    minutes: float | None = Field(default=None, gt=0)
     batch: int = Field(default=64, ge=1)
     accumulate: int = Field(default=1, ge=1)
     lr: float = Field(default=5e-4, gt=0)

@@ -1,0 +1,53 @@
+"""The command that makes a whole curve of smaller models."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitrim.cli.shared import Random, Settings, Weights, app, say, show_table
+
+
+@app.command()
+def pareto(
+    model: Annotated[str, typer.Argument(help="A timm name, an hf-hub: name, or a file that vitrim stored.")],
+    data: Annotated[str, typer.Option("--data", help="Images to calibrate on; no labels are needed.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; further budgets are added to what is there.")],
+    test: Annotated[str | None, typer.Option("--test", help="Images to measure on; no calibration sees them.")] = None,
+    budgets: Annotated[
+        list[str] | None, typer.Option("--budgets", help="What a model may cost, such as macs=0.5; several times.")
+    ] = None,
+    weights: Weights = None,
+    random_weights: Random = False,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    set_: Settings = None,
+) -> None:
+    """Calibrate once, without labels or training, and read off a model for each budget."""
+    from vitrim.pareto import BUDGETS
+    from vitrim.pareto import pareto as make
+    from vitrim.recipe import merged, overrides
+
+    asked: dict[str, Any] = {
+        "model": {"name": model, "weights": weights, "random_weights": random_weights},
+        "data": {"train": data, "test": test},
+        "seed": seed,
+    }
+    found = make(merged(asked, overrides(set_ or [])), out, budgets or BUDGETS, say=say)
+    rows = [_row(result.measured) for result in found.results]
+    show_table(f"{model}, read off one calibration", ["budget", "MACs", "top-1", "same answer", "latency", "s"], rows)
+    say(f"models, figure and report are in {out}; further budgets: --calibration {found.calibration}")
+
+
+def _row(measured: dict[str, Any]) -> list[str]:
+    def shown(name: str, form: str) -> str:
+        value = measured.get(name)
+        return "-" if value is None else format(value, form)
+
+    return [
+        str(measured["budget"]),
+        shown("macs_ratio", ".3f"),
+        shown("top1", ".2f"),
+        shown("agreement", ".2f"),
+        shown("latency_ratio", ".2f"),
+        shown("seconds", ".0f"),
+    ]

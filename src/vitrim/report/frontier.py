@@ -1,0 +1,61 @@
+"""The curve of a model and its smaller forms: how good they still are, against what they cost."""
+
+import re
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from vitrim.report.curves import INK, SERIES, drawn
+from vitrim.report.folder import Record, number
+from vitrim.report.style import STYLE
+
+__all__ = ["frontier", "frontier_plot"]
+
+_ACROSS = (
+    ("macs_ratio", "multiply-accumulates, share of the parent"),
+    ("latency_ratio", "latency, share of the parent"),
+)
+
+
+def frontier_plot(records: Sequence[Record]) -> str | None:
+    """Top-1 against MACs and against measured latency, as SVG for a page; agreement where there is no top-1.
+
+    None where fewer than two records have such a score.
+    """
+    key = "top1" if all(number(record, "top1") is not None for record in records) else "agreement"
+    words = "top-1 in percent" if key == "top1" else "same answer as the parent, percent"
+    panels = [
+        (across, label, points) for across, label in _ACROSS if len(points := sorted(_points(records, across, key))) > 1
+    ]
+    if not panels:
+        return None
+    dense = {t for record in records if (t := number(record, "top1_parent")) is not None} if key == "top1" else {100.0}
+
+    def draw(figure: Figure) -> None:
+        grid = figure.subplots(1, len(panels), squeeze=False, sharey=True).flat
+        for number_, (axes, (_, label, points)) in enumerate(zip(grid, panels, strict=True)):
+            axes.plot([x for x, _ in points], [y for _, y in points], color=SERIES[number_], marker="o", markersize=5)
+            axes.scatter([1.0] * len(dense), sorted(dense), s=60, color=INK, marker="*", label="parent")
+            axes.set_xlabel(label)
+            axes.margins(0.12)
+        figure.axes[0].set_ylabel(words)
+        figure.axes[0].legend(loc="best")
+
+    return drawn(draw, f"{words} against cost, {len(records)} models", 9.2, 3.4)
+
+
+def frontier(records: Sequence[Record]) -> str:
+    """The same as a file of its own, in the colours of a light page; without enough scores an empty picture."""
+    svg = frontier_plot(records) or '<svg class="plot" viewBox="0 0 1 1">'
+    if not svg.endswith("</svg>"):
+        svg += "</svg>"
+    light = STYLE.split("@media", 1)[0]
+    colors = dict(re.findall(r"(--[\w-]+): (#[0-9a-fA-F]{6})", light))
+    svg = re.sub(r"var\((--[\w-]+)\)", lambda found: colors[found[1]], svg)
+    start = '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" '
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + svg.replace("<svg ", start, 1) + "\n"
+
+
+def _points(records: Sequence[Record], across: str, key: str) -> list[tuple[float, float]]:
+    pairs = [(number(record, across), number(record, key)) for record in records]
+    return [(x, y) for x, y in pairs if x is not None and y is not None]
