@@ -1,4 +1,6 @@
-"""What MDC's parts cost: python -m benchmarks.mdc_speed [--images 256] --out benchmarks/mdc_speed.json
+"""What MDC's parts cost.
+
+    python -m benchmarks.mdc_speed [--images 256] --out benchmarks/mdc_speed.json
 
 Scores of all heads and neurons of a DeiT-S over its forward passes on the same images (must be at most 3); the peak
 memory of a process that scores a DeiT-B (at most 4 GB); a proposal at 100 trials (at most 2 s); what evaluating a

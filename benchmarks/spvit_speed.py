@@ -16,6 +16,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,17 @@ def turns(one: Callable[[], Any], other: Callable[[], Any], pairs: int) -> list[
     return [statistics.median(shares), tenths[0], tenths[-1]]
 
 
+def _stepped(net: nn.Module, x: torch.Tensor, y: torch.Tensor, more: Callable[[nn.Module], Any]) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        (F.cross_entropy(net(x), y) + more(net)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def searching() -> dict[str, list[float]]:
     """A step of the search against a plain training step."""
     found = {}
@@ -59,15 +71,8 @@ def searching() -> dict[str, list[float]]:
         single = SinglePath(copy.deepcopy(model), how).train()
         penalty = methods.get("spvit").penalty(spec, how, Budget.parse("macs=0.5"))
         x, y = torch.randn(batch, 3, 224, 224), torch.arange(batch)
-        optimizers = {net: torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True) for net in (model, single)}
-
-        def step(net: nn.Module, more: Callable[[nn.Module], Any]) -> None:
-            (F.cross_entropy(net(x), y) + more(net)).backward()
-            optimizers[net].step()
-            optimizers[net].zero_grad()
-
         found[f"search_step_{name.split('_')[0]}"] = turns(
-            lambda: step(single, penalty), lambda: step(model, lambda _: 0.0), 9
+            _stepped(single, x, y, penalty), _stepped(model, x, y, lambda _: 0.0), 9
         )
     return found
 
@@ -101,9 +106,9 @@ def blocks() -> dict[str, list[float]]:
             child = apply(dense, Plan.of(spec, decisions)).eval()
             pair = [net.blocks[0] for net in (child, dense)]
             short = f"block_{name.split('_')[1]}_{kernel}x{kernel}"
-            found[f"{short}_eager"] = turns(*(lambda net=net: net(x) for net in pair), 25)
+            found[f"{short}_eager"] = turns(*(partial(net, x) for net in pair), 25)
             compiled = [torch.compile(net) for net in pair]
-            found[f"{short}_compiled"] = turns(*(lambda net=net: net(x) for net in compiled), 25)
+            found[f"{short}_compiled"] = turns(*(partial(net, x) for net in compiled), 25)
             try:
                 sessions = [_session(net, x) for net in pair]
             except ImportError:

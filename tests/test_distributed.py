@@ -20,6 +20,7 @@ from vitrim.budget import Budget
 from vitrim.data import Augment, Images, Input
 from vitrim.families import adopt, describe
 from vitrim.methods import vit_slim
+from vitrim.methods._cait import Channels, free_axes
 from vitrim.methods._spvit import SinglePath, layout
 from vitrim.train import Train, fit
 
@@ -29,6 +30,8 @@ SETTINGS = {
     "mixed": Train(epochs=0.5, batch=12, accumulate=2, clip=0.5, mixup=0.8, cutmix=1.0, augment=Augment()),
     # The weights of a penalty are what they say, however many processes there are.
     "vit_slim": Train(epochs=0.5, batch=12, clip=None, augment=Augment()),
+    # Scores are squares of gradients: of the mean over processes, not the mean of squares.
+    "cait": Train(epochs=0.5, batch=12, accumulate=2, clip=None, augment=Augment()),
 }
 DRAWS = Train(epochs=1, batch=12, clip=None, augment=Augment())
 """For SPViT, whose processes draw gates of their own, so that two take no step of one."""
@@ -82,6 +85,9 @@ def task_of(name):
     """A model in float64, and what `fit` is given with it."""
     if name == "spvit":
         return single()
+    if name == "cait":
+        model = adopt(Masked().model)
+        return Channels(model.double(), free_axes(model, attention=True, mlp=True)), {}
     if name != "vit_slim":
         return Masked().double(), {"penalty": penalty, "groups": groups}
     method = methods.get("vit_slim", {"token_l1": 1e-2, "gate_lr": 1e-2})
@@ -99,6 +105,9 @@ def step(name):
 
     def keep(model, number):
         found.update({f"grad.{name}": p.grad.clone() for name, p in model.named_parameters()})
+        if isinstance(model, Channels):
+            model.learn()
+            found.update({f"mask.{name}": b.clone() for name, b in model.named_buffers() if name.startswith("seen")})
 
     torch.set_num_threads(1)
     model, given = task_of(name)
@@ -144,8 +153,10 @@ def test_two_processes_take_the_step_of_one(launched, name):
     alone = step(name)
     torch.set_num_threads(threads)
     first, second = (load_file(launched / f"{name}-{rank}.safetensors") for rank in range(2))
-    masks = [value for key, value in alone.items() if key.startswith(("grad.mask", "grad.gates", "grad.tokens"))]
-    assert len(masks) == (3 if name == "vit_slim" else 1)
+    masks = [
+        value for key, value in alone.items() if key.startswith(("grad.mask", "grad.gates", "grad.tokens", "mask."))
+    ]
+    assert len(masks) == (3 if name in ("vit_slim", "cait") else 1)
     assert all(value.abs().min() > 0 for value in masks)
     for key, value in alone.items():
         assert torch.equal(first[key], second[key]), key

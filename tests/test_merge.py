@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from tests.samples import PRESETS, adopted, apart, images, random_plan
 from tests.tolerance import EXACT
-from vitrim import store, surgery
+from vitrim import export, families, store, surgery
 from vitrim.costs import cost_of
 from vitrim.errors import DataError, PlanError
 from vitrim.families import blocks_of, describe
@@ -142,3 +142,28 @@ def test_what_cannot_be_merged_is_refused():
         child.forward_intermediates(images(spec), output_fmt="NLC")
     with pytest.raises(DataError, match="without attention masks"):
         blocks_of(child)[1][1](torch.zeros(1, 16, 49, dtype=torch.float64), is_causal=True)
+
+
+def test_merging_is_exported_with_static_counts(tmp_path):
+    torch.manual_seed(0)
+    parent = families.adopt(families.get("vit").example().eval())
+    spec = describe(parent)
+    child = surgery.apply(parent, merging(spec, 3))
+    export.export(child, tmp_path / "model.onnx")
+    _, run = export.onnx_session(tmp_path / "model.onnx")
+    for count in (1, 5):
+        x = images(spec, count, torch.float32)
+        with torch.no_grad():
+            assert apart(run(x), child(x)) < export.PARITY
+
+
+def test_a_pooled_head_is_exported_too(tmp_path):
+    torch.manual_seed(0)
+    parent = families.adopt(families.get("vit").example(class_token=False, global_pool="avg").eval())
+    spec = describe(parent)
+    child = surgery.apply(parent, merging(spec, 3))
+    export.export(child, tmp_path / "model.onnx")
+    _, run = export.onnx_session(tmp_path / "model.onnx")
+    x = images(spec, 3, torch.float32)
+    with torch.no_grad():
+        assert apart(run(x), child(x)) < export.PARITY

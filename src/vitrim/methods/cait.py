@@ -295,7 +295,14 @@ class Method(Node):
                 averaged = apply(fitted.ema.settle(), plan).state_dict()
             start = Start(done=self.cut, averages=_cut_averages(parent, plan, fitted.averages), ema=averaged)
         told = {"revived": int(channels.revived), **left}
-        trials = tuple(record | told for record in remains(spec, plan.child(spec), {}))
+        child = plan.child(spec)
+        tokens = [
+            flow.leaves.patches / stage.patches
+            for (_, stage, _), flow in zip(child.blocks(), child.flows(), strict=True)
+        ]
+        trials = tuple(
+            {**record, "tokens": share, **told} for record, share in zip(remains(spec, child, {}), tokens, strict=True)
+        )
         return Found(plan=plan, parent=parent, trials=trials, start=start)
 
 
