@@ -2,7 +2,9 @@
 
 import copy
 import math
+from pathlib import Path
 
+import onnx
 import pytest
 import timm
 import torch
@@ -11,10 +13,10 @@ from torch.nn import functional as F
 from tests.conformance.method import SHORT, digits
 from tests.samples import PRESETS, adopted, apart, images, timm_model, without_data
 from tests.tolerance import EXACT
-from vitrim import families, methods, store
+from vitrim import export, families, methods, store
 from vitrim.budget import SLACK, Budget
 from vitrim.costs import cost_of
-from vitrim.errors import BudgetError, DataError, MethodError, PlanError, WeightsError
+from vitrim.errors import AdoptError, BudgetError, DataError, MethodError, PlanError, RecipeError, WeightsError
 from vitrim.families import adopt, describe
 from vitrim.measure import counted
 from vitrim.methods import _spvit_plan
@@ -23,7 +25,9 @@ from vitrim.methods._spvit_published import published, structures
 from vitrim.methods._spvit_released import open_released
 from vitrim.nn.conv import Conv, mixed_back, mixed_kernel, state_of, votes
 from vitrim.nn.paths import Paths
+from vitrim.plain import dump, load
 from vitrim.plan import BlockPlan, Plan
+from vitrim.recipe import Recipe, merged, overrides, read_recipe
 from vitrim.run import compress
 from vitrim.search import gates
 from vitrim.spec import Attention, Drop, Form, Mixture, Norm, Skip, Stage, folded
@@ -627,8 +631,15 @@ class TestRefusals:
     def test_settings(self):
         with pytest.raises(MethodError, match="temperature: input should be greater than 0"):
             methods.get("spvit", {"temperature": 0})
+        with pytest.raises(ValueError, match="temperature"):
+            Mixture(heads=2, temperature=0)
         with pytest.raises(MethodError, match="batch norms at least 2 images"):
             methods.get("spvit", {"train": {"batch": 2, "accumulate": 2}})
+
+    def test_training_one_image_at_a_time_is_refused_before_the_search(self):
+        model = timm_model("vit", "plain", torch.float32)
+        with pytest.raises(RecipeError, match="at least 2 images at a time, but is 8 in 8 parts"):
+            compress(model, "digits", method="spvit", epochs=1, train={"batch": 8, "accumulate": 8})
 
     def test_one_image(self):
         mixture = Mixture(heads=2, temperature=0.01)
@@ -644,6 +655,17 @@ class TestRefusals:
             conv(torch.randn(2, 7, 6), is_causal=True)
         with pytest.raises(DataError, match="2 x 3 patches of its grid, but got 8"):
             conv(torch.randn(2, 9, 6))
+
+    def test_gated_and_grouped_values(self):
+        """Neither is adopted, by whatever method; the command says so and ends with 2."""
+        model = timm_model("vit", "plain", torch.float32)
+        model.blocks[1].attn.gate = torch.nn.Linear(48, 48)
+        with pytest.raises(AdoptError, match=r"blocks\.1\.attn: gated attention is not supported"):
+            compress(model, method="spvit", budget="macs=0.5")
+        model = timm_model("vit", "plain", torch.float32)
+        model.blocks[0].attn.qkv = torch.nn.Linear(48, 48 + 2 * 16)
+        with pytest.raises(AdoptError, match=r"blocks\.0\.attn\.qkv: .*as many keys and values as queries"):
+            compress(model, method="spvit", budget="macs=0.5")
 
     @pytest.mark.parametrize(
         ("preset", "told"),
@@ -717,6 +739,67 @@ def test_a_run_ends_folded(inherit, tmp_path):
     assert "became convolution" in page
     again = compress(result.model, method="magnitude", budget="macs=0.8", measure={"latency": False})
     assert counted(again.model) == cost_of(describe(again.model))
+
+
+@pytest.mark.parametrize(("family", "levels"), [("vit", (1, 2, 3)), ("swin", (2, 1, 3, 0))])
+def test_an_export_is_folded(family, levels, tmp_path):
+    """A file holds plain layers alone, whether or not the model was folded before, and gives its logits."""
+    torch.manual_seed(0)
+    module = families.get(family)
+    parent = adopt(module.example().eval())
+    spec = describe(parent)
+    how = layout(spec)
+    by_path = dict(zip(how.mixtures, levels, strict=True))
+    child = apply(parent, _spvit_plan.planned(spec, how, by_path, {})).eval()
+    x = images(spec, 3, torch.float32)
+    done = export.export(child, tmp_path / "model.onnx")
+    _, run = export.onnx_session(tmp_path / "model.onnx")
+    assert done.apart < export.PARITY
+    with torch.no_grad():
+        assert apart(run(x), child(x)) < export.PARITY
+    kinds = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    assert "BatchNormalization" not in kinds
+    # One softmax an attention, none of a mixture.
+    assert kinds.count("Softmax") == 1
+    assert any(name.endswith("attn.mix") for name in child.state_dict())
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*spvit*.toml"))
+STARTS = {"deit_tiny": 1.26, "deit_small": 5.77, "deit_base": 10.60, "swin_tiny": 4.69, "swin_small": 4.22}
+"""What the published penalties start at (section 3.1 of the specification)."""
+
+
+def test_all_five_recipes_are_there():
+    assert [path.stem.removesuffix("_spvit") for path in RECIPES] == sorted(STARTS)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_recipes_are_strict_and_published(path):
+    """The penalty starts where theirs does, and the released structure meets the budget and spends it."""
+    recipe = read_recipe(path).resolved()
+    method, text = recipe.found_method(), path.read_text(encoding="utf-8")
+    structure = text.split("method.structure=")[1].split()[0]
+    _, products, _, _, dense, _ = PUBLISHED[structure]
+    assert recipe.model.name.startswith(structures()[structure]["model"])
+    start = STARTS[path.stem.removesuffix("_spvit")]
+    assert method.pressure * (dense - method.target) ** 2 == pytest.approx(start, rel=5e-3)
+    limit = Budget.parse(recipe.budget).macs
+    assert (1 - SLACK) * limit < products * 1e9 <= limit
+    search, train = method.train, recipe.train
+    assert (search.epochs, search.batch, search.lr, search.schedule) == (21, 1024, 1e-4, "constant")
+    assert (train.epochs, train.batch, train.lr, train.min_lr, train.schedule) == (130, 1024, 1e-4, 1e-5, "cosine")
+    same = "weight_decay drop_path mixup cutmix smoothing clip augment precision"
+    assert all(getattr(search, name) == getattr(train, name) for name in same.split())
+    assert (method.inherit, train.distill.kind, train.distill.alpha) == ("dense", "none", 0.5)
+    assert all(f"# {word}:" in text for word in ("Run", "Cost", "Expect"))
+    assert "measured" not in text
+    distilled = merged(
+        dump(recipe), overrides([word for word in text.split() if word.startswith(("train.", "teacher."))])
+    )
+    taught = load(Recipe, distilled, RecipeError)
+    assert (taught.train.epochs, taught.train.distill.kind) == (200, "hard")
+    assert taught.teacher is not None
+    assert timm.is_model(taught.teacher.name)
 
 
 def test_a_search_stops_at_the_first_epoch_that_meets_its_budget():

@@ -188,7 +188,7 @@ def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module, float, Start | None
         data,
         job.budget,
         seed=job.recipe.seed,
-        teacher=job.parent,
+        teacher=job.teacher,
         folder=job.file("search"),
         log=logger(job.file("log.jsonl")),
     )
@@ -253,14 +253,15 @@ def _train(job: Job, child: nn.Module, seconds: float, begun: Start | None) -> t
     start, before = time.perf_counter(), 0.0
     settings = job.recipe.train
     if settings.epochs and job.splits is not None:
-        job.say(f"training the child for epochs={settings.epochs:g} with its parent as teacher")
+        who = "its parent" if job.recipe.teacher is None else job.recipe.teacher.name
+        job.say(f"training the child for epochs={settings.epochs:g} with {who} as teacher")
         fitted = fit(
             child,
             job.splits.train,
             settings,
             input=job.input,
             seed=job.recipe.seed,
-            teacher=job.parent,
+            teacher=job.teacher,
             folder=job.file("training"),
             log=logger(job.file("log.jsonl")),
             stage="train",

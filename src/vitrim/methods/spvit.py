@@ -67,9 +67,11 @@ class Method(Node):
         windowed: whether a Swin's 3 x 3 convolutions see a window at a time while searching, as published.
         structure: name of a released structure (``deit_ti``, ``swin_s`` …) to take in place of a search; see
             `vitrim.methods._spvit_published`.
+        least_images: of one part of a training step, for batch norms.
     """
 
     needs: ClassVar[str] = "images"
+    least_images: ClassVar[int] = 2
     sentence: ClassVar[str] = "learns which attentions a convolution made of their own weights can replace, and neurons"
 
     train: Train = Train(
