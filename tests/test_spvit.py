@@ -718,12 +718,36 @@ def test_the_grid_follows_the_input_size():
 
 
 @pytest.mark.parametrize("inherit", ["dense", "search"])
-def test_a_run_ends_folded(inherit, tmp_path):
+def test_what_training_goes_on_from(inherit):
+    """The model's own weights with new mixtures and norms, or all that the search has trained."""
+    model = adopt(timm_model("swin", "windows", torch.float32))
+    settings = {"train": {**SHORT, "lr": 1e-3}, "gate_lr": 0.01, "inherit": inherit}
+    found = methods.get("spvit", settings).search(model, digits(model), Budget.parse("macs=0.5"), seed=0)
+    child = apply(found.parent, found.plan, grafts=found.grafts)
+    convs = [(path, block.attn) for path, block in families.blocks_of(child) if isinstance(block.attn, Conv)]
+    assert convs
+    dense, searched = dict(families.blocks_of(model)), dict(families.blocks_of(found.parent))
+    for path, conv in convs:
+        values = {
+            name: blocks[path].attn.qkv.weight.chunk(3)[2] for name, blocks in (("dense", dense), ("search", searched))
+        }
+        assert torch.equal(conv.v.weight, values[inherit])
+        new = bool((conv.mix == 1).all()) and bool((conv.bn.running_var == 1).all()) and not conv.bn.num_batches_tracked
+        assert new == (inherit == "dense")
+    assert (found.parent is model) == (inherit == "dense")
+    assert bool(found.grafts) == (inherit == "search")
+    if inherit == "search":
+        assert not torch.equal(values["dense"], values["search"])
+
+
+@pytest.mark.parametrize(("inherit", "teaching"), [("dense", "hard"), ("search", "soft")])
+def test_a_run_ends_folded(inherit, teaching, tmp_path):
     """Search, training of the hybrid, and a stored model of plain layers with its picture."""
     settings = {"train": {**SHORT, "drop_path": None}, "inherit": inherit, "gate_lr": 0.01}
     result = compress(
         adopt(timm_model("vit", "plain", torch.float32)), "digits", method="spvit", budget="macs=0.48", epochs=0.1,
-        settings=settings, train={"batch": 32}, measure={"latency": False}, out=tmp_path / "run",
+        settings=settings, train={"batch": 32, "distill": {"kind": teaching}}, measure={"latency": False},
+        out=tmp_path / "run",
     )  # fmt: skip
     child = describe(result.model)
     assert child == folded(child)

@@ -41,7 +41,7 @@ from vitrim.methods._spvit_plan import as_evaluated, check_reach, decide, grafts
 from vitrim.methods._spvit_published import check_budget, published
 from vitrim.plain import Node
 from vitrim.spec import Spec, folded
-from vitrim.train import Distill, Stop, Train, fit
+from vitrim.train import Distill, Stop, Train, fit, steps_of
 
 __all__ = ["Method"]
 
@@ -151,7 +151,7 @@ class Method(Node):
             folder=folder,
             log=log,
             stage="search",
-            after_step=self._stopper(spec, how, budget, data.train),
+            after_step=self._stopper(spec, how, budget, data),
         )
         levels, neurons = decide(spec, single, how, budget)
         plan = planned(spec, how, levels, neurons)
@@ -181,11 +181,11 @@ class Method(Node):
 
         return penalty
 
-    def _stopper(self, spec: Spec, how: Layout, budget: Budget, images: Any) -> Callable[[nn.Module, int], None]:
+    def _stopper(self, spec: Spec, how: Layout, budget: Budget, data: Data) -> Callable[[nn.Module, int], None]:
         """What ends the search after the first epoch whose structure meets the budget."""
-        size = min(self.train.batch, len(images))
-        size -= size % 2 if self.train.mixes else 0
-        steps, parent = max(1, len(images) // max(size, 1)), cost_of(spec)
+        assert data.train is not None
+        steps = steps_of(data.train, self.train.model_copy(update={"epochs": 1}), data.input)
+        parent = cost_of(spec)
 
         def after(single: nn.Module, step: int) -> None:
             if not self.stop or (step + 1) % steps:
