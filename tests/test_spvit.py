@@ -527,6 +527,11 @@ def test_a_released_structure_in_place_of_a_search():
     found = methods.get("spvit", {"structure": "deit_ti"}).search(model, None, Budget.parse("macs=1.04G"), seed=0)
     child = fold(apply(found.parent, found.plan)).eval()
     assert cost_of(describe(child)) == counted(child)
+    settings = {"structure": "deit_ti"}
+    whole = compress(model, method="spvit", settings=settings, budget="macs=1.04G", measure={"latency": False})
+    assert describe(whole.model) == describe(child)
+    with pytest.raises(DataError, match="spvit needs images; give --data SRC"):
+        compress(model, method="spvit", budget="macs=1.04G")
     with pytest.raises(BudgetError, match="must be what structure deit_ti costs"):
         methods.get("spvit", {"structure": "deit_ti"}).search(model, None, Budget.parse("macs=1.0G"), seed=0)
     with pytest.raises(MethodError, match="must be given the model that it was searched from, deit_small"):

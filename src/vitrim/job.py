@@ -170,8 +170,9 @@ def prepare(
 ) -> Job:
     """Open all that a run needs and refuse what cannot work, before the first file is written."""
     budget = Budget.parse(recipe.budget)
-    if data[0] is None and (method.needs != "nothing" or recipe.train.epochs):
-        what = f"{recipe.method['name']} needs {method.needs}" if method.needs != "nothing" else "training needs images"
+    needs = getattr(method, "asks", method.needs)
+    if data[0] is None and (needs != "nothing" or recipe.train.epochs):
+        what = f"{recipe.method['name']} needs {needs}" if needs != "nothing" else "training needs images"
         raise DataError(f"data must be given, but there is none and {what}; give --data SRC")
     say(f"opening {recipe.model.name}")
     if parent is None:

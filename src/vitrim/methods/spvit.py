@@ -111,6 +111,11 @@ class Method(Node):
             )
         return self
 
+    @property
+    def asks(self) -> str:
+        """What data this search cannot do without: a released structure is taken as it is."""
+        return "nothing" if self.structure is not None else self.needs
+
     def search(
         self,
         model: nn.Module,
