@@ -4,7 +4,6 @@ import copy
 import math
 from pathlib import Path
 
-import onnx
 import pytest
 import timm
 import torch
@@ -786,6 +785,7 @@ def test_an_export_is_folded(family, levels, tmp_path):
     assert done.apart < export.PARITY
     with torch.no_grad():
         assert apart(run(x), child(x)) < export.PARITY
+    onnx = pytest.importorskip("onnx")
     kinds = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
     assert "BatchNormalization" not in kinds
     # One softmax an attention, none of a mixture.
