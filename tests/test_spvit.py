@@ -18,7 +18,7 @@ from vitrim.costs import cost_of
 from vitrim.errors import AdoptError, BudgetError, DataError, MethodError, PlanError, RecipeError, WeightsError
 from vitrim.families import adopt, describe
 from vitrim.measure import counted
-from vitrim.methods import _spvit_plan
+from vitrim.methods import _spvit_plan, spvit
 from vitrim.methods._spvit import SinglePath, layout, prices
 from vitrim.methods._spvit_published import published, structures
 from vitrim.methods._spvit_released import open_released
@@ -401,6 +401,16 @@ class TestGates:
         assert {id(p) for p in mine["params"]} == {id(p) for p in [*single.gates.values(), *single.steps.values()]}
         assert id(single.beside("stages.0.blocks.0").mix) in {id(p) for p in decayed["params"]}
         assert decayed["weight_decay"] == 0.05
+
+    @pytest.mark.parametrize(("epochs", "given", "rate"), [(0.5, None, 1.5), (0.5, 1e-3, 1e-3), (2, None, 3 / 8)])
+    def test_gates_move_far_enough(self, epochs, given, rate, monkeypatch):
+        """In a short search they would hardly move at the published rate: a gate starts 1.5 above closing."""
+        seen = []
+        model = adopt(timm_model("vit", "plain", torch.float32))
+        monkeypatch.setattr(spvit, "fit", lambda single, *_, groups, **__: seen.append(groups(single)[0]["lr"]))
+        settings = {"train": {**SHORT, "epochs": epochs}, "gate_lr": given}
+        methods.get("spvit", settings).search(model, digits(model), Budget.parse("macs=0.5"), seed=0)
+        assert seen == [pytest.approx(rate)]
 
     @pytest.mark.parametrize(("first", "budget"), [(4.0, "macs=0.5"), (1e6, "macs=0.2")])
     def test_the_penalty_alone_ends_near_its_target(self, first, budget):

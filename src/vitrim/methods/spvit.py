@@ -40,10 +40,13 @@ from vitrim.methods._spvit import Counting, Layout, SinglePath, layout, prices
 from vitrim.methods._spvit_plan import as_evaluated, check_reach, decide, grafts, planned, told
 from vitrim.methods._spvit_published import check_budget, published
 from vitrim.plain import Node
+from vitrim.search import gates
 from vitrim.spec import Spec, folded
 from vitrim.train import Distill, Stop, Train, fit, steps_of
 
 __all__ = ["Method"]
+
+_GATE_LR = 1e-3
 
 
 class Method(Node):
@@ -51,8 +54,8 @@ class Method(Node):
 
     Attributes:
         train: the search's training; the published one by default. Its gates are trained with it.
-        gate_lr: learning rate of the gates; 1e-3 is the published one, and needs 1,500 steps to close a gate. A search
-            of a few hundred steps needs a larger one for gates to move at all.
+        gate_lr: learning rate of the gates. None for the published 1e-3, with which a gate needs 1,500 steps to close,
+            or for ``3 / steps`` in a search of less than 3,000, in which gates would hardly move else.
         pressure: weight of the penalty, for a cost in G; None for one that starts at `first`.
         first: what the penalty starts at where no `pressure` is given; the authors advise slightly above the task loss.
         target: cost in G that the penalty pulls to; None for the budget's.
@@ -89,7 +92,7 @@ class Method(Node):
         augment=Augment(kind="full"),
         distill=Distill(kind="none"),
     )
-    gate_lr: PositiveFloat = 1e-3
+    gate_lr: PositiveFloat | None = None
     pressure: Annotated[float, Field(ge=0)] | None = None
     first: PositiveFloat = 4.0
     target: PositiveFloat | None = None
@@ -144,6 +147,7 @@ class Method(Node):
         if data is None or data.train is None:
             raise MethodError("spvit must train its gates, but no data was given; give data or use magnitude")
         single = SinglePath(copy.deepcopy(model), how, self.windowed)
+        gate_lr = self.gate_lr or max(_GATE_LR, 2 * gates.START / max(1, steps_of(data.train, self.train, data.input)))
         fit(
             single,
             data.train,
@@ -152,7 +156,7 @@ class Method(Node):
             seed=seed,
             teacher=teacher,
             penalty=self.penalty(spec, how, budget),
-            groups=lambda _: [{"params": single.gate_parameters(), "lr": self.gate_lr, "weight_decay": 0.0}],
+            groups=lambda _: [{"params": single.gate_parameters(), "lr": gate_lr, "weight_decay": 0.0}],
             folder=folder,
             log=log,
             stage="search",
