@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitrim.budget import Budget
 from vitrim.contract import Method
-from vitrim.costs import cost_of
 from vitrim.data import Images, Input, Splits, check_classes, split
 from vitrim.errors import DataError, RecipeError, RunError, VitrimError
 from vitrim.families import describe
@@ -24,6 +23,7 @@ from vitrim.plain import dump, write_text
 from vitrim.recipe import ModelRecipe, Recipe, read_recipe
 from vitrim.search.fill import fill
 from vitrim.spec import Spec
+from vitrim.timed import table_for
 
 __all__ = ["Job", "check_folder", "device_of", "full_disk", "images_of", "leaving_nothing", "logger", "prepare"]
 
@@ -179,6 +179,8 @@ def prepare(
         raise RecipeError("a model in memory must be taken as it is, but settings of model are given; leave them out")
     parent = parent.to(device_of(recipe.device)).eval()
     spec = describe(parent)
+    if budget.latency is not None:
+        budget = budget.model_copy(update={"table": table_for(parent, recipe.measure, say=say)})
     _check_reach(parent, spec, budget, method)
     chosen = {key: value for key in ("mean", "std") if (value := getattr(recipe.data, key)) is not None}
     return Job(
@@ -200,9 +202,9 @@ def _check_reach(parent: nn.Module, spec: Spec, budget: Budget, method: Method) 
     Raises:
         BudgetError: naming the least possible.
     """
-    budget.limits(cost_of(spec))
+    budget.limits(budget.cost(spec))
     choice = getattr(method, "choice", None)
-    if choice is not None:
+    if choice is not None and (budget.latency is None or getattr(method, "timed", False)):
         fill(spec, {path: torch.zeros(axis.size) for path, axis in axes(parent).items()}, budget, choice=choice)
 
 
