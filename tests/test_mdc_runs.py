@@ -1,19 +1,23 @@
-"""MDC from the outside: its recipes, a run from the command line, a Swin, and what each bad request is told."""
+"""MDC from the outside: its recipes, a Swin, a child in another runtime."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
+import torch
 
-from tests.samples import without_data
+from tests.conformance.method import digits
+from tests.samples import apart, images, timm_model, without_data
+from vitrim import export, families, methods
 from vitrim.budget import SLACK, Budget
 from vitrim.costs import cost_of
-from vitrim.families import describe
+from vitrim.families import adopt, describe
 from vitrim.methods._mdc import PRESETS, Bounds, Frame, natural
 from vitrim.methods._mdc_share import Chooser
 from vitrim.recipe import read_recipe
 from vitrim.search.policy import sample
+from vitrim.surgery import apply
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*_mdc_*.toml"))
 
@@ -44,3 +48,38 @@ def test_recipes_are_strict_and_meet_their_budgets(path):
     assert 1 - SLACK <= budget.spent(cost, cost_of(spec)) <= 1
     if method.preset is not None:
         assert f"{cost.macs / 1e9:.6f} G MACs and {cost.params:,} parameters" in text
+
+
+def test_a_swin_loses_heads_and_neurons():
+    """In every stage what the policy says, and no token; masks on the parent give what the child gives."""
+    model = adopt(timm_model("swin", "windows", torch.float32))
+    spec = describe(model)
+    found = methods.get("mdc", {"trials": 4, "initial": 3, "measure": "agreement"}).search(
+        model, digits(model), Budget.parse("macs=0.7"), seed=0, teacher=model
+    )
+    child = apply(found.parent, found.plan)
+    best = next(trial for trial in found.trials if trial["best"])
+    kept = [(len(block.mixer.v), block.hidden) for _, _, block in describe(child).blocks()]
+    assert kept == list(zip(best["heads"], best["neurons"], strict=True))
+    assert sum(heads for heads, _ in kept) < sum(len(block.mixer.v) for _, _, block in spec.blocks())
+    assert sum(hidden for _, hidden in kept) < sum(block.hidden for _, _, block in spec.blocks())
+    assert best["tokens"] == []
+    assert all(block.tokens is None for block in found.plan.blocks())
+
+
+def test_a_child_in_another_runtime(tmp_path):
+    """Token counts are static, the batch is free: ONNX gives eager PyTorch's logits for batches it never saw."""
+    torch.manual_seed(0)
+    model = adopt(families.get("vit").example(depth=2).eval())
+    found = methods.get("mdc", {"proposal": "even", "tokens_by": "hsic_attn"}).search(
+        model, digits(model), Budget.parse("macs=0.6"), seed=0
+    )
+    child = apply(model, found.plan).eval()
+    spec = describe(child)
+    assert spec.flows()[-1].leaves.total < spec.stages[0].tokens
+    export.export(child, tmp_path / "child.onnx")
+    _, run = export.onnx_session(tmp_path / "child.onnx")
+    for count in (1, 6):
+        x = images(spec, count, torch.float32)
+        with torch.no_grad():
+            assert apart(run(x), child(x)) < export.PARITY

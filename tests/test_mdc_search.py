@@ -219,6 +219,13 @@ class TestSearch:
         with pytest.raises(MethodError, match="policies must spend at least 98%"):
             self.run(self.memory(), gap)
 
+    def test_not_a_number_is_said_and_loses_nothing(self):
+        study = self.memory()
+        self.run(study, trials=4)
+        with pytest.raises(MethodError, match="must be a number"):
+            self.run(study, objective=lambda _: (float("nan"), {}))
+        assert len(self.run(study)) == 9
+
     def test_it_beats_chance_on_the_synthetic_objective(self):
         """A taste of benchmarks/mdc_search.py, which has ten seeds and four budgets."""
         from benchmarks.mdc_search import SEARCHES, hills
@@ -266,6 +273,12 @@ class TestStorage:
             open_study(url, "mdc", {"model": "a"})
         holder.rollback()
         assert len(bayes.trials_of(open_study(url, "mdc", {}), few())) == 3
+
+    def test_a_file_of_something_else(self, tmp_path):
+        (tmp_path / "trials.db").write_text("not a database " * 100)
+        with pytest.raises(RunError, match="not a database"):
+            open_study(f"sqlite:///{tmp_path / 'trials.db'}", "mdc", {})
+        assert (tmp_path / "trials.db").read_text().startswith("not a database")
 
     def test_a_journal_is_a_storage(self, tmp_path):
         study = open_study(f"journal://{tmp_path / 'trials.log'}", "mdc", {"model": "a"})
