@@ -1,6 +1,9 @@
 """The tables of a report as rows of text; the page and the Markdown lay out the same cells."""
 
+import csv
+import io
 from collections.abc import Callable, Sequence
+from html import escape
 from typing import NamedTuple
 
 from vitrim.plan import Plan
@@ -8,7 +11,20 @@ from vitrim.report.blocks import Row, sheet, total
 from vitrim.report.folder import Record, Run, number
 from vitrim.spec import Spec
 
-__all__ = ["Table", "block_table", "comparison", "outcome", "plan_table", "provenance", "result", "short"]
+__all__ = [
+    "Table",
+    "as_csv",
+    "as_markdown",
+    "block_table",
+    "comparison",
+    "everything",
+    "markdown_text",
+    "outcome",
+    "plan_table",
+    "provenance",
+    "result",
+    "short",
+]
 
 DASH = "–"  # noqa: RUF001 an en dash says "no value" in a cell
 
@@ -101,6 +117,13 @@ def _compared(run: Run) -> tuple[str, ...]:
     )
 
 
+def everything(runs: Sequence[Run]) -> Table:
+    """Every value that was measured, unrounded: one row a run, a column for each name that any run has."""
+    names = list(dict.fromkeys(name for run in runs for name in run.measured))
+    rows = [(run.name, *("" if (v := run.measured.get(name)) is None else str(v) for name in names)) for run in runs]
+    return Table("All that was measured", ("run", *names), rows)
+
+
 def block_table(run: Run) -> Table | None:
     """What every block keeps, and the sums; None while there is no plan."""
     return None if run.parent is None or run.plan is None else plan_table(run.parent, run.plan)
@@ -151,3 +174,25 @@ def outcome(measured: Record) -> str:
         device = measured.get("device")
         parts.append(f"a batch takes {ratio:.2f} of the parent's time" + (f" on {device}" if device else ""))
     return "; ".join(parts) + "."
+
+
+def as_markdown(table: Table) -> str:
+    """A table in Markdown, whatever stands in its cells."""
+    rule = ("---", *("---:" for _ in table.head[1:]))
+    lines = [table.head, rule, *table.rows]
+    return "\n".join("| " + " | ".join(map(markdown_text, cells)) + " |" for cells in lines)
+
+
+def markdown_text(text: str) -> str:
+    """Text that stays one cell and no markup, whatever stands in it."""
+    flat = " ".join(text.split())
+    return "".join(f"\\{sign}" if sign in "\\`*_[]|#" else sign for sign in escape(flat, quote=False))
+
+
+def as_csv(table: Table) -> str:
+    """A table as comma-separated values with a heading; cells that a spreadsheet would run as a formula are quoted."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for cells in (table.head, *table.rows):
+        writer.writerow([f"'{cell}" if cell[:1] in "=+@\t\r" and cell else cell for cell in cells])
+    return text.getvalue()
