@@ -338,6 +338,7 @@ def test_counts_have_units(value: float, text: str):
 
 
 def test_the_outcome_says_only_what_is_known():
+    assert "of parent.safetensors;" in outcome({"model": "/home/me/parent.safetensors", "top1": 70.0})
     assert outcome({"method": "taylor"}) == "taylor made a smaller model."
     assert outcome({"method": "m", "macs_ratio": 0.5, "top1": 70.0}) == (
         "m made a model with 50.0 % of the multiply-accumulates; top-1 is 70.0 %."
@@ -399,12 +400,19 @@ def test_many_runs_have_fronts_strips_and_courses(three):
 
 
 def test_costs_of_different_parents_are_absolute(three, tmp_path):
-    other = run_folder(tmp_path / "other", model="vit_tiny", macs_parent=1, device="another")
+    other = run_folder(tmp_path / "other", macs_parent=1, device="another")
     words = Reader(html([*three, other])).words
     assert "multiply-accumulates, of the parent" not in words
     assert "measured latency, of the parent" in words, "times of two devices do not compare"
-    same = run_folder(tmp_path / "same", model="vit_tiny", macs_parent=1)
+    same = run_folder(tmp_path / "same", macs_parent=1)
     assert "measured latency, ms of a batch" in Reader(html([*three, same])).words
+
+
+def test_mean_iou_is_the_score_of_segmentation(tmp_path):
+    folders = [run_folder(tmp_path / name, top1=None, miou=51.0, miou_parent=53.5) for name in "ab"]
+    words = Reader(html(folders)).words
+    assert "mean IoU in percent" in words
+    assert "\N{MINUS SIGN}2.5 points" in words
 
 
 def test_agreement_stands_in_for_accuracy(tmp_path):

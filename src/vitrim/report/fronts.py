@@ -16,14 +16,22 @@ _COSTS = (("macs", "multiply-accumulates"), ("params", "parameters"), ("latency"
 _PLACE = ("device", "threads", "batch", "dtype")
 """What must be the same of two times before they are shown on one axis."""
 MARKERS = "osD^vP*X"
+LETTERS = 100
+"""Letters of a line of a legend that fit below a figure, with the signs before the names."""
 NAMED = 12
-"""Most runs whose names stand beside their points; more would cover one another."""
+"""Most lines that can be told apart."""
+_SCORES = (
+    ("top1", "top-1 in percent", "Top-1"),
+    ("miou", "mean IoU in percent", "Mean IoU"),
+    ("agreement", "same answer as the parent, percent", "Agreement"),
+)
 
 
 class _Point(NamedTuple):
     cost: float
     score: float
     run: Run
+    place: int
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -36,12 +44,16 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def fronts(runs: Sequence[Run]) -> str | None:
-    """Top-1 against MACs, parameters and measured latency, a panel each; agreement where a run has no top-1.
+    """Top-1 against MACs, parameters and measured latency, a panel each; mean IoU or agreement where top-1 is not known.
 
-    Costs are shares of the parent where all runs have the same one, else absolute; times of different machines or
+    A number beside a point is the run's place among `runs`, from 1.
+
+    Costs are shares of the parent where all parents cost the same, else absolute; times of different machines or
     settings are always shares. None where fewer than two runs have a score.
     """
-    key = "top1" if all(number(run.measured, "top1") is not None for run in runs) else "agreement"
+    key, label, title = next(
+        (s for s in _SCORES if all(number(r.measured, s[0]) is not None for r in runs)), _SCORES[-1]
+    )
     panels = [(name, words, shares, found) for name, words, shares, found in _panels(runs, key) if len(found) > 1]
     if not panels:
         return None
@@ -55,23 +67,23 @@ def fronts(runs: Sequence[Run]) -> str | None:
             axes.set_xlabel(words + (", of the parent" if shares else ", ms of a batch" if name == "latency" else ""))
             if not shares and name != "latency":
                 axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-            axes.xaxis.set_major_locator(MaxNLocator(5))
-        figure.axes[0].set_ylabel("top-1 in percent" if key == "top1" else "same answer as the parent, percent")
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+        figure.axes[0].set_ylabel(label)
         _legend(figure)
 
-    return drawn(draw, f"{'Top-1' if key == 'top1' else 'Agreement'} against cost of {len(runs)} runs", 9.2, 3.7)
+    return drawn(draw, f"{title} against cost of {len(runs)} runs", 9.2, 3.7)
 
 
 def _panels(runs: Sequence[Run], key: str) -> list[tuple[str, str, bool, list[_Point]]]:
-    alike = len({(run.measured.get("model"), run.measured.get("macs_parent")) for run in runs}) == 1
+    alike = len({tuple(str(run.measured.get(f"{name}_parent")) for name in ("macs", "params")) for run in runs}) == 1
     one_place = len({tuple(str(run.measured.get(name)) for name in _PLACE) for run in runs}) == 1
     panels = []
     for name, words in _COSTS:
         shares = alike or (name == "latency" and not one_place)
         field = f"{name}_ratio" if shares else "latency_ms" if name == "latency" else name
         found = [
-            _Point(cost, score, run)
-            for run in runs
+            _Point(cost, score, run, place)
+            for place, run in enumerate(runs, 1)
             if (cost := number(run.measured, field)) is not None and (score := number(run.measured, key)) is not None
         ]
         panels.append((name, words, shares, found))
@@ -92,17 +104,15 @@ def _panel(axes: Any, found: Sequence[_Point], methods: Sequence[str]) -> None:
         label = method.lstrip("_") or "?"
         costs, scores = [point.cost for point in mine], [point.score for point in mine]
         axes.scatter(costs, scores, s=34, color=color, marker=marker, label=label, zorder=3)
-    if len(found) <= NAMED:
-        for point in found:
-            axes.annotate(
-                point.run.name, (point.cost, point.score), (6, -3), textcoords="offset points", fontsize=7.5, color=SOFT
-            )
-    axes.margins(0.16)
+    for point in found:
+        at = (point.cost, point.score)
+        axes.annotate(str(point.place), at, (5, 2), textcoords="offset points", fontsize=7.5, color=SOFT)
+    axes.margins(0.12)
 
 
 def _parents(axes: Any, found: Sequence[_Point], key: str) -> None:
-    scores = {t for point in found if (t := number(point.run.measured, "top1_parent")) is not None}
-    scores = scores if key == "top1" else {100.0}
+    scores = {t for point in found if (t := number(point.run.measured, f"{key}_parent")) is not None}
+    scores = {100.0} if key == "agreement" else scores
     if scores:
         axes.scatter([1.0] * len(scores), sorted(scores), s=60, color=INK, marker="*", label="parent", zorder=3)
 
@@ -112,11 +122,15 @@ def _legend(figure: Figure) -> None:
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             named.setdefault(label, handle)
-    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=min(len(named), 6))
+    columns = max(1, min(len(named), LETTERS // (max(map(len, named)) + 7)))
+    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=columns)
 
 
 def courses(runs: Sequence[Run]) -> str | None:
-    """Loss and top-1 of the training of all runs, a line a run; None where fewer than two logged one."""
+    """Loss and top-1 of the training of all runs, a line a run; None where fewer than two logged one.
+
+    Of more than `NAMED` runs those of one method look alike.
+    """
     logs = [(run, [line for line in run.log if line.get("stage") == "train"]) for run in runs]
     panels: list[tuple[str, list[tuple[Run, list[tuple[float, float]]]]]] = []
     for key, words in (("loss", "loss"), ("top1", "top-1 in percent")):
@@ -125,16 +139,23 @@ def courses(runs: Sequence[Run]) -> str | None:
             panels.append((words, found))
     if not panels:
         return None
+    names = list(dict.fromkeys(_named(run, len(runs)) for run in runs))
 
     def draw(figure: Figure) -> None:
         grid = figure.subplots(1, len(panels), squeeze=False).flat
         for axes, (words, found) in zip(grid, panels, strict=True):
-            for index, (run, points) in enumerate(found):
+            for run, points in found:
+                index = names.index(_named(run, len(runs)))
                 color, dash = SERIES[index % len(SERIES)], ("-", "--", ":", "-.")[index // len(SERIES) % 4]
-                axes.plot(*thinned(points), color=color, linestyle=dash, label=run.name.lstrip("_") or "?")
+                axes.plot(*thinned(points), color=color, linestyle=dash, label=names[index].lstrip("_") or "?")
             axes.set_title(words)
             axes.set_xlabel("step")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         _legend(figure)
 
-    return drawn(draw, f"Training of {max(len(found) for _, found in panels)} runs over steps", 9.2, 3.3)
+    lines = -(-len(names) // 4)
+    return drawn(draw, f"Training of {max(len(found) for _, found in panels)} runs over steps", 9.2, 3.0 + 0.2 * lines)
+
+
+def _named(run: Run, count: int) -> str:
+    return run.name if count <= NAMED else _method(run)

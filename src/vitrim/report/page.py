@@ -104,7 +104,8 @@ def _together(runs: Sequence[Run]) -> str:
     ]
     many = _plots("fronts")
     if plot := many.fronts(runs):
-        parts += ["<h3>Accuracy against cost</h3>", _figure(plot)]
+        words = '<p class="note">Numbers are those of the table; the grey line joins the runs that no other beats.</p>'
+        parts += ["<h3>Accuracy against cost</h3>", words, _figure(plot)]
     known = [(run.name, fates(run.parent, run.plan)) for run in runs if run.parent is not None and run.plan is not None]
     if known:
         parts += [
@@ -185,7 +186,10 @@ def _table(table: Table, kind: str, headless: bool = False, links: Sequence[str]
     head = "".join(f'<th scope="col">{escape(cell)}</th>' if cell else "<td></td>" for cell in table.head)
     names = [escape(row[0]) for row in table.rows]
     if links:
-        names = [f'<a href="#{link}">{name}</a>' for link, name in zip(links, names, strict=True)]
+        names = [
+            f'<span class="place">{place}</span><a href="#{link}">{name}</a>'
+            for place, (link, name) in enumerate(zip(links, names, strict=True), 1)
+        ]
     rows = "\n".join(
         f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
         for name, row in zip(names, table.rows, strict=True)

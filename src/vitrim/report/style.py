@@ -36,6 +36,7 @@ table.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere;
 table.facts th { width: 14em; color: var(--soft); }
 table.sums tbody tr:last-child > * { font-weight: 600; border-bottom: 0; }
 table.small { font-size: 13px; }
+.place { display: inline-block; min-width: 2.2em; color: var(--soft); }
 table a { text-decoration: none; } table a:hover { text-decoration: underline; }
 table.small th, table.small td { padding-top: 4px; padding-bottom: 4px; }
 figure { margin: 0; }

@@ -77,6 +77,10 @@ def result(measured: Record) -> Table:
     mine, theirs = number(measured, "top1"), number(measured, "top1_parent")
     change = _points(mine - theirs) if mine is not None and theirs is not None else DASH
     rows.insert(2, ("top-1", _percent(theirs), _percent(mine), change))
+    if number(measured, "miou") is not None:
+        mine, theirs = number(measured, "miou"), number(measured, "miou_parent")
+        change = _points(mine - theirs) if mine is not None and theirs is not None else DASH
+        rows.insert(3, ("mean IoU", _percent(theirs), _percent(mine), change))
     agreement = number(measured, "agreement")
     if agreement is not None:
         rows.insert(3, ("same answer as the parent", DASH, _percent(agreement), DASH))
@@ -163,7 +167,8 @@ def outcome(measured: Record) -> str:
     who = str(measured.get("method", "the run"))
     share = number(measured, "macs_ratio")
     kept = "a smaller model" if share is None else f"a model with {100 * share:.1f} % of the multiply-accumulates"
-    model = measured.get("model")
+    model = str(measured.get("model") or "")
+    model = model.rpartition("/")[2] if model.endswith(".safetensors") else model
     parts = [f"{who} made {kept}" + (f" of {model}" if model else "")]
     mine, theirs = number(measured, "top1"), number(measured, "top1_parent")
     if mine is not None:
