@@ -204,7 +204,9 @@ def _found(job: Job, method: Method, data: Data | None) -> tuple[Found, nn.Modul
         # A search of another budget must not go on where this one ended.
         folder = job.file("search" if not searches else f"search/again-{searches}")
         searches += 1
-        return method.search(job.parent, data, budget, seed=job.recipe.seed, teacher=job.teacher, folder=folder, log=log)
+        return method.search(
+            job.parent, data, budget, seed=job.recipe.seed, teacher=job.teacher, folder=folder, log=log
+        )
 
     def cut(found: Found) -> nn.Module:
         return apply(found.parent, found.plan, grafts=_recovered(job, found, data))
