@@ -19,7 +19,7 @@ ROOMS = (
     "measure observe surgery store parent "
     "data train "
     "search compensate contract methods "
-    "recipe job report run pareto export cli demo"
+    "recipe job report run transfer pareto export cli demo"
 ).split()
 WORDS = frozenset({"errors", "plain", "steps", "spec", "plan", "costs", "budget"})
 DOORS = frozenset({"", "__main__"})

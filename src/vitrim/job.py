@@ -20,8 +20,8 @@ from vitrim.errors import DataError, RecipeError, RunError, VitrimError
 from vitrim.families import describe
 from vitrim.observe import axes
 from vitrim.parent import open_parent
-from vitrim.plain import dump, write_text
-from vitrim.recipe import ModelRecipe, Recipe, read_recipe
+from vitrim.plain import dump, load, read_toml, write_text
+from vitrim.recipe import ModelRecipe, Recipe
 from vitrim.search.fill import fill
 from vitrim.spec import Spec
 
@@ -124,8 +124,8 @@ def _rewind(path: Path, record: Mapping[str, Any]) -> None:
         write_text(path, "".join(kept))
 
 
-def check_folder(folder: Path | None, recipe: Recipe) -> None:
-    """Refuse a run folder that is not new, empty, or of the same recipe.
+def check_folder(folder: Path | None, recipe: Any) -> None:
+    """Refuse a run folder that is not new, empty, or of the same recipe (of whatever kind of run).
 
     Raises:
         RunError: naming the settings that differ.
@@ -136,7 +136,10 @@ def check_folder(folder: Path | None, recipe: Recipe) -> None:
         raise RunError(f"{folder}: the output must be a folder, but it is a file; choose another")
     known = folder / "recipe.toml"
     if known.is_file():
-        before = read_recipe(known).resolved()
+        written = read_toml(known)
+        if written.get("task") != dump(recipe).get("task"):
+            raise RunError(f"{folder}: the folder must be new or hold the same recipe, but holds another kind of run")
+        before = load(type(recipe), written, RecipeError, at=str(known)).resolved()
         if before != recipe:
             raise RunError(
                 f"{folder}: the folder must be new or hold the same recipe, but its recipe differs in "

@@ -5,9 +5,22 @@ from typing import Any
 
 from vitrim.report.blocks import Row, sheet, total
 from vitrim.report.page import html, markdown
+from vitrim.report.scenes import class_table, segmented
 from vitrim.report.tables import Table, plan_table, result
 
-__all__ = ["Row", "Table", "curve", "html", "markdown", "plan_table", "result", "sheet", "total"]
+__all__ = [
+    "Row",
+    "Table",
+    "class_table",
+    "curve",
+    "html",
+    "markdown",
+    "plan_table",
+    "result",
+    "segmented",
+    "sheet",
+    "total",
+]
 
 
 def curve(records: Sequence[dict[str, Any]]) -> str:
