@@ -17,7 +17,7 @@ from vitrim.contract import Method
 from vitrim.costs import cost_of
 from vitrim.data import Images, Input, Splits, check_classes, split
 from vitrim.errors import DataError, RecipeError, RunError, VitrimError
-from vitrim.families import describe
+from vitrim.families import AROUND, describe
 from vitrim.observe import axes
 from vitrim.parent import open_parent
 from vitrim.plain import dump, load, read_toml, write_text
@@ -182,6 +182,11 @@ def prepare(
         raise RecipeError("a model in memory must be taken as it is, but settings of model are given; leave them out")
     parent = parent.to(device_of(recipe.device)).eval()
     spec = describe(parent)
+    if spec.family in AROUND and any(source is not None for source in data):
+        raise RecipeError(
+            f"{recipe.model.name}: with images that have classes a classifier must be compressed, but this is a "
+            f"{spec.family}; compress its backbone and transfer that, or cut without data (method magnitude)"
+        )
     _check_reach(parent, spec, budget, method)
     chosen = {key: value for key in ("mean", "std") if (value := getattr(recipe.data, key)) is not None}
     return Job(

@@ -7,7 +7,7 @@ import typer
 
 from vitrim.cli.shared import Random, Settings, Weights, app, read, say, show_table
 
-__all__ = ["seg", "transferred"]
+__all__ = ["scored", "seg", "transferred"]
 
 tasks = typer.Typer(help="Take a dense or compressed model to another task.", no_args_is_help=True)
 app.add_typer(tasks, name="transfer")
@@ -44,6 +44,28 @@ def seg(
     if epochs is not None:
         asked["train"] = {"epochs": epochs}
     transferred(merged(asked, overrides(set_ or [])), out)
+
+
+def scored(net: Any, name: str, data: str, over: Any) -> None:
+    """Measure a stored segmentor as its recipe says, and show every class."""
+    import torch
+
+    from vitrim import store
+    from vitrim.data import Input, open_scenes, scene_splits
+    from vitrim.report import class_table
+    from vitrim.transfer import TransferRecipe, score
+    from vitrim.transfer.score import by_class
+
+    written = read(TransferRecipe, store.provenance(name)["given"]["recipe"], name)
+    divided = scene_splits(data)
+    scenes = open_scenes(data, written.data.split if divided else None, ignore=written.data.ignore)
+    given = {key: getattr(over, key) or getattr(written.data, key) for key in ("mean", "std")}
+    input = Input.of(net, **{key: value for key, value in given.items() if value is not None})
+    found, _ = score(net.to("cuda" if torch.cuda.is_available() else "cpu"), scenes, input, written.test)
+    rows = [[name, f"{found.miou:.2f} %", f"{found.accuracy:.2f} %", str(found.scenes)]]
+    show_table("", ["model", "mean IoU", "pixel accuracy", "scenes"], rows)
+    table = class_table(by_class(found, scenes.names, [""] * scenes.classes))
+    show_table("", table.head, table.rows)
 
 
 def _size(text: str | None) -> list[str] | None:

@@ -4,6 +4,7 @@ It is not among `families.names()`, for no model of timm's is one, and its outpu
 """
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from vitrim import families
 from vitrim.errors import AdoptError, DataError, RecipeError
-from vitrim.families._parts import bare, count, pretrained
+from vitrim.families._parts import count, pretrained
 from vitrim.nn import Block
-from vitrim.nn.segment import LEVELS, Head, Places, Segmentor
+from vitrim.nn.segment import HEADS, LEVELS, Head, Places, Segmentor, check_covered
 from vitrim.plain import dump
 from vitrim.spec import Host, Spec
 
@@ -39,6 +40,8 @@ def segmentor(
         RecipeError: if it cannot take images of that size, or taps are not its blocks.
     """
     form = head or Head()
+    if isinstance(model, Segmentor):
+        raise AdoptError("a backbone must be a classifier, but is a segmentor already; give the model it was made from")
     backbone: Any = families.adopt(model)
     spec = families.describe(backbone)
     if any(block.only_prefix for _, _, block in spec.blocks()):
@@ -48,6 +51,7 @@ def segmentor(
         )
     if size is not None and size != spec.image:
         _resize_(backbone, size)
+    check_covered(backbone, size or spec.image)
     backbone.reset_classifier(0, "")
     # Each map has a norm of its own in the head; these would stay without gradients, and be stored for nothing.
     for name in ("norm", "fc_norm"):
@@ -114,7 +118,7 @@ def describe(model: Any) -> Spec:
     known = Host(
         name=inner.host.name,
         arguments={"family": inner.family, "host": dump(inner.host), "head": dump(model.form)},
-        macs=inner.host.macs + _head_macs(model, inner),
+        macs=inner.host.macs + _head_macs(model.form, model.places, model.num_classes, inner.stages[0].grid),
         macs_per_token=inner.host.macs_per_token,
         params=inner.host.params + own,
         pretrained=pretrained(model),
@@ -122,12 +126,13 @@ def describe(model: Any) -> Spec:
     return inner.model_copy(update={"family": "segmentor", "host": known, "classes": model.num_classes})
 
 
-def _head_macs(model: Segmentor, inner: Spec) -> int:
-    """Multiply-accumulates of the head, counted by PyTorch on a copy without data."""
-    head: Any = bare(model.head, [])
-    grid = inner.stages[0].grid
+@functools.cache
+def _head_macs(form: Head, places: Places, classes: int, grid: tuple[int, int]) -> int:
+    """Multiply-accumulates of a head, counted by PyTorch on one without data."""
+    with torch.device("meta"):
+        head: Any = HEADS[form.kind](form, places, classes).eval()
     maps = []
-    for width, halved in zip(model.places.widths, model.places.halved, strict=True):
+    for width, halved in zip(places.widths, places.halved, strict=True):
         rows, columns = (-(-n // 2**often) for n, often in zip(grid, halved, strict=True))
         maps.append(torch.zeros(1, width, rows, columns, device="meta"))
 

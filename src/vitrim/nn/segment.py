@@ -16,11 +16,11 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrim.errors import AdoptError
+from vitrim.errors import AdoptError, RecipeError
 from vitrim.nn.grid import unmerge
 from vitrim.plain import Node
 
-__all__ = ["Head", "Places", "Segmentor", "lay_on", "rounded"]
+__all__ = ["HEADS", "LEVELS", "Head", "Places", "Segmentor", "check_covered", "lay_on", "rounded"]
 
 LEVELS = 4
 _GROUPS = 32
@@ -98,6 +98,17 @@ def lay_on(maps: Tensor, halved: tuple[int, int], whole: tuple[int, int], size: 
     return maps[:, :, : size[0], : size[1]]
 
 
+def check_covered(backbone: Any, size: tuple[int, int]) -> None:
+    """Refuse a size of which patches leave a border out.
+
+    Raises:
+        RecipeError: naming the patches.
+    """
+    patch = getattr(backbone.patch_embed, "patch_size", None) or (1, 1)
+    if any(side % int(step) for side, step in zip(size, patch, strict=True)):
+        raise RecipeError(f"size: sides must be multiples of the patches' {tuple(patch)}, but are {tuple(size)}")
+
+
 class Segmentor(nn.Module):
     """Images ``(B, 3, R, C)`` to logits ``(B, K, R, C)``.
 
@@ -115,7 +126,7 @@ class Segmentor(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.num_classes, self.form, self.places = classes, head, places
-        self.head: nn.Module = _HEADS[head.kind](head, places, classes)
+        self.head: nn.Module = HEADS[head.kind](head, places, classes)
 
     @property
     def patch_embed(self) -> Any:
@@ -128,8 +139,13 @@ class Segmentor(nn.Module):
         return getattr(self.backbone, "pretrained_cfg", {})
 
     def set_input_size(self, img_size: tuple[int, int]) -> None:
-        """Take images of another size, as timm's models do; positions are interpolated."""
+        """Take images of another size, as timm's models do; positions are interpolated.
+
+        Raises:
+            RecipeError: if patches would leave a border out, on which no logits could be laid.
+        """
         backbone: Any = self.backbone
+        check_covered(backbone, img_size)
         backbone.set_input_size(img_size=img_size)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -195,7 +211,7 @@ class _Linear(nn.Module):
         return logits
 
 
-_HEADS: dict[str, Any] = {"fpn": _Fpn, "linear": _Linear}
+HEADS: dict[str, Any] = {"fpn": _Fpn, "linear": _Linear}
 
 
 def _library() -> tuple[Any, Any]:

@@ -2,9 +2,10 @@
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from vitrim.errors import RunError
 from vitrim.report.folder import Record, Run, number
@@ -37,15 +38,17 @@ def _percent(value: float | None) -> str:
     return DASH if value is None else f"{value:.2f} %"
 
 
-def class_table(classes: Sequence[Record]) -> Table:
+def class_table(classes: Sequence[Mapping[str, Any]]) -> Table:
     """Every class: intersection over union, share of its pixels that are found, share of all pixels."""
-    total = sum(number(each, "pixels") or 0 for each in classes)
+    total = sum(number(dict(each), "pixels") or 0 for each in classes)
     rows = []
     for each in classes:
-        pixels = number(each, "pixels")
+        pixels = number(dict(each), "pixels")
         share = None if pixels is None or not total else 100 * pixels / total
         name = str(each.get("name", ""))
-        rows.append((name, _percent(number(each, "iou")), _percent(number(each, "recall")), _percent(share)))
+        rows.append(
+            (name, _percent(number(dict(each), "iou")), _percent(number(dict(each), "recall")), _percent(share))
+        )
     return Table("Every class", ("class", "IoU", "found", "of all pixels"), rows)
 
 

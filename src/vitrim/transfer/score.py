@@ -143,7 +143,7 @@ def _at(model: Any, size: Size, own: Size) -> nn.Module:
     twin = copy.deepcopy(model)
     try:
         twin.set_input_size(size)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as problem:
+    except (AssertionError, RuntimeError, TypeError, ValueError) as problem:  # timm's, and ours, which are ValueErrors
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         raise RecipeError(
             f"test.mode=whole must set the model to images of {size}, but {reason}; choose test.mode=slide"
