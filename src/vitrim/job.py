@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitrim.budget import Budget
 from vitrim.contract import Method
-from vitrim.costs import cost_of
 from vitrim.data import Images, Input, Splits, check_classes, split
 from vitrim.errors import DataError, RecipeError, RunError, VitrimError
 from vitrim.families import AROUND, describe
@@ -24,6 +23,7 @@ from vitrim.plain import dump, load, read_toml, write_text
 from vitrim.recipe import ModelRecipe, Recipe
 from vitrim.search.fill import fill
 from vitrim.spec import Spec
+from vitrim.timed import table_for
 
 __all__ = ["Job", "check_folder", "device_of", "full_disk", "images_of", "leaving_nothing", "logger", "prepare"]
 
@@ -187,6 +187,8 @@ def prepare(
             f"{recipe.model.name}: with images that have classes a classifier must be compressed, but this is a "
             f"{spec.family}; compress its backbone and transfer that, or cut without data (method magnitude)"
         )
+    if budget.latency is not None:
+        budget = budget.model_copy(update={"table": table_for(parent, recipe.measure, say=say)})
     _check_reach(parent, spec, budget, method)
     chosen = {key: value for key in ("mean", "std") if (value := getattr(recipe.data, key)) is not None}
     return Job(
@@ -208,9 +210,9 @@ def _check_reach(parent: nn.Module, spec: Spec, budget: Budget, method: Method) 
     Raises:
         BudgetError: naming the least possible.
     """
-    budget.limits(cost_of(spec))
+    budget.limits(budget.cost(spec))
     choice = getattr(method, "choice", None)
-    if choice is not None:
+    if choice is not None and (budget.latency is None or getattr(method, "timed", False)):
         fill(spec, {path: torch.zeros(axis.size) for path, axis in axes(parent).items()}, budget, choice=choice)
 
 
