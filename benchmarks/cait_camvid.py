@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/cait_camvid"))
     parser.add_argument("--rows", nargs="+", default=["dense", "merged", "joint"])
     parser.add_argument("--budget", type=float, default=0.55)
-    parser.add_argument("--compress-epochs", type=float, default=2.0)
+    parser.add_argument("--compress-epochs", type=float, default=0.5)
     parser.add_argument("--epochs", type=float, default=5.0)
     parser.add_argument("--size", default="96x128")
     parser.add_argument("--width", type=int, default=64)
