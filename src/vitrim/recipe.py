@@ -141,7 +141,7 @@ def read_recipe(path: Path) -> Recipe:
     return load(Recipe, read_toml(path), RecipeError, at=str(path))
 
 
-def write_recipe(path: Path, recipe: Recipe) -> None:
+def write_recipe(path: Path, recipe: Node) -> None:
     """Write a recipe as TOML, every setting of it: one that is None but not by default must not come back as such."""
     write_text(path, tomli_w.dumps(_spoken(dump(recipe))))
 

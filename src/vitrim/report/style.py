@@ -48,6 +48,8 @@ figcaption { color: var(--soft); font-size: 14px; margin: 0 0 12px; display: fle
 .key.cost::before { background: var(--cost); }
 .copies { display: grid; gap: 0 16px; }
 .key.dead::before { background: none; border: 1px dashed var(--soft); }
+.swatch { display: inline-block; width: 11px; height: 11px; margin-right: 6px; border-radius: 2px; }
+img.scene { display: block; width: 100%; height: auto; margin: 0 0 10px; border-radius: 4px; }
 svg { display: block; width: 100%; height: auto; font-family: inherit; }
 svg.kept { min-width: 760px; }
 svg.kept text { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; }
