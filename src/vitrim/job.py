@@ -14,16 +14,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitrim.budget import Budget
 from vitrim.contract import Method
-from vitrim.costs import cost_of
 from vitrim.data import Images, Input, Splits, check_classes, split
 from vitrim.errors import DataError, RecipeError, RunError, VitrimError
-from vitrim.families import describe
+from vitrim.families import AROUND, describe
 from vitrim.observe import axes
 from vitrim.parent import open_parent, open_teacher
-from vitrim.plain import dump, write_text
-from vitrim.recipe import ModelRecipe, Recipe, read_recipe
+from vitrim.plain import dump, load, read_toml, write_text
+from vitrim.recipe import ModelRecipe, Recipe
 from vitrim.search.fill import fill
 from vitrim.spec import Spec
+from vitrim.timed import table_for
 
 __all__ = ["Job", "check_folder", "device_of", "full_disk", "images_of", "leaving_nothing", "logger", "prepare"]
 
@@ -125,8 +125,8 @@ def _rewind(path: Path, record: Mapping[str, Any]) -> None:
         write_text(path, "".join(kept))
 
 
-def check_folder(folder: Path | None, recipe: Recipe) -> None:
-    """Refuse a run folder that is not new, empty, or of the same recipe.
+def check_folder(folder: Path | None, recipe: Any) -> None:
+    """Refuse a run folder that is not new, empty, or of the same recipe (of whatever kind of run).
 
     Raises:
         RunError: naming the settings that differ.
@@ -137,7 +137,10 @@ def check_folder(folder: Path | None, recipe: Recipe) -> None:
         raise RunError(f"{folder}: the output must be a folder, but it is a file; choose another")
     known = folder / "recipe.toml"
     if known.is_file():
-        before = read_recipe(known).resolved()
+        written = read_toml(known)
+        if written.get("task") != dump(recipe).get("task"):
+            raise RunError(f"{folder}: the folder must be new or hold the same recipe, but holds another kind of run")
+        before = load(type(recipe), written, RecipeError, at=str(known)).resolved()
         if before != recipe:
             raise RunError(
                 f"{folder}: the folder must be new or hold the same recipe, but its recipe differs in "
@@ -181,6 +184,13 @@ def prepare(
         raise RecipeError("a model in memory must be taken as it is, but settings of model are given; leave them out")
     parent = parent.to(device_of(recipe.device)).eval()
     spec = describe(parent)
+    if spec.family in AROUND and any(source is not None for source in data):
+        raise RecipeError(
+            f"{recipe.model.name}: with images that have classes a classifier must be compressed, but this is a "
+            f"{spec.family}; compress its backbone and transfer that, or cut without data (method magnitude)"
+        )
+    if budget.latency is not None:
+        budget = budget.model_copy(update={"table": table_for(parent, recipe.measure, say=say)})
     _check_reach(parent, spec, budget, method)
     _check_parts(recipe, method)
     chosen = {key: value for key in ("mean", "std") if (value := getattr(recipe.data, key)) is not None}
@@ -205,9 +215,9 @@ def _check_reach(parent: nn.Module, spec: Spec, budget: Budget, method: Method) 
     Raises:
         BudgetError: naming the least possible.
     """
-    budget.limits(cost_of(spec))
+    budget.limits(budget.cost(spec))
     choice = getattr(method, "choice", None)
-    if choice is not None:
+    if choice is not None and (budget.latency is None or getattr(method, "timed", False)):
         fill(spec, {path: torch.zeros(axis.size) for path, axis in axes(parent).items()}, budget, choice=choice)
 
 

@@ -71,12 +71,16 @@ class Measure(Node):
         batch: images of one timed call.
         threads: CPU threads; None for the machine's.
         seconds: time spent on timing.
+        runtime: what runs both, and what a budget of latency is planned for.
+        dtype: floating-point type; None for the model's own.
     """
 
     latency: bool = True
     batch: PositiveInt = 8
     threads: PositiveInt | None = None
     seconds: float = Field(default=8.0, gt=0)
+    runtime: Literal["eager", "compile"] = "eager"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
 
 class Recipe(Node):
@@ -137,7 +141,7 @@ def read_recipe(path: Path) -> Recipe:
     return load(Recipe, read_toml(path), RecipeError, at=str(path))
 
 
-def write_recipe(path: Path, recipe: Recipe) -> None:
+def write_recipe(path: Path, recipe: Node) -> None:
     """Write a recipe as TOML, every setting of it: one that is None but not by default must not come back as such."""
     write_text(path, tomli_w.dumps(_spoken(dump(recipe))))
 

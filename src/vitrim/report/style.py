@@ -36,6 +36,8 @@ table.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere;
 table.facts th { width: 14em; color: var(--soft); }
 table.sums tbody tr:last-child > * { font-weight: 600; border-bottom: 0; }
 table.small { font-size: 13px; }
+.place { display: inline-block; min-width: 2.2em; color: var(--soft); }
+table a { text-decoration: none; } table a:hover { text-decoration: underline; }
 table.small th, table.small td { padding-top: 4px; padding-bottom: 4px; }
 figure { margin: 0; }
 figcaption { color: var(--soft); font-size: 14px; margin: 0 0 12px; display: flex; flex-wrap: wrap; gap: 4px 18px; }
@@ -44,7 +46,10 @@ figcaption { color: var(--soft); font-size: 14px; margin: 0 0 12px; display: fle
 .key.qk::before { background: var(--qk); } .key.v::before { background: var(--v); }
 .key.conv::before { background: var(--conv); } .key.mlp::before { background: var(--mlp); }
 .key.cost::before { background: var(--cost); }
+.copies { display: grid; gap: 0 16px; }
 .key.dead::before { background: none; border: 1px dashed var(--soft); }
+.swatch { display: inline-block; width: 11px; height: 11px; margin-right: 6px; border-radius: 2px; }
+img.scene { display: block; width: 100%; height: auto; margin: 0 0 10px; border-radius: 4px; }
 svg { display: block; width: 100%; height: auto; font-family: inherit; }
 svg.kept { min-width: 760px; }
 svg.kept text { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; }
@@ -56,6 +61,7 @@ svg.kept text.on { text-anchor: middle; font-size: 11.5px; fill: var(--paper); }
 .whole { fill: var(--whole); } rect.qk { fill: var(--qk); } rect.v { fill: var(--v); }
 rect.conv { fill: var(--conv); } rect.mlp { fill: var(--mlp); } rect.cost { fill: var(--cost); }
 rect.dead, rect.gone { fill: none; stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; opacity: 0.7; }
+svg.plot { min-width: 640px; }
 svg.plot path, svg.plot line { stroke-linejoin: round; stroke-linecap: butt; }
 svg.plot .legend path { stroke: none; }
 details { margin-top: 16px; border: 1px solid var(--line); border-radius: 8px; padding: 0 16px; }
