@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from vitrim.budget import SLACK, Budget
+from vitrim.budget import SLACK, Budget, Price
 from vitrim.compensate import Choice
-from vitrim.costs import Cost, block_cost
+from vitrim.costs import block_cost
 from vitrim.errors import BudgetError
 from vitrim.methods._calibration import Calibration
 from vitrim.methods._sensitivity import merging
@@ -57,7 +57,7 @@ class _Group:
     counts: list[tuple[int, ...]]
 
 
-def least(spec: Spec, merges: Sequence[Sequence[int]], exact: bool, budget: Budget) -> Cost:
+def least(spec: Spec, merges: Sequence[Sequence[int]], exact: bool, budget: Budget) -> Price:
     """What the smallest model that can be read off costs."""
     found = []
     for counts in merges:
@@ -67,7 +67,7 @@ def least(spec: Spec, merges: Sequence[Sequence[int]], exact: bool, budget: Budg
             for _, _, block in small.blocks()
         ]
         found.append(budget.cost(_with(small, bare)))
-    return Cost(*map(min, zip(*found, strict=True)))
+    return Price(*map(min, zip(*found, strict=True)))
 
 
 _NO_HEADS: dict[str, tuple[int, ...]] = {"qk": (), "v": ()}
@@ -137,7 +137,7 @@ def check_reach(spec: Spec, merges: Sequence[Sequence[int]], exact: bool, budget
         floor = least(spec, merges, exact, budget)
     else:
         costs = [budget.cost(merging(spec, counts, exact).child(spec)) for counts in merges]
-        floor = Cost(*map(min, zip(*costs, strict=True)))
+        floor = Price(*map(min, zip(*costs, strict=True)))
     for name, limit in budget.limits(budget.cost(spec)).items():
         if getattr(floor, name) > limit:
             raise BudgetError(
@@ -185,33 +185,33 @@ def _allocated(
 
 
 def _costs(
-    priced: Sequence[Cost], block: Block, stage: Stage, arriving: Tokens, budget: Budget, names: Sequence[str]
+    priced: Sequence[Price], block: Block, stage: Stage, arriving: Tokens, budget: Budget, names: Sequence[str]
 ) -> list[list[int]]:
     """What each option costs more than the block as it is."""
     whole = budget.block(block, stage, arriving)
     return [[getattr(cost, name) - getattr(whole, name) for name in names] for cost in priced]
 
 
-def _heads_priced(group: _Group, block: Block, stage: Stage, arriving: Tokens, budget: Budget) -> list[Cost]:
+def _heads_priced(group: _Group, block: Block, stage: Stage, arriving: Tokens, budget: Budget) -> list[Price]:
     """Costs are straight lines in heads and channels, once there is a head; times are not."""
     mixer = block.mixer
     assert isinstance(mixer, Attention)
 
-    def cost(qk: tuple[int, ...], v: tuple[int, ...]) -> Cost:
+    def cost(qk: tuple[int, ...], v: tuple[int, ...]) -> Price:
         node = block.model_copy(update={"mixer": mixer.model_copy(update={"qk": qk, "v": v})})
-        return Cost(*block_cost(node, stage, arriving))
+        return Price(*block_cost(node, stage, arriving))
 
     none, one, more_qk, more_v = cost((), ()), cost((1,), (1,)), cost((2,), (1,)), cost((1,), (2,))
     two = cost((1, 1), (1, 1))
 
-    def line(heads: int, qk: int, v: int) -> Cost:
+    def line(heads: int, qk: int, v: int) -> Price:
         if not heads:
             return none
         numbers = []
         for a, b, c, d in zip(one, more_qk, more_v, two, strict=True):
             head = d - b - c + a
             numbers.append(a + (qk - 1) * (b - a) + (v - 1) * (c - a) + (heads - 1) * head)
-        return Cost(*numbers)
+        return Price(*numbers)
 
     def timed(heads: int, qk: int, v: int) -> int:
         even = mixer.model_copy(
@@ -224,13 +224,13 @@ def _heads_priced(group: _Group, block: Block, stage: Stage, arriving: Tokens, b
     return [line(*counts)._replace(latency=timed(*counts)) for counts in group.counts]
 
 
-def _neurons_priced(group: _Group, block: Block, stage: Stage, arriving: Tokens, budget: Budget) -> list[Cost]:
-    def cost(hidden: int) -> Cost:
-        return Cost(*block_cost(block.model_copy(update={"hidden": hidden}), stage, arriving))
+def _neurons_priced(group: _Group, block: Block, stage: Stage, arriving: Tokens, budget: Budget) -> list[Price]:
+    def cost(hidden: int) -> Price:
+        return Price(*block_cost(block.model_copy(update={"hidden": hidden}), stage, arriving))
 
     none, one, two = cost(0), cost(1), cost(2)
     lines = [(a, b - a) for a, b in zip(one, two, strict=True)]
-    found = [Cost(*(a + (m - 1) * slope for a, slope in lines)) if m else none for (m,) in group.counts]
+    found = [Price(*(a + (m - 1) * slope for a, slope in lines)) if m else none for (m,) in group.counts]
     if budget.table is None:
         return found
     bare = [block.model_copy(update={"hidden": m}) for (m,) in group.counts]
@@ -308,7 +308,7 @@ def _spent(spec: Spec, found: Found, budget: Budget) -> Found:
     return found
 
 
-def _priced(spec: Spec, found: Found, budget: Budget) -> Cost:
+def _priced(spec: Spec, found: Found, budget: Budget) -> Price:
     small = merging(spec, found.merges, found.exact).child(spec)
     blocks = [_chosen(block, choice) for (_, _, block), choice in zip(small.blocks(), found.choices, strict=True)]
     return budget.cost(_with(small, blocks))

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrim.budget import Budget
-from vitrim.costs import Cost, block_cost, cost_of
+from vitrim.budget import Budget, Price
+from vitrim.costs import block_cost, cost_of
 from vitrim.errors import BudgetError, MethodError
 from vitrim.methods._spvit import Layout, SinglePath
 from vitrim.nn.conv import votes
@@ -104,7 +104,7 @@ def decide(spec: Spec, single: SinglePath, how: Layout, budget: Budget) -> tuple
     ranks[torch.from_numpy(np.lexsort((places.numpy(), logits.numpy())))] = torch.arange(len(logits))
     parent = budget.cost(spec)
     limits = budget.limits(parent)
-    need = [getattr(parent, name) - limits[name] if name in limits else -math.inf for name in Cost._fields]
+    need = [getattr(parent, name) - limits[name] if name in limits else -math.inf for name in Price._fields]
     kept_all = gates.project(ranks, saves, torch.tensor(need, dtype=torch.float64), after)
     keep = torch.split(kept_all, counts)
     found = {path: kept for (path, *_), kept in zip(rungs, keep, strict=True)}
@@ -134,7 +134,7 @@ def _rungs(
     return found
 
 
-def _cost(block: BlockSpec, stage: Stage, how: Layout, path: str, level: int, budget: Budget) -> Cost:
+def _cost(block: BlockSpec, stage: Stage, how: Layout, path: str, level: int, budget: Budget) -> Price:
     """What an attention costs at `level`, once it is folded."""
     assert isinstance(block.mixer, Attention)
     mixer = how.mixer(path, block.mixer, level) or block.mixer
