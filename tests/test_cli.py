@@ -32,11 +32,12 @@ OPTIONS = {
     "search": "model storage budget method trials data weights random-weights seed out set",
     "transfer": "",
     "run": "recipe out set",
-    "export": "model out opset weights random-weights",
+    "export": "model out opset int8 data test weights random-weights set",
+    "push": "model repository license folder dry-run private revision",
     "evaluate": "model data weights random-weights set",
     "explain": "plan",
-    "bench": "model reference batch threads dtype device seconds",
-    "report": "folders out",
+    "bench": "models reference runtimes batch threads dtype device seconds memory out",
+    "report": "folders out csv",
     "methods": "",
     "models": "pattern json",
 }
@@ -147,7 +148,7 @@ def test_help_and_version(call):
         (["compress", "x", "--out", "y", "--epochs", "many"], "Invalid value for '--epochs'"),
         (["compress", "x", "--out", "y", "--seed", "1.5"], "Invalid value for '--seed'"),
         (["explain", "a", "b"], "unexpected extra argument"),
-        (["bench", "x", "--batch", "0"], "Invalid value for '--batch'"),
+        (["bench", "x", "--batch", "0"], "batch must be whole numbers of at least 1"),
     ],
 )
 def test_wrong_usage(arguments, told, call):

@@ -19,7 +19,7 @@ ROOMS = (
     "measure observe surgery store parent "
     "data train "
     "search compensate contract methods "
-    "recipe timed job verdict report run transfer pareto export cli demo"
+    "recipe timed job verdict report run transfer pareto export quantize runtimes bench hub deliver cli demo"
 ).split()
 WORDS = frozenset({"errors", "plain", "steps", "spec", "plan", "costs", "table", "budget"})
 DOORS = frozenset({"", "__main__"})

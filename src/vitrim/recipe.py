@@ -93,7 +93,9 @@ class Recipe(Node):
         budget: what the child may cost, as text (`vitrim.budget.Budget.parse`).
         recover: ``ridge`` compensates what was cut in closed form on the calibration images, before any training,
             whatever the method; ``none`` leaves the weights as they were.
-        train: how the child is trained against its parent; ``epochs = 0`` cuts only.
+        teacher: who teaches where search and training distill; None for the parent. Any timm model that takes the
+            parent's images and tells its classes apart, also one that vitrim cannot cut.
+        train: how the child is trained against its teacher; ``epochs = 0`` cuts only.
         measure: how it is measured.
         seed: of everything random.
         device: where to run.
@@ -104,6 +106,7 @@ class Recipe(Node):
     method: dict[str, Any]
     budget: str
     recover: Literal["none", "ridge"] = "none"
+    teacher: ModelRecipe | None = None
     train: Train = Train(epochs=0)
     measure: Measure = Measure()
     seed: NonNegativeInt = 0

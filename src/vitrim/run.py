@@ -204,7 +204,9 @@ def _found(job: Job, method: Method, data: Data | None) -> tuple[Found, nn.Modul
         # A search of another budget must not go on where this one ended.
         folder = job.file("search" if not searches else f"search/again-{searches}")
         searches += 1
-        return method.search(job.parent, data, budget, seed=job.recipe.seed, teacher=job.parent, folder=folder, log=log)
+        return method.search(
+            job.parent, data, budget, seed=job.recipe.seed, teacher=job.teacher, folder=folder, log=log
+        )
 
     def cut(found: Found) -> nn.Module:
         return apply(found.parent, found.plan, grafts=_recovered(job, found, data))
@@ -280,14 +282,15 @@ def _train(job: Job, child: nn.Module, seconds: float, begun: Start | None) -> t
     start, before = time.perf_counter(), 0.0
     settings = job.recipe.train
     if settings.epochs and job.splits is not None:
-        job.say(f"training the child for epochs={settings.epochs:g} with its parent as teacher")
+        who = "its parent" if job.recipe.teacher is None else job.recipe.teacher.name
+        job.say(f"training the child for epochs={settings.epochs:g} with {who} as teacher")
         fitted = fit(
             child,
             job.splits.train,
             settings,
             input=job.input,
             seed=job.recipe.seed,
-            teacher=job.parent,
+            teacher=job.teacher,
             folder=job.file("training"),
             log=logger(job.file("log.jsonl")),
             stage="train",

@@ -65,14 +65,9 @@ def _distilled(epochs: float, minutes: float) -> dict[str, Any]:
     """Label-free distillation for some minutes: divergence from the dense output, on images and their mirror images."""
     if epochs:
         raise RecipeError("training must be bounded by --epochs or by --minutes, but both are given; leave one out")
-    return {
-        "epochs": 1000,
-        "minutes": minutes,
-        "batch": 16,
-        "lr": 1e-4,
-        "augment": {"kind": "light", "shift": 0, "hflip": 0.5},
-        "distill": {"kind": "soft", "alpha": 1},
-    }
+    from vitrim.train import DISTILLED
+
+    return {**DISTILLED, "minutes": minutes}
 
 
 @app.command("run")

@@ -11,7 +11,7 @@ from vitrim.plain import read_json
 from vitrim.plan import Plan, read_plan
 from vitrim.spec import Spec
 
-__all__ = ["Record", "Run", "number", "read_runs"]
+__all__ = ["Record", "Run", "names_apart", "number", "read_runs"]
 
 Record = dict[str, Any]
 
@@ -39,12 +39,12 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """
     if not folders:
         raise RunError("a report must have at least one run folder, but got none; name one")
-    return [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    return [_read(folder, name) for folder, name in zip(folders, names_apart(folders), strict=True)]
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
+def names_apart(folders: Sequence[str | Path]) -> list[str]:
     """Last parts of each path, one where that tells all apart and more where it does not."""
-    parts = [folder.resolve().parts for folder in folders]
+    parts = [Path(folder).resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(set(parts)):

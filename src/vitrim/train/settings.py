@@ -1,13 +1,13 @@
 """What can be said about a training run."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from vitrim.data import Augment
 from vitrim.plain import Node
 
-__all__ = ["Distill", "Train"]
+__all__ = ["DISTILLED", "Distill", "Train"]
 
 
 class Distill(Node):
@@ -99,3 +99,14 @@ class Train(Node):
     def mixes(self) -> bool:
         """Whether mixup or cutmix is on."""
         return self.mixup > 0 or self.cutmix > 0
+
+
+DISTILLED: dict[str, Any] = {
+    "epochs": 1000,
+    "batch": 16,
+    "lr": 2e-5,
+    "augment": {"kind": "light", "shift": 0, "hflip": 0.5},
+    "distill": {"kind": "soft", "alpha": 1},
+}
+"""Label-free distillation for some minutes (``minutes`` is to be added): divergence from the teacher's output on images
+and their mirror images. A compressed model is near its teacher already, and larger steps lead away from it."""

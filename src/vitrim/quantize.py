@@ -1,0 +1,187 @@
+"""Eight-bit ONNX files by ONNX Runtime's static quantisation, with their accuracy told.
+
+B images, C channels, (h, w) height and width of the input.
+
+Weights become int8, one scale an output channel; activations uint8, one scale a tensor, from their range over the
+calibration images. Only products with weights are quantised (linear layers and convolutions). Products of two
+activations (queries with keys, attention with values), softmax, norms and GELU stay in float32: they are few of the
+multiply-accumulates, and much of the loss. The file holds QDQ pairs (QuantizeLinear, DequantizeLinear), which ONNX
+Runtime, OpenVINO and TensorRT fuse each in their own way.
+"""
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.errors import ExportError
+from vitrim.export import OPSET, beside, check_target, export, onnx_session
+from vitrim.plain import Node
+from vitrim.train import evaluate, reference_logits
+
+__all__ = ["Quantized", "quantize"]
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+class Quantized(Node):
+    """What was written, and what it costs in accuracy.
+
+    Bytes are of the file and of the same model in float32. `top1` and `top1_before` are percent on the test images,
+    None where there are none or they have no labels; `agreement` is how often both give the same answer, percent,
+    on the test images, or else on the calibration images, which flatters.
+    """
+
+    path: str
+    opset: int
+    bytes: int
+    bytes_before: int
+    calibration_images: int
+    test_images: int
+    top1: float | None
+    top1_before: float | None
+    agreement: float
+    torch: str
+    runtime: str
+
+
+def quantize(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    calibration: Batches,
+    *,
+    test: Batches | None = None,
+    opset: int = OPSET,
+    threads: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Quantized:
+    """Write `model` as an eight-bit ONNX file; the model is left as it was.
+
+    Args:
+        model: an adopted model, on the CPU.
+        path: ``….onnx``.
+        calibration: batches of images ``(B, C, h, w)``, normalised, and labels, which are not looked at; they are gone
+            through twice where there is no `test`.
+        test: batches to measure both models on; labels are -1 where unknown.
+        opset: ONNX operator set, at least 18.
+        threads: CPU threads of the measurement; PyTorch's setting where not given.
+        say: receives a line about what goes on.
+
+    Raises:
+        ExportError: if a package is missing, the opset is too old, the place cannot be written to, the model cannot be
+            exported, or the quantiser refuses it. Nothing is written then.
+    """
+    file = Path(path)
+    if file.suffix != ".onnx":
+        raise ExportError(f"an int8 file must end in .onnx, but got '{file.name}'; leave --int8 out for other kinds")
+    check_target(file, opset)
+    with beside(file) as part, tempfile.TemporaryDirectory(prefix="vitrim-int8-") as folder:
+        say("exporting in float32")
+        before = export(model, Path(folder) / "float.onnx", opset=opset)
+        say("calibrating")
+        count = _quantized(Path(before.path), part, calibration)
+        runtime, run = onnx_session(part, threads)
+        images = test if test is not None else calibration
+        say("measuring both")
+        theirs = reference_logits(model, images)
+        after = evaluate(_Session(run), images, reference=theirs)
+        size = part.stat().st_size
+    assert after.agreement is not None
+    return Quantized(
+        path=str(file),
+        opset=opset,
+        bytes=size,
+        bytes_before=before.bytes,
+        calibration_images=count,
+        test_images=0 if test is None else after.count,
+        top1=None if test is None else after.top1,
+        top1_before=None if test is None or after.top1 is None else _top1(theirs, test),
+        agreement=after.agreement,
+        torch=torch.__version__,
+        runtime=runtime,
+    )
+
+
+class _Session(nn.Module):
+    """A session where a module is asked for."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.run(images)
+
+
+def _top1(logits: Tensor, batches: Batches) -> float:
+    labels = torch.cat([labels for _, labels in batches])
+    return 100 * float((logits.argmax(dim=-1) == labels).double().mean())
+
+
+def _quantized(source: Path, target: Path, batches: Batches) -> int:
+    """Write `target`, and return how many images it was calibrated with."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = source.with_name("prepared.onnx")
+    count = 0
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches = iter(batches)
+
+        def get_next(self) -> dict[str, Any] | None:
+            nonlocal count
+            images = next(self.batches, (None, None))[0]
+            if images is None:
+                return None
+            count += images.shape[0]
+            return {name: images.numpy()}
+
+    try:
+        with _quiet():
+            quant_pre_process(source, prepared, skip_symbolic_shape=True)
+            graph = onnx.load(prepared).graph
+            name = graph.input[0].name
+            quantize_static(
+                prepared,
+                target,
+                Reader(),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+                nodes_to_exclude=_weightless(graph),
+            )
+    except Exception as problem:  # the quantiser raises whatever its parts raise
+        if isinstance(problem, ExportError | OSError):
+            raise
+        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        raise ExportError(f"ONNX Runtime must be able to quantise this model, but says: {reason[:200]}") from problem
+    return count
+
+
+def _weightless(graph: Any) -> list[str]:
+    """Names of the products of two activations."""
+    weights = {tensor.name for tensor in graph.initializer}
+    return [node.name for node in graph.node if node.op_type == "MatMul" and not weights & set(node.input)]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the quantiser's advice to do what has been done."""
+    logger = logging.getLogger()
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        logger.setLevel(level)
