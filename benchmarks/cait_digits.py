@@ -74,7 +74,7 @@ def main() -> None:
     lines: list[dict[str, Any]] = []
 
     def write(line: dict[str, Any]) -> None:
-        lines.append(line | {"scale": args.scale})
+        lines.append(line | {"scale": args.scale, "parent_scale": args.parent_scale})
         args.results.write_text("".join(json.dumps(each) + "\n" for each in lines))
 
     for seed in args.seeds:
