@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("vitrim needs Python 3.11 or newer, but got %d.%d; set PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,docs,openvino]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,docs,openvino,seg]'
 	touch $@
 
 demo: $(VENV)/.installed

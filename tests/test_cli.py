@@ -29,6 +29,8 @@ CLASSES = 4
 OPTIONS = {
     "compress": "model out method budget data test weights random-weights epochs minutes recover calibration seed set",
     "pareto": "model data out test budgets weights random-weights seed set",
+    "search": "model storage budget method trials data weights random-weights seed out set",
+    "transfer": "",
     "run": "recipe out set",
     "export": "model out opset int8 data test weights random-weights set",
     "push": "model repository license folder dry-run private revision",

@@ -2,29 +2,33 @@
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
-from tests.conformance.method import digits
+from tests.conformance.method import digits, method_of
 from tests.samples import PRESETS, adopted, apart, images, timm_model
 from tests.tolerance import EXACT
-from vitrim import methods, surgery
+from vitrim import families, methods, surgery
 from vitrim.budget import Budget
 from vitrim.compensate import Choice, compensated, importances, recovered
 from vitrim.compensate.attention import AttentionCut
-from vitrim.compensate.hear import attended
+from vitrim.compensate.hear import attended, hidden
+from vitrim.compensate.neurons import NeuronCut
 from vitrim.compensate.walk import Walk
 from vitrim.contract import Data
-from vitrim.costs import cost_of
+from vitrim.costs import block_cost, cost_of
+from vitrim.data import eval_loader
 from vitrim.errors import BudgetError, MethodError
 from vitrim.families import adopt, blocks_of, describe
+from vitrim.methods import _budgets
 from vitrim.methods._budgets import read_off
 from vitrim.methods._calibration import Calibration, fingerprint, read_calibration, write_calibration
-from vitrim.methods._sensitivity import last_exact, merging, needed
+from vitrim.methods._sensitivity import last_exact, merging, needed, schedules
 from vitrim.plan import BlockPlan, Plan
 from vitrim.search.recover import Moments
-from vitrim.spec import Attention, Drop
+from vitrim.spec import Attention, Drop, GridMerge
 
 LOW_RANK = 1e-9
 """Full rank on a whole model: several decompositions a layer."""
@@ -342,3 +346,143 @@ def test_moments_of_some_features_are_slices():
     part.add(w, x[..., index], x)
     assert apart(whole_.of(index).gram, part.gram) < EXACT
     assert apart(whole_.of(index).cross, part.cross) < EXACT
+
+
+# -- what else the method promises
+
+
+@pytest.mark.parametrize("name", ["magnitude", "taylor", "vit_slim", "mdc", "cait"])
+def test_ridge_after_every_other_method(name):
+    """Each can be used without training: on the pictures of the fit the output is nearer to the uncut model's."""
+    model = adopt(timm_model("vit", "plain", torch.float32))
+    data = digits(model)
+    found = method_of(name).search(model, data, Budget.parse("macs=0.6"), seed=0, teacher=model)
+    x = [pictures for pictures, _ in eval_loader(data.calibration, data.input, batch=16)]
+    grafts = recovered(found.parent, found.plan, x)
+    bare, kept = (surgery.apply(found.parent, found.plan, grafts=some).eval() for some in ({}, grafts))
+    assert describe(bare) == describe(kept)
+    with torch.no_grad():
+        whole = surgery.apply(found.parent, steps_alone(found)).eval()
+        dense, before, after = (torch.cat([net(batch) for batch in x]) for net in (whole, bare, kept))
+    assert (after - dense).square().mean() < (before - dense).square().mean()
+
+
+def steps_alone(found):
+    """What a plan does to tokens, without its widths."""
+    blocks = [one.model_copy(update={"qk": None, "v": None, "hidden": None}) for one in found.plan.blocks()]
+    return Plan.of(describe(found.parent), blocks)
+
+
+@pytest.mark.parametrize("share", [0.75, 0.45])
+def test_grid_merging_keeps_a_grid(share, tmp_path):
+    model = adopt(timm_model("vit", "plain", torch.float32))
+    rows = ((0, 0, 0), (0, 0, -1), (0, -1, -2))
+    table = dataclasses.replace(made_up(model), merges=rows, merged=(0.0, 1e-4, 2e-4))
+    write_calibration(tmp_path / "c.safetensors", table)
+    settings = {"merge": "grid", "calibration": str(tmp_path / "c.safetensors")}
+    method, budget = methods.get("post_training", settings), Budget(macs=share)
+    found = method.search(model, digits(model), budget, seed=0)
+    child = surgery.apply(model, found.plan, grafts=found.grafts)
+    cost, parent = cost_of(describe(child)), cost_of(describe(model))
+    assert budget.admits(cost, parent)
+    assert budget.spent(cost, parent) >= 0.98
+    steps = [block.tokens for _, _, block in describe(child).blocks() if block.tokens is not None]
+    assert steps
+    assert all(isinstance(step, GridMerge) and step.form == "mean" and step.size_bias for step in steps)
+    x = torch.zeros(1, 3, 32, 32)
+    shapes = [maps.shape for maps in child.forward_intermediates(x)[1]]
+    assert all(len(shape) == 4 for shape in shapes)
+    assert all(isinstance(arrives.grid, tuple) for arrives in describe(child).arrivals())
+
+
+def test_schedules_of_the_grid_and_of_likeness():
+    spec = describe(adopted("vit", "plain"))
+    assert schedules(spec, "none", True) == [(0, 0, 0)]
+    assert schedules(spec, "grid", False) == [(0, 0, 0), (0, -1, 0), (0, -1, -2), (0, 0, -1)]
+    costs = [cost_of(merging(spec, counts, True).child(spec)).macs for counts in schedules(spec, "bipartite", True)]
+    assert costs[0] == max(costs)
+    assert len(set(costs)) > 3
+    swin = describe(adopted("swin", "windows"))
+    assert len(schedules(swin, "bipartite", True)) == 1
+
+
+def test_a_calibration_of_another_merging_is_refused(tmp_path):
+    model = adopt(timm_model("vit", "plain", torch.float32))
+    write_calibration(tmp_path / "c.safetensors", made_up(model))
+    method = methods.get("post_training", {"merge": "grid", "calibration": str(tmp_path / "c.safetensors")})
+    with pytest.raises(MethodError, match="must hold schedules of merge=grid, but holds those of merge=bipartite"):
+        method.search(model, digits(model), Budget.parse("macs=0.7"), seed=0)
+    none = methods.get("post_training", {"merge": "none", "calibration": str(tmp_path / "c.safetensors")})
+    found = none.search(model, digits(model), Budget.parse("macs=0.8"), seed=0)
+    assert all(decision.tokens is None for decision in found.plan.blocks())
+
+
+@pytest.mark.parametrize("share", [0.75, 0.5, 0.3])
+def test_what_is_read_off_equals_brute_force(share):
+    """Every combination of a net of two blocks; costs counted node by node, allocation may round by 0.03 %."""
+    torch.manual_seed(0)
+    model = adopt(families.get("vit").example(depth=2).eval())
+    table = made_up(model)
+    spec = describe(model)
+    whole = cost_of(spec).macs
+    options = []
+    for (path, stage, block), arrives in zip(spec.blocks(), spec.arrivals(), strict=True):
+        attention, neurons = (group(table, path, block) for group in (_budgets._attention, _budgets._neurons))
+        own = []
+        for a, b in itertools.product(range(len(attention.choices)), range(len(neurons.choices))):
+            choice = dataclasses.replace(attention.choices[a], hidden=neurons.choices[b].hidden)
+            macs, _ = block_cost(_budgets._chosen(block, choice), stage, arrives)
+            own.append((macs, attention.losses[a] + neurons.losses[b]))
+        options.append(own)
+    rest = whole - sum(max(macs for macs, _ in own) for own in options)
+
+    def best(limit):
+        return min(a[1] + b[1] for a, b in itertools.product(*options) if rest + a[0] + b[0] <= limit)
+
+    found = read_off(table, Budget(macs=share), merge=False, widths=True, exact=False)
+    assert best(share * whole) - 1e-12 <= found.loss <= best((share - 5e-4) * whole) + 1e-12
+
+
+@pytest.mark.parametrize("preset", ["plain", "glu", "registers"])
+def test_fitted_neurons_are_never_worse(preset):
+    """Weighted error of the second MLP layer, on what enters it, against the bare slice of the same neurons."""
+    parent = adopted("vit", preset)
+    x = batches(describe(parent))
+    walk = Walk(parent, x, importances(parent, x, seed=0), 1e-2, 0.0)
+    place = walk.first()
+    for index in range(len(walk.rows)):
+        cut = NeuronCut(place, place.block)
+        kept, state = cut.cut(place.block.spec.hidden // 2)
+        bias = {name: value for name, value in state.items() if name.startswith(("mlp.fc1", "mlp.gate"))}
+        columns = cut.weight[:, list(kept)]
+        slices = bias | {f"{cut.name}.weight": columns}
+        blocks = [place.rebuilt(place.block.spec.mixer, len(kept), own) for own in (state, slices)]
+        weights = place.worth[f"{place.path}.mlp"].weights.split(12)
+        errors = [
+            sum(
+                float((w[..., None] * (hidden(block, a)[1] - hidden(place.block, a)[1]).square()).sum())
+                for a, w in zip(place.streams, weights, strict=True)
+            )
+            for block in blocks
+        ]
+        assert errors[0] <= errors[1] * (1 + 1e-9)
+        if index + 1 < len(walk.rows):
+            place = walk.send([place.block(batch).detach() for batch in place.streams])
+
+
+def test_memory_is_bounded():
+    """Per image: itself, token weights, and at most six streams of one block, whatever the depth."""
+    spec = describe(adopted("vit", "plain"))
+    model = adopt(timm_model("vit", "plain", torch.float32))
+    image, stream = 4 * 3 * 32 * 32, 4 * 17 * 48
+    peaks = []
+    for count in (40, 80):
+        x = [part.float() for part in images(spec, count).split(10)]
+        worth = importances(model, x, seed=0)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as watched:
+            compensated(model, narrow(spec), x, worth, alpha=0.3)
+        events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+        sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+        peaks.append(max(itertools.accumulate(sizes)))
+    assert peaks[0] > 0
+    assert peaks[1] - peaks[0] <= 40 * (image + 6 * stream)

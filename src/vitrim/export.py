@@ -22,6 +22,7 @@ from vitrim.families import describe
 from vitrim.measure.model import home_of, image_of, resting
 from vitrim.nn import fold_merges_
 from vitrim.plain import Node
+from vitrim.surgery import fold
 
 __all__ = [
     "KINDS",
@@ -83,7 +84,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, opset: int = OPSET
     still = _still(model)
     image = image_of(still)
     with beside(file) as part:
-        program = _traced(fold_merges_(copy.deepcopy(still)), torch.zeros(3, *image))
+        program = _traced(fold(fold_merges_(copy.deepcopy(still))).eval(), torch.zeros(3, *image))
         runtime, run = (_onnx if kind == "onnx" else _program)(program, part, opset)
         worst = _compare(still, run, image)
         size = part.stat().st_size

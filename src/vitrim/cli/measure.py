@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from vitrim.cli.shared import Random, Settings, Weights, app, read, say, show_table
+from vitrim.cli.transfer import scored
 from vitrim.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def evaluate(
     random_weights: Random = False,
     set_: Settings = None,
 ) -> None:
-    """Measure top-1 of a model."""
+    """Measure top-1 of a model, or the mean IoU of a segmentor on the scenes of --data."""
     import torch
 
     from vitrim import measure
@@ -43,6 +44,9 @@ def evaluate(
         raise RecipeError(f"a setting of evaluate must be of model or data, but got '{next(iter(asked))}'")
     net = open_parent(**dump(named))
     spec = describe(net)
+    if spec.family == "segmentor":
+        scored(net, model, data, source)
+        return
     known = splits_of(data)
     split = next((name for name in ("test", "validation") if name in known), None)
     images = open_source(data, split, class_map=source.class_map, classes=spec.classes)

@@ -30,7 +30,7 @@ class Found:
     """What a budget gives.
 
     Attributes:
-        merges: patches merged in each block.
+        merges: the schedule of merging, see `vitrim.methods._sensitivity.merging`.
         choices: widths of each block.
         loss: the sum of the table's losses, nats.
         exact: whether the last block computes prefix tokens alone where it can.
@@ -343,6 +343,6 @@ def _fewer_merges(spec: Spec, found: Found, budget: Budget) -> Found:
         for index, count in enumerate(found.merges):
             counts = (*found.merges[:index], count - 1, *found.merges[index + 1 :])
             fewer = replace(found, merges=counts)
-            if count and budget.admits(_priced(spec, fewer), parent):
+            if count > 0 and budget.admits(_priced(spec, fewer), parent):
                 found, moved = fewer, True
     return found

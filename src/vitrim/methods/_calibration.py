@@ -42,7 +42,8 @@ class Calibration:
         shares: by path of a cut (``stages.0.blocks.3.hidden``, ``….qk``, ``….v``), removed shares, rising.
         losses: by the same paths, what was measured there. ``….heads`` holds one loss for each head that goes alone,
             and behind them that of all together.
-        merges: patches merged in each block, ``(S, L)``, whole numbers; the first schedule merges none.
+        merges: patches merged in each block, ``(S, L)``, whole numbers; the first schedule merges none. Numbers below 0
+            halve the grid, see `vitrim.methods._sensitivity.merging`.
         merged: losses of these schedules, ``(S,)``.
         seconds: what it took.
     """
@@ -56,6 +57,12 @@ class Calibration:
     merges: tuple[tuple[int, ...], ...]
     merged: tuple[float, ...]
     seconds: float = 0.0
+
+    @property
+    def merge(self) -> str:
+        """What the schedules merge: ``bipartite``, ``grid`` or ``none``."""
+        numbers = [count for row in self.merges for count in row]
+        return "grid" if min(numbers) < 0 else "bipartite" if max(numbers) else "none"
 
     def check(self, model: nn.Module, input: Input, at: str) -> None:
         """Refuse another model, other weights, or images of another size or normalisation.

@@ -5,6 +5,7 @@ B images, L blocks, H heads, K channels of a head, M hidden neurons, N tokens.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +31,10 @@ from vitrim.methods._calibration import Calibration, fingerprint
 from vitrim.nn import Attention, Block
 from vitrim.plan import BlockPlan, Plan
 from vitrim.spec import Attention as AttentionSpec
-from vitrim.spec import Merge, Spec
+from vitrim.spec import GridMerge, Merge, Spec
 from vitrim.surgery import apply
 
-__all__ = ["calibrate", "divergence", "last_exact", "logits_of", "merging", "needed", "schedules"]
+__all__ = ["Kind", "calibrate", "divergence", "last_exact", "logits_of", "merging", "needed", "schedules"]
 
 _CUTS = (0.25, 0.5, 0.75)
 """Removed shares that are measured; between them losses follow power laws."""
@@ -41,8 +42,32 @@ _CUTS = (0.25, 0.5, 0.75)
 _SHAPES = ((0.3, 1.7), (0.65, 1.35), (1.0, 1.0), (1.5, 0.6), (1.8, 0.2))
 """Patches merged in the first and in the last block that merges, in units of the mean, with a straight line between."""
 
-_SHARES = (0.85, 0.78, 0.72, 0.66, 0.62, 0.58, 0.54, 0.5, 0.46, 0.42, 0.38)
-"""MACs that the schedules of merging are made for, as shares of the dense model's."""
+_SHARES = {
+    0.85: (0, 1),
+    0.78: (0, 1, 2),
+    0.72: (0, 1, 2),
+    0.66: (0, 1, 2),
+    0.62: (0, 1, 2),
+    0.58: (1, 2, 3),
+    0.54: (1, 2, 3),
+    0.5: (1, 2, 3),
+    0.46: (2, 3, 4),
+    0.42: (2, 3, 4),
+    0.38: (3, 4),
+}
+"""MACs that the schedules of merging are made for, as shares of the dense model's, and their shapes. All five shapes of
+all shares were measured on a ViT-Ti: the best lay within these bands, one from the edge or better where it had room."""
+
+COLUMNS, ROWS = -1, -2
+"""In a schedule: neighbours along a row (along a column) of the grid are merged at the input of a block."""
+
+_APART = (1, 2, 4)
+"""Blocks between the two halvings of a grid."""
+
+_STARTS = 12
+"""Blocks at most at which a grid is first halved."""
+
+Kind = Literal["bipartite", "grid", "none"]
 
 
 def needed(spec: Spec) -> int:
@@ -66,10 +91,16 @@ def last_exact(spec: Spec, wanted: bool = True) -> Plan:
 
 
 def merging(spec: Spec, counts: Sequence[int], exact: bool) -> Plan:
-    """The plan that merges `counts` patches in the blocks of `spec`; `exact`: see `last_exact`."""
+    """The plan of a schedule: patches merged in each block, or `COLUMNS` or `ROWS`; `exact`: see `last_exact`."""
     decisions = last_exact(spec, exact).blocks()
-    steps = [Merge(count=count) if count else None for count in counts]
+    steps = [_step(count) for count in counts]
     return Plan.of(spec, [one.model_copy(update={"tokens": step}) for one, step in zip(decisions, steps, strict=True)])
+
+
+def _step(count: int) -> Merge | GridMerge | None:
+    if count < 0:
+        return GridMerge(axis="w" if count == COLUMNS else "h", form="mean", size_bias=True)
+    return Merge(count=count) if count else None
 
 
 @torch.no_grad()
@@ -100,7 +131,7 @@ def calibrate(
     *,
     seed: int,
     strength: float,
-    merge: bool,
+    merge: Kind,
     exact: bool,
     advance: Callable[[float], None] = lambda _: None,
 ) -> Calibration:
@@ -113,7 +144,7 @@ def calibrate(
         input: of the images.
         seed: of drawn labels.
         strength: of the ridge.
-        merge: whether schedules of merging are measured too.
+        merge: whose schedules are measured, see `schedules`.
         exact: whether the last block computes prefix tokens alone where it can.
         advance: called with 1 after each block, and with 1 in all for the schedules.
     """
@@ -145,7 +176,7 @@ def calibrate(
                 entering = left
                 if place.stage is not walk.rows[index][1][1]:
                     entering = arriving(base, walk.blocks, index + 1, probe, left)
-    counts = schedules(spec, exact) if merge else [(0,) * len(spec.blocks())]
+    counts = schedules(spec, merge, exact)
     merged = []
     for row in counts:
         child = apply(model, merging(spec, row, exact)) if any(row) else base
@@ -223,23 +254,42 @@ def _left(size: int, share: float) -> int:
     return max(1, round(size * (1 - share)))
 
 
-def schedules(spec: Spec, exact: bool) -> list[tuple[int, ...]]:
-    """Ways to merge: five shapes over depth for each of eleven costs; the first merges nothing.
+def schedules(spec: Spec, kind: Kind, exact: bool) -> list[tuple[int, ...]]:
+    """Ways to merge, see `merging`; the first merges nothing.
 
-    Late-heavy ones lose least while little is merged, early-heavy ones where much is: then every block saves.
+    ``bipartite``: shapes over depth for each of eleven costs; late-heavy ones lose least while little is merged,
+    early-heavy ones where much is: then every block saves. ``grid``: halved once, at the input of any block but the
+    first, or twice, a few blocks apart.
     """
-    none = (0,) * len(spec.blocks())
+    blocks = len(spec.blocks())
     stage = spec.stages[0]
-    if len(spec.stages) > 1 or stage.window is not None or len(spec.blocks()) < 2:
-        return [none]
+    found = [(0,) * blocks]
+    if kind == "none" or len(spec.stages) > 1 or stage.window is not None or blocks < 2:
+        return found
+    if kind == "grid":
+        return found + _halvings(blocks, stage.grid)
     whole = cost_of(spec).macs
-    found = [none]
-    for share in _SHARES:
-        for shape in _SHAPES:
-            counts = _schedule(spec, shape, share * whole, exact)
+    for share, shapes in _SHARES.items():
+        for shape in shapes:
+            counts = _schedule(spec, _SHAPES[shape], share * whole, exact)
             if counts is not None and counts not in found:
                 found.append(counts)
     return found
+
+
+def _halvings(blocks: int, grid: tuple[int, int]) -> list[tuple[int, ...]]:
+    starts = sorted({1 + round(i * (blocks - 2) / max(_STARTS - 1, 1)) for i in range(_STARTS)})
+    can = {COLUMNS: grid[1] > 1, ROWS: grid[0] > 1}
+    found = []
+    for first in starts:
+        for second in (None, *(first + apart for apart in _APART)):
+            row = [0] * blocks
+            row[first] = COLUMNS if can[COLUMNS] else ROWS
+            if second is not None and second < blocks:
+                row[second] = ROWS
+            if second is None or (second < blocks and all(can.values())):
+                found.append(tuple(row))
+    return found if any(can.values()) else []
 
 
 def _schedule(spec: Spec, shape: tuple[float, float], macs: float, exact: bool) -> tuple[int, ...] | None:

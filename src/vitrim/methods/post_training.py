@@ -30,11 +30,11 @@ from vitrim.errors import MethodError
 from vitrim.families import describe
 from vitrim.methods._budgets import check_reach, read_off
 from vitrim.methods._calibration import Calibration, read_calibration, write_calibration
-from vitrim.methods._sensitivity import calibrate, merging, schedules
+from vitrim.methods._sensitivity import Kind, calibrate, merging, schedules
 from vitrim.plain import Node
 from vitrim.plan import Plan
 from vitrim.progress import progress
-from vitrim.spec import Merge, Spec
+from vitrim.spec import Spec
 from vitrim.surgery import apply
 
 __all__ = ["Method"]
@@ -46,11 +46,12 @@ class Method(Node):
     """Merge patches, narrow heads and MLPs, and re-fit what stays; nothing is trained.
 
     Attributes:
-        merge: ``bipartite``: patches that are alike become one, in every image its own; ``none``: every patch stays, as
-            dense prediction needs; ``auto``: bipartite where the model can (not in windows).
+        merge: ``bipartite``: patches that are alike become one, in every image its own; ``grid``: neighbours become
+            their mean, the same in every image, and a grid stays a grid; ``none``: every patch stays. The last two are
+            for dense prediction and for static graphs. ``auto``: bipartite where the model can (not in windows).
         widths: whether heads, their channels and neurons may go.
         only_prefix: whether the last block computes the prefix tokens alone where the head reads nothing else, which
-            changes no logit. Not with ``merge = "none"``, for patches are wanted then.
+            changes no logit; None for yes with bipartite merging alone, since patches may be wanted without it.
         strength: of the ridge, as a share of the mean diagonal of a layer's Gram matrix.
         alpha: share of a re-fit's target that brings the stream back to the dense one, in [0, 1]; without merging
             alone.
@@ -62,9 +63,9 @@ class Method(Node):
     needs: ClassVar[str] = "images"
     sentence: ClassVar[str] = "merges patches and narrows layers, compensated in closed form; no labels, no training"
 
-    merge: Literal["auto", "bipartite", "none"] = "auto"
+    merge: Literal["auto", "bipartite", "grid", "none"] = "auto"
     widths: bool = True
-    only_prefix: bool = True
+    only_prefix: bool | None = None
     strength: NonNegativeFloat = 1e-2
     alpha: float = Field(default=0.3, ge=0, le=1)
     probe: PositiveInt = 80
@@ -86,19 +87,16 @@ class Method(Node):
         if data is None or data.calibration is None:
             raise MethodError("post_training must see images, but no data was given; give data or use magnitude")
         spec = describe(model)
-        merge, exact = self._merges(spec), self._exact
-        check_reach(
-            spec, schedules(spec, exact) if merge else [_none(spec)], exact, budget.limits(cost_of(spec)), self.widths
-        )
+        merge = self._merges(spec)
+        exact = self._exact(merge)
+        check_reach(spec, schedules(spec, merge, exact), exact, budget.limits(cost_of(spec)), self.widths)
         images, probe = self.images(data)
         calibration = self._calibration(model, data, images, probe, seed, folder)
         start = time.perf_counter()
-        chosen = read_off(calibration, budget, merge=merge, widths=self.widths, exact=exact)
+        chosen = read_off(calibration, budget, merge=merge != "none", widths=self.widths, exact=exact)
         steps = merging(spec, chosen.merges, chosen.exact)
         base = apply(model, steps) if steps != Plan.keep(spec) else model
-        merged = any(
-            block.tokens is not None and isinstance(block.tokens, Merge) for _, _, block in describe(base).blocks()
-        )
+        merged = any(chosen.merges)
         worth = importances(base, images, seed=seed)
         with progress("compensation", len(chosen.choices)) as advance:
             widths, grafts = compensated(
@@ -128,18 +126,19 @@ class Method(Node):
             log(record)
         return Found(plan=plan, parent=model, grafts=grafts, trials=(record,))
 
-    @property
-    def _exact(self) -> bool:
-        return self.only_prefix and self.merge != "none"
+    def _exact(self, merge: Kind) -> bool:
+        return merge == "bipartite" if self.only_prefix is None else self.only_prefix
 
-    def _merges(self, spec: Spec) -> bool:
+    def _merges(self, spec: Spec) -> Kind:
         able = len(spec.stages) == 1 and spec.stages[0].window is None
-        if self.merge == "bipartite" and not able:
+        if self.merge in ("bipartite", "grid") and not able:
             raise MethodError(
-                "merge=bipartite must have one stage without windows, but this model has windows or several stages; "
-                "use merge=none"
+                f"merge={self.merge} must have one stage without windows, but this model has windows or several "
+                "stages; use merge=none"
             )
-        return able and self.merge != "none"
+        if self.merge == "auto":
+            return "bipartite" if able else "none"
+        return self.merge
 
     def images(self, data: Data) -> tuple[list[Tensor], list[Tensor]]:
         """Batches for statistics, and batches of other images to judge cuts on; all in memory.
@@ -169,6 +168,12 @@ class Method(Node):
         if self.calibration is not None:
             known = read_calibration(Path(self.calibration))
             known.check(model, data.input, self.calibration)
+            wanted = self._merges(describe(model))
+            if wanted not in ("none", known.merge):
+                raise MethodError(
+                    f"{self.calibration}: the calibration must hold schedules of merge={wanted}, but holds those of "
+                    f"merge={known.merge}; calibrate again, or set method.merge={known.merge}"
+                )
             return known
         path = folder / FILE if folder is not None else None
         if path is not None and path.is_file():
@@ -192,13 +197,9 @@ class Method(Node):
                 seed=seed,
                 strength=self.strength,
                 merge=self._merges(spec),
-                exact=self._exact,
+                exact=self._exact(self._merges(spec)),
                 advance=advance,
             )
-
-
-def _none(spec: Spec) -> tuple[int, ...]:
-    return (0,) * len(spec.blocks())
 
 
 def _few(dataset: Any, data: Data, batch: int, most: int | None) -> Iterator[Tensor]:

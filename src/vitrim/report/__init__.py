@@ -6,12 +6,14 @@ from typing import Any
 from vitrim.report.blocks import Row, sheet, total
 from vitrim.report.folder import names_apart
 from vitrim.report.page import csv, html, markdown
+from vitrim.report.scenes import class_table, segmented
 from vitrim.report.tables import Table, as_markdown, outcome, plan_table, result
 
 __all__ = [
     "Row",
     "Table",
     "as_markdown",
+    "class_table",
     "csv",
     "curve",
     "html",
@@ -20,6 +22,7 @@ __all__ = [
     "outcome",
     "plan_table",
     "result",
+    "segmented",
     "sheet",
     "times",
     "total",

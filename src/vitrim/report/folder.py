@@ -26,6 +26,8 @@ class Run(NamedTuple):
     plan: Plan | None
     trials: list[Record]
     log: list[Record]
+    classes: list[Record] = []  # noqa: RUF012 a tuple's defaults are shared, and nobody changes this one
+    pictures: tuple[Path, ...] = ()
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -61,7 +63,19 @@ def _read(folder: Path, name: str) -> Run:
         plan=decided,
         trials=_lines(folder / "trials.jsonl"),
         log=_lines(folder / "log.jsonl"),
+        classes=_classes(folder / "classes.json"),
+        pictures=tuple(sorted((folder / "pictures").glob("*.png"))),
     )
+
+
+def _classes(path: Path) -> list[Record]:
+    """The classes of a segmentation, in the order of their labels."""
+    known = read_json(path, RunError) if path.exists() else []
+    if not isinstance(known, list) or not all(isinstance(each, dict) for each in known):
+        raise RunError(
+            f"{path}: the file must hold a list of records, but holds something else; run the transfer again"
+        )
+    return known
 
 
 def _measured(folder: Path) -> Record:

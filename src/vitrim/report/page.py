@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from types import ModuleType
 
-from vitrim.report import tables
+from vitrim.report import scenes, tables
 from vitrim.report.blocks import fates
 from vitrim.report.folder import Run, read_runs
 from vitrim.report.picture import picture
@@ -69,8 +69,8 @@ def markdown(folders: Sequence[Path]) -> str:
     parts = [] if len(runs) == 1 else ["# Runs", as_markdown(tables.comparison(runs))]
     level = "#" if len(runs) == 1 else "##"
     for run in runs:
-        parts += [f"{level} {markdown_text(run.name)}", markdown_text(tables.outcome(run.measured))]
-        for table in (tables.result(run.measured), tables.block_table(run), tables.provenance(run.measured)):
+        parts += [f"{level} {markdown_text(run.name)}", markdown_text(_outcome(run))]
+        for table in (*_figures(run), tables.provenance(run.measured)):
             if table is not None and table.rows:
                 parts += [f"{level}# {table.caption}", as_markdown(table)]
     return "\n\n".join(parts) + "\n"
@@ -90,7 +90,7 @@ def csv(folders: Sequence[Path]) -> str:
 
 
 def _alone(run: Run) -> str:
-    sentence = escape(tables.outcome(run.measured))
+    sentence = escape(_outcome(run))
     return f'<header><h1>{escape(run.name)}</h1>\n<p class="outcome">{sentence}</p></header>\n{_run(run)}'
 
 
@@ -116,8 +116,7 @@ def _together(runs: Sequence[Run]) -> str:
     if plot := many.courses(runs):
         parts += ["<h3>Training of all</h3>", _figure(plot)]
     for index, run in enumerate(runs):
-        sentence = escape(tables.outcome(run.measured))
-        top = f'<section id="run-{index}">\n<h2>{escape(run.name)}</h2>\n<p class="outcome">{sentence}</p>'
+        top = f'<section id="run-{index}">\n<h2>{escape(run.name)}</h2>\n<p class="outcome">{escape(_outcome(run))}</p>'
         parts += [top, _run(run), "</section>"]
     return "\n".join(parts)
 
@@ -138,9 +137,28 @@ def _figure(plot: str) -> str:
     return f'<figure><div class="wide">{plot}</div></figure>'
 
 
+def _segments(run: Run) -> bool:
+    return run.measured.get("task") == "segmentation"
+
+
+def _outcome(run: Run) -> str:
+    return scenes.spoken(run.measured) if _segments(run) else tables.outcome(run.measured)
+
+
+def _figures(run: Run) -> list[Table | None]:
+    """The tables of what a run made."""
+    if _segments(run):
+        return [scenes.segmented(run.measured), scenes.class_table(run.classes)]
+    return [tables.result(run.measured), tables.block_table(run)]
+
+
 def _run(run: Run) -> str:
-    parts = [_table(tables.result(run.measured), "result"), *_kept(run), *_course(run), *_origin(run)]
-    return "\n".join(parts)
+    if _segments(run):
+        figures, classes = scenes.segmented(run.measured), scenes.class_table(run.classes)
+        first = [_table(figures, "result"), "<h3>Every class</h3>", _table(classes, "small"), *scenes.gallery(run)]
+    else:
+        first = [_table(tables.result(run.measured), "result"), *_kept(run)]
+    return "\n".join([*first, *_course(run), *_origin(run)])
 
 
 def _kept(run: Run) -> list[str]:

@@ -5,7 +5,7 @@ __all__ = ["STYLE"]
 STYLE = """
 :root { color-scheme: light dark;
   --paper: #ffffff; --ink: #16191d; --soft: #555e69; --line: #dfe3e8; --wash: #f5f7f9; --whole: #e6eaee;
-  --qk: #2563b0; --v: #0d7a6c; --mlp: #b4560e; --cost: #5b6673; --other: #8a3f9c; --conv: #86690d; }
+  --qk: #2563b0; --v: #0d7a6c; --mlp: #b4560e; --cost: #5b6673; --other: #8a3f9c; --conv: #8a6a0a; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #14171a; --ink: #e9ecef; --soft: #a3adb8; --line: #31373e; --wash: #1c2024; --whole: #2b3137;
   --qk: #6ea8f0; --v: #43bfae; --mlp: #eb9a55; --cost: #98a4b1; --other: #cf8fdf; --conv: #d9b94a; } }
@@ -48,6 +48,8 @@ figcaption { color: var(--soft); font-size: 14px; margin: 0 0 12px; display: fle
 .key.cost::before { background: var(--cost); }
 .copies { display: grid; gap: 0 16px; }
 .key.dead::before { background: none; border: 1px dashed var(--soft); }
+.swatch { display: inline-block; width: 11px; height: 11px; margin-right: 6px; border-radius: 2px; }
+img.scene { display: block; width: 100%; height: auto; margin: 0 0 10px; border-radius: 4px; }
 svg { display: block; width: 100%; height: auto; font-family: inherit; }
 svg.kept { min-width: 760px; }
 svg.kept text { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; }
@@ -55,7 +57,7 @@ svg.kept text.path { fill: var(--ink); }
 svg.kept text.end { text-anchor: end; }
 svg.kept text.mid { text-anchor: middle; font-size: 11.5px; paint-order: stroke; stroke: var(--paper);
   stroke-width: 7px; stroke-linejoin: round; }
-svg.kept text.on { fill: var(--paper); stroke: none; }
+svg.kept text.on { text-anchor: middle; font-size: 11.5px; fill: var(--paper); }
 .whole { fill: var(--whole); } rect.qk { fill: var(--qk); } rect.v { fill: var(--v); }
 rect.conv { fill: var(--conv); } rect.mlp { fill: var(--mlp); } rect.cost { fill: var(--cost); }
 rect.dead, rect.gone { fill: none; stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; opacity: 0.7; }

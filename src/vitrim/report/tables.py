@@ -102,8 +102,13 @@ def _with_spread(measured: Record, name: str) -> str:
 
 def comparison(runs: Sequence[Run]) -> Table:
     """One row a run."""
-    head = ("run", "method", "MACs", "of parent", "parameters", "of parent", "top-1", "parent's", "latency ratio")
-    return Table("All runs", head, [_compared(run) for run in runs])
+    head: tuple[str, ...] = ("run", "method", "MACs", "of parent", "parameters", "of parent")
+    head = (*head, "top-1", "parent's", "latency ratio")
+    rows: list[tuple[str, ...]] = [_compared(run) for run in runs]
+    if any(number(run.measured, "miou") is not None for run in runs):
+        head = (*head, "mean IoU")
+        rows = [(*row, _percent(number(run.measured, "miou"))) for row, run in zip(rows, runs, strict=True)]
+    return Table("All runs", head, rows)
 
 
 def _compared(run: Run) -> tuple[str, ...]:
@@ -149,7 +154,7 @@ def _line(row: Row, drops: bool) -> tuple[str, ...]:
 
 def provenance(measured: Record) -> Table:
     """Everything measured or set that the other tables do not show."""
-    shown = {"top1", "top1_parent", "agreement", "latency_ms", "latency_parent_ms"}
+    shown = {"top1", "top1_parent", "agreement", "latency_ms", "latency_parent_ms", "miou", "accuracy", "macs_head"}
     for name in ("macs", "params", "latency"):
         shown |= {name, f"{name}_parent", f"{name}_ratio", f"{name}_ratio_low", f"{name}_ratio_high"}
     rows = [(str(key), _plain(value)) for key, value in measured.items() if key not in shown]

@@ -2,19 +2,21 @@
 
 from vitrim.train.distill import Objective
 from vitrim.train.evaluate import Evaluated, evaluate, reference_logits
-from vitrim.train.fit import Fitted, fit, steps_of
+from vitrim.train.fit import Fitted, Task, fit, steps_of
 from vitrim.train.loop import Stop
 from vitrim.train.optim import learning_rate, parameter_groups
-from vitrim.train.settings import Distill, Train
+from vitrim.train.settings import DISTILLED, Distill, Train
 from vitrim.train.start import Start
 
 __all__ = [
+    "DISTILLED",
     "Distill",
     "Evaluated",
     "Fitted",
     "Objective",
     "Start",
     "Stop",
+    "Task",
     "Train",
     "evaluate",
     "fit",
