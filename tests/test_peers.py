@@ -42,7 +42,7 @@ def test_every_model_meets_the_budget(dense):
 def test_torch_pruning_is_mended(dense):
     """Channels that are zero can go, and with the dense model's temperature nothing changes."""
     pytest.importorskip("torch_pruning")
-    from benchmarks.peers.torch_pruning_fixed import _pruned
+    from benchmarks.peers.torch_pruning_fixed import _pruned, gradients
 
     model, x = copy.deepcopy(dense), torch.randn(4, 3, 32, 32)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def test_torch_pruning_is_mended(dense):
                     part.view(groups, part.shape[0] // groups, -1)[:, part.shape[0] // groups // 2 :] = 0
         wanted = model(x)
     batches = [(x, torch.tensor([0, 1, 2, 3]))]
-    child = _pruned(model, batches, (3, 32, 32), 0.5, "inner")
+    child = _pruned(model, gradients(model, batches), (3, 32, 32), 0.5, "inner")
     assert [block.attn.head_dim for block in child.blocks] == [8] * 3
     assert [block.mlp.fc1.out_features for block in child.blocks] == [dense.blocks[0].mlp.fc1.out_features // 2] * 3
     assert counted(child, (3, 32, 32)).macs < 0.6 * counted(model, (3, 32, 32)).macs

@@ -12,6 +12,8 @@ from vitrim import cli, export, families, quantize, store
 from vitrim.data import Input, eval_loader, split
 from vitrim.errors import ExportError
 from vitrim.families import describe
+from vitrim.families._segmentor import segmentor
+from vitrim.nn.segment import Head
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 
@@ -71,6 +73,19 @@ def test_without_a_test_split_the_calibration_images_tell(model, loaders, tmp_pa
     done = quantize.quantize(model, tmp_path / "m.onnx", loaders[0])
     assert (done.top1, done.top1_before, done.test_images) == (None, None, 0)
     assert 70 < done.agreement <= 100
+
+
+def test_a_segmentor_answers_for_each_pixel(model, loaders, tmp_path):
+    net = segmentor(model, 4, Head(width=32, channels=32)).eval()
+    batches = [next(iter(loaders[0]))]
+    done = quantize.quantize(net, tmp_path / "m.onnx", batches, test=batches)
+    _, run = export.onnx_session(tmp_path / "m.onnx")
+    with torch.no_grad():
+        same = run(batches[0][0]).argmax(dim=1) == net(batches[0][0]).argmax(dim=1)
+    assert same.shape == (16, 32, 32)
+    assert done.agreement == pytest.approx(100 * float(same.double().mean()))
+    assert done.agreement > 80
+    assert (done.top1, done.top1_before, done.test_images) == (None, None, 16)
 
 
 @pytest.mark.parametrize(

@@ -46,11 +46,12 @@ def prune(model, batches, image, share, kind):
             channels and neurons alone (its example's --bottleneck); ``heads``: whole heads and neurons.
     """
     limit = share * counted(model, image).macs
+    slopes = gradients(model, batches)
     low, high, best = 0.0, 1.0, None
     for _ in range(STEPS):
         ratio = (low + high) / 2
         try:
-            child = _pruned(model, batches, image, ratio, kind)
+            child = _pruned(model, slopes, image, ratio, kind)
         except (ValueError, RuntimeError, ZeroDivisionError, IndexError):  # nothing is left of a layer
             high = ratio
             continue
@@ -63,7 +64,15 @@ def prune(model, batches, image, share, kind):
     return best
 
 
-def _pruned(model, batches, image, ratio, kind):
+def gradients(model, batches):
+    """Summed gradients of the loss over all images, by name; they are the same for every ratio."""
+    net = copy.deepcopy(model).requires_grad_(True)
+    for images, labels in batches:
+        F.cross_entropy(net(images), labels, reduction="sum").backward()
+    return {name: parameter.grad for name, parameter in net.named_parameters()}
+
+
+def _pruned(model, slopes, image, ratio, kind):
     child = copy.deepcopy(model).requires_grad_(True)
     attentions = [module for module in child.modules() if isinstance(module, Attention)]
     for module in attentions:
@@ -84,9 +93,8 @@ def _pruned(model, batches, image, ratio, kind):
             prune_num_heads=kind == "heads",
             prune_head_dims=kind != "heads",
         )
-    child.zero_grad()
-    for images, labels in batches:
-        F.cross_entropy(child(images), labels).backward()
+    for name, parameter in child.named_parameters():
+        parameter.grad = slopes[name].clone()
     dense = [module.head_dim for module in attentions]
     for group in pruner.step(interactive=True):
         group.prune()

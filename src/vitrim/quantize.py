@@ -17,15 +17,15 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vitrim.errors import ExportError
 from vitrim.export import OPSET, beside, check_target, export, onnx_session
+from vitrim.measure.model import resting
 from vitrim.plain import Node
-from vitrim.train import evaluate, reference_logits
 
 __all__ = ["PERCENTILE", "Quantized", "quantize"]
 
@@ -40,7 +40,7 @@ class Quantized(Node):
 
     Bytes are of the file and of the same model in float32. `top1` and `top1_before` are percent on the test images,
     None where there are none or they have no labels; `agreement` is how often both give the same answer, percent,
-    on the test images, or else on the calibration images, which flatters.
+    on the test images, or else on the calibration images, which flatters. A segmentor answers for each pixel.
     """
 
     path: str
@@ -98,41 +98,51 @@ def quantize(
         say("calibrating")
         count = _quantized(Path(before.path), part, calibration, percentile)
         runtime, run = onnx_session(part, threads)
-        images = test if test is not None else calibration
         say("measuring both")
-        theirs = reference_logits(model, images)
-        after = evaluate(_Session(run), images, reference=theirs)
+        after = _compared(model, run, calibration if test is None else test)
         size = part.stat().st_size
-    assert after.agreement is not None
     return Quantized(
         path=str(file),
         opset=opset,
         bytes=size,
         bytes_before=before.bytes,
         calibration_images=count,
-        test_images=0 if test is None else after.count,
+        test_images=0 if test is None else after.images,
         top1=None if test is None else after.top1,
-        top1_before=None if test is None or after.top1 is None else _top1(theirs, test),
+        top1_before=None if test is None else after.top1_before,
         agreement=after.agreement,
         torch=torch.__version__,
         runtime=runtime,
     )
 
 
-class _Session(nn.Module):
-    """A session where a module is asked for."""
-
-    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.run = run
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.run(images)
+class _Compared(NamedTuple):
+    images: int
+    agreement: float
+    top1: float | None
+    top1_before: float | None
 
 
-def _top1(logits: Tensor, batches: Batches) -> float:
-    labels = torch.cat([labels for _, labels in batches])
-    return 100 * float((logits.argmax(dim=-1) == labels).double().mean())
+@torch.inference_mode()
+def _compared(model: nn.Module, run: Callable[[Tensor], Tensor], batches: Batches) -> _Compared:
+    """How both answer; logits are ``(B, classes)``, or ``(B, classes, h, w)`` of a segmentor."""
+    images = answers = same = hits = hits_before = 0
+    known = True
+    with resting(model):
+        for pictures, labels in batches:
+            before, after = model(pictures).argmax(dim=1), run(pictures).argmax(dim=1)
+            images += pictures.shape[0]
+            answers += before.numel()
+            same += int((before == after).sum())
+            known = known and before.shape == labels.shape and bool((labels >= 0).all())
+            if known:
+                hits, hits_before = hits + int((after == labels).sum()), hits_before + int((before == labels).sum())
+    return _Compared(
+        images=images,
+        agreement=100 * same / max(answers, 1),
+        top1=100 * hits / images if known and images else None,
+        top1_before=100 * hits_before / images if known and images else None,
+    )
 
 
 def _quantized(source: Path, target: Path, batches: Batches, percentile: float) -> int:
