@@ -69,23 +69,19 @@ def test_most_answers_stay_and_the_loss_is_told(model, loaders, tmp_path):
     assert held == sorted(weights)
 
 
-def test_without_a_test_split_the_calibration_images_tell(model, loaders, tmp_path):
-    done = quantize.quantize(model, tmp_path / "m.onnx", loaders[0])
-    assert (done.top1, done.top1_before, done.test_images) == (None, None, 0)
-    assert 70 < done.agreement <= 100
-
-
-def test_a_segmentor_answers_for_each_pixel(model, loaders, tmp_path):
+def test_a_segmentor_answers_for_each_pixel_and_without_a_test_split_the_calibration_images_tell(
+    model, loaders, tmp_path
+):
     net = segmentor(model, 4, Head(width=32, channels=32)).eval()
     batches = [next(iter(loaders[0]))]
-    done = quantize.quantize(net, tmp_path / "m.onnx", batches, test=batches)
+    done = quantize.quantize(net, tmp_path / "m.onnx", batches)
     _, run = export.onnx_session(tmp_path / "m.onnx")
     with torch.no_grad():
         same = run(batches[0][0]).argmax(dim=1) == net(batches[0][0]).argmax(dim=1)
     assert same.shape == (16, 32, 32)
     assert done.agreement == pytest.approx(100 * float(same.double().mean()))
     assert done.agreement > 80
-    assert (done.top1, done.top1_before, done.test_images) == (None, None, 16)
+    assert (done.top1, done.top1_before, done.test_images) == (None, None, 0)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +102,7 @@ def test_wrong_requests_end_before_any_work(name, options, words, model, tmp_pat
 
 
 def test_no_images_are_refused(model, tmp_path):
-    with pytest.raises(ExportError, match="ONNX Runtime must be able to quantise this model, but says"):
+    with pytest.raises(ExportError, match="int8 must be calibrated on images, but there are none"):
         quantize.quantize(model, tmp_path / "m.onnx", [])
     assert not list(tmp_path.iterdir())
 
@@ -119,12 +115,24 @@ def run(monkeypatch, *arguments):
 
 
 def test_from_the_command_line(model, tmp_path, monkeypatch, capsys):
+    seen = {}
+
+    def told(net, path, calibration, *, test, opset, say):
+        seen.update(calibration=len(calibration.dataset), test=len(test.dataset), mean=test.input.mean, opset=opset)
+        return quantize.Quantized(
+            path=str(path), opset=opset, bytes=10, bytes_before=40, calibration_images=16, test_images=450, top1=None,
+            top1_before=71.25, agreement=98.5, torch="2", runtime="onnxruntime 1",
+        )  # fmt: skip
+
+    monkeypatch.setattr(quantize, "quantize", told)
     stored = store.save(model, tmp_path / "model.safetensors")
     asked = [stored, "--out", tmp_path / "m.onnx", "--int8", "--data", "digits", "--set", "data.calibration=16"]
-    assert run(monkeypatch, *asked) == 0
-    told = capsys.readouterr()
-    assert "same answer" in told.out
-    assert "calibrated on 16 images, measured on 450 test images" in " ".join(told.err.split())
+    assert run(monkeypatch, *asked, "--set", "data.mean=[0.1,0.2,0.3]", "--opset", "21") == 0
+    assert seen == {"calibration": 16, "test": 450, "mean": (0.1, 0.2, 0.3), "opset": 21}
+    out = capsys.readouterr()
+    assert "98.50 %" in out.out
+    assert "71.25 %" in out.out
+    assert "calibrated on 16 images, measured on 450 test images" in " ".join(out.err.split())
 
 
 @pytest.mark.parametrize(

@@ -93,10 +93,13 @@ def quantize(
         )
     check_target(file, opset)
     with beside(file) as part, tempfile.TemporaryDirectory(prefix="vitrim-int8-") as folder:
+        held = [images.numpy() for images, _ in calibration]
+        if not held:
+            raise ExportError("int8 must be calibrated on images, but there are none; give some")
         say("exporting in float32")
         before = export(model, Path(folder) / "float.onnx", opset=opset)
         say("calibrating")
-        count = _quantized(Path(before.path), part, calibration, percentile)
+        _quantized(Path(before.path), part, held, percentile)
         runtime, run = onnx_session(part, threads)
         say("measuring both")
         after = _compared(model, run, calibration if test is None else test)
@@ -106,7 +109,7 @@ def quantize(
         opset=opset,
         bytes=size,
         bytes_before=before.bytes,
-        calibration_images=count,
+        calibration_images=sum(len(images) for images in held),
         test_images=0 if test is None else after.images,
         top1=None if test is None else after.top1,
         top1_before=None if test is None else after.top1_before,
@@ -145,14 +148,13 @@ def _compared(model: nn.Module, run: Callable[[Tensor], Tensor], batches: Batche
     )
 
 
-def _quantized(source: Path, target: Path, batches: Batches, percentile: float) -> int:
-    """Write `target`, and return how many images it was calibrated with."""
+def _quantized(source: Path, target: Path, held: Sequence[Any], percentile: float) -> None:
+    """Write `target` from the float file `source` and batches of images, arrays."""
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared = source.with_name("prepared.onnx")
-    held = [images.numpy() for images, _ in batches]
     try:
         with _quiet():
             quant_pre_process(source, prepared, skip_symbolic_shape=True)
@@ -176,7 +178,6 @@ def _quantized(source: Path, target: Path, batches: Batches, percentile: float) 
             raise
         reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
         raise ExportError(f"ONNX Runtime must be able to quantise this model, but says: {reason[:200]}") from problem
-    return sum(len(images) for images in held)
 
 
 def _reader(name: str, held: Sequence[Any]) -> Any:
