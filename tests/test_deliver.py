@@ -12,6 +12,9 @@ import vitrim.hub
 from vitrim import cli, deliver, families, store
 from vitrim.errors import StoreError, WeightsError
 from vitrim.families import describe
+from vitrim.families._segmentor import segmentor
+from vitrim.measure import cost
+from vitrim.nn.segment import Head
 from vitrim.run import compress
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
@@ -90,6 +93,23 @@ def test_no_folder_of_this_machine_is_pushed(tmp_path):
     _, body = described(tmp_path / "out")
     assert "birds.tar" in body
     assert "parent.safetensors" in body
+
+
+def test_a_segmentor_has_its_own_words(tmp_path):
+    torch.manual_seed(0)
+    net = segmentor(timm.create_model("test_vit", **TINY).eval(), 4, Head(width=32, channels=32)).eval()
+    recipe = {"model": {"name": "mine"}, "data": {"train": "scenes", "test": "scenes"}}
+    store.save(net, tmp_path / "run" / "model.safetensors", provenance={"recipe": recipe})
+    measured = {"task": "segmentation", "macs": cost(net).macs, "miou": 51.2, "batch": 8, "latency_ms": 12.5}
+    (tmp_path / "run" / "measured.json").write_text(json.dumps(measured))
+    deliver.push(tmp_path / "run", "owner/roads", licence="mit", folder=tmp_path / "out")
+    front, body = described(tmp_path / "out")
+    assert front["pipeline_tag"] == "image-segmentation"
+    assert front["model-index"][0]["results"][0]["metrics"] == [{"type": "mean_iou", "value": 51.2}]
+    assert "mean intersection over union | 51.20 % |" in body
+    again, x = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(x), net(x))
 
 
 class Hub:

@@ -12,6 +12,8 @@ from vitrim import cli, export, families, quantize, store
 from vitrim.data import Input, eval_loader, split
 from vitrim.errors import ExportError
 from vitrim.families import describe
+from vitrim.families._segmentor import segmentor
+from vitrim.nn.segment import Head
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 
@@ -67,16 +69,26 @@ def test_most_answers_stay_and_the_loss_is_told(model, loaders, tmp_path):
     assert held == sorted(weights)
 
 
-def test_without_a_test_split_the_calibration_images_tell(model, loaders, tmp_path):
-    done = quantize.quantize(model, tmp_path / "m.onnx", loaders[0])
+def test_a_segmentor_answers_for_each_pixel_and_without_a_test_split_the_calibration_images_tell(
+    model, loaders, tmp_path
+):
+    net = segmentor(model, 4, Head(width=32, channels=32)).eval()
+    batches = [next(iter(loaders[0]))]
+    done = quantize.quantize(net, tmp_path / "m.onnx", batches)
+    _, run = export.onnx_session(tmp_path / "m.onnx")
+    with torch.no_grad():
+        same = run(batches[0][0]).argmax(dim=1) == net(batches[0][0]).argmax(dim=1)
+    assert same.shape == (16, 32, 32)
+    assert done.agreement == pytest.approx(100 * float(same.double().mean()))
+    assert done.agreement > 80
     assert (done.top1, done.top1_before, done.test_images) == (None, None, 0)
-    assert 70 < done.agreement <= 100
 
 
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
         ("m.pt2", {}, "an int8 file must end in .onnx, but got 'm.pt2'"),
+        ("m.onnx", {"percentile": 101}, "percentile must be above 50 and at most 100, but got 101"),
         ("m.onnx", {"opset": 13}, "opset must be at least 18, but got 13"),
         ("no/m.onnx", {}, "must be writable, but is not: No such file"),
         ("", {}, "must end in .onnx"),
@@ -90,7 +102,7 @@ def test_wrong_requests_end_before_any_work(name, options, words, model, tmp_pat
 
 
 def test_no_images_are_refused(model, tmp_path):
-    with pytest.raises(ExportError, match="ONNX Runtime must be able to quantise this model, but says"):
+    with pytest.raises(ExportError, match="int8 must be calibrated on images, but there are none"):
         quantize.quantize(model, tmp_path / "m.onnx", [])
     assert not list(tmp_path.iterdir())
 
@@ -103,12 +115,24 @@ def run(monkeypatch, *arguments):
 
 
 def test_from_the_command_line(model, tmp_path, monkeypatch, capsys):
+    seen = {}
+
+    def told(net, path, calibration, *, test, opset, say):
+        seen.update(calibration=len(calibration.dataset), test=len(test.dataset), mean=test.input.mean, opset=opset)
+        return quantize.Quantized(
+            path=str(path), opset=opset, bytes=10, bytes_before=40, calibration_images=16, test_images=450, top1=None,
+            top1_before=71.25, agreement=98.5, torch="2", runtime="onnxruntime 1",
+        )  # fmt: skip
+
+    monkeypatch.setattr(quantize, "quantize", told)
     stored = store.save(model, tmp_path / "model.safetensors")
     asked = [stored, "--out", tmp_path / "m.onnx", "--int8", "--data", "digits", "--set", "data.calibration=16"]
-    assert run(monkeypatch, *asked) == 0
-    told = capsys.readouterr()
-    assert "same answer" in told.out
-    assert "calibrated on 16 images, measured on 450 test images" in " ".join(told.err.split())
+    assert run(monkeypatch, *asked, "--set", "data.mean=[0.1,0.2,0.3]", "--opset", "21") == 0
+    assert seen == {"calibration": 16, "test": 450, "mean": (0.1, 0.2, 0.3), "opset": 21}
+    out = capsys.readouterr()
+    assert "98.50 %" in out.out
+    assert "71.25 %" in out.out
+    assert "calibrated on 16 images, measured on 450 test images" in " ".join(out.err.split())
 
 
 @pytest.mark.parametrize(

@@ -294,8 +294,8 @@ def test_the_sheet_sums_to_the_cost(plan: Plan):
     rows = sheet(parent, plan)
     assert [row.path for row in rows] == [*(path for path, *_ in parent.blocks()), HOST]
     sums, before, after = total(rows), cost_of(parent), cost_of(plan.child(parent))
-    assert (sums.macs_before, sums.params_before) == before
-    assert (sums.macs, sums.params) == after
+    assert (sums.macs_before, sums.params_before) == before[:2]
+    assert (sums.macs, sums.params) == after[:2]
     assert sums.share == after.macs / before.macs
 
 

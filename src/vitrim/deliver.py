@@ -225,25 +225,33 @@ def card(known: _Known) -> str:
 
 def _front(known: _Known) -> str:
     """What the Hub reads; JSON is YAML, so every value is quoted as JSON."""
-    tags = ["image-classification", "timm", "vitrim", "pruning"]
-    lines = [f"license: {json.dumps(known.licence)}", "library_name: timm", "pipeline_tag: image-classification"]
+    task, score, metric = _task(known)
+    tags = [task, "timm", "vitrim", "pruning"]
+    lines = [f"license: {json.dumps(known.licence)}", "library_name: timm", f"pipeline_tag: {task}"]
     if timm.is_model(known.parent):
         lines.append(f"base_model: {json.dumps(_base(known.parent))}")
     lines.append(f"tags: {json.dumps(tags)}")
-    top1, data = known.measured.get("top1"), _data(known)
-    if isinstance(top1, int | float) and data is not None:
+    data = _data(known)
+    if isinstance(score, int | float) and data is not None:
         entry = {
             "name": known.repository.split("/")[1],
             "results": [
                 {
-                    "task": {"type": "image-classification"},
+                    "task": {"type": task},
                     "dataset": {"name": data, "type": data},
-                    "metrics": [{"type": "accuracy", "value": round(top1, 3)}],
+                    "metrics": [{"type": metric, "value": round(score, 3)}],
                 }
             ],
         }
         lines.append(f"model-index: {json.dumps([entry])}")
     return "\n".join(["---", *lines, "---"])
+
+
+def _task(known: _Known) -> tuple[str, Any, str]:
+    """Task, score and metric in the Hub's words."""
+    if known.spec.family == "segmentor":
+        return "image-segmentation", known.measured.get("miou"), "mean_iou"
+    return "image-classification", known.measured.get("top1"), "accuracy"
 
 
 def _base(name: str) -> str:
@@ -281,7 +289,8 @@ def _use(known: _Known) -> str:
 
 def _tables(known: _Known) -> list[str]:
     measured = dict(known.measured)
-    parts = ["## Measured", report.as_markdown(report.result(measured))]
+    table = report.segmented(measured) if measured.get("task") == "segmentation" else report.result(measured)
+    parts = ["## Measured", report.as_markdown(table)]
     machine = [str(measured[key]) for key in ("device", "dtype") if measured.get(key)]
     machine += [f"{measured[key]} {key}" for key in ("threads",) if measured.get(key)]
     machine += [f"{key} {measured[key]}" for key in ("torch", "timm", "vitrim") if measured.get(key)]

@@ -2,30 +2,35 @@
 
 B images, C channels, (h, w) height and width of the input.
 
-Weights become int8, one scale an output channel; activations uint8, one scale a tensor, from their range over the
-calibration images. Only products with weights are quantised (linear layers and convolutions). Products of two
-activations (queries with keys, attention with values), softmax, norms and GELU stay in float32: they are few of the
-multiply-accumulates, and much of the loss. The file holds QDQ pairs (QuantizeLinear, DequantizeLinear), which ONNX
-Runtime, OpenVINO and TensorRT fuse each in their own way.
+Weights become int8, one scale an output channel; activations uint8, one scale a tensor, wide enough for 99.99 % of what
+the calibration images give: LayerNorm leaves a few channels far out, and a scale that reached them would waste most of
+its steps (`benchmarks/int8.py` has the comparison). Only products with weights are quantised (linear layers and
+convolutions). Products of two activations (queries with keys, attention with values), softmax, norms and GELU stay in
+float32: they are few of the multiply-accumulates. The file holds QDQ pairs (QuantizeLinear, DequantizeLinear), which
+ONNX Runtime, OpenVINO and TensorRT fuse each in their own way.
 """
 
 import contextlib
+import io
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vitrim.errors import ExportError
 from vitrim.export import OPSET, beside, check_target, export, onnx_session
+from vitrim.measure.model import resting
 from vitrim.plain import Node
-from vitrim.train import evaluate, reference_logits
 
-__all__ = ["Quantized", "quantize"]
+__all__ = ["PERCENTILE", "Quantized", "quantize"]
+
+PERCENTILE = 99.99
+"""Share of the activations that a scale covers, percent."""
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -35,7 +40,7 @@ class Quantized(Node):
 
     Bytes are of the file and of the same model in float32. `top1` and `top1_before` are percent on the test images,
     None where there are none or they have no labels; `agreement` is how often both give the same answer, percent,
-    on the test images, or else on the calibration images, which flatters.
+    on the test images, or else on the calibration images, which flatters. A segmentor answers for each pixel.
     """
 
     path: str
@@ -57,6 +62,7 @@ def quantize(
     calibration: Batches,
     *,
     test: Batches | None = None,
+    percentile: float = PERCENTILE,
     opset: int = OPSET,
     threads: int | None = None,
     say: Callable[[str], None] = lambda _: None,
@@ -66,9 +72,10 @@ def quantize(
     Args:
         model: an adopted model, on the CPU.
         path: ``….onnx``.
-        calibration: batches of images ``(B, C, h, w)``, normalised, and labels, which are not looked at; they are gone
-            through twice where there is no `test`.
+        calibration: batches of images ``(B, C, h, w)``, normalised, and labels, which are not looked at; all are held
+            in memory, their activations one batch at a time. They are gone through twice where there is no `test`.
         test: batches to measure both models on; labels are -1 where unknown.
+        percentile: share of the activations that a scale covers, in (50, 100]; 100 is their whole range.
         opset: ONNX operator set, at least 18.
         threads: CPU threads of the measurement; PyTorch's setting where not given.
         say: receives a line about what goes on.
@@ -80,93 +87,116 @@ def quantize(
     file = Path(path)
     if file.suffix != ".onnx":
         raise ExportError(f"an int8 file must end in .onnx, but got '{file.name}'; leave --int8 out for other kinds")
+    if not 50 < percentile <= 100:
+        raise ExportError(
+            f"percentile must be above 50 and at most 100, but got {percentile}; leave it out for {PERCENTILE}"
+        )
     check_target(file, opset)
     with beside(file) as part, tempfile.TemporaryDirectory(prefix="vitrim-int8-") as folder:
+        held = [images.numpy() for images, _ in calibration]
+        if not held:
+            raise ExportError("int8 must be calibrated on images, but there are none; give some")
         say("exporting in float32")
         before = export(model, Path(folder) / "float.onnx", opset=opset)
         say("calibrating")
-        count = _quantized(Path(before.path), part, calibration)
+        _quantized(Path(before.path), part, held, percentile)
         runtime, run = onnx_session(part, threads)
-        images = test if test is not None else calibration
         say("measuring both")
-        theirs = reference_logits(model, images)
-        after = evaluate(_Session(run), images, reference=theirs)
+        after = _compared(model, run, calibration if test is None else test)
         size = part.stat().st_size
-    assert after.agreement is not None
     return Quantized(
         path=str(file),
         opset=opset,
         bytes=size,
         bytes_before=before.bytes,
-        calibration_images=count,
-        test_images=0 if test is None else after.count,
+        calibration_images=sum(len(images) for images in held),
+        test_images=0 if test is None else after.images,
         top1=None if test is None else after.top1,
-        top1_before=None if test is None or after.top1 is None else _top1(theirs, test),
+        top1_before=None if test is None else after.top1_before,
         agreement=after.agreement,
         torch=torch.__version__,
         runtime=runtime,
     )
 
 
-class _Session(nn.Module):
-    """A session where a module is asked for."""
-
-    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.run = run
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.run(images)
+class _Compared(NamedTuple):
+    images: int
+    agreement: float
+    top1: float | None
+    top1_before: float | None
 
 
-def _top1(logits: Tensor, batches: Batches) -> float:
-    labels = torch.cat([labels for _, labels in batches])
-    return 100 * float((logits.argmax(dim=-1) == labels).double().mean())
+@torch.inference_mode()
+def _compared(model: nn.Module, run: Callable[[Tensor], Tensor], batches: Batches) -> _Compared:
+    """How both answer; logits are ``(B, classes)``, or ``(B, classes, h, w)`` of a segmentor."""
+    images = answers = same = hits = hits_before = 0
+    known = True
+    with resting(model):
+        for pictures, labels in batches:
+            before, after = model(pictures).argmax(dim=1), run(pictures).argmax(dim=1)
+            images += pictures.shape[0]
+            answers += before.numel()
+            same += int((before == after).sum())
+            known = known and before.shape == labels.shape and bool((labels >= 0).all())
+            if known:
+                hits, hits_before = hits + int((after == labels).sum()), hits_before + int((before == labels).sum())
+    return _Compared(
+        images=images,
+        agreement=100 * same / max(answers, 1),
+        top1=100 * hits / images if known and images else None,
+        top1_before=100 * hits_before / images if known and images else None,
+    )
 
 
-def _quantized(source: Path, target: Path, batches: Batches) -> int:
-    """Write `target`, and return how many images it was calibrated with."""
+def _quantized(source: Path, target: Path, held: Sequence[Any], percentile: float) -> None:
+    """Write `target` from the float file `source` and batches of images, arrays."""
     import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared = source.with_name("prepared.onnx")
-    count = 0
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.batches = iter(batches)
-
-        def get_next(self) -> dict[str, Any] | None:
-            nonlocal count
-            images = next(self.batches, (None, None))[0]
-            if images is None:
-                return None
-            count += images.shape[0]
-            return {name: images.numpy()}
-
     try:
         with _quiet():
             quant_pre_process(source, prepared, skip_symbolic_shape=True)
             graph = onnx.load(prepared).graph
-            name = graph.input[0].name
             quantize_static(
                 prepared,
                 target,
-                Reader(),
+                _reader(graph.input[0].name, held),
                 quant_format=QuantFormat.QDQ,
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 op_types_to_quantize=["Conv", "Gemm", "MatMul"],
                 nodes_to_exclude=_weightless(graph),
+                calibrate_method=CalibrationMethod.Percentile,
+                # Batch by batch, or the activations of all images would be held at once.
+                extra_options={"CalibPercentile": percentile, "CalibStridedMinMax": 1},
             )
     except Exception as problem:  # the quantiser raises whatever its parts raise
         if isinstance(problem, ExportError | OSError):
             raise
         reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
         raise ExportError(f"ONNX Runtime must be able to quantise this model, but says: {reason[:200]}") from problem
-    return count
+
+
+def _reader(name: str, held: Sequence[Any]) -> Any:
+    """What ONNX Runtime reads the calibration images from, a batch for each range that it asks for."""
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        waiting: list[Any]
+
+        def __len__(self) -> int:
+            return len(held)
+
+        def set_range(self, start_index: int, end_index: int) -> None:
+            self.waiting = list(held[start_index:end_index])
+
+        def get_next(self) -> dict[str, Any] | None:
+            return {name: self.waiting.pop(0)} if self.waiting else None
+
+    return Reader()
 
 
 def _weightless(graph: Any) -> list[str]:
@@ -177,11 +207,12 @@ def _weightless(graph: Any) -> list[str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the quantiser's advice to do what has been done."""
+    """Without the quantiser's advice to do what has been done, and its prints."""
     logger = logging.getLogger()
     level = logger.level
     try:
         logger.setLevel(logging.ERROR)
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         logger.setLevel(level)

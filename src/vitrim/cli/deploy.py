@@ -71,7 +71,7 @@ def _int8(net: "nn.Module", out: Path, opset: int, sources: dict[str, Any], sett
         raise DataError("int8 must be calibrated on images, but data.calibration is 0; leave it out for 256")
     fitting = Input.of(net, **{key: value for key in ("mean", "std") if (value := getattr(source, key)) is not None})
     test = None if known.test is None else eval_loader(known.test, fitting, batch=32)
-    done = quantize(net, out, eval_loader(known.calibration, fitting, batch=16), test=test, opset=opset, say=say)
+    done = quantize(net, out, eval_loader(known.calibration, fitting, batch=8), test=test, opset=opset, say=say)
     rows = [
         ["size", f"{done.bytes_before / 1e6:.2f} MB", f"{done.bytes / 1e6:.2f} MB"],
         ["top-1", _percent(done.top1_before), _percent(done.top1)],

@@ -134,7 +134,8 @@ def _pair(
     show_table("", ["model", f"batch of {batch}", "10 - 90 %", "images/s"], rows)
     if taken.ratio is not None:
         Console().print(f"ratio {taken.ratio:.3f} ({taken.ratio_low:.3f} - {taken.ratio_high:.3f})", highlight=False)
-    say(f"{taken.device}, {taken.threads} threads, {taken.dtype}, torch {taken.torch}, timm {taken.timm}")
+    versions = f"torch {taken.torch}, timm {taken.timm}"
+    say(f"{taken.device}, {taken.threads} threads, {taken.dtype}, {versions}, {taken.runs} runs")
 
 
 def _row(name: str, batch: int, middle: float, low: float, high: float) -> list[str]:

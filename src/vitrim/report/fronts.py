@@ -16,7 +16,7 @@ _COSTS = (("macs", "multiply-accumulates"), ("params", "parameters"), ("latency"
 _PLACE = ("device", "threads", "batch", "dtype")
 """What must be the same of two times before they are shown on one axis."""
 MARKERS = "osD^vP*X"
-LETTERS = 100
+LETTERS = 115
 """Letters of a line of a legend that fit below a figure, with the signs before the names."""
 NAMED = 12
 """Most lines that can be told apart."""
@@ -44,7 +44,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def fronts(runs: Sequence[Run]) -> str | None:
-    """Top-1 against MACs, parameters and measured latency, a panel each; mean IoU or agreement where that is not known.
+    """Top-1 against MACs, parameters and measured latency, a panel each; or mean IoU, or agreement, as known.
 
     A number beside a point is the run's place among `runs`, from 1.
 
