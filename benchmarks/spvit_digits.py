@@ -6,6 +6,9 @@ For each seed a small ViT or Swin is trained. SPViT searches it once for each bu
 neurons by first-order Taylor scores. Every child, and the dense parent as a control, is trained as long in all: SPViT's
 search counts as training, for its child goes on from the weights that it has moved. All of it twice, from the labels
 alone and with the parent as teacher. Writes a line a child to ``benchmarks/spvit_digits_MODEL.jsonl``.
+
+``--probe`` asks how fast gates must move instead: it searches with each of ``--gate-lr`` and looks at 200 training
+images that the search has not seen, never at the test images (``benchmarks/spvit_digits_probe_MODEL.jsonl``).
 """
 
 import argparse
@@ -49,6 +52,7 @@ def small_swin(seed: int) -> nn.Module:
 
 RESULTS = Path(__file__).parent
 MODELS = {"vit": small_vit, "swin": small_swin}
+METHODS = ("dense", "spvit", "heads")
 TEACHING = {"labels": Distill(kind="none"), "teacher": CHILD.distill}
 
 
@@ -59,11 +63,11 @@ def operations(spec: Spec) -> str:
     return " / ".join("".join(letters.get(type(m), lambda _: "-")(m) for m in stage) for stage in blocks)
 
 
-def searched(name: str, parent: nn.Module, data: Data, budget: str, seed: int, search: Train) -> Found:
+def searched(name: str, parent: nn.Module, data: Data, budget: str, seed: int, search: Train, gate_lr: float) -> Found:
     """What a method finds."""
     settings: dict[str, Any] = {"choice": "heads"}
     if name == "spvit":
-        settings = {"train": dump(search), "gate_lr": 0.02, "inherit": "search"}
+        settings = {"train": dump(search), "gate_lr": gate_lr, "inherit": "search"}
     return methods.get("spvit" if name == "spvit" else "taylor", settings).search(
         parent, data, Budget.parse(budget), seed=seed, teacher=parent
     )
@@ -74,16 +78,17 @@ def records(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     search = shortened(SEARCH, args.search / SEARCH.epochs)
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
-        path = args.out / f"{args.model}-{seed}.safetensors"
-        parent = train_parent(path, seed, MODELS[args.model], shortened(PARENT, args.parent / PARENT.epochs)).eval()
+        parent = parent_of(args, seed)
         parts = split("digits", validation=0, seed=seed)
         data = Data(train=parts.train, calibration=parts.calibration, validation=None, input=Input.of(parent))
         loader = eval_loader(parts.test, data.input)
         theirs = reference_logits(parent, loader)
         before, whole = evaluate(parent, loader).top1, cost_of(describe(parent))
-        for budget, name in [("macs=1", "dense"), *((b, n) for b in args.budgets for n in ("spvit", "heads"))]:
+        for budget, name in [("macs=1", "dense"), *((b, n) for b in args.budgets for n in METHODS[1:])]:
+            if name not in args.methods:
+                continue
             start = time.perf_counter()
-            found = searched(name, parent, data, budget, seed, search) if name != "dense" else None
+            found = searched(name, parent, data, budget, seed, search, args.gate_lr[0]) if name != "dense" else None
             child = apply(found.parent, found.plan, grafts=found.grafts) if found else copy.deepcopy(parent)
             seconds = time.perf_counter() - start
             spec = folded(describe(child))
@@ -99,7 +104,38 @@ def records(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     "top1": after.top1, "top1_parent": before, "agreement": after.agreement,
                     "search_seconds": round(seconds, 1), "seconds": round(fitted.seconds, 1),
                     "epochs": [args.parent, args.search, args.child], "torch": torch.__version__,
+                } | ({"gate_lr": args.gate_lr[0]} if name == "spvit" else {})  # fmt: skip
+
+
+def probes(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What searches find whose gates move faster or slower, on training images that they have not seen."""
+    search = shortened(SEARCH, args.search / SEARCH.epochs)
+    for seed in args.seeds:
+        parent = parent_of(args, seed)
+        parts, whole = split("digits", validation=200, seed=seed), cost_of(describe(parent))
+        data = Data(train=parts.train, calibration=parts.calibration, validation=None, input=Input.of(parent))
+        assert parts.validation is not None
+        loader = eval_loader(parts.validation, data.input)
+        for budget in args.budgets:
+            for gate_lr in args.gate_lr:
+                found = searched("spvit", parent, data, budget, seed, search, gate_lr)
+                child = apply(found.parent, found.plan, grafts=found.grafts)
+                straight = evaluate(child.eval(), loader).top1
+                settings = shortened(CHILD, args.child / CHILD.epochs)
+                fitted = fit(child, parts.train, settings, input=data.input, seed=seed, teacher=parent)
+                yield {
+                    "model": args.model, "budget": budget, "seed": seed, "gate_lr": gate_lr,
+                    "macs_ratio_of_gates": found.trials[0]["macs_of_gates"] / whole.macs,
+                    "operations": operations(folded(found.plan.child(describe(parent)))),
+                    "top1_unseen_straight": straight, "top1_unseen": evaluate(fitted.model.eval(), loader).top1,
+                    "epochs": [args.parent, args.search, args.child], "torch": torch.__version__,
                 }  # fmt: skip
+
+
+def parent_of(args: argparse.Namespace, seed: int) -> nn.Module:
+    """The dense model, trained once."""
+    path = args.out / f"{args.model}-{seed}.safetensors"
+    return train_parent(path, seed, MODELS[args.model], shortened(PARENT, args.parent / PARENT.epochs)).eval()
 
 
 def main() -> None:
@@ -112,9 +148,21 @@ def main() -> None:
     parser.add_argument("--parent", type=float, default=60, help="epochs of the parent")
     parser.add_argument("--search", type=float, default=10, help="epochs of the search")
     parser.add_argument("--child", type=float, default=25, help="epochs of every child after that")
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=METHODS)
+    parser.add_argument(
+        "--gate-lr", type=float, nargs="+", default=[0.02], help="of SPViT; the first, or all of a probe"
+    )
+    parser.add_argument("--probe", action="store_true")
     parser.add_argument("--results", type=Path)
     args = parser.parse_args()
     lines: list[dict[str, Any]] = []
+    if args.probe:
+        path = args.results or RESULTS / f"spvit_digits_probe_{args.model}.jsonl"
+        for record in probes(args):
+            lines.append(record)
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            print(record, flush=True)
+        return
     for record in records(args):
         lines.append(record)
         path = args.results or RESULTS / f"spvit_digits_{args.model}.jsonl"

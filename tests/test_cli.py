@@ -29,12 +29,15 @@ CLASSES = 4
 OPTIONS = {
     "compress": "model out method budget data test weights random-weights epochs minutes recover calibration seed set",
     "pareto": "model data out test budgets weights random-weights seed set",
+    "search": "model storage budget method trials data weights random-weights seed out set",
+    "transfer": "",
     "run": "recipe out set",
-    "export": "model out opset weights random-weights",
+    "export": "model out opset int8 data test weights random-weights set",
+    "push": "model repository license folder dry-run private revision",
     "evaluate": "model data weights random-weights set",
     "explain": "plan",
-    "bench": "model reference batch threads dtype device seconds",
-    "report": "folders out",
+    "bench": "models reference runtimes batch threads dtype device seconds memory out",
+    "report": "folders out csv",
     "methods": "",
     "models": "pattern json",
 }
@@ -145,7 +148,7 @@ def test_help_and_version(call):
         (["compress", "x", "--out", "y", "--epochs", "many"], "Invalid value for '--epochs'"),
         (["compress", "x", "--out", "y", "--seed", "1.5"], "Invalid value for '--seed'"),
         (["explain", "a", "b"], "unexpected extra argument"),
-        (["bench", "x", "--batch", "0"], "Invalid value for '--batch'"),
+        (["bench", "x", "--batch", "0"], "batch must be whole numbers of at least 1"),
     ],
 )
 def test_wrong_usage(arguments, told, call):
@@ -303,7 +306,7 @@ def test_models(call):
         (["--budget", "half"], "a budget must look like macs=0.5"),
         (["--budget", "macs=1.5"], "must be a share in (0, 1]"),
         (["--budget", "macs=5G"], "must be at most"),
-        (["--budget", "flops=0.5"], "a budget must bound macs or params, but got 'flops'"),
+        (["--budget", "flops=0.5"], "a budget must bound macs, params or latency, but got 'flops'"),
         (["--random-weights"], "both a file and random weights"),
         (["--test", "nowhere"], "nowhere: a source must exist"),
         (["--set", "data.class_map=nowhere.txt"], "nowhere.txt: the class map must exist"),

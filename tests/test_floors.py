@@ -14,14 +14,14 @@ import vitrim.errors
 
 SOURCE = Path(vitrim.__file__).parent
 ROOMS = (
-    "errors plain progress steps spec plan costs budget "
+    "errors plain progress steps spec plan costs table budget "
     "nn families "
     "measure observe surgery store parent "
     "data train "
     "search compensate contract methods "
-    "recipe job report run pareto export cli demo"
+    "recipe timed job verdict report run transfer pareto export quantize runtimes bench hub deliver cli demo"
 ).split()
-WORDS = frozenset({"errors", "plain", "steps", "spec", "plan", "costs", "budget"})
+WORDS = frozenset({"errors", "plain", "steps", "spec", "plan", "costs", "table", "budget"})
 DOORS = frozenset({"", "__main__"})
 STRANGERS = frozenset({"methods", "families"})
 HEAVY = frozenset({"torch", "torchvision", "timm", "accelerate"})

@@ -1,167 +1,325 @@
-"""Cost is counted, and time is measured side by side, leaving models and process as they were."""
+"""Budgets of time: a table of times is arithmetic, plans spend it, and what is measured decides."""
+
+import math
 
 import pytest
+import timm
 import torch
-from torch import nn
 
-from vitrim.errors import AdoptError, RecipeError
-from vitrim.measure import Cost, Latency, cost, counted, latency
-from vitrim.plain import dump, load
-from vitrim.spec import Attention, Block, Form, Host, Norm, Spec, Stage
-
-IMAGE = (3, 8, 8)
-
-
-class Toy(nn.Module):
-    """A network whose time grows with `depth`."""
-
-    def __init__(self, depth: int = 1, width: int = 192) -> None:
-        super().__init__()
-        inner = [nn.Sequential(nn.Linear(width, width), nn.Dropout(0.5)) for _ in range(depth)]
-        self.layers = nn.Sequential(nn.Flatten(), *inner)
-        self.seen: list[tuple[bool, bool, int, torch.dtype]] = []
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.seen.append((self.training, torch.is_inference_mode_enabled(), torch.get_num_threads(), x.dtype))
-        return self.layers(x)
-
-
-class Odd(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
+import vitrim
+from tests.samples import PRESETS, adopted
+from tests.tables import proportional
+from vitrim import families, methods, timed
+from vitrim.budget import Budget
+from vitrim.costs import attention_macs, cost_of, mlp_macs
+from vitrim.errors import BudgetError
+from vitrim.families import describe
+from vitrim.measure import Latency
+from vitrim.measure.table import machine_of, make_table
+from vitrim.methods._spvit import SinglePath, layout, times
+from vitrim.methods._spvit_plan import decide, planned
+from vitrim.observe import axes
+from vitrim.plan import BlockPlan, Plan
+from vitrim.recipe import Measure
+from vitrim.search.fill import fill
+from vitrim.spec import Attention, Skip, folded
+from vitrim.steps import Drop
+from vitrim.surgery import apply
+from vitrim.table import StageTimes, Table
 
 
-def quick(model: nn.Module, reference: nn.Module | None = None, **settings) -> Latency:
-    return latency(model, reference, **{"image": IMAGE, "batch": 4, "seconds": 0.05, **settings})
-
-
-def test_a_model_takes_as_long_as_itself():
-    model = Toy(4)
-    told = quick(model, model, seconds=0.3)
-    assert 0.5 < told.ratio < 2
-    assert told.ratio_low <= told.ratio <= told.ratio_high
-
-
-def test_a_bigger_model_takes_longer():
-    told = quick(Toy(40), Toy(1), seconds=0.3)
-    assert told.ratio > 1
-    assert told.seconds > told.reference_seconds
-
-
-def test_times_and_origin_are_complete():
-    told = quick(Toy(), Toy())
-    assert 0 < told.seconds_low <= told.seconds <= told.seconds_high
-    assert told.images_per_second == pytest.approx(4 / told.seconds)
-    assert told.peak_bytes is None
-    assert told.runs >= 6
-    assert told.runs % 2 == 0
-    assert (told.batch, told.image, told.dtype) == (4, IMAGE, "float32")
-    assert told.threads == torch.get_num_threads()
-    assert told.device.startswith("cpu")
-    assert told.torch == torch.__version__
-    assert told.timm
-    assert load(Latency, dump(told)) == told
-
-
-def test_without_a_reference_there_is_no_ratio():
-    told = quick(Toy())
-    assert (told.ratio, told.ratio_low, told.ratio_high, told.reference_seconds) == (None,) * 4
-
-
-def test_mode_threads_and_type_are_given_back():
-    model, before = Toy(2), torch.get_num_threads()
-    model.train()
-    model.layers[1].eval()
-    told = quick(model, threads=before + 1)
-    assert told.threads == before + 1
-    assert set(model.seen) == {(False, True, before + 1, torch.float32)}
-    assert torch.get_num_threads() == before
-    assert model.training
-    assert model.layers[2].training
-    assert not model.layers[1].training
-
-
-def test_another_type_runs_on_a_copy():
-    model = Toy()
-    told = quick(model, dtype=torch.float64)
-    assert told.dtype == "float64"
-    assert model.seen == []
-    assert next(model.parameters()).dtype == torch.float32
-
-
-def test_a_failing_model_is_given_back_too():
-    model, before = Toy(), torch.get_num_threads()
-    with pytest.raises(RuntimeError):
-        quick(model, image=(3, 9, 9), threads=before + 1)
-    assert model.training
-    assert torch.get_num_threads() == before
-
-
-def test_models_take_turns():
-    calls: list[str] = []
-
-    def named(name: str) -> nn.Module:
-        model = Toy()
-        model.register_forward_hook(lambda *_: calls.append(name))
-        return model
-
-    told = quick(named("a"), named("b"), runs=2, seconds=1e-9, warmup=1)
-    turns = "".join(calls)[2 :: told.repeats] if told.repeats > 1 else "".join(calls)[2:]
-    assert turns == "abba"
-
-
-@pytest.mark.parametrize(
-    ("settings", "text"),
-    [
-        ({"batch": 0}, "batch must be a whole number of at least 1, but got 0"),
-        ({"batch": 1.5}, "batch must be a whole number"),
-        ({"runs": 1}, "runs must be"),
-        ({"warmup": 0}, "warmup must be"),
-        ({"threads": 0}, "threads must be"),
-        ({"seconds": 0}, "seconds must be above 0"),
-        ({"seconds": float("nan")}, "seconds must be above 0"),
-        ({"image": (3, 8)}, "image must be"),
-        ({"image": (3, 8, 0)}, "image must be"),
-        ({"image": None}, "pass image="),
-    ],
-)
-def test_wrong_settings_are_refused(settings: dict, text: str):
-    model = Toy()
-    with pytest.raises(RecipeError, match=text):
-        quick(model, **settings)
-    assert model.training
-    assert model.seen == []
-
-
-def test_pytorch_counts_products():
-    model = Toy(3)
-    assert counted(model, IMAGE) == Cost(3 * 192 * 192, 3 * (192 * 192 + 192))
-    assert model.training
-
-
-def test_attention_is_counted():
-    class Attend(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return nn.functional.scaled_dot_product_attention(x, x, x)
-
-    assert counted(Attend(), (2, 5, 8)) == Cost(2 * 2 * 5 * 5 * 8, 0)
-
-
-def test_half_a_product_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("vitrim.measure.count.FlopCounterMode.get_total_flops", lambda self: 7)
-    with pytest.raises(AdoptError, match="counted 7"):
-        counted(Odd(), IMAGE)
-
-
-def test_a_spec_is_priced_as_it_stands():
-    norm = Norm(name="LayerNorm", eps=1e-6)
-    form = Form(
-        norm=norm, qkv_bias=True, out_bias=True, mlp="plain", activation="GELU", hidden_bias=True, mlp_out_bias=True
+def small_vit(**arguments):
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=4,
+        embed_dim=64,
+        depth=3,
+        num_heads=4,
+        num_classes=10,
+        **arguments,
     )
-    block = Block(mixer=Attention(qk=(4, 4), v=(4, 4), scale=0.5), hidden=16)
-    stage = Stage(width=8, grid=(2, 2), prefix=1, form=form, blocks=(block,))
-    host = Host(name="toy", arguments={}, macs=10, params=7)
-    spec = Spec(family="vit", host=host, image=(4, 4), classes=2, stages=(stage,))
-    macs = 10 + (5 * 8 * 3 * 8 + 5 * 5 * 8 * 2 + 5 * 8 * 8) + 2 * 5 * 8 * 16
-    params = 7 + (8 * 24 + 24 + 8 * 8 + 8 + 16) + (8 * 16 + 16 + 16 * 8 + 8 + 16)
-    assert cost(spec) == Cost(macs, params)
+    return families.adopt(model.eval())
+
+
+def stepped(spec, step):
+    """The same machine, but channels of a head, and neurons, run in whole multiples of `step`."""
+
+    def up(number):
+        return math.ceil(number / step) * step
+
+    table, stage = proportional(spec), spec.stages[0]
+    times = table.stages[0]
+    hidden = tuple(range(1, times.hidden[-1] + 1))
+    attention = [
+        [[1e-9 * attention_macs(n, stage.width, h * up(k), h * up(k)) for k in times.channels] for h in times.heads]
+        for n in times.tokens
+    ]
+    mlp = [[1e-9 * mlp_macs(n, stage.width, up(m)) for m in hidden] for n in times.tokens]
+    return table.model_copy(
+        update={"stages": (StageTimes(**dict(times) | {"attention": attention, "hidden": hidden, "mlp": mlp}),)}
+    )
+
+
+# -- the table
+
+
+def test_a_table_adds_up_what_its_branches_take():
+    spec = describe(small_vit())
+    table = proportional(spec)
+    macs = cost_of(spec).macs - spec.host.macs
+    assert table.latency(spec) == round(1e5 + macs)
+    child = Plan.of(
+        spec,
+        [
+            BlockPlan(mixer=Skip()),
+            BlockPlan(hidden=tuple(range(17)), tokens=Drop(kept=tuple(range(0, 64, 2)))),
+            BlockPlan(mlp=Skip(), tokens=Drop(kept=tuple(range(0, 64, 2)))),
+        ],
+    ).child(spec)
+    assert table.latency(child) == round(1e5 + cost_of(child).macs - child.host.macs)
+    blocks = [
+        table.block(block, stage, here)
+        for (_, stage, block), here in zip(child.blocks(), child.arrivals(), strict=True)
+    ]
+    assert table.latency(child) == 100_000 + sum(blocks)
+
+
+def test_the_last_block_is_cheap_where_prefix_tokens_alone_ask():
+    spec = describe(small_vit())
+    table = proportional(spec, host=0.0)
+    child = Plan.of(spec, [BlockPlan(), BlockPlan(), BlockPlan(only_prefix=True)]).child(spec)
+    assert table.latency(child) < 0.8 * table.latency(spec)
+    rest = cost_of(child).macs - child.host.macs
+    # One token's MLP is below the first number of tokens that was measured, where the line goes on to nothing.
+    assert abs(table.latency(child) - rest) < 0.01 * rest
+
+
+def test_times_between_points_lie_on_lines_and_never_below_zero():
+    spec = describe(small_vit())
+    stage = proportional(spec).stages[0]
+    coarse = stage.model_copy(update={"hidden": (64, 128), "mlp": tuple((1.0, 3.0) for _ in stage.tokens)})
+    for neurons, seconds in ((64, 1.0), (96, 2.0), (128, 3.0), (160, 4.0), (32, 0.0), (8, 0.0), (0, 0.0)):
+        assert coarse.feeds(stage.tokens[-1], neurons) == pytest.approx(seconds)
+
+
+def test_heads_of_several_widths_take_longer():
+    spec = describe(small_vit())
+    stage = proportional(spec).stages[0].model_copy(update={"run": 5e-6, "unequal": 1.5, "sized": 2.0})
+    flow = spec.flows()[0]
+    even = Attention(qk=(8,) * 4, v=(8,) * 4, scale=1.0)
+    mixed = Attention(qk=(4, 12, 8, 8), v=(4, 12, 8, 8), scale=1.0)
+    apart = Attention(qk=(4,) * 4, v=(12,) * 4, scale=1.0)
+    assert stage.attends(mixed, flow, False) == pytest.approx(stage.attends(even, flow, False) + 2 * 5e-6)
+    assert stage.attends(apart, flow, False) == pytest.approx(1.5 * stage.attends(even, flow, False))
+    assert stage.attends(even, flow, True) == pytest.approx(2 * stage.attends(even, flow, False))
+
+
+def test_a_table_of_another_model_is_refused():
+    other = describe(families.adopt(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).eval()))
+    with pytest.raises(BudgetError, match="knows no stage of width 192"):
+        proportional(describe(small_vit())).latency(other)
+
+
+@pytest.mark.parametrize(("family", "preset"), [next(p for p in PRESETS if p[0] == name) for name in families.names()])
+def test_a_measured_table_gives_the_dense_model_its_own_time(family, preset):
+    model = adopted(family, preset)
+    spec = describe(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    table = make_table(model, batch=1, threads=1, seconds=0.01, rounds=1)
+    assert len(table.stages) == len(spec.stages)
+    assert table.machine == machine_of(model, batch=1, threads=1)
+    assert table.latency(spec) / 1e9 == pytest.approx(table.dense, rel=1e-3)
+    bare = Plan.of(spec, [BlockPlan(mixer=Skip(), mlp=Skip()) for _ in spec.blocks()]).child(spec)
+    assert table.latency(bare) == round(table.host * 1e9)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert Table.model_validate_json(table.model_dump_json()) == table
+
+
+# -- plans
+
+
+def zeros(model):
+    return {path: torch.zeros(axis.size) for path, axis in axes(model).items()}
+
+
+@pytest.mark.parametrize("choice", ["even", "heads", "free"])
+@pytest.mark.parametrize("share", [0.8, 0.5, 0.3])
+def test_plans_spend_the_time_they_are_given(choice, share):
+    model = small_vit()
+    spec = describe(model)
+    budget = Budget(latency=share, table=proportional(spec))
+    scores = {
+        path: torch.rand(zero.shape, generator=torch.Generator().manual_seed(1)) for path, zero in zeros(model).items()
+    }
+    child = fill(spec, scores, budget, choice=choice).child(spec)
+    ratio = budget.cost(child).latency / budget.cost(spec).latency
+    assert 0.93 * share <= ratio <= share
+
+
+def test_widths_follow_the_steps_of_the_table():
+    model = small_vit()
+    spec = describe(model)
+    scores = {
+        path: torch.rand(zero.shape, generator=torch.Generator().manual_seed(2)) for path, zero in zeros(model).items()
+    }
+    child = fill(spec, scores, Budget(latency=0.6, table=stepped(spec, 32)), choice="even").child(spec)
+    # A width between two steps costs as much as the next step: nobody would take less than he pays for.
+    assert all(block.hidden % 32 == 0 for _, _, block in child.blocks())
+    plain = fill(spec, scores, Budget(latency=0.6, table=proportional(spec)), choice="even").child(spec)
+    assert any(block.hidden % 32 for _, _, block in plain.blocks())
+
+
+def test_time_and_macs_and_parameters_bound_together():
+    model = small_vit()
+    spec = describe(model)
+    budget = Budget(latency=0.7, macs=0.5, params=0.9, table=proportional(spec))
+    child = fill(spec, zeros(model), budget)
+    parent, cost = budget.cost(spec), budget.cost(child.child(spec))
+    assert budget.admits(cost, parent)
+    assert cost.macs > 0.95 * 0.5 * parent.macs
+
+
+def test_what_no_widths_reach_is_refused_with_the_fastest():
+    model = small_vit()
+    spec = describe(model)
+    with pytest.raises(BudgetError, match=r"latency must be at least 0\.\d+ .* but got 0\.100"):
+        fill(spec, zeros(model), Budget(latency=0.1, table=proportional(spec, host=5e-3)))
+
+
+def test_a_budget_of_time_needs_a_table_and_a_share():
+    assert str(Budget.parse("latency=0.6, macs=0.5")) == "macs=0.5,latency=0.6"
+    with pytest.raises(BudgetError, match="share of the parent's"):
+        Budget.parse("latency=2G")
+    spec = describe(small_vit())
+    with pytest.raises(BudgetError, match="measure one first"):
+        fill(spec, {}, Budget.parse("latency=0.6"))
+
+
+def test_spvit_trains_and_decides_by_time():
+    model = small_vit()
+    spec, how = describe(model), layout(describe(model))
+    table = proportional(spec)
+    single = SinglePath(model, how).eval()
+    priced = times(spec, how, Budget(latency=0.5, table=table))
+    with torch.no_grad():
+        for gate in single.gate_parameters():
+            gate.fill_(9.0)
+    total = priced.total(single)
+    assert float(total.detach()) == pytest.approx(table.latency(spec), rel=1e-3)
+    total.backward()
+    assert all(bool((gate.grad > 0).all()) for gate in single.gate_parameters())
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for gate in single.gate_parameters():
+            gate.copy_(torch.randn(gate.shape, generator=draw))
+    for share in (0.8, 0.5, 0.3):
+        budget = Budget(latency=share, table=table)
+        child = planned(spec, how, *decide(spec, single, how, budget)).child(spec)
+        assert 0.98 * share <= budget.cost(folded(child)).latency / table.latency(spec) <= share
+
+
+# -- measured
+
+
+def reading(ratio, spread=0.01, runs=40):
+    return Latency(
+        seconds=ratio,
+        seconds_low=ratio,
+        seconds_high=ratio,
+        images_per_second=1.0,
+        ratio=ratio,
+        ratio_low=ratio * (1 - spread / 2),
+        ratio_high=ratio * (1 + spread / 2),
+        runs=runs,
+        repeats=1,
+        batch=8,
+        image=(3, 32, 32),
+        threads=1,
+        dtype="float32",
+        device="none",
+        torch="0",
+        timm="0",
+    )
+
+
+def met(model, table, clock, share=0.6, name="magnitude", is_timed=True, spread=0.01):
+    """Meet a budget of time on a machine that takes what `clock` says of the child's share of the table's time."""
+    method, spec, said = methods.get(name), describe(model), []
+    budget = Budget(latency=share, table=table)
+    dense = table.latency(spec)
+    found = timed.meet(
+        model,
+        budget,
+        lambda b: method.search(model, None, b, seed=0),
+        lambda f: apply(f.parent, f.plan),
+        lambda child: reading(clock(table.latency(describe(child)) / dense), spread),
+        timed=is_timed,
+        say=said.append,
+    )
+    return found, said
+
+
+@pytest.mark.parametrize("is_timed", [True, False])
+@pytest.mark.parametrize("clock", [lambda t: t, lambda t: 1.25 * t, lambda t: 0.2 + 0.8 * t, lambda t: t**1.5])
+def test_what_is_measured_comes_within_five_percent(is_timed, clock):
+    model = small_vit()
+    found, said = met(model, proportional(describe(model)), clock, is_timed=is_timed)
+    assert abs(found.ratio - 0.6) <= 0.05 * 0.6
+    assert found.measured == len(said)
+    assert found.ratio == pytest.approx(clock(found.predicted))
+
+
+def test_a_good_table_needs_one_measurement():
+    model = small_vit()
+    found, _ = met(model, proportional(describe(model)), lambda t: t)
+    assert found.measured == 1
+
+
+def test_a_machine_that_gets_no_faster_is_refused_with_the_best():
+    model = small_vit()
+    with pytest.raises(BudgetError, match=r"the fastest takes 0\.9\d+ of the dense time, not 0\.6"):
+        met(model, proportional(describe(model)), lambda t: 0.9 + 0.1 * t)
+
+
+def test_a_noisy_machine_is_refused_with_its_spread():
+    model = small_vit()
+    with pytest.raises(BudgetError, match=r"40 samples of the ratio lie from 0\.\d+ to 0\.\d+; stop other work"):
+        met(model, proportional(describe(model)), lambda t: t, spread=0.9)
+
+
+def test_a_run_meets_its_time(monkeypatch, tmp_path):
+    model = small_vit()
+    spec = describe(model)
+    table = proportional(spec)
+    monkeypatch.setenv("VITRIM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(timed, "make_table", lambda model, **given: table)
+
+    def clock(child, parent, **given):
+        return reading(1.1 * table.latency(describe(child)) / table.latency(spec))
+
+    monkeypatch.setattr(timed, "latency", clock)
+    for name in ("magnitude", "random"):
+        found = vitrim.compress(model, method=name, budget="latency=0.6", out=tmp_path / name)
+        assert abs(found.measured["latency_ratio"] - 0.6) <= 0.03
+        again = vitrim.compress(model, method=name, budget="latency=0.6", out=tmp_path / name)
+        assert again.plan == found.plan
+    assert "0.6" in (tmp_path / "random" / "report.html").read_text(encoding="utf-8")
+    (tables,) = (tmp_path / "cache" / "latency").iterdir()
+    monkeypatch.setattr(timed, "make_table", lambda model, **given: pytest.fail("the table is in the cache"))
+    assert timed.table_for(model, Measure()) == table
+    tables.write_text("{}")
+    with pytest.raises(BudgetError, match=str(tables)):
+        timed.table_for(model, Measure())
+
+
+def test_tables_of_other_settings_are_other_files(monkeypatch, tmp_path):
+    model = small_vit()
+    monkeypatch.setenv("VITRIM_CACHE", str(tmp_path))
+    monkeypatch.setattr(timed, "make_table", lambda model, **given: proportional(describe(model)))
+    for settings in ({}, {"batch": 1}, {"threads": 7}, {"dtype": "bfloat16"}, {"runtime": "compile"}):
+        timed.table_for(model, Measure(**settings))
+    timed.table_for(small_vit(global_pool="avg"), Measure())
+    timed.table_for(model, Measure())
+    assert len(list((tmp_path / "latency").iterdir())) == 6

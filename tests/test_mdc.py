@@ -195,14 +195,17 @@ class TestScores:
         with pytest.raises(MethodError, match="outputs must be finite"):
             score(broken, batch(8), Settings())
 
-    def test_identical_predictions_leave_energy_to_decide(self):
+    def test_identical_predictions_rank_nothing(self):
+        """A batch of them adds nothing; if there is no other, that is said."""
         model = net(width=48, depth=1)
+        same = (batch(1)[0][0].expand(8, -1, -1, -1), torch.zeros(8).long())
+        path, settings = "stages.0.blocks.0.hidden", Settings()
+        alone, both = score(model, batch(8), settings), score(model, [same, *batch(8)], settings)
+        assert torch.allclose(both.values[path], alone.values[path], atol=1e-9)
         with torch.no_grad():
             model.head.weight.zero_()
-        found = score(model, batch(8), Settings())
-        path = "stages.0.blocks.0.hidden"
-        assert float(found.values[path].abs().max()) == 0
-        assert sorted(found.ranking[path].tolist()) == list(range(192))
+        with pytest.raises(MethodError, match="outputs must vary from image to image"):
+            score(model, batch(8), settings)
 
 
 @pytest.mark.parametrize(("family", "preset"), PRESETS)

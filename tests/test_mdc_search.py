@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -218,6 +219,13 @@ class TestSearch:
         with pytest.raises(MethodError, match="policies must spend at least 98%"):
             self.run(self.memory(), gap)
 
+    def test_not_a_number_is_said_and_loses_nothing(self):
+        study = self.memory()
+        self.run(study, trials=4)
+        with pytest.raises(MethodError, match="must be a number"):
+            self.run(study, objective=lambda _: (float("nan"), {}))
+        assert len(self.run(study)) == 9
+
     def test_it_beats_chance_on_the_synthetic_objective(self):
         """A taste of benchmarks/mdc_search.py, which has ten seeds and four budgets."""
         from benchmarks.mdc_search import SEARCHES, hills
@@ -266,30 +274,50 @@ class TestStorage:
         holder.rollback()
         assert len(bayes.trials_of(open_study(url, "mdc", {}), few())) == 3
 
+    def test_a_file_of_something_else(self, tmp_path):
+        (tmp_path / "trials.db").write_text("not a database " * 100)
+        with pytest.raises(RunError, match="not a database"):
+            open_study(f"sqlite:///{tmp_path / 'trials.db'}", "mdc", {})
+        assert (tmp_path / "trials.db").read_text().startswith("not a database")
+
     def test_a_journal_is_a_storage(self, tmp_path):
         study = open_study(f"journal://{tmp_path / 'trials.log'}", "mdc", {"model": "a"})
         assert len(TestSearch().run(study, trials=4)) == 4
 
 
+THREE = """
+import os, sys, traceback
+import sklearn.datasets, timm, vitrim.job, vitrim.methods.mdc
+from vitrim import cli
+children = []
+for out in sys.argv[1:4]:
+    child = os.fork()
+    if not child:
+        try:
+            cli.app([*sys.argv[4:], "--out", out], standalone_mode=False)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    children.append(child)
+sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+"""
+
+
 def test_three_processes_share_a_search(tmp_path):
-    """No trial lost or doubled, and each process ends with the same plan."""
+    """No trial lost or doubled, and each process ends with the same plan. Forked, for each import takes seconds."""
     from vitrim import store
 
     model = families.adopt(families.get("vit").example(depth=2))
     store.save(model, tmp_path / "model.safetensors", provenance={})
     url = f"sqlite:///{tmp_path / 'trials.db'}"
-    command = [sys.executable, "-m", "vitrim", "search", str(tmp_path / "model.safetensors"), "--storage", url,
-               "--budget", "macs=0.8", "--trials", "7", "--data", "digits", "--set", "method.initial=4",
-               "--set", "data.calibration=16", "--set", "data.validation=32"]  # fmt: skip
-    running = [
-        subprocess.Popen(
-            [*command, "--out", str(tmp_path / f"{i}.json")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        for i in range(3)
-    ]
-    for process in running:
-        _, problems = process.communicate(timeout=240)
-        assert process.returncode == 0, problems.decode()
+    command = ["search", str(tmp_path / "model.safetensors"), "--storage", url, "--budget", "macs=0.8", "--trials", "7",
+               "--data", "digits", "--set", "method.initial=4", "--set", "data.calibration=16",
+               "--set", "data.validation=32"]  # fmt: skip
+    plans = [str(tmp_path / f"{i}.json") for i in range(3)]
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", THREE, *plans, *command], capture_output=True,
+                          timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
     study = optuna.load_study(study_name="mdc", storage=url)
     done = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
     assert len(done) == 7
@@ -297,6 +325,6 @@ def test_three_processes_share_a_search(tmp_path):
     assert not study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
     assert len({(tmp_path / f"{i}.json").read_text() for i in range(3)}) == 1
     with pytest.raises(RunError, match="must be of the same space"):
-        cli.app([*command[3:], "--budget", "macs=0.7"], standalone_mode=False)
+        cli.app([*command, "--budget", "macs=0.7"], standalone_mode=False)
     with pytest.raises(MethodError, match="of a method with trials, but taylor has none"):
-        cli.app([*command[3:], "--method", "taylor"], standalone_mode=False)
+        cli.app([*command, "--method", "taylor"], standalone_mode=False)

@@ -1,5 +1,7 @@
 """A report is a pure function of run folders: complete, self-contained, and harmless whatever the names are."""
 
+import csv as reading
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -10,9 +12,10 @@ import pytest
 from vitrim.costs import cost_of
 from vitrim.errors import PlanError, RunError
 from vitrim.plan import BlockPlan, Plan, write_plan
-from vitrim.report import html, markdown, sheet, total
+from vitrim.report import csv, html, markdown, sheet, total
 from vitrim.report.blocks import HOST, fates, widths
-from vitrim.report.curves import compared, curves, trials
+from vitrim.report.curves import curves, trials
+from vitrim.report.fronts import courses, front, fronts
 from vitrim.report.tables import outcome, short
 from vitrim.spec import Attention, Block, Form, Host, Norm, Skip, Spec, Stage
 
@@ -291,8 +294,8 @@ def test_the_sheet_sums_to_the_cost(plan: Plan):
     rows = sheet(parent, plan)
     assert [row.path for row in rows] == [*(path for path, *_ in parent.blocks()), HOST]
     sums, before, after = total(rows), cost_of(parent), cost_of(plan.child(parent))
-    assert (sums.macs_before, sums.params_before) == before
-    assert (sums.macs, sums.params) == after
+    assert (sums.macs_before, sums.params_before) == before[:2]
+    assert (sums.macs, sums.params) == after[:2]
     assert sums.share == after.macs / before.macs
 
 
@@ -335,6 +338,7 @@ def test_counts_have_units(value: float, text: str):
 
 
 def test_the_outcome_says_only_what_is_known():
+    assert "of parent.safetensors;" in outcome({"model": "/home/me/parent.safetensors", "top1": 70.0})
     assert outcome({"method": "taylor"}) == "taylor made a smaller model."
     assert outcome({"method": "m", "macs_ratio": 0.5, "top1": 70.0}) == (
         "m made a model with 50.0 % of the multiply-accumulates; top-1 is 70.0 %."
@@ -357,4 +361,78 @@ def test_without_numbers_there_are_no_plots():
     assert curves([]) is None
     assert curves([{"stage": "train", "step": 1, "loss": None}]) is None
     assert trials([{"trial": 1}]) is None
-    assert compared([]) is None
+    assert fronts([]) is None
+    assert courses([]) is None
+
+
+def test_a_front_is_what_none_beats():
+    points = [(0.5, 70.0), (0.4, 60.0), (0.5, 72.0), (0.6, 71.0), (0.9, 72.0), (0.3, 40.0), (0.8, 75.0), (0.4, 60.0)]
+    assert front(points) == [(0.3, 40.0), (0.4, 60.0), (0.5, 72.0), (0.8, 75.0)]
+    assert front([]) == []
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory) -> list[Path]:
+    root = tmp_path_factory.mktemp("three")
+    changes = ({"top1": 70.0}, {"top1": 75.0, "macs_ratio": 0.7}, {"top1": 78.0, "macs_ratio": 0.9})
+    return [run_folder(root / f"run{i}", method=f"m{i}", **change) for i, change in enumerate(changes)]
+
+
+def test_many_runs_have_fronts_strips_and_courses(three):
+    page = html(three)
+    reader = check_self_contained(page)
+    labels = [attributes["aria-label"] for tag, attributes in reader.tags if tag == "svg"]
+    assert labels[0] == "Top-1 against cost of 3 runs"
+    assert labels[1] == "Share of the multiply-accumulates that 3 runs keep of each block"
+    assert labels[2] == "Training of 3 runs over steps"
+    for words in (
+        "multiply-accumulates, of the parent",
+        "parameters, of the parent",
+        "measured latency, of the parent",
+    ):
+        assert words in reader.words
+    assert "Pareto front" in reader.words
+    ids = {attributes["id"] for _, attributes in reader.tags if "id" in attributes}
+    for tag, attributes in reader.tags:
+        if tag == "a":
+            assert attributes["href"].removeprefix("#") in ids
+    assert page.count("% of its multiply-accumulates</title>") == 3 * 12
+
+
+def test_costs_of_different_parents_are_absolute(three, tmp_path):
+    other = run_folder(tmp_path / "other", macs_parent=1, device="another")
+    words = Reader(html([*three, other])).words
+    assert "multiply-accumulates, of the parent" not in words
+    assert "measured latency, of the parent" in words, "times of two devices do not compare"
+    same = run_folder(tmp_path / "same", macs_parent=1)
+    assert "measured latency, ms of a batch" in Reader(html([*three, same])).words
+
+
+def test_mean_iou_is_the_score_of_segmentation(tmp_path):
+    folders = [run_folder(tmp_path / name, top1=None, miou=51.0, miou_parent=53.5) for name in "ab"]
+    words = Reader(html(folders)).words
+    assert "mean IoU in percent" in words
+    assert "\N{MINUS SIGN}2.5 points" in words
+
+
+def test_agreement_stands_in_for_accuracy(tmp_path):
+    folders = [run_folder(tmp_path / name, top1=None, top1_parent=None) for name in "ab"]
+    assert "same answer as the parent, percent" in Reader(html(folders)).words
+
+
+def test_tables_can_be_copied(three):
+    words = Reader(html(three)).words
+    text = csv(three)
+    assert text in words
+    lines = list(reading.DictReader(text.splitlines()))
+    assert [line["run"] for line in lines] == ["run0", "run1", "run2"]
+    for line, folder in zip(lines, three, strict=True):
+        measured = json.loads((folder / "measured.json").read_text())
+        assert {key: line[key] for key in measured} == {key: str(value) for key, value in measured.items()}
+    assert markdown(three).split("\n\n")[1] in words
+
+
+def test_a_spreadsheet_runs_no_formula(tmp_path):
+    folder = run_folder(tmp_path / "run", method="=1+1", model="@x", budget='a,"b"\nc')
+    line = next(reading.DictReader(io.StringIO(csv([folder]))))
+    assert (line["method"], line["model"], line["budget"]) == ("'=1+1", "'@x", 'a,"b"\nc')

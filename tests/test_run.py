@@ -236,6 +236,17 @@ def test_test_images_alone_are_for_measuring(monkeypatch):
             {"data": TensorDataset(torch.zeros(4, 3, 8, 8), torch.arange(4))},
         ),
         (DataError, "mean must have one value for each", {"recipe": {"data": {"mean": [0.5]}}}),
+        (
+            RecipeError,
+            "must tell the model's 10 classes apart, but has 3; choose another",
+            {"recipe": {"teacher": {"name": "resnet10t", "random_weights": True, "arguments": {"num_classes": 3}}}},
+        ),
+        (
+            RecipeError,
+            "must take images of 32 x 32, but says: ",
+            {"recipe": {"teacher": {"name": "vit_tiny_patch16_224", "random_weights": True}}},
+        ),
+        (RecipeError, "a model must be a name that timm knows", {"recipe": {"teacher": {"name": "resnet10tt"}}}),
     ],
 )
 def test_wrong_requests(kind, told, given, tmp_path):
@@ -249,6 +260,32 @@ def test_wrong_requests(kind, told, given, tmp_path):
     assert isinstance(caught.value, VitrimError)
     assert not out.parent.exists()
     assert same(state_of(model), before)
+
+
+def test_another_teacher_sees_the_images_as_it_knows_them(monkeypatch, tmp_path):
+    """Any timm model teaches, normalised its own way; the recipe says who."""
+    seen = []
+    named = {"name": "resnet10t", "random_weights": True, "arguments": {"num_classes": 10, "stem_width": 8}}
+    teach = job._teacher
+
+    def keep(*given):
+        teacher = teach(*given)
+        teacher.teacher.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+        return teacher
+
+    monkeypatch.setattr(job, "_teacher", keep)
+    compress(
+        tiny(), tensors(16), method="random", budget="macs=0.6", epochs=1, measure=QUIET, out=tmp_path / "run",
+        train={"batch": 16, "augment": {"kind": "none"}}, recipe={"teacher": named, "data": {"validation": 0}},
+    )  # fmt: skip
+    mean, std = torch.tensor(((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))).view(2, 3, 1, 1)
+    wanted = (tensors(16).tensors[0] / 2 + 0.5 - mean) / std
+    assert len(seen) == 2  # one picture to see that it fits, and the step
+    order = [pixels[:, 0, 0, 0].argsort() for pixels in (seen[1], wanted)]
+    assert torch.allclose(seen[1][order[0]], wanted[order[1]], atol=1e-5)
+    recipe = read_recipe(tmp_path / "run" / "recipe.toml")
+    assert recipe.teacher is not None
+    assert recipe.teacher.name == "resnet10t"
 
 
 def test_weights_that_are_not_finite():

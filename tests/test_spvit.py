@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,19 +12,21 @@ from torch.nn import functional as F
 from tests.conformance.method import SHORT, digits
 from tests.samples import PRESETS, adopted, apart, images, timm_model, without_data
 from tests.tolerance import EXACT
-from vitrim import families, methods, store
+from vitrim import export, families, methods, store
 from vitrim.budget import SLACK, Budget
 from vitrim.costs import cost_of
-from vitrim.errors import BudgetError, DataError, MethodError, PlanError, WeightsError
+from vitrim.errors import AdoptError, BudgetError, DataError, MethodError, PlanError, RecipeError, WeightsError
 from vitrim.families import adopt, describe
 from vitrim.measure import counted
-from vitrim.methods import _spvit_plan
+from vitrim.methods import _spvit_plan, spvit
 from vitrim.methods._spvit import SinglePath, layout, prices
 from vitrim.methods._spvit_published import published, structures
 from vitrim.methods._spvit_released import open_released
 from vitrim.nn.conv import Conv, mixed_back, mixed_kernel, state_of, votes
 from vitrim.nn.paths import Paths
+from vitrim.plain import dump, load
 from vitrim.plan import BlockPlan, Plan
+from vitrim.recipe import Recipe, merged, overrides, read_recipe
 from vitrim.run import compress
 from vitrim.search import gates
 from vitrim.spec import Attention, Drop, Form, Mixture, Norm, Skip, Stage, folded
@@ -399,6 +402,16 @@ class TestGates:
         assert id(single.beside("stages.0.blocks.0").mix) in {id(p) for p in decayed["params"]}
         assert decayed["weight_decay"] == 0.05
 
+    @pytest.mark.parametrize(("epochs", "given", "rate"), [(0.5, None, 1.5), (0.5, 1e-3, 1e-3), (2, None, 3 / 8)])
+    def test_gates_move_far_enough(self, epochs, given, rate, monkeypatch):
+        """In a short search they would hardly move at the published rate: a gate starts 1.5 above closing."""
+        seen = []
+        model = adopt(timm_model("vit", "plain", torch.float32))
+        monkeypatch.setattr(spvit, "fit", lambda single, *_, groups, **__: seen.append(groups(single)[0]["lr"]))
+        settings = {"train": {**SHORT, "epochs": epochs}, "gate_lr": given}
+        methods.get("spvit", settings).search(model, digits(model), Budget.parse("macs=0.5"), seed=0)
+        assert seen == [pytest.approx(rate)]
+
     @pytest.mark.parametrize(("first", "budget"), [(4.0, "macs=0.5"), (1e6, "macs=0.2")])
     def test_the_penalty_alone_ends_near_its_target(self, first, budget):
         model = adopt(timm_model("vit", "plain", torch.float32))
@@ -523,6 +536,11 @@ def test_a_released_structure_in_place_of_a_search():
     found = methods.get("spvit", {"structure": "deit_ti"}).search(model, None, Budget.parse("macs=1.04G"), seed=0)
     child = fold(apply(found.parent, found.plan)).eval()
     assert cost_of(describe(child)) == counted(child)
+    settings = {"structure": "deit_ti"}
+    whole = compress(model, method="spvit", settings=settings, budget="macs=1.04G", measure={"latency": False})
+    assert describe(whole.model) == describe(child)
+    with pytest.raises(DataError, match="spvit needs images; give --data SRC"):
+        compress(model, method="spvit", budget="macs=1.04G")
     with pytest.raises(BudgetError, match="must be what structure deit_ti costs"):
         methods.get("spvit", {"structure": "deit_ti"}).search(model, None, Budget.parse("macs=1.0G"), seed=0)
     with pytest.raises(MethodError, match="must be given the model that it was searched from, deit_small"):
@@ -627,8 +645,15 @@ class TestRefusals:
     def test_settings(self):
         with pytest.raises(MethodError, match="temperature: input should be greater than 0"):
             methods.get("spvit", {"temperature": 0})
+        with pytest.raises(ValueError, match="temperature"):
+            Mixture(heads=2, temperature=0)
         with pytest.raises(MethodError, match="batch norms at least 2 images"):
             methods.get("spvit", {"train": {"batch": 2, "accumulate": 2}})
+
+    def test_training_one_image_at_a_time_is_refused_before_the_search(self):
+        model = timm_model("vit", "plain", torch.float32)
+        with pytest.raises(RecipeError, match="at least 2 images at a time, but is 8 in 8 parts"):
+            compress(model, "digits", method="spvit", epochs=1, train={"batch": 8, "accumulate": 8})
 
     def test_one_image(self):
         mixture = Mixture(heads=2, temperature=0.01)
@@ -644,6 +669,17 @@ class TestRefusals:
             conv(torch.randn(2, 7, 6), is_causal=True)
         with pytest.raises(DataError, match="2 x 3 patches of its grid, but got 8"):
             conv(torch.randn(2, 9, 6))
+
+    def test_gated_and_grouped_values(self):
+        """Neither is adopted, by whatever method; the command says so and ends with 2."""
+        model = timm_model("vit", "plain", torch.float32)
+        model.blocks[1].attn.gate = torch.nn.Linear(48, 48)
+        with pytest.raises(AdoptError, match=r"blocks\.1\.attn: gated attention is not supported"):
+            compress(model, method="spvit", budget="macs=0.5")
+        model = timm_model("vit", "plain", torch.float32)
+        model.blocks[0].attn.qkv = torch.nn.Linear(48, 48 + 2 * 16)
+        with pytest.raises(AdoptError, match=r"blocks\.0\.attn\.qkv: .*as many keys and values as queries"):
+            compress(model, method="spvit", budget="macs=0.5")
 
     @pytest.mark.parametrize(
         ("preset", "told"),
@@ -696,12 +732,36 @@ def test_the_grid_follows_the_input_size():
 
 
 @pytest.mark.parametrize("inherit", ["dense", "search"])
-def test_a_run_ends_folded(inherit, tmp_path):
+def test_what_training_goes_on_from(inherit):
+    """The model's own weights with new mixtures and norms, or all that the search has trained."""
+    model = adopt(timm_model("swin", "windows", torch.float32))
+    settings = {"train": {**SHORT, "lr": 1e-3}, "gate_lr": 0.01, "inherit": inherit}
+    found = methods.get("spvit", settings).search(model, digits(model), Budget.parse("macs=0.5"), seed=0)
+    child = apply(found.parent, found.plan, grafts=found.grafts)
+    convs = [(path, block.attn) for path, block in families.blocks_of(child) if isinstance(block.attn, Conv)]
+    assert convs
+    dense, searched = dict(families.blocks_of(model)), dict(families.blocks_of(found.parent))
+    for path, conv in convs:
+        values = {
+            name: blocks[path].attn.qkv.weight.chunk(3)[2] for name, blocks in (("dense", dense), ("search", searched))
+        }
+        assert torch.equal(conv.v.weight, values[inherit])
+        new = bool((conv.mix == 1).all()) and bool((conv.bn.running_var == 1).all()) and not conv.bn.num_batches_tracked
+        assert new == (inherit == "dense")
+    assert (found.parent is model) == (inherit == "dense")
+    assert bool(found.grafts) == (inherit == "search")
+    if inherit == "search":
+        assert not torch.equal(values["dense"], values["search"])
+
+
+@pytest.mark.parametrize(("inherit", "teaching"), [("dense", "hard"), ("search", "soft")])
+def test_a_run_ends_folded(inherit, teaching, tmp_path):
     """Search, training of the hybrid, and a stored model of plain layers with its picture."""
     settings = {"train": {**SHORT, "drop_path": None}, "inherit": inherit, "gate_lr": 0.01}
     result = compress(
         adopt(timm_model("vit", "plain", torch.float32)), "digits", method="spvit", budget="macs=0.48", epochs=0.1,
-        settings=settings, train={"batch": 32}, measure={"latency": False}, out=tmp_path / "run",
+        settings=settings, train={"batch": 32, "distill": {"kind": teaching}}, measure={"latency": False},
+        out=tmp_path / "run",
     )  # fmt: skip
     child = describe(result.model)
     assert child == folded(child)
@@ -717,6 +777,68 @@ def test_a_run_ends_folded(inherit, tmp_path):
     assert "became convolution" in page
     again = compress(result.model, method="magnitude", budget="macs=0.8", measure={"latency": False})
     assert counted(again.model) == cost_of(describe(again.model))
+
+
+@pytest.mark.parametrize(("family", "levels"), [("vit", (1, 2, 3)), ("swin", (2, 1, 3, 0))])
+def test_an_export_is_folded(family, levels, tmp_path):
+    """A file holds plain layers alone, whether or not the model was folded before, and gives its logits."""
+    torch.manual_seed(0)
+    module = families.get(family)
+    parent = adopt(module.example().eval())
+    spec = describe(parent)
+    how = layout(spec)
+    by_path = dict(zip(how.mixtures, levels, strict=True))
+    child = apply(parent, _spvit_plan.planned(spec, how, by_path, {})).eval()
+    x = images(spec, 3, torch.float32)
+    done = export.export(child, tmp_path / "model.onnx")
+    _, run = export.onnx_session(tmp_path / "model.onnx")
+    assert done.apart < export.PARITY
+    with torch.no_grad():
+        assert apart(run(x), child(x)) < export.PARITY
+    onnx = pytest.importorskip("onnx")
+    kinds = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    assert "BatchNormalization" not in kinds
+    # One softmax an attention, none of a mixture.
+    assert kinds.count("Softmax") == 1
+    assert any(name.endswith("attn.mix") for name in child.state_dict())
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*spvit*.toml"))
+STARTS = {"deit_tiny": 1.26, "deit_small": 5.77, "deit_base": 10.60, "swin_tiny": 4.69, "swin_small": 4.22}
+"""What the published penalties start at (section 3.1 of the specification)."""
+
+
+def test_all_five_recipes_are_there():
+    assert [path.stem.removesuffix("_spvit") for path in RECIPES] == sorted(STARTS)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_recipes_are_strict_and_published(path):
+    """The penalty starts where theirs does, and the released structure meets the budget and spends it."""
+    recipe = read_recipe(path).resolved()
+    method, text = recipe.found_method(), path.read_text(encoding="utf-8")
+    structure = text.split("method.structure=")[1].split()[0]
+    _, products, _, _, dense, _ = PUBLISHED[structure]
+    assert recipe.model.name.startswith(structures()[structure]["model"])
+    start = STARTS[path.stem.removesuffix("_spvit")]
+    assert method.pressure * (dense - method.target) ** 2 == pytest.approx(start, rel=5e-3)
+    limit = Budget.parse(recipe.budget).macs
+    assert (1 - SLACK) * limit < products * 1e9 <= limit
+    search, train = method.train, recipe.train
+    assert (search.epochs, search.batch, search.lr, search.schedule) == (21, 1024, 1e-4, "constant")
+    assert (train.epochs, train.batch, train.lr, train.min_lr, train.schedule) == (130, 1024, 1e-4, 1e-5, "cosine")
+    same = "weight_decay drop_path mixup cutmix smoothing clip augment precision"
+    assert all(getattr(search, name) == getattr(train, name) for name in same.split())
+    assert (method.inherit, train.distill.kind, train.distill.alpha) == ("dense", "none", 0.5)
+    assert all(f"# {word}:" in text for word in ("Run", "Cost", "Expect"))
+    assert "measured" not in text
+    distilled = merged(
+        dump(recipe), overrides([word for word in text.split() if word.startswith(("train.", "teacher."))])
+    )
+    taught = load(Recipe, distilled, RecipeError)
+    assert (taught.train.epochs, taught.train.distill.kind) == (200, "hard")
+    assert taught.teacher is not None
+    assert timm.is_model(taught.teacher.name)
 
 
 def test_a_search_stops_at_the_first_epoch_that_meets_its_budget():

@@ -47,6 +47,7 @@ class Found:
         grafts: parameters of the child that are no slice of the parent's, by name.
         trials: what was tried, flat records for ``trials.jsonl``.
         start: what the training of the child goes on from, by the child's names, where search and training are one.
+        again: reads another budget off the same search, in seconds; None where each budget needs a search of its own.
     """
 
     plan: Plan
@@ -54,6 +55,7 @@ class Found:
     grafts: Mapping[str, Tensor] = field(default_factory=dict)
     trials: tuple[Mapping[str, Any], ...] = ()
     start: Start | None = None
+    again: "Callable[[Budget], Found] | None" = None
 
 
 class Method(Protocol):
@@ -62,6 +64,9 @@ class Method(Protocol):
     Attributes:
         needs: ``"nothing"``, ``"images"`` or ``"labels"``; what data `search` cannot do without.
         sentence: what the method does, for ``vitrim methods``.
+
+    A method whose search prices specs by `Budget.cost` alone, and so by measured times too, says so with ``timed =
+    True``. For the others a budget of latency is turned into one of macs, see `vitrim.timed`.
     """
 
     needs: ClassVar[str]

@@ -22,8 +22,20 @@ from vitrim.families import describe
 from vitrim.measure.model import home_of, image_of, resting
 from vitrim.nn import fold_merges_
 from vitrim.plain import Node
+from vitrim.surgery import fold
 
-__all__ = ["KINDS", "OLDEST_OPSET", "OPSET", "Exported", "export"]
+__all__ = [
+    "KINDS",
+    "OLDEST_OPSET",
+    "OPSET",
+    "PARITY",
+    "Exported",
+    "beside",
+    "check_target",
+    "export",
+    "need",
+    "onnx_session",
+]
 
 KINDS = {".onnx": "onnx", ".pt2": "program"}
 """Kind of file by the end of its name."""
@@ -68,18 +80,11 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, opset: int = OPSET
         ExportError: if a package is missing, the opset is too old, the place cannot be written to, the model cannot be
             traced, or the file's logits differ from eager's by more than 1e-4 of the largest. Nothing is written then.
     """
-    file = Path(path)
-    kind = KINDS.get(file.suffix)
-    if kind is None:
-        raise ExportError(f"a file to export to must end in {' or '.join(KINDS)}, but got '{file.name}'")
-    if opset < OLDEST_OPSET:
-        raise ExportError(f"opset must be at least {OLDEST_OPSET}, but got {opset}; leave it out for {OPSET}")
-    if kind == "onnx":
-        need("onnx", "onnxscript", "onnxruntime")
+    file, kind = check_target(path, opset)
     still = _still(model)
     image = image_of(still)
-    with _beside(file) as part:
-        program = _traced(fold_merges_(copy.deepcopy(still)), torch.zeros(3, *image))
+    with beside(file) as part:
+        program = _traced(fold(fold_merges_(copy.deepcopy(still))).eval(), torch.zeros(3, *image))
         runtime, run = (_onnx if kind == "onnx" else _program)(program, part, opset)
         worst = _compare(still, run, image)
         size = part.stat().st_size
@@ -95,7 +100,38 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, opset: int = OPSET
     )
 
 
-def need(*packages: str) -> None:
+def check_target(path: str | os.PathLike[str], opset: int = OPSET) -> tuple[Path, str]:
+    """Refuse a file that could not be written, before the work whose result is to lie there.
+
+    Returns:
+        the path, and its kind (`KINDS`).
+
+    Raises:
+        ExportError: if the kind is unknown, a package is missing, the opset too old, or the place not writable.
+    """
+    file = Path(path)
+    kind = KINDS.get(file.suffix)
+    if kind is None:
+        raise ExportError(f"a file to export to must end in {' or '.join(KINDS)}, but got '{file.name}'")
+    if opset < OLDEST_OPSET:
+        raise ExportError(f"opset must be at least {OLDEST_OPSET}, but got {opset}; leave it out for {OPSET}")
+    if kind == "onnx":
+        need("onnx", "onnxscript", "onnxruntime")
+    if file.is_dir():
+        raise ExportError(f"{file}: a file must be named to write to, but this is a folder; name a file in it")
+    try:
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as problem:
+        raise _unwritable(file, problem) from None
+    return file, kind
+
+
+def _unwritable(file: Path, problem: OSError) -> ExportError:
+    return ExportError(f"{file}: must be writable, but is not: {problem.strerror or problem}; choose another place")
+
+
+def need(*packages: str, extra: str = "export") -> None:
     """Refuse to go on without these packages.
 
     Raises:
@@ -105,7 +141,7 @@ def need(*packages: str) -> None:
     if missing:
         raise ExportError(
             f"{' and '.join(missing)} must be installed for this, but {'is' if len(missing) == 1 else 'are'} not; "
-            "run pip install 'vitrim[export]'"
+            f"run pip install 'vitrim[{extra}]'"
         )
 
 
@@ -163,6 +199,8 @@ def onnx_session(path: Path, threads: int | None = None) -> tuple[str, Callable[
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
+    # Threads that spin after a call would take the processor from whatever runs in turns with this one.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
@@ -204,7 +242,7 @@ def _compare(model: nn.Module, run: Callable[[Tensor], Tensor], image: tuple[int
 
 
 @contextlib.contextmanager
-def _beside(file: Path) -> Iterator[Path]:
+def beside(file: Path) -> Iterator[Path]:
     """A path to write to; what lies there takes the place of `file` if all goes well.
 
     Raises:
@@ -216,9 +254,7 @@ def _beside(file: Path) -> Iterator[Path]:
             yield part
             part.replace(file)
     except OSError as problem:
-        raise ExportError(
-            f"{file}: must be writable, but is not: {problem.strerror or problem}; choose another place"
-        ) from problem
+        raise _unwritable(file, problem) from problem
 
 
 @contextlib.contextmanager

@@ -14,16 +14,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitrim.budget import Budget
 from vitrim.contract import Method
-from vitrim.costs import cost_of
 from vitrim.data import Images, Input, Splits, check_classes, split
 from vitrim.errors import DataError, RecipeError, RunError, VitrimError
-from vitrim.families import describe
+from vitrim.families import AROUND, describe
 from vitrim.observe import axes
-from vitrim.parent import open_parent
-from vitrim.plain import dump, write_text
-from vitrim.recipe import ModelRecipe, Recipe, read_recipe
+from vitrim.parent import open_parent, open_teacher
+from vitrim.plain import dump, load, read_toml, write_text
+from vitrim.recipe import ModelRecipe, Recipe
 from vitrim.search.fill import fill
 from vitrim.spec import Spec
+from vitrim.timed import table_for
 
 __all__ = ["Job", "check_folder", "device_of", "full_disk", "images_of", "leaving_nothing", "logger", "prepare"]
 
@@ -35,6 +35,7 @@ class Job:
     recipe: Recipe
     budget: Budget
     parent: nn.Module
+    teacher: nn.Module
     spec: Spec
     splits: Splits | None
     input: Input
@@ -124,8 +125,8 @@ def _rewind(path: Path, record: Mapping[str, Any]) -> None:
         write_text(path, "".join(kept))
 
 
-def check_folder(folder: Path | None, recipe: Recipe) -> None:
-    """Refuse a run folder that is not new, empty, or of the same recipe.
+def check_folder(folder: Path | None, recipe: Any) -> None:
+    """Refuse a run folder that is not new, empty, or of the same recipe (of whatever kind of run).
 
     Raises:
         RunError: naming the settings that differ.
@@ -136,7 +137,10 @@ def check_folder(folder: Path | None, recipe: Recipe) -> None:
         raise RunError(f"{folder}: the output must be a folder, but it is a file; choose another")
     known = folder / "recipe.toml"
     if known.is_file():
-        before = read_recipe(known).resolved()
+        written = read_toml(known)
+        if written.get("task") != dump(recipe).get("task"):
+            raise RunError(f"{folder}: the folder must be new or hold the same recipe, but holds another kind of run")
+        before = load(type(recipe), written, RecipeError, at=str(known)).resolved()
         if before != recipe:
             raise RunError(
                 f"{folder}: the folder must be new or hold the same recipe, but its recipe differs in "
@@ -169,8 +173,9 @@ def prepare(
 ) -> Job:
     """Open all that a run needs and refuse what cannot work, before the first file is written."""
     budget = Budget.parse(recipe.budget)
-    if data[0] is None and (method.needs != "nothing" or recipe.train.epochs):
-        what = f"{recipe.method['name']} needs {method.needs}" if method.needs != "nothing" else "training needs images"
+    needs = getattr(method, "asks", method.needs)
+    if data[0] is None and (needs != "nothing" or recipe.train.epochs):
+        what = f"{recipe.method['name']} needs {needs}" if needs != "nothing" else "training needs images"
         raise DataError(f"data must be given, but there is none and {what}; give --data SRC")
     say(f"opening {recipe.model.name}")
     if parent is None:
@@ -179,15 +184,25 @@ def prepare(
         raise RecipeError("a model in memory must be taken as it is, but settings of model are given; leave them out")
     parent = parent.to(device_of(recipe.device)).eval()
     spec = describe(parent)
+    if spec.family in AROUND and any(source is not None for source in data):
+        raise RecipeError(
+            f"{recipe.model.name}: with images that have classes a classifier must be compressed, but this is a "
+            f"{spec.family}; compress its backbone and transfer that, or cut without data (method magnitude)"
+        )
+    if budget.latency is not None:
+        budget = budget.model_copy(update={"table": table_for(parent, recipe.measure, say=say)})
     _check_reach(parent, spec, budget, method)
+    _check_parts(recipe, method)
     chosen = {key: value for key in ("mean", "std") if (value := getattr(recipe.data, key)) is not None}
+    input = Input.of(parent, **chosen)
     return Job(
         recipe=recipe,
         budget=budget,
         parent=parent,
+        teacher=_teacher(recipe, parent, spec, input, say),
         spec=spec,
         splits=_splits(recipe, data, spec, say),
-        input=Input.of(parent, **chosen),
+        input=input,
         trains=data[0] is not None,
         folder=folder,
         say=say,
@@ -200,10 +215,70 @@ def _check_reach(parent: nn.Module, spec: Spec, budget: Budget, method: Method) 
     Raises:
         BudgetError: naming the least possible.
     """
-    budget.limits(cost_of(spec))
+    budget.limits(budget.cost(spec))
     choice = getattr(method, "choice", None)
-    if choice is not None:
+    if choice is not None and (budget.latency is None or getattr(method, "timed", False)):
         fill(spec, {path: torch.zeros(axis.size) for path, axis in axes(parent).items()}, budget, choice=choice)
+
+
+class _Renormalised(nn.Module):
+    """A teacher of images that are normalised for another model."""
+
+    def __init__(self, teacher: nn.Module, given: Input, wanted: Input) -> None:
+        super().__init__()
+        self.teacher = teacher
+        (mean, std), (its_mean, its_std) = (torch.tensor((i.mean, i.std)).view(2, -1, 1, 1) for i in (given, wanted))
+        like = next(teacher.parameters())
+        self.scale = nn.Buffer((std / its_std).to(like))
+        self.shift = nn.Buffer(((mean - its_mean) / its_std).to(like))
+
+    def forward(self, x: Tensor) -> Any:
+        """What the teacher says of ``(B, C, h, w)``."""
+        return self.teacher(x * self.scale + self.shift)
+
+
+def _check_parts(recipe: Recipe, method: Method) -> None:
+    """Refuse a training that a method's children could not take, before a search spends its hours.
+
+    Raises:
+        RecipeError: if a child with batch norms would be given one image at a time.
+    """
+    settings, least = recipe.train, getattr(method, "least_images", 1)
+    if settings.epochs and settings.batch // settings.accumulate < least:
+        raise RecipeError(
+            f"train.batch must give the batch norms that {recipe.method['name']} makes at least {least} images at a "
+            f"time, but is {settings.batch} in {settings.accumulate} parts; raise it, or lower train.accumulate"
+        )
+
+
+@torch.no_grad()
+def _teacher(recipe: Recipe, parent: nn.Module, spec: Spec, input: Input, say: Callable[[str], None]) -> nn.Module:
+    """The parent, or the model that the recipe names, given images as it knows them.
+
+    Raises:
+        RecipeError: if it takes other images than the parent, or tells other classes apart.
+    """
+    if recipe.teacher is None:
+        return parent
+    say(f"opening {recipe.teacher.name} to teach")
+    teacher = open_teacher(**dump(recipe.teacher), seed=recipe.seed).to(next(parent.parameters()).device)
+    theirs = Input.of(teacher)
+    if (theirs.mean, theirs.std) != (input.mean, input.std):
+        teacher = _Renormalised(teacher, input, theirs)
+    example = torch.zeros(1, input.channels, *input.size, device=next(teacher.parameters()).device)
+    try:
+        classes = teacher(example).shape[-1]
+    except (RuntimeError, ValueError, AssertionError) as problem:
+        raise RecipeError(
+            f"teacher: {recipe.teacher.name} must take images of {input.size[0]} x {input.size[1]}, but says: "
+            f"{str(problem).splitlines()[0]}; choose another"
+        ) from None
+    if classes != spec.classes:
+        raise RecipeError(
+            f"teacher: {recipe.teacher.name} must tell the model's {spec.classes} classes apart, but has {classes}; "
+            "choose another"
+        )
+    return teacher
 
 
 def device_of(name: str) -> torch.device:

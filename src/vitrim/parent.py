@@ -18,7 +18,7 @@ from vitrim.families import adopt
 from vitrim.plain import did_you_mean
 from vitrim.progress import progress
 
-__all__ = ["guests", "load_weights_", "open_parent", "read_weights"]
+__all__ = ["guests", "load_weights_", "open_parent", "open_teacher", "read_weights"]
 
 
 def open_parent(
@@ -43,6 +43,27 @@ def open_parent(
         WeightsError: if the weights are unreadable, not finite, or do not fit.
         AdoptError: if the model has a part that cannot be represented.
     """
+    opened = open_teacher(name, weights=weights, random_weights=random_weights, arguments=arguments, seed=seed)
+    if store.is_stored(name):
+        return opened
+    with torch.random.fork_rng(devices=[]):
+        return adopt(opened).eval()
+
+
+def open_teacher(
+    name: str,
+    *,
+    weights: str | None = None,
+    random_weights: bool = False,
+    arguments: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Open any model, in evaluation mode on the CPU, whether or not it could be adopted; see `open_parent`.
+
+    Raises:
+        RecipeError: if the name is unknown, or weights are given twice.
+        WeightsError: if the weights are unreadable, not finite, or do not fit.
+    """
     if weights and random_weights:
         raise RecipeError("weights must come from one place, but both a file and random weights are asked for")
     if store.is_stored(name):
@@ -51,7 +72,7 @@ def open_parent(
         return store.load(name).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return adopt(_guest(name, weights, random_weights, dict(arguments or {}))).eval()
+        return _guest(name, weights, random_weights, dict(arguments or {})).eval()
 
 
 def _guest(name: str, weights: str | None, random_weights: bool, arguments: dict[str, Any]) -> nn.Module:
@@ -71,7 +92,8 @@ def _guest(name: str, weights: str | None, random_weights: bool, arguments: dict
     if "num_classes" not in arguments and head is not None:
         arguments["num_classes"] = len(head)
     model = _create(name, pretrained=False, **arguments)
-    load_weights_(model, families.convert(model, state), weights)
+    known = families.name_of(model) is not None
+    load_weights_(model, families.convert(model, state) if known else state, weights)
     return model
 
 

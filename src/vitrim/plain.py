@@ -19,6 +19,7 @@ from vitrim.errors import RecipeError, VitrimError
 
 __all__ = [
     "Node",
+    "check_place",
     "did_you_mean",
     "dump",
     "load",
@@ -148,6 +149,26 @@ def writing(path: Path) -> Iterator[Path]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def check_place(path: Path, error: type[VitrimError] = RecipeError) -> None:
+    """Refuse a file that could not be written, before the work whose result is to lie there.
+
+    Folders that are missing are no reason, `writing` makes them.
+
+    Raises:
+        error: naming the place.
+    """
+    place = path.absolute()
+    if place.is_dir():
+        raise error(f"{path}: a file must be named to write to, but this is a folder; name a file in it")
+    above = next(folder for folder in place.parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as problem:
+        reason = (problem.strerror or str(problem)).lower()
+        raise error(f"{path}: the place must be writable, but is not: {reason}; choose another place") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -71,12 +71,16 @@ class Measure(Node):
         batch: images of one timed call.
         threads: CPU threads; None for the machine's.
         seconds: time spent on timing.
+        runtime: what runs both, and what a budget of latency is planned for.
+        dtype: floating-point type; None for the model's own.
     """
 
     latency: bool = True
     batch: PositiveInt = 8
     threads: PositiveInt | None = None
     seconds: float = Field(default=8.0, gt=0)
+    runtime: Literal["eager", "compile"] = "eager"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
 
 class Recipe(Node):
@@ -89,7 +93,9 @@ class Recipe(Node):
         budget: what the child may cost, as text (`vitrim.budget.Budget.parse`).
         recover: ``ridge`` compensates what was cut in closed form on the calibration images, before any training,
             whatever the method; ``none`` leaves the weights as they were.
-        train: how the child is trained against its parent; ``epochs = 0`` cuts only.
+        teacher: who teaches where search and training distill; None for the parent. Any timm model that takes the
+            parent's images and tells its classes apart, also one that vitrim cannot cut.
+        train: how the child is trained against its teacher; ``epochs = 0`` cuts only.
         measure: how it is measured.
         seed: of everything random.
         device: where to run.
@@ -100,6 +106,7 @@ class Recipe(Node):
     method: dict[str, Any]
     budget: str
     recover: Literal["none", "ridge"] = "none"
+    teacher: ModelRecipe | None = None
     train: Train = Train(epochs=0)
     measure: Measure = Measure()
     seed: NonNegativeInt = 0
@@ -134,7 +141,7 @@ def read_recipe(path: Path) -> Recipe:
     return load(Recipe, read_toml(path), RecipeError, at=str(path))
 
 
-def write_recipe(path: Path, recipe: Recipe) -> None:
+def write_recipe(path: Path, recipe: Node) -> None:
     """Write a recipe as TOML, every setting of it: one that is None but not by default must not come back as such."""
     write_text(path, tomli_w.dumps(_spoken(dump(recipe))))
 

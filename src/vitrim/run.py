@@ -6,36 +6,34 @@ Each stage writes its file beside and renames it, and reads what the one before 
 missing file, also in the middle of a search or of training.
 """
 
-import datetime
 import hashlib
 import json
-import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
-from vitrim import __version__, report, store
-from vitrim.budget import SLACK
+from vitrim import report, store
+from vitrim.budget import SLACK, Budget
 from vitrim.compensate import recovered
 from vitrim.contract import Data, Found, Method
 from vitrim.costs import cost_of
-from vitrim.data import Images, eval_loader
+from vitrim.data import eval_loader
 from vitrim.errors import BudgetError, MethodError, RecipeError, RunError
 from vitrim.families import adopt, describe
 from vitrim.job import Job, check_folder, full_disk, leaving_nothing, logger, prepare
-from vitrim.measure import latency
-from vitrim.plain import dump, load, read_json, write_json, write_text
+from vitrim.plain import dump, load, write_text
 from vitrim.plan import Plan, read_plan, write_plan
 from vitrim.recipe import Recipe, merged, write_recipe
 from vitrim.spec import Spec, folded
 from vitrim.surgery import apply, fold
-from vitrim.train import Start, evaluate, fit, reference_logits
+from vitrim.timed import clocked, meet
+from vitrim.train import Start, fit
+from vitrim.verdict import judged
 
 __all__ = ["Result", "compress", "run"]
 
@@ -154,7 +152,7 @@ def _run(
                 write_recipe(folder / "recipe.toml", recipe)
             plan, child, seconds, begun = _cut(job, method)
             child, seconds = _train(job, child, seconds, begun)
-            measured = _measure(job, child, seconds)
+            measured = judged(job, child, seconds)
             _finish(job)
     return Result(model=child.eval(), plan=plan, measured=measured, parent=job.parent, folder=folder)
 
@@ -183,16 +181,7 @@ def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module, float, Start | None
             validation=job.splits.validation,
             input=job.input,
         )
-    found = method.search(
-        job.parent,
-        data,
-        job.budget,
-        seed=job.recipe.seed,
-        teacher=job.parent,
-        folder=job.file("search"),
-        log=logger(job.file("log.jsonl")),
-    )
-    child = apply(found.parent, found.plan, grafts=_recovered(job, found, data))
+    found, child = _found(job, method, data)
     _check_budget(job, describe(child))
     if plan_file is not None and cut_file is not None:
         lines = "".join(json.dumps(dict(trial)) + "\n" for trial in found.trials)
@@ -204,6 +193,40 @@ def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module, float, Start | None
         # What a resumed run would read is what this one goes on with, down to which weights are frozen.
         return found.plan, *_stored(job, cut_file), _begun(job)
     return found.plan, child, time.perf_counter() - start, found.start
+
+
+def _found(job: Job, method: Method, data: Data | None) -> tuple[Found, nn.Module]:
+    """What the method finds, and the child that is cut by it."""
+    log, searches = logger(job.file("log.jsonl")), 0
+
+    def search(budget: Budget) -> Found:
+        nonlocal searches
+        # A search of another budget must not go on where this one ended.
+        folder = job.file("search" if not searches else f"search/again-{searches}")
+        searches += 1
+        return method.search(
+            job.parent, data, budget, seed=job.recipe.seed, teacher=job.teacher, folder=folder, log=log
+        )
+
+    def cut(found: Found) -> nn.Module:
+        return apply(found.parent, found.plan, grafts=_recovered(job, found, data))
+
+    if job.budget.latency is None:
+        found = search(job.budget)
+        return found, cut(found)
+    met = meet(
+        job.parent,
+        job.budget,
+        search,
+        cut,
+        lambda child: clocked(fold(child.eval()), job.parent, job.recipe.measure),
+        timed=getattr(method, "timed", False),
+        say=job.say,
+    )
+    record = {"stage": "latency", "predicted": met.predicted, "measured": met.ratio, "children": met.measured}
+    if log is not None:
+        log(record)
+    return replace(met.found, trials=(*met.found.trials, record)), met.child
 
 
 def _begun(job: Job) -> Start | None:
@@ -236,6 +259,12 @@ def _stored(job: Job, path: Path) -> tuple[nn.Module, float]:
 def _check_budget(job: Job, child: Spec) -> None:
     # Convolutions are trained with all they are mixed from, and folded before they are stored.
     parent, cost = cost_of(job.spec), cost_of(folded(child))
+    if job.budget.latency is not None:
+        # Times were measured; what else is bounded need not be spent.
+        others = job.budget.model_copy(update={"latency": None})
+        if others.bounds() and not others.admits(cost, parent):
+            raise BudgetError(f"what {job.recipe.method['name']} finds must cost at most {others}, but costs {cost}")
+        return
     if not job.budget.admits(cost, parent):
         raise BudgetError(f"what {job.recipe.method['name']} finds must cost at most {job.budget}, but costs {cost}")
     if job.budget.spent(cost, parent) < 1 - SLACK:
@@ -253,14 +282,15 @@ def _train(job: Job, child: nn.Module, seconds: float, begun: Start | None) -> t
     start, before = time.perf_counter(), 0.0
     settings = job.recipe.train
     if settings.epochs and job.splits is not None:
-        job.say(f"training the child for epochs={settings.epochs:g} with its parent as teacher")
+        who = "its parent" if job.recipe.teacher is None else job.recipe.teacher.name
+        job.say(f"training the child for epochs={settings.epochs:g} with {who} as teacher")
         fitted = fit(
             child,
             job.splits.train,
             settings,
             input=job.input,
             seed=job.recipe.seed,
-            teacher=job.parent,
+            teacher=job.teacher,
             folder=job.file("training"),
             log=logger(job.file("log.jsonl")),
             stage="train",
@@ -273,90 +303,6 @@ def _train(job: Job, child: nn.Module, seconds: float, begun: Start | None) -> t
     if path is not None:
         store.save(child, path, provenance={"recipe": dump(job.recipe), "seconds": seconds})
     return child, seconds
-
-
-def _measure(job: Job, child: nn.Module, seconds: float) -> dict[str, Any]:
-    path = job.file("measured.json")
-    if path is not None and path.is_file():
-        known: dict[str, Any] = read_json(path, RunError)
-        return known
-    parent, cost = cost_of(job.spec), cost_of(describe(child))
-    measured: dict[str, Any] = {
-        "model": job.recipe.model.name,
-        "method": job.recipe.method["name"],
-        "budget": str(job.budget),
-        "epochs": job.recipe.train.epochs,
-        "seed": job.recipe.seed,
-        "macs": cost.macs,
-        "params": cost.params,
-        "macs_parent": parent.macs,
-        "params_parent": parent.params,
-        "macs_ratio": cost.macs / parent.macs,
-        "params_ratio": cost.params / parent.params,
-        "seconds": seconds,
-        **_accuracy(job, child),
-        **_time(job, child),
-        "vitrim": __version__,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
-    if path is not None:
-        path.with_name("report.html").unlink(missing_ok=True)
-        write_json(path, measured)
-    return measured
-
-
-def _accuracy(job: Job, child: nn.Module) -> dict[str, Any]:
-    """Top-1 of both on the test images, and how often they agree; agreement alone where there is no test split."""
-    unknown = {"top1": None, "top1_parent": None, "agreement": None, "test_images": 0}
-    if job.splits is None:
-        return unknown
-    images = job.splits.test or job.splits.validation or job.splits.calibration
-    if images is None:
-        return unknown
-    job.say(f"evaluating parent and child on {len(images)} images")
-    loader = eval_loader(images, job.input)
-    theirs = reference_logits(job.parent, loader)
-    after = evaluate(child, loader, reference=theirs)
-    if job.splits.test is None:
-        return unknown | {"agreement": after.agreement}
-    return {
-        "top1": after.top1,
-        "top1_parent": None if after.top1 is None else _top1(theirs, images),
-        "agreement": after.agreement,
-        "test_images": after.count,
-    }
-
-
-def _top1(logits: Tensor, images: Images) -> float:
-    labels = torch.as_tensor(images.labels)
-    return 100 * float((logits.argmax(dim=-1) == labels).double().mean())
-
-
-def _time(job: Job, child: nn.Module) -> dict[str, Any]:
-    settings = job.recipe.measure
-    if not settings.latency:
-        return dict.fromkeys(_TIMES) | {"device": str(next(child.parameters()).device)}
-    job.say("timing parent and child in turns")
-    taken = latency(child, job.parent, batch=settings.batch, threads=settings.threads, seconds=settings.seconds)
-    return {
-        "latency_ms": 1e3 * taken.seconds,
-        "latency_parent_ms": 1e3 * (taken.reference_seconds or 0.0),
-        "latency_ratio": taken.ratio,
-        "latency_ratio_low": taken.ratio_low,
-        "latency_ratio_high": taken.ratio_high,
-        "device": taken.device,
-        "threads": taken.threads,
-        "batch": taken.batch,
-        "dtype": taken.dtype,
-    }
-
-
-_TIMES = (
-    "latency_ms latency_parent_ms latency_ratio latency_ratio_low latency_ratio_high device threads batch dtype".split()
-)
 
 
 def _finish(job: Job) -> None:

@@ -28,7 +28,7 @@ from vitrim.nn.layers import input_channels
 from vitrim.plain import dump, writing
 from vitrim.spec import Spec
 
-__all__ = ["FILE", "HUB", "hub_file", "is_stored", "load", "provenance", "read_spec", "save"]
+__all__ = ["FILE", "HUB", "HUB_FAULTS", "hub_file", "is_stored", "load", "provenance", "read_spec", "reason", "save"]
 
 FORMAT = 1
 FILE = "model.safetensors"
@@ -36,7 +36,7 @@ HUB = "hf-hub:"
 
 # The bases bring the errors of the transport, which is another library in each generation of huggingface_hub; a name
 # that is no repository's is a ValueError there, and a missing file need not be an OSError.
-_HUB_FAULTS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError, EntryNotFoundError)
+HUB_FAULTS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError, EntryNotFoundError)
 
 
 def save(model: nn.Module, path: str | Path, *, provenance: Mapping[str, Any] | None = None) -> Path:
@@ -72,7 +72,7 @@ def save(model: nn.Module, path: str | Path, *, provenance: Mapping[str, Any] | 
         raise
     except (OSError, SafetensorError) as problem:
         raise StoreError(
-            f"{target}: the model must be written here, but {_reason(problem)}; make room or choose another place"
+            f"{target}: the model must be written here, but {reason(problem)}; make room or choose another place"
         ) from None
     return target
 
@@ -144,10 +144,10 @@ def hub_file(name: str) -> Path | None:
     repository, revision = _repository(name)
     try:
         path = Path(hf_hub_download(repository, FILE, revision=revision))
-    except _HUB_FAULTS as problem:
+    except HUB_FAULTS as problem:
         if isinstance(problem, EntryNotFoundError) and not isinstance(problem, LocalEntryNotFoundError):
             return None
-        raise StoreError(f"{name}: the repository must be there to read, but {_reason(problem)}") from None
+        raise StoreError(f"{name}: the repository must be there to read, but {reason(problem)}") from None
     with _opened(path) as file:
         return path if "vitrim" in (file.metadata() or {}) else None
 
@@ -160,9 +160,9 @@ def _push(model: nn.Module, name: str, provenance: Mapping[str, Any] | None) -> 
             hub = HfApi()
             hub.create_repo(repository, exist_ok=True)
             hub.upload_file(path_or_fileobj=file, path_in_repo=FILE, repo_id=repository, revision=revision)
-        except _HUB_FAULTS as problem:
+        except HUB_FAULTS as problem:
             raise StoreError(
-                f"{name}: the repository must be there to write, but {_reason(problem)}; see `hf auth login`"
+                f"{name}: the repository must be there to write, but {reason(problem)}; see `hf auth login`"
             ) from None
     return Path(name)
 
@@ -256,7 +256,7 @@ def _written(spec: Spec, given: Mapping[str, Any] | None) -> str:
     try:
         return json.dumps({"format": FORMAT, "spec": dump(spec), "provenance": origin}, allow_nan=False)
     except (TypeError, ValueError) as problem:
-        raise StoreError(f"provenance must be plain values, but {_reason(problem)}; pass text and numbers") from None
+        raise StoreError(f"provenance must be plain values, but {reason(problem)}; pass text and numbers") from None
 
 
 @torch.no_grad()
@@ -286,7 +286,7 @@ def _opened(path: Path) -> Iterator[Any]:
         if isinstance(problem, StoreError):
             raise
         raise StoreError(
-            f"{path}: the file must be whole safetensors, but {_reason(problem)}; copy or download it again"
+            f"{path}: the file must be whole safetensors, but {reason(problem)}; copy or download it again"
         ) from None
 
 
@@ -348,7 +348,8 @@ def _read(path: Path) -> nn.Module:
     return model.eval()
 
 
-def _reason(problem: BaseException) -> str:
+def reason(problem: BaseException) -> str:
+    """What went wrong, in a few words for the middle of a sentence."""
     if isinstance(problem, OSError) and problem.strerror:
         return problem.strerror.lower()
     lines = [line.strip().rstrip(".") for line in str(problem).splitlines() if line.strip()]

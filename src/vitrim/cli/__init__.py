@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.text import Text
 
 from vitrim import __version__
-from vitrim.cli import compress, curve, deploy, look, measure, search
+from vitrim.cli import compress, curve, deploy, look, measure, search, transfer
 from vitrim.cli.shared import app
 from vitrim.errors import VitrimError
 
-__all__ = ["app", "compress", "curve", "deploy", "look", "main", "measure", "search"]
+__all__ = ["app", "compress", "curve", "deploy", "look", "main", "measure", "search", "transfer"]
 
 _INTERRUPTED = 130
 """What typer returns for ctrl-C, the shell's own number for it."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitrim.cli.shared import Random, Settings, Source, Weights, app, read, say, show_table
+from vitrim.cli.transfer import transferred
 from vitrim.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -83,10 +84,19 @@ def run_(
     from vitrim.run import run
 
     written = read_toml(recipe)
+    if written.get("task") == "segmentation":
+        from vitrim.transfer import TransferRecipe
+
+        whole = set(written) == set(TransferRecipe.model_fields)
+        transferred(merged(written, overrides(set_ or [])), out or _folder(recipe, whole), at=str(recipe))
+        return
     asked = read(Recipe, merged(written, overrides(set_ or [])), at=str(recipe))
-    # A run folder's own recipe, which alone names every setting, goes on where it lies.
-    whole = recipe.name == "recipe.toml" and set(written) == set(Recipe.model_fields)
-    _show(run(asked, out or (recipe.parent if whole else Path("runs") / recipe.stem), say=say))
+    _show(run(asked, out or _folder(recipe, set(written) == set(Recipe.model_fields)), say=say))
+
+
+def _folder(recipe: Path, whole: bool) -> Path:
+    """Where a run goes by itself: a run folder's own recipe, which alone names every setting, goes on where it lies."""
+    return recipe.parent if recipe.name == "recipe.toml" and whole else Path("runs") / recipe.stem
 
 
 def _show(result: "Result") -> None:

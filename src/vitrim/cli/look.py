@@ -28,11 +28,21 @@ def report_(
     out: Annotated[
         Path | None, typer.Option("--out", help="HTML file; Markdown goes to the screen without it.")
     ] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="CSV file of all that was measured, unrounded.")] = None,
 ) -> None:
-    """Report on run folders, as one HTML page or as Markdown."""
+    """Report on run folders, as one HTML page, as Markdown or as CSV."""
     from vitrim import report
-    from vitrim.plain import write_text
+    from vitrim.errors import RunError
+    from vitrim.plain import check_place, write_text
 
+    for place in (out, csv):
+        if place is not None:
+            check_place(place, RunError)
+    if csv is not None:
+        write_text(csv, report.csv(folders))
+        say(f"wrote {csv}")
+        if out is None:
+            return
     if out is None:
         sys.stdout.write(report.markdown(folders))
         return

@@ -1,12 +1,17 @@
 """The commands that measure a model."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from vitrim.cli.shared import Random, Settings, Weights, app, read, say, show_table
-from vitrim.errors import RecipeError
+from vitrim.cli.transfer import scored
+from vitrim.errors import RecipeError, RunError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @app.command()
@@ -17,7 +22,7 @@ def evaluate(
     random_weights: Random = False,
     set_: Settings = None,
 ) -> None:
-    """Measure top-1 of a model."""
+    """Measure top-1 of a model, or the mean IoU of a segmentor on the scenes of --data."""
     import torch
 
     from vitrim import measure
@@ -39,6 +44,9 @@ def evaluate(
         raise RecipeError(f"a setting of evaluate must be of model or data, but got '{next(iter(asked))}'")
     net = open_parent(**dump(named))
     spec = describe(net)
+    if spec.family == "segmentor":
+        scored(net, model, data, source)
+        return
     known = splits_of(data)
     split = next((name for name in ("test", "validation") if name in known), None)
     images = open_source(data, split, class_map=source.class_map, classes=spec.classes)
@@ -66,48 +74,122 @@ def _percent(value: float | None) -> str:
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Argument(help="A timm name, an hf-hub: name, or a file that vitrim stored.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Timm names, hf-hub: names, files that vitrim stored, or ONNX files.")
+    ],
     reference: Annotated[str | None, typer.Option("--reference", help="A model to time in turns with.")] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1)] = 8,
+    runtimes: Annotated[
+        str | None, typer.Option("--runtimes", help="eager, compile, onnxruntime, openvino; joined by commas.")
+    ] = None,
+    batch: Annotated[str, typer.Option("--batch", help="Images of a pass; several joined by commas.")] = "8",
     threads: Annotated[int | None, typer.Option("--threads", min=1)] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps.")] = None,
-    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time to spend.")] = 8.0,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time to spend on each batch.")] = 8.0,
+    memory: Annotated[bool, typer.Option("--memory", help="Peak memory too, each in a process of its own.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="JSON file to write, with a figure (.svg) beside.")] = None,
 ) -> None:
-    """Time a model, in turns with another; timm names get random weights, which take as long."""
+    """Time models in turns, the first being what the others are compared with; timm names get random weights."""
     import torch
 
-    from vitrim import measure, store
     from vitrim.job import device_of
-    from vitrim.parent import open_parent
 
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in kinds:
         raise RecipeError(f"dtype must be one of {', '.join(kinds)}, but got '{dtype}'")
     place = device_of(device) if device is not None else None
+    batches = [_whole(part) for part in batch.split(",")]
+    if len(models) == 1 and runtimes is None and len(batches) == 1 and out is None and not memory:
+        _pair(models[0], reference, batches[0], threads, kinds[dtype], place, seconds)
+        return
+    if reference is not None:
+        models = [reference, *models]
+    _many(models, runtimes or "eager", batches, threads, kinds[dtype], place, seconds, memory, out)
+
+
+def _whole(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise RecipeError(f"batch must be whole numbers of at least 1, joined by commas, but got '{text.strip()}'")
+    return int(text)
+
+
+def _pair(
+    model: str,
+    reference: str | None,
+    batch: int,
+    threads: int | None,
+    dtype: "torch.dtype",
+    place: "torch.device | None",
+    seconds: float,
+) -> None:
+    from vitrim import measure, store
+    from vitrim.parent import open_parent
+
     nets = [open_parent(name, random_weights=not store.is_stored(name)) for name in (model, reference) if name]
-    taken = measure.latency(*nets, batch=batch, threads=threads, dtype=kinds[dtype], device=place, seconds=seconds)
-    rows = [
-        [
-            model,
-            f"{1e3 * taken.seconds:.2f} ms",
-            f"{1e3 * taken.seconds_low:.2f} - {1e3 * taken.seconds_high:.2f}",
-            f"{taken.images_per_second:.1f}",
-        ]
-    ]
+    taken = measure.latency(*nets, batch=batch, threads=threads, dtype=dtype, device=place, seconds=seconds)
+    rows = [_row(model, batch, taken.seconds, taken.seconds_low, taken.seconds_high)]
     if reference is not None and taken.reference_seconds is not None:
         low, high = taken.reference_seconds_low or 0.0, taken.reference_seconds_high or 0.0
-        per_second = batch / taken.reference_seconds
-        rows.append(
-            [
-                reference,
-                f"{1e3 * taken.reference_seconds:.2f} ms",
-                f"{1e3 * low:.2f} - {1e3 * high:.2f}",
-                f"{per_second:.1f}",
-            ]
-        )
+        rows.append(_row(reference, batch, taken.reference_seconds, low, high))
     show_table("", ["model", f"batch of {batch}", "10 - 90 %", "images/s"], rows)
     if taken.ratio is not None:
         Console().print(f"ratio {taken.ratio:.3f} ({taken.ratio_low:.3f} - {taken.ratio_high:.3f})", highlight=False)
     versions = f"torch {taken.torch}, timm {taken.timm}"
     say(f"{taken.device}, {taken.threads} threads, {taken.dtype}, {versions}, {taken.runs} runs")
+
+
+def _row(name: str, batch: int, middle: float, low: float, high: float) -> list[str]:
+    return [name, f"{1e3 * middle:.2f} ms", f"{1e3 * low:.2f} - {1e3 * high:.2f}", f"{batch / middle:.1f}"]
+
+
+def _many(
+    names: list[str],
+    runtimes: str,
+    batches: list[int],
+    threads: int | None,
+    dtype: "torch.dtype",
+    place: "torch.device | None",
+    seconds: float,
+    memory: bool,
+    out: Path | None,
+) -> None:
+    from vitrim import store
+    from vitrim.bench import bench as measured
+    from vitrim.bench import write
+    from vitrim.parent import open_parent
+    from vitrim.plain import check_place
+    from vitrim.report import names_apart
+    from vitrim.runtimes import check_runtimes
+
+    asked = [part.strip() for part in runtimes.split(",")]
+    check_runtimes(asked)
+    if out is not None:
+        check_place(out, RunError)
+    if len(set(names)) < len(names):
+        raise RecipeError(f"models must be given each once, but got {', '.join(names)}; leave one out")
+    nets = {
+        short: Path(name) if name.endswith(".onnx") else open_parent(name, random_weights=not store.is_stored(name))
+        for short, name in zip(names_apart(names), names, strict=True)
+    }
+    found = measured(
+        nets, runtimes=asked, batches=batches, threads=threads, dtype=dtype, device=place or "cpu", seconds=seconds,
+        memory=memory, say=say,
+    )  # fmt: skip
+    for size in batches:
+        rows = [
+            [
+                line.runtime,
+                *_row(line.model, line.batch, line.seconds, line.seconds_low, line.seconds_high),
+                "-" if line.ratio is None else f"{line.ratio:.3f} ({line.ratio_low:.3f} - {line.ratio_high:.3f})",
+                f"{line.bytes / 1e6:.1f} MB",
+                *(["-" if line.peak_bytes is None else f"{line.peak_bytes / 1e6:.0f} MB"] if memory else []),
+            ]
+            for line in found.lines
+            if line.batch == size
+        ]
+        head = ["runtime", "model", f"batch of {size}", "10 - 90 %", "images/s", f"of {next(iter(nets))}", "on disk"]
+        show_table("", [*head, *(["peak memory"] if memory else [])], rows)
+    say(f"{found.device}, {found.threads} threads, {found.dtype}, {', '.join(found.versions.values())}")
+    if out is not None:
+        write(found, out)
+        say(f"wrote {out} and {out.with_suffix('.svg')}")

@@ -33,6 +33,7 @@ def search(
 
     Ends when the study holds all trials. `vitrim compress --method mdc --set method.storage=URL` then cuts the best.
     """
+    from vitrim import methods
     from vitrim.plain import read_toml
     from vitrim.recipe import Recipe, merged, overrides
 
@@ -47,10 +48,11 @@ def search(
             "seed": seed,
         }
     shared = {"storage": storage} | ({} if trials is None else {"trials": trials})
-    asked = merged(merged(asked, overrides(set_ or [])), {"method": shared})
-    recipe = read(Recipe, asked).resolved()
-    if "storage" not in recipe.method:
-        raise MethodError(f"a shared search must be of a method with trials, but {recipe.method['name']} has none")
+    asked = merged(asked, overrides(set_ or []))
+    name = asked.get("method", {}).get("name")
+    if isinstance(name, str) and "storage" not in methods.settings_of(name).model_fields:
+        raise MethodError(f"a shared search must be of a method with trials, but {name} has none; take mdc")
+    recipe = read(Recipe, merged(asked, {"method": shared})).resolved()
     _run(recipe, out)
 
 

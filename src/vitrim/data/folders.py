@@ -24,7 +24,7 @@ from timm.utils.misc import natural_key
 from vitrim.data.images import Images, decode
 from vitrim.errors import DataError
 
-__all__ = ["IMAGENET", "SPLITS", "folder_splits", "open_folder"]
+__all__ = ["IMAGENET", "SPLITS", "choose_split", "folder_splits", "open_folder", "tar_ranges"]
 
 SPLITS = {
     "train": ("train", "training"),
@@ -104,7 +104,7 @@ def open_folder(
     """
     listing = _list(source)
     divided = _splits(listing.paths)
-    wanted = _choose(source, divided, split)
+    wanted = choose_split(source, divided, split)
     labels, names, count = _label(source, listing, divided, class_map, classes)
     index = None
     if wanted is not None:
@@ -163,6 +163,18 @@ def _list_tar(root: Path) -> _Listing:
     return _Listing(paths, _Members(str(root), tuple(names), tuple(ranges)), empty)
 
 
+def tar_ranges(root: Path) -> dict[str, tuple[int, int]]:
+    """Start and size in bytes of each file of an uncompressed tar, by its name.
+
+    Raises:
+        DataError: the file is no tar, or damaged.
+    """
+    _members(root)
+    with tarfile.open(root, "r:") as tar:
+        files = [info for info in tar if info.isfile()]
+        return {PurePosixPath(info.path).as_posix(): (info.offset_data, info.size) for info in files}
+
+
 def _members(root: Path) -> list[tuple[str, bool]]:
     """Name of each member and whether it is a folder; a damaged tar is an error here, not at picture 40,000."""
     if root.suffix.lower() != ".tar":
@@ -190,7 +202,12 @@ def _splits(paths: tuple[PurePosixPath, ...]) -> tuple[str, ...]:
     return tuple(split for split in SPLITS if split in {known[name] for name in first})
 
 
-def _choose(source: str, divided: tuple[str, ...], split: str | None) -> str | None:
+def choose_split(source: str, divided: tuple[str, ...], split: str | None) -> str | None:
+    """The split that is meant, of those that a source is divided into; None for all of an undivided one.
+
+    Raises:
+        DataError: there is no such split.
+    """
     if split is not None and split not in SPLITS:
         raise DataError(f"{source}: split must be one of {', '.join(SPLITS)}, but is '{split}'")
     if not divided:

@@ -148,14 +148,15 @@ class Fetch(Dataset[tuple[Tensor, int] | DataError]):
         return len(self.dataset)  # type: ignore[arg-type]
 
 
-def collate(items: list[tuple[Tensor, int] | DataError]) -> Batch | DataError:
-    """Stack items, or hand on the first error among them."""
+def collate(items: list[tuple[Tensor, int | Tensor] | DataError]) -> Batch | DataError:
+    """Stack items, or hand on the first error among them; labels are numbers, or masks of one size."""
     good = []
     for item in items:
         if isinstance(item, DataError):
             return item
         good.append(item)
-    return torch.stack([picture for picture, _ in good]), torch.tensor([label for _, label in good], dtype=torch.int64)
+    labels = torch.stack([torch.as_tensor(label, dtype=torch.int64) for _, label in good])
+    return torch.stack([picture for picture, _ in good]), labels
 
 
 def unwrap(batches: Any) -> Iterator[Batch]:

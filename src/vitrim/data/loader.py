@@ -96,9 +96,15 @@ class TrainLoader:
         self.size -= self.size % 2 if even else 0
         self._check(batch)
         self._cache: tuple[Tensor, Tensor] | None = None
-        self._keyed = _Keyed(dataset, Full(augment, input, seed), self.count) if augment.kind == "full" else None
+        self._keyed = self._by_key()
         bytes_needed = self.count * input.channels * input.size[0] * input.size[1]
         self._caching = self._keyed is None and bytes_needed <= _CACHE_BYTES
+
+    def _by_key(self) -> Dataset[Any] | None:
+        """Items by `(epoch, number)`, where they are augmented one by one; None where batches are moved as a whole."""
+        if self.augment.kind != "full":
+            return None
+        return _Keyed(self.dataset, Full(self.augment, self.input, self.seed), self.count)
 
     def _check(self, batch: int) -> None:
         parts = self.world * self.accumulate

@@ -19,6 +19,7 @@ from vitrim.plain import did_you_mean
 from vitrim.spec import Spec
 
 __all__ = [
+    "AROUND",
     "Family",
     "adopt",
     "blocks_of",
@@ -31,6 +32,10 @@ __all__ = [
     "name_of",
     "names",
 ]
+
+
+AROUND = {"segmentor": "_segmentor"}
+"""Families around a backbone of another, and their files: a spec may name them, but no model of timm's is one."""
 
 
 class Family(Protocol):
@@ -74,9 +79,10 @@ def get(name: str) -> Family:
     Raises:
         SpecError: if there is none.
     """
-    if name not in names():
-        raise SpecError(f"a family must be one of {', '.join(names())}, but got '{name}'{did_you_mean(name, names())}")
-    family: Family = importlib.import_module(f"{__name__}.{name}")
+    known = [*names(), *AROUND]
+    if name not in known:
+        raise SpecError(f"a family must be one of {', '.join(known)}, but got '{name}'{did_you_mean(name, known)}")
+    family: Family = importlib.import_module(f"{__name__}.{AROUND.get(name, name)}")
     return family
 
 
@@ -100,7 +106,7 @@ def name_of(model: nn.Module) -> str | None:
 
     The nearest, for one family may host a subclass of what another hosts.
     """
-    owners = {kind: name for name in names() for kind in get(name).HOSTS}
+    owners = {kind: name for name in [*names(), *AROUND] for kind in get(name).HOSTS}
     return next((owners[kind] for kind in type(model).__mro__ if kind in owners), None)
 
 

@@ -188,7 +188,8 @@ def _read_block(block: Any, at: str) -> tuple[BlockSpec, Form]:
     heads, width = attention.num_heads, attention.head_dim
     if attention.qkv.out_features != 3 * heads * width:
         raise AdoptError(
-            f"{at}.attn.qkv: must give {3 * heads * width} channels, but gives {attention.qkv.out_features}"
+            f"{at}.attn.qkv: must give {3 * heads * width} channels, as many keys and values as queries, but gives "
+            f"{attention.qkv.out_features}; grouped attention is not supported"
         )
     mixer = Attention(qk=(width,) * heads, v=(width,) * heads, scale=attention.scale)
     form = Form(

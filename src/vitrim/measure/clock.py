@@ -74,6 +74,7 @@ def latency(
     seconds: float = 5.0,
     runs: int = 6,
     warmup: int = 2,
+    compiled: bool = False,
 ) -> Latency:
     """Time forward passes of `model`, in turns with `reference`.
 
@@ -90,6 +91,7 @@ def latency(
         seconds: time to spend on samples, above 0; `runs` samples are taken even if they take longer.
         runs: least samples of each model, at least 2; an odd number is raised by one, to end a round of A B B A.
         warmup: passes of each model before the first sample, at least 1.
+        compiled: whether `torch.compile` runs both, in copies.
 
     Raises:
         RecipeError: if a setting is out of its range, or the image size is not known.
@@ -105,6 +107,8 @@ def latency(
     kind = dtype if dtype is not None else kind
     shape = image_of(model, image)
     models = [_at(m, place, kind) for m in ((model,) if reference is None else (model, reference))]
+    if compiled:
+        models = [_compiled(m) for m in models]
     inputs = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(place, kind)
     with resting(*models), torch.inference_mode(), _threads(threads):
         passes = [_timer(m, inputs) for m in models]
@@ -142,6 +146,12 @@ def _at(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module
     if home_of(model) == (device, dtype):
         return model
     return copy.deepcopy(model).to(device, dtype)
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(model)
+    twin.compile()
+    return twin
 
 
 def _timer(model: nn.Module, inputs: torch.Tensor) -> Callable[[int], float]:

@@ -103,19 +103,20 @@ def score(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], settings: 
         settings: how.
 
     Raises:
-        MethodError: if a batch is too small, outputs are not finite, or labels are asked for and missing or all of one
-            class.
+        MethodError: if a batch is too small, outputs are not finite or the same for all images of every batch, or
+            labels are asked for and missing or all of one class.
     """
     known, sums = axes(model), _Sums()
     modes = [(module, module.training) for module in model.modules()]
     labels_seen: set[int] = set()
-    count = 0
+    count, varied = 0, False
     try:
         model.eval()
         for x, y in batches:
             x = x.to(next(model.parameters()).device)
             outputs = _outputs(model, x, y, settings, labels_seen)
             against = hsic.target(hsic.linear(outputs), settings.kind)
+            varied |= bool(against.any())
             hear = _ears(known, outputs, against, settings, sums)
             with listening(model, hear):
                 model(x)
@@ -127,6 +128,11 @@ def score(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], settings: 
         raise MethodError("dependence must be estimated on at least 4 images, but got none; give more")
     if settings.target == "labels" and len(labels_seen) < 2:
         raise MethodError("labels must be of two classes at least, but all are of one; use target=output")
+    if not varied:
+        raise MethodError(
+            "outputs must vary from image to image for anything to depend on, but all are equal; check the weights, or "
+            "give other images"
+        )
     return _ranked(model, known, sums, settings)
 
 

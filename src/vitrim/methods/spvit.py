@@ -32,18 +32,20 @@ from torch import Tensor, nn
 
 from vitrim.budget import Budget
 from vitrim.contract import Data, Found
-from vitrim.costs import cost_of
 from vitrim.data import Augment
 from vitrim.errors import MethodError
 from vitrim.families import describe
-from vitrim.methods._spvit import Counting, Layout, SinglePath, layout, prices
+from vitrim.methods._spvit import Counting, Layout, SinglePath, layout, prices, times
 from vitrim.methods._spvit_plan import as_evaluated, check_reach, decide, grafts, planned, told
 from vitrim.methods._spvit_published import check_budget, published
 from vitrim.plain import Node
+from vitrim.search import gates
 from vitrim.spec import Spec, folded
-from vitrim.train import Distill, Stop, Train, fit
+from vitrim.train import Distill, Stop, Train, fit, steps_of
 
 __all__ = ["Method"]
+
+_GATE_LR = 1e-3
 
 
 class Method(Node):
@@ -51,8 +53,8 @@ class Method(Node):
 
     Attributes:
         train: the search's training; the published one by default. Its gates are trained with it.
-        gate_lr: learning rate of the gates; 1e-3 is the published one, and needs 1,500 steps to close a gate. A search
-            of a few hundred steps needs a larger one for gates to move at all.
+        gate_lr: learning rate of the gates. None for the published 1e-3, with which a gate needs 1,500 steps to close,
+            or for ``3 / steps`` in a search of less than 3,000, in which gates would hardly move else.
         pressure: weight of the penalty, for a cost in G; None for one that starts at `first`.
         first: what the penalty starts at where no `pressure` is given; the authors advise slightly above the task loss.
         target: cost in G that the penalty pulls to; None for the budget's.
@@ -67,9 +69,12 @@ class Method(Node):
         windowed: whether a Swin's 3 x 3 convolutions see a window at a time while searching, as published.
         structure: name of a released structure (``deit_ti``, ``swin_s`` …) to take in place of a search; see
             `vitrim.methods._spvit_published`.
+        least_images: of one part of a training step, for batch norms.
     """
 
     needs: ClassVar[str] = "images"
+    least_images: ClassVar[int] = 2
+    timed: ClassVar[bool] = True
     sentence: ClassVar[str] = "learns which attentions a convolution made of their own weights can replace, and neurons"
 
     train: Train = Train(
@@ -87,7 +92,7 @@ class Method(Node):
         augment=Augment(kind="full"),
         distill=Distill(kind="none"),
     )
-    gate_lr: PositiveFloat = 1e-3
+    gate_lr: PositiveFloat | None = None
     pressure: Annotated[float, Field(ge=0)] | None = None
     first: PositiveFloat = 4.0
     target: PositiveFloat | None = None
@@ -108,6 +113,11 @@ class Method(Node):
                 f"{self.train.accumulate} parts; raise it, or lower train.accumulate"
             )
         return self
+
+    @property
+    def asks(self) -> str:
+        """What data this search cannot do without: a released structure is taken as it is."""
+        return "nothing" if self.structure is not None else self.needs
 
     def search(
         self,
@@ -137,6 +147,7 @@ class Method(Node):
         if data is None or data.train is None:
             raise MethodError("spvit must train its gates, but no data was given; give data or use magnitude")
         single = SinglePath(copy.deepcopy(model), how, self.windowed)
+        gate_lr = self.gate_lr or max(_GATE_LR, 2 * gates.START / max(1, steps_of(data.train, self.train, data.input)))
         fit(
             single,
             data.train,
@@ -145,27 +156,30 @@ class Method(Node):
             seed=seed,
             teacher=teacher,
             penalty=self.penalty(spec, how, budget),
-            groups=lambda _: [{"params": single.gate_parameters(), "lr": self.gate_lr, "weight_decay": 0.0}],
+            groups=lambda _: [{"params": single.gate_parameters(), "lr": gate_lr, "weight_decay": 0.0}],
             folder=folder,
             log=log,
             stage="search",
-            after_step=self._stopper(spec, how, budget, data.train),
+            after_step=self._stopper(spec, how, budget, data),
         )
-        levels, neurons = decide(spec, single, how, budget)
-        plan = planned(spec, how, levels, neurons)
         single.model.train(model.training)
-        trials = told(spec, single, how, levels, neurons)
-        if self.inherit == "dense":
-            return Found(plan=plan, parent=model, trials=trials)
-        return Found(plan=plan, parent=single.model, grafts=grafts(single, levels), trials=trials)
+
+        def read(budget: Budget) -> Found:
+            levels, neurons = decide(spec, single, how, budget)
+            plan, trials = planned(spec, how, levels, neurons), told(spec, single, how, levels, neurons)
+            if self.inherit == "dense":
+                return Found(plan=plan, parent=model, trials=trials, again=read)
+            return Found(plan=plan, parent=single.model, grafts=grafts(single, levels), trials=trials, again=read)
+
+        return read(budget)
 
     def penalty(self, spec: Spec, how: Layout, budget: Budget) -> Callable[[nn.Module], Tensor]:
-        """The penalty ``pressure * (F - target)^2`` of a `SinglePath`, F and target in G."""
-        priced = prices(spec, how, self.counting)
+        """The penalty ``pressure * (F - target)^2`` of a `SinglePath`, F and target in G, or in seconds."""
+        priced = prices(spec, how, self.counting) if budget.latency is None else times(spec, how, budget)
         whole = priced.constant + sum(map(sum, priced.steps.values()))
         whole += sum(priced.neurons[f"{path}.hidden"] * (block.hidden or 0)
                      for path, _, block in spec.blocks() if f"{path}.hidden" in priced.neurons)  # fmt: skip
-        parent = cost_of(spec)
+        parent = budget.cost(spec)
         shares = [limit / getattr(parent, name) for name, limit in budget.limits(parent).items()]
         target = self.target if self.target is not None else min(shares) * whole / 1e9
         pressure = self.pressure
@@ -179,11 +193,11 @@ class Method(Node):
 
         return penalty
 
-    def _stopper(self, spec: Spec, how: Layout, budget: Budget, images: Any) -> Callable[[nn.Module, int], None]:
+    def _stopper(self, spec: Spec, how: Layout, budget: Budget, data: Data) -> Callable[[nn.Module, int], None]:
         """What ends the search after the first epoch whose structure meets the budget."""
-        size = min(self.train.batch, len(images))
-        size -= size % 2 if self.train.mixes else 0
-        steps, parent = max(1, len(images) // max(size, 1)), cost_of(spec)
+        assert data.train is not None
+        steps = steps_of(data.train, self.train.model_copy(update={"epochs": 1}), data.input)
+        parent = budget.cost(spec)
 
         def after(single: nn.Module, step: int) -> None:
             if not self.stop or (step + 1) % steps:
@@ -191,7 +205,7 @@ class Method(Node):
             assert isinstance(single, SinglePath)
             levels, neurons = as_evaluated(single)
             child = folded(planned(spec, how, levels, neurons).child(spec))
-            if budget.admits(cost_of(child), parent):
+            if budget.admits(budget.cost(child), parent):
                 raise Stop
 
         return after

@@ -45,6 +45,7 @@ class Method(Node):
     """
 
     needs: ClassVar[str] = "images"
+    timed: ClassVar[bool] = True
     sentence: ClassVar[str] = (
         "keeps channels whose absence would raise the loss, by one gradient pass over a few hundred images"
     )
@@ -70,7 +71,11 @@ class Method(Node):
         batches = eval_loader(data.calibration, data.input, batch=self.batch)
         with progress("scores", len(batches)) as advance:
             scores = taylor_scores(model, _counted(batches, advance), target=self.target, seed=seed)
-        return Found(plan=fill(describe(model), scores, budget, choice=self.choice), parent=model)
+
+        def read(budget: Budget) -> Found:
+            return Found(plan=fill(describe(model), scores, budget, choice=self.choice), parent=model, again=read)
+
+        return read(budget)
 
 
 def _counted(

@@ -39,7 +39,6 @@ from torch import Tensor, nn
 
 from vitrim.budget import Budget
 from vitrim.contract import Data, Found
-from vitrim.costs import cost_of
 from vitrim.data import Augment
 from vitrim.errors import MethodError, PlanError
 from vitrim.families import describe
@@ -96,6 +95,7 @@ class Method(Node):
     """
 
     needs: ClassVar[str] = "images"
+    timed: ClassVar[bool] = True
     sentence: ClassVar[str] = "trains l1-penalised gates on channels together with the weights and keeps the largest"
 
     train: Train = Train(
@@ -176,10 +176,14 @@ class Method(Node):
             log=log,
             stage="search",
         )
-        plan, trials = self.decide(describe(model), gated, budget)
-        parent = gated.fold_() if self.export == "fold" else gated.model
+        gates, parent = (copy.deepcopy(gated), gated.fold_()) if self.export == "fold" else (gated, gated.model)
         parent.train(model.training)
-        return Found(plan=plan, parent=parent, trials=trials)
+
+        def read(budget: Budget) -> Found:
+            plan, trials = self.decide(describe(model), gates, budget)
+            return Found(plan=plan, parent=parent, trials=trials, again=read)
+
+        return read(budget)
 
     def decide(self, spec: Spec, gated: "TokenGated", budget: Budget) -> tuple[Plan, tuple[dict[str, Any], ...]]:
         """What to cut, by the gates as they are, and how much of every block that keeps.
@@ -192,7 +196,7 @@ class Method(Node):
         tokens = token_scores(gated, self.ranking)
         fixed = self._fixed(set(kinds.values()))
         rest = {path for path, kind in kinds.items() if kind not in fixed}
-        parent, limits = cost_of(spec), budget.limits(cost_of(spec))
+        parent, limits = budget.cost(spec), budget.limits(budget.cost(spec))
 
         def spent(keep: Mapping[str, Tensor]) -> float:
             """What tokens take of the budget, with the same share of the channels that have none of their own."""
@@ -200,7 +204,7 @@ class Method(Node):
             shares = fixed | {kinds[path]: share for path in rest}
             plan = with_tokens(spec, share_plan(spec, scores, kinds, shares), self._steps(keep, spec))
             try:
-                return budget.spent(cost_of(plan.child(spec)), parent)
+                return budget.spent(budget.cost(plan.child(spec)), parent)
             except PlanError:
                 return 0.0  # nothing is left of a block: less than any budget
 
@@ -209,10 +213,11 @@ class Method(Node):
             best = give_back(tokens, best, spent)
         plan = with_tokens(spec, share_plan(spec, scores, kinds, fixed), self._steps(best, spec))
         small = plan.child(spec)
-        over = {name: float(limit) for name, limit in limits.items() if limit < getattr(cost_of(small), name)}
+        over = {name: float(limit) for name, limit in limits.items() if limit < getattr(budget.cost(small), name)}
         if over and rest:
             ranks = quantiles({path: scores[path] for path in scores if path in rest}, kinds)
-            plan = plan.then(fill(small, ranks, Budget(**over), choice=self.choice, by="score"), spec)
+            rests = fill(small, ranks, Budget(**over, table=budget.table), choice=self.choice, by="score")
+            plan = plan.then(rests, spec)
         child = plan.child(spec)
         check_spent(child, spec, budget)
         return plan, remains(spec, child, {path: float(keep.double().mean()) for path, keep in best.items()})
@@ -256,11 +261,8 @@ class Method(Node):
     def _groups(self, gated: nn.Module) -> list[dict[str, Any]]:
         """Gates in a group of their own: the usual filter would not decay them, the published search does."""
         assert isinstance(gated, TokenGated)
-        every = [*gated.gates.values(), *gated.tokens.values()]
-        group: dict[str, Any] = {"params": every, "weight_decay": self.train.weight_decay}
-        if self.gate_lr is not None:
-            group["lr"] = self.gate_lr
-        return [group]
+        group = {"params": [*gated.gates.values(), *gated.tokens.values()], "weight_decay": self.train.weight_decay}
+        return [group if self.gate_lr is None else group | {"lr": self.gate_lr}]
 
 
 class TokenGated(Gated):

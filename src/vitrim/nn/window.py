@@ -86,6 +86,10 @@ class WindowAttention(Attention):
             for t in (q, k, v)
         )
         mixed = self._attend(q, k, v, mask.to(q.dtype), is_causal=False)
+        if torch.compiler.is_exporting():
+            # Exporters take attention apart after it was traced, and its parts lie in memory otherwise than the fused
+            # kernel's answer: where one window is all of the grid, what was a view of that is none of theirs.
+            mixed = mixed.contiguous()
         mixed = mixed.reshape(-1, rows, columns, heads, high, wide, v.shape[-1]).permute(0, 1, 4, 2, 5, 3, 6)
         return mixed.reshape(mixed.shape[0], grid[0] * grid[1], heads, -1).transpose(1, 2)
 

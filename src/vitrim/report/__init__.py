@@ -4,10 +4,29 @@ from collections.abc import Sequence
 from typing import Any
 
 from vitrim.report.blocks import Row, sheet, total
-from vitrim.report.page import html, markdown
-from vitrim.report.tables import Table, plan_table, result
+from vitrim.report.folder import names_apart
+from vitrim.report.page import csv, html, markdown
+from vitrim.report.scenes import class_table, segmented
+from vitrim.report.tables import Table, as_markdown, outcome, plan_table, result
 
-__all__ = ["Row", "Table", "curve", "html", "markdown", "plan_table", "result", "sheet", "total"]
+__all__ = [
+    "Row",
+    "Table",
+    "as_markdown",
+    "class_table",
+    "csv",
+    "curve",
+    "html",
+    "markdown",
+    "names_apart",
+    "outcome",
+    "plan_table",
+    "result",
+    "segmented",
+    "sheet",
+    "times",
+    "total",
+]
 
 
 def curve(records: Sequence[dict[str, Any]]) -> str:
@@ -15,3 +34,10 @@ def curve(records: Sequence[dict[str, Any]]) -> str:
     from vitrim.report.frontier import frontier as draw
 
     return draw(records)
+
+
+def times(lines: Sequence[dict[str, Any]]) -> str:
+    """The times of a bench as an SVG file, see `vitrim.report.bars`; matplotlib is loaded only here."""
+    from vitrim.report.bars import bars
+
+    return bars(lines)

@@ -17,10 +17,11 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from vitrim.report.folder import Record, Run, number
+from vitrim.report.folder import Record, number
+from vitrim.report.style import STYLE
 from vitrim.report.tables import short
 
-__all__ = ["INK", "SERIES", "compared", "curves", "drawn", "trials"]
+__all__ = ["INK", "LINE", "SERIES", "SOFT", "curves", "drawn", "series", "standing", "thinned", "trials"]
 
 INK, SOFT, LINE = "#010101", "#020202", "#030303"
 SERIES = ("#040404", "#050505", "#060606", "#070707")
@@ -69,8 +70,8 @@ def curves(log: Sequence[Record]) -> str | None:
     stages: dict[str, list[Record]] = {}
     for line in log:
         stages.setdefault(str(line.get("stage", "")), []).append(line)
-    panels = [(_losses, name, lines) for name, lines in stages.items() if _series(lines, "loss")]
-    panels += [(_scores, name, lines) for name, lines in stages.items() if _series(lines, "top1")]
+    panels = [(_losses, name, lines) for name, lines in stages.items() if series(lines, "loss")]
+    panels += [(_scores, name, lines) for name, lines in stages.items() if series(lines, "top1")]
     if not panels:
         return None
     columns = len(panels) if len(panels) <= 3 else 2
@@ -106,55 +107,23 @@ def trials(records: Sequence[Record]) -> str | None:
     return drawn(draw, f"Score of {len(points)} trials", 9.2, 2.6)
 
 
-def compared(runs: Sequence[Run]) -> str | None:
-    """Top-1 against the share of the MACs, a point a run; None where fewer than two runs have both."""
-    found: list[tuple[float, float, Run]] = []
-    for run in runs:
-        share, score = number(run.measured, "macs_ratio"), number(run.measured, "top1")
-        if share is not None and score is not None:
-            found.append((share, score, run))
-    if len(found) < 2:
-        return None
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        methods = sorted({str(run.measured.get("method", "")) for *_, run in found})
-        for index, method in enumerate(methods):
-            mine = [(x, y) for x, y, run in found if str(run.measured.get("method", "")) == method]
-            x, y = [x for x, _ in mine], [y for _, y in mine]
-            color, marker = SERIES[index % len(SERIES)], "osD^vP*X"[index // len(SERIES) % 8]
-            # A label that starts with an underscore would be left out of the legend.
-            axes.scatter(x, y, s=34, color=color, marker=marker, label=method.lstrip("_") or "?")
-        for share, score, run in found:
-            axes.annotate(run.name, (share, score), (6, 4), textcoords="offset points", fontsize=8.5, color=SOFT)
-        parents = sorted({t for *_, run in found if (t := number(run.measured, "top1_parent")) is not None})
-        if parents:
-            axes.scatter([1.0] * len(parents), parents, s=60, color=INK, marker="*", label="parent")
-        axes.set_xlabel("multiply-accumulates, share of the parent")
-        axes.set_ylabel("top-1 in percent")
-        axes.margins(0.12)
-        axes.legend(loc="best")
-
-    return drawn(draw, f"Top-1 against the share of multiply-accumulates of {len(found)} runs", 9.2, 3.6)
-
-
 def _losses(axes: Any, name: str, lines: Sequence[Record]) -> None:
     axes.set_title(f"loss, {name}")
-    found = [(key, series) for key in ("loss", "task", "penalty") if (series := _series(lines, key))]
-    if not any(value for key, series in found for _, value in series if key == "penalty"):
+    found = [(key, points) for key in ("loss", "task", "penalty") if (points := series(lines, key))]
+    if not any(value for key, points in found for _, value in points if key == "penalty"):
         found = found[:1]  # without a penalty the task is the loss
-    for color, (key, series) in zip(SERIES, found, strict=False):
-        axes.plot(*_thin(series), color=color, label=key, alpha=1.0 if key == "loss" else 0.75)
+    for color, (key, points) in zip(SERIES, found, strict=False):
+        axes.plot(*thinned(points), color=color, label=key, alpha=1.0 if key == "loss" else 0.75)
     if len(found) > 1:
         axes.legend(loc="best")
 
 
 def _scores(axes: Any, name: str, lines: Sequence[Record]) -> None:
     axes.set_title(f"top-1 in percent, {name}")
-    axes.plot(*_thin(_series(lines, "top1")), color=SERIES[2], marker="o", markersize=3)
+    axes.plot(*thinned(series(lines, "top1")), color=SERIES[2], marker="o", markersize=3)
 
 
-def _series(lines: Sequence[Record], key: str) -> list[tuple[float, float]]:
+def series(lines: Sequence[Record], key: str) -> list[tuple[float, float]]:
     """Points (step, value) of the lines that have `key`; a line without a step stands at its place.
 
     A stage logs its steps and, besides, a mean at the end of each epoch: where there are steps, these make the curve.
@@ -169,7 +138,7 @@ def _series(lines: Sequence[Record], key: str) -> list[tuple[float, float]]:
     return sorted(points.items())
 
 
-def _thin(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+def thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     """Means over equal runs of points, at most `POINTS` of them."""
     size = -(-len(points) // POINTS)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
@@ -203,3 +172,11 @@ def _adopted(svg: str, words: str) -> str:
     box = re.search(r'viewBox="[^"]*"', svg)
     start = f'<svg class="plot" {box[0] if box else ""} role="img" aria-label="{escape(words)}">'
     return re.sub(r"<svg[^>]*>", lambda _: start, svg, count=1).strip()
+
+
+def standing(svg: str) -> str:
+    """An SVG of `drawn` as a file of its own, in the colours of a light page."""
+    colors = dict(re.findall(r"(--[\w-]+): (#[0-9a-fA-F]{6})", STYLE.split("@media", 1)[0]))
+    svg = re.sub(r"var\((--[\w-]+)\)", lambda found: colors[found[1]], svg)
+    start = '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" '
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + svg.replace("<svg ", start, 1) + "\n"

@@ -11,7 +11,7 @@ from vitrim.plain import read_json
 from vitrim.plan import Plan, read_plan
 from vitrim.spec import Spec
 
-__all__ = ["Record", "Run", "number", "read_runs"]
+__all__ = ["Record", "Run", "names_apart", "number", "read_runs"]
 
 Record = dict[str, Any]
 
@@ -26,6 +26,8 @@ class Run(NamedTuple):
     plan: Plan | None
     trials: list[Record]
     log: list[Record]
+    classes: list[Record] = []  # noqa: RUF012 a tuple's defaults are shared, and nobody changes this one
+    pictures: tuple[Path, ...] = ()
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -37,12 +39,12 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """
     if not folders:
         raise RunError("a report must have at least one run folder, but got none; name one")
-    return [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    return [_read(folder, name) for folder, name in zip(folders, names_apart(folders), strict=True)]
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
+def names_apart(folders: Sequence[str | Path]) -> list[str]:
     """Last parts of each path, one where that tells all apart and more where it does not."""
-    parts = [folder.resolve().parts for folder in folders]
+    parts = [Path(folder).resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(set(parts)):
@@ -61,7 +63,19 @@ def _read(folder: Path, name: str) -> Run:
         plan=decided,
         trials=_lines(folder / "trials.jsonl"),
         log=_lines(folder / "log.jsonl"),
+        classes=_classes(folder / "classes.json"),
+        pictures=tuple(sorted((folder / "pictures").glob("*.png"))),
     )
+
+
+def _classes(path: Path) -> list[Record]:
+    """The classes of a segmentation, in the order of their labels."""
+    known = read_json(path, RunError) if path.exists() else []
+    if not isinstance(known, list) or not all(isinstance(each, dict) for each in known):
+        raise RunError(
+            f"{path}: the file must hold a list of records, but holds something else; run the transfer again"
+        )
+    return known
 
 
 def _measured(folder: Path) -> Record:

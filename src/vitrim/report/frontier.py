@@ -1,13 +1,11 @@
 """The curve of a model and its smaller forms: how good they still are, against what they cost."""
 
-import re
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from vitrim.report.curves import INK, SERIES, drawn
+from vitrim.report.curves import INK, SERIES, drawn, standing
 from vitrim.report.folder import Record, number
-from vitrim.report.style import STYLE
 
 __all__ = ["frontier", "frontier_plot"]
 
@@ -50,11 +48,7 @@ def frontier(records: Sequence[Record]) -> str:
     svg = frontier_plot(records) or '<svg class="plot" viewBox="0 0 1 1">'
     if not svg.endswith("</svg>"):
         svg += "</svg>"
-    light = STYLE.split("@media", 1)[0]
-    colors = dict(re.findall(r"(--[\w-]+): (#[0-9a-fA-F]{6})", light))
-    svg = re.sub(r"var\((--[\w-]+)\)", lambda found: colors[found[1]], svg)
-    start = '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" '
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + svg.replace("<svg ", start, 1) + "\n"
+    return standing(svg)
 
 
 def _points(records: Sequence[Record], across: str, key: str) -> list[tuple[float, float]]:

@@ -6,14 +6,15 @@ from html import escape
 from pathlib import Path
 from types import ModuleType
 
-from vitrim.report import tables
+from vitrim.report import scenes, tables
 from vitrim.report.blocks import fates
 from vitrim.report.folder import Run, read_runs
 from vitrim.report.picture import picture
+from vitrim.report.strips import strips
 from vitrim.report.style import STYLE
-from vitrim.report.tables import Table
+from vitrim.report.tables import Table, as_markdown, markdown_text
 
-__all__ = ["html", "markdown"]
+__all__ = ["csv", "html", "markdown"]
 
 LEGEND = (
     ("qk", "queries and keys kept"),
@@ -65,18 +66,31 @@ def markdown(folders: Sequence[Path]) -> str:
         PlanError: if a ``plan.json`` is damaged.
     """
     runs = read_runs(folders)
-    parts = [] if len(runs) == 1 else ["# Runs", _markdown_table(tables.comparison(runs))]
+    parts = [] if len(runs) == 1 else ["# Runs", as_markdown(tables.comparison(runs))]
     level = "#" if len(runs) == 1 else "##"
     for run in runs:
-        parts += [f"{level} {_markdown_text(run.name)}", _markdown_text(tables.outcome(run.measured))]
-        for table in (tables.result(run.measured), tables.block_table(run), tables.provenance(run.measured)):
+        parts += [f"{level} {markdown_text(run.name)}", markdown_text(_outcome(run))]
+        for table in (*_figures(run), tables.provenance(run.measured)):
             if table is not None and table.rows:
-                parts += [f"{level}# {table.caption}", _markdown_table(table)]
+                parts += [f"{level}# {table.caption}", as_markdown(table)]
     return "\n\n".join(parts) + "\n"
 
 
+def csv(folders: Sequence[Path]) -> str:
+    """All that was measured of each run, unrounded, as comma-separated values.
+
+    Args:
+        folders: run folders, as for `html`.
+
+    Raises:
+        RunError: if there is no folder, or one cannot be read.
+        PlanError: if a ``plan.json`` is damaged.
+    """
+    return tables.as_csv(tables.everything(read_runs(folders)))
+
+
 def _alone(run: Run) -> str:
-    sentence = escape(tables.outcome(run.measured))
+    sentence = escape(_outcome(run))
     return f'<header><h1>{escape(run.name)}</h1>\n<p class="outcome">{sentence}</p></header>\n{_run(run)}'
 
 
@@ -85,23 +99,66 @@ def _together(runs: Sequence[Run]) -> str:
         f"<header><h1>{len(runs)} runs</h1>",
         '<p class="outcome">Each run is a smaller model made from a parent; the sections below tell them one by one.'
         "</p></header>",
-        _table(tables.comparison(runs), "small"),
+        _table(tables.comparison(runs), "small", links=[f"run-{i}" for i in range(len(runs))]),
+        _copies(runs),
     ]
-    plot = _plots().compared(runs)
-    if plot:
-        parts += ["<h3>Top-1 against cost</h3>", f"<figure>{plot}</figure>"]
-    curve = _plots("frontier").frontier_plot([run.measured for run in runs])
-    if curve:
-        parts += ["<h3>Against cost and measured time</h3>", f"<figure>{curve}</figure>"]
-    for run in runs:
-        sentence = escape(tables.outcome(run.measured))
-        parts += [f'<section>\n<h2>{escape(run.name)}</h2>\n<p class="outcome">{sentence}</p>', _run(run), "</section>"]
+    many = _plots("fronts")
+    if plot := many.fronts(runs):
+        words = '<p class="note">Numbers are those of the table; the grey line joins the runs that no other beats.</p>'
+        parts += ["<h3>Accuracy against cost</h3>", words, _figure(plot)]
+    known = [(run.name, fates(run.parent, run.plan)) for run in runs if run.parent is not None and run.plan is not None]
+    if known:
+        parts += [
+            "<h3>What is kept of every block</h3>",
+            '<figure><figcaption><span class="key cost">multiply-accumulates kept</span><span class="key whole">the '
+            f'parent\'s</span></figcaption><div class="wide">{strips(known)}</div></figure>',
+        ]
+    if plot := many.courses(runs):
+        parts += ["<h3>Training of all</h3>", _figure(plot)]
+    for index, run in enumerate(runs):
+        top = f'<section id="run-{index}">\n<h2>{escape(run.name)}</h2>\n<p class="outcome">{escape(_outcome(run))}</p>'
+        parts += [top, _run(run), "</section>"]
     return "\n".join(parts)
+
+
+def _copies(runs: Sequence[Run]) -> str:
+    """The comparison as text to copy: Markdown of what is shown, CSV of all that was measured, unrounded."""
+    rest = "".join(
+        f"<details><summary>{words}</summary><pre>{escape(text)}</pre></details>"
+        for words, text in (
+            ("This table in Markdown", tables.as_markdown(tables.comparison(runs))),
+            ("All that was measured, as CSV", tables.as_csv(tables.everything(runs))),
+        )
+    )
+    return f'<div class="copies">{rest}</div>'
+
+
+def _figure(plot: str) -> str:
+    return f'<figure><div class="wide">{plot}</div></figure>'
+
+
+def _segments(run: Run) -> bool:
+    return run.measured.get("task") == "segmentation"
+
+
+def _outcome(run: Run) -> str:
+    return scenes.spoken(run.measured) if _segments(run) else tables.outcome(run.measured)
+
+
+def _figures(run: Run) -> list[Table | None]:
+    """The tables of what a run made."""
+    if _segments(run):
+        return [scenes.segmented(run.measured), scenes.class_table(run.classes)]
+    return [tables.result(run.measured), tables.block_table(run)]
 
 
 def _run(run: Run) -> str:
-    parts = [_table(tables.result(run.measured), "result"), *_kept(run), *_course(run), *_origin(run)]
-    return "\n".join(parts)
+    if _segments(run):
+        figures, classes = scenes.segmented(run.measured), scenes.class_table(run.classes)
+        first = [_table(figures, "result"), "<h3>Every class</h3>", _table(classes, "small"), *scenes.gallery(run)]
+    else:
+        first = [_table(tables.result(run.measured), "result"), *_kept(run)]
+    return "\n".join([*first, *_course(run), *_origin(run)])
 
 
 def _kept(run: Run) -> list[str]:
@@ -122,9 +179,9 @@ def _kept(run: Run) -> list[str]:
 def _course(run: Run) -> list[str]:
     parts = []
     if plot := _plots().curves(run.log):
-        parts += ["<h3>Course of search and training</h3>", f"<figure>{plot}</figure>"]
+        parts += ["<h3>Course of search and training</h3>", _figure(plot)]
     if plot := _plots().trials(run.trials):
-        parts += ["<h3>Trials</h3>", f"<figure>{plot}</figure>"]
+        parts += ["<h3>Trials</h3>", _figure(plot)]
     return parts
 
 
@@ -143,26 +200,20 @@ def _origin(run: Run) -> list[str]:
     return parts
 
 
-def _table(table: Table, kind: str, headless: bool = False) -> str:
+def _table(table: Table, kind: str, headless: bool = False, links: Sequence[str] = ()) -> str:
     head = "".join(f'<th scope="col">{escape(cell)}</th>' if cell else "<td></td>" for cell in table.head)
+    names = [escape(row[0]) for row in table.rows]
+    if links:
+        names = [
+            f'<span class="place">{place}</span><a href="#{link}">{name}</a>'
+            for place, (link, name) in enumerate(zip(links, names, strict=True), 1)
+        ]
     rows = "\n".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
-        for row in table.rows
+        f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
+        for name, row in zip(names, table.rows, strict=True)
     )
     top = "" if headless else f"<thead><tr>{head}</tr></thead>\n"
     return (
         f'<div class="wide"><table class="{kind}"><caption>{escape(table.caption)}</caption>\n'
         f"{top}<tbody>\n{rows}\n</tbody></table></div>"
     )
-
-
-def _markdown_table(table: Table) -> str:
-    rule = ("---", *("---:" for _ in table.head[1:]))
-    lines = [table.head, rule, *table.rows]
-    return "\n".join("| " + " | ".join(map(_markdown_text, cells)) + " |" for cells in lines)
-
-
-def _markdown_text(text: str) -> str:
-    """Text that stays one cell and no markup, whatever stands in it."""
-    flat = " ".join(text.split())
-    return "".join(f"\\{sign}" if sign in "\\`*_[]|#" else sign for sign in escape(flat, quote=False))

@@ -82,8 +82,9 @@ def _sentence(fate: Fate) -> str:
 
 def _attention(fate: Fate, y: float, bar: int) -> str:
     if fate.conv:
-        words = _label(HEADS_AT + HEADS_WIDTH / 2, y, bar, f"{convolution(fate)} in place of attention")
-        return _rect(HEADS_AT, y, HEADS_WIDTH, bar, "conv") + words
+        words = f"{convolution(fate)} in place of attention"
+        middle = HEADS_AT + HEADS_WIDTH / 2, y + bar / 2 + 4
+        return _rect(HEADS_AT, y, HEADS_WIDTH, bar, "conv") + _text(*middle, words, "on")
     if fate.attention != "kept":
         return _absent(HEADS_AT, y, HEADS_WIDTH, bar, f"attention {fate.attention}")
     count = len(fate.heads)

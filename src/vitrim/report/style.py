@@ -5,7 +5,7 @@ __all__ = ["STYLE"]
 STYLE = """
 :root { color-scheme: light dark;
   --paper: #ffffff; --ink: #16191d; --soft: #555e69; --line: #dfe3e8; --wash: #f5f7f9; --whole: #e6eaee;
-  --qk: #2563b0; --v: #0d7a6c; --mlp: #b4560e; --cost: #5b6673; --other: #8a3f9c; --conv: #a88414; }
+  --qk: #2563b0; --v: #0d7a6c; --mlp: #b4560e; --cost: #5b6673; --other: #8a3f9c; --conv: #8a6a0a; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #14171a; --ink: #e9ecef; --soft: #a3adb8; --line: #31373e; --wash: #1c2024; --whole: #2b3137;
   --qk: #6ea8f0; --v: #43bfae; --mlp: #eb9a55; --cost: #98a4b1; --other: #cf8fdf; --conv: #d9b94a; } }
@@ -36,6 +36,8 @@ table.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere;
 table.facts th { width: 14em; color: var(--soft); }
 table.sums tbody tr:last-child > * { font-weight: 600; border-bottom: 0; }
 table.small { font-size: 13px; }
+.place { display: inline-block; min-width: 2.2em; color: var(--soft); }
+table a { text-decoration: none; } table a:hover { text-decoration: underline; }
 table.small th, table.small td { padding-top: 4px; padding-bottom: 4px; }
 figure { margin: 0; }
 figcaption { color: var(--soft); font-size: 14px; margin: 0 0 12px; display: flex; flex-wrap: wrap; gap: 4px 18px; }
@@ -44,7 +46,10 @@ figcaption { color: var(--soft); font-size: 14px; margin: 0 0 12px; display: fle
 .key.qk::before { background: var(--qk); } .key.v::before { background: var(--v); }
 .key.conv::before { background: var(--conv); } .key.mlp::before { background: var(--mlp); }
 .key.cost::before { background: var(--cost); }
+.copies { display: grid; gap: 0 16px; }
 .key.dead::before { background: none; border: 1px dashed var(--soft); }
+.swatch { display: inline-block; width: 11px; height: 11px; margin-right: 6px; border-radius: 2px; }
+img.scene { display: block; width: 100%; height: auto; margin: 0 0 10px; border-radius: 4px; }
 svg { display: block; width: 100%; height: auto; font-family: inherit; }
 svg.kept { min-width: 760px; }
 svg.kept text { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; }
@@ -52,9 +57,11 @@ svg.kept text.path { fill: var(--ink); }
 svg.kept text.end { text-anchor: end; }
 svg.kept text.mid { text-anchor: middle; font-size: 11.5px; paint-order: stroke; stroke: var(--paper);
   stroke-width: 7px; stroke-linejoin: round; }
+svg.kept text.on { text-anchor: middle; font-size: 11.5px; fill: var(--paper); }
 .whole { fill: var(--whole); } rect.qk { fill: var(--qk); } rect.v { fill: var(--v); }
 rect.conv { fill: var(--conv); } rect.mlp { fill: var(--mlp); } rect.cost { fill: var(--cost); }
 rect.dead, rect.gone { fill: none; stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; opacity: 0.7; }
+svg.plot { min-width: 640px; }
 svg.plot path, svg.plot line { stroke-linejoin: round; stroke-linecap: butt; }
 svg.plot .legend path { stroke: none; }
 details { margin-top: 16px; border: 1px solid var(--line); border-radius: 8px; padding: 0 16px; }

@@ -1,6 +1,9 @@
 """The tables of a report as rows of text; the page and the Markdown lay out the same cells."""
 
+import csv
+import io
 from collections.abc import Callable, Sequence
+from html import escape
 from typing import NamedTuple
 
 from vitrim.plan import Plan
@@ -8,7 +11,20 @@ from vitrim.report.blocks import Row, sheet, total
 from vitrim.report.folder import Record, Run, number
 from vitrim.spec import Spec
 
-__all__ = ["Table", "block_table", "comparison", "outcome", "plan_table", "provenance", "result", "short"]
+__all__ = [
+    "Table",
+    "as_csv",
+    "as_markdown",
+    "block_table",
+    "comparison",
+    "everything",
+    "markdown_text",
+    "outcome",
+    "plan_table",
+    "provenance",
+    "result",
+    "short",
+]
 
 DASH = "–"  # noqa: RUF001 an en dash says "no value" in a cell
 
@@ -61,6 +77,10 @@ def result(measured: Record) -> Table:
     mine, theirs = number(measured, "top1"), number(measured, "top1_parent")
     change = _points(mine - theirs) if mine is not None and theirs is not None else DASH
     rows.insert(2, ("top-1", _percent(theirs), _percent(mine), change))
+    if number(measured, "miou") is not None:
+        mine, theirs = number(measured, "miou"), number(measured, "miou_parent")
+        change = _points(mine - theirs) if mine is not None and theirs is not None else DASH
+        rows.insert(3, ("mean IoU", _percent(theirs), _percent(mine), change))
     agreement = number(measured, "agreement")
     if agreement is not None:
         rows.insert(3, ("same answer as the parent", DASH, _percent(agreement), DASH))
@@ -82,8 +102,13 @@ def _with_spread(measured: Record, name: str) -> str:
 
 def comparison(runs: Sequence[Run]) -> Table:
     """One row a run."""
-    head = ("run", "method", "MACs", "of parent", "parameters", "of parent", "top-1", "parent's", "latency ratio")
-    return Table("All runs", head, [_compared(run) for run in runs])
+    head: tuple[str, ...] = ("run", "method", "MACs", "of parent", "parameters", "of parent")
+    head = (*head, "top-1", "parent's", "latency ratio")
+    rows: list[tuple[str, ...]] = [_compared(run) for run in runs]
+    if any(number(run.measured, "miou") is not None for run in runs):
+        head = (*head, "mean IoU")
+        rows = [(*row, _percent(number(run.measured, "miou"))) for row, run in zip(rows, runs, strict=True)]
+    return Table("All runs", head, rows)
 
 
 def _compared(run: Run) -> tuple[str, ...]:
@@ -99,6 +124,13 @@ def _compared(run: Run) -> tuple[str, ...]:
         _percent(number(measured, "top1_parent")),
         _ratio(number(measured, "latency_ratio")),
     )
+
+
+def everything(runs: Sequence[Run]) -> Table:
+    """Every value that was measured, unrounded: one row a run, a column for each name that any run has."""
+    names = list(dict.fromkeys(name for run in runs for name in run.measured))
+    rows = [(run.name, *("" if (v := run.measured.get(name)) is None else str(v) for name in names)) for run in runs]
+    return Table("All that was measured", ("run", *names), rows)
 
 
 def block_table(run: Run) -> Table | None:
@@ -122,7 +154,7 @@ def _line(row: Row, drops: bool) -> tuple[str, ...]:
 
 def provenance(measured: Record) -> Table:
     """Everything measured or set that the other tables do not show."""
-    shown = {"top1", "top1_parent", "agreement", "latency_ms", "latency_parent_ms"}
+    shown = {"top1", "top1_parent", "agreement", "latency_ms", "latency_parent_ms", "miou", "accuracy", "macs_head"}
     for name in ("macs", "params", "latency"):
         shown |= {name, f"{name}_parent", f"{name}_ratio", f"{name}_ratio_low", f"{name}_ratio_high"}
     rows = [(str(key), _plain(value)) for key, value in measured.items() if key not in shown]
@@ -140,7 +172,8 @@ def outcome(measured: Record) -> str:
     who = str(measured.get("method", "the run"))
     share = number(measured, "macs_ratio")
     kept = "a smaller model" if share is None else f"a model with {100 * share:.1f} % of the multiply-accumulates"
-    model = measured.get("model")
+    model = str(measured.get("model") or "")
+    model = model.rpartition("/")[2] if model.endswith(".safetensors") else model
     parts = [f"{who} made {kept}" + (f" of {model}" if model else "")]
     mine, theirs = number(measured, "top1"), number(measured, "top1_parent")
     if mine is not None:
@@ -151,3 +184,25 @@ def outcome(measured: Record) -> str:
         device = measured.get("device")
         parts.append(f"a batch takes {ratio:.2f} of the parent's time" + (f" on {device}" if device else ""))
     return "; ".join(parts) + "."
+
+
+def as_markdown(table: Table) -> str:
+    """A table in Markdown, whatever stands in its cells."""
+    rule = ("---", *("---:" for _ in table.head[1:]))
+    lines = [table.head, rule, *table.rows]
+    return "\n".join("| " + " | ".join(map(markdown_text, cells)) + " |" for cells in lines)
+
+
+def markdown_text(text: str) -> str:
+    """Text that stays one cell and no markup, whatever stands in it."""
+    flat = " ".join(text.split())
+    return "".join(f"\\{sign}" if sign in "\\`*_[]|#" else sign for sign in escape(flat, quote=False))
+
+
+def as_csv(table: Table) -> str:
+    """A table as comma-separated values with a heading; cells that a spreadsheet would run as a formula are quoted."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for cells in (table.head, *table.rows):
+        writer.writerow([f"'{cell}" if cell[:1] in "=+@\t\r" and cell else cell for cell in cells])
+    return text.getvalue()

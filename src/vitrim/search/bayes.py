@@ -6,13 +6,14 @@ Source: Hou and Kung, CVPR Workshops 2022 (a Gaussian process from policy to acc
 process and its log expected improvement are Optuna's (`optuna.samplers.GPSampler`). It knows no budget: a point that it
 asks for stands for the policy that scaling brings into the budget (`within`), and it learns from points to values. A
 BoTorch process over a pool of feasible policies, as the paper has it, was measured beside it and found a little less,
-with two packages more (docs/mdc.md).
+with two packages more (docs/methods/mdc.md).
 
 The study is the state. What is proposed next is a function of (seed, place of the trial, what the study holds), so a
 search that was killed and goes on repeats the uninterrupted one, and any number of processes may share a study.
 """
 
 import dataclasses
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -84,7 +85,7 @@ def search(
 
     Raises:
         BudgetError: if no policy is within the budget.
-        MethodError: if hardly any policy is, so that none could be drawn.
+        MethodError: if hardly any policy is, so that none could be drawn, or one measured as not a number.
     """
     study.sampler = _Sampler(space, trials, initial, seed, proposal)
     if alone:
@@ -121,6 +122,8 @@ def _step(study: optuna.Study, space: Space, objective: Objective, trials: int, 
         if np.isnan(policy).any():
             raise MethodError("a policy that was put into the study must fit the budget, but no factor brings it in")
         value, notes = objective(policy)
+        if math.isnan(value):
+            raise MethodError("what a policy is measured by must be a number, but is not; check weights and images")
     except BaseException:
         study.tell(trial, state=TrialState.FAIL)
         raise

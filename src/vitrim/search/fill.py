@@ -8,45 +8,24 @@ least valuable first; as many are taken from the front as the budget needs, then
 from the best down. Savings are plain multiples of channels, so a row of 46,000 rungs (DeiT-B) is walked in a second.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
-from vitrim.budget import SLACK, Budget
-from vitrim.costs import Cost, block_cost, cost_of
+from vitrim.budget import SLACK, Budget, Price
 from vitrim.errors import BudgetError, MethodError
 from vitrim.plan import BlockPlan, Kept, Plan
-from vitrim.spec import Attention, Block, Spec, Stage, Tokens
+from vitrim.search.ladders import ALIGN, Array, Choice, Ladder, hidden_rate, ladders_of
+from vitrim.spec import Attention, Spec
 
 __all__ = ["ALIGN", "Choice", "fill", "quantiles"]
 
-Choice = Literal["free", "even", "heads"]
-"""``free``: every head its own width. ``even``: one width for all heads of a block. ``heads``: whole heads.
-
-The last two take neurons in steps of 8.
-"""
-
-ALIGN = 8
-"""Widths that kernels like are multiples of this."""
-
-Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
-
-
-@dataclass(slots=True)
-class _Ladder:
-    """One width to be chosen: `values[i]` and `saves[i]` are the score and the (macs, params) of rung `i`."""
-
-    block: int
-    field: Literal["attention", "hidden"]
-    heads: tuple[int, ...]
-    widths: list[tuple[int, int]]
-    values: list[float]
-    saves: list[tuple[int, int]]
-    level: int = 0
+_TRIES = 12
+"""Limits that are tried until a child's whole time spends its budget: halvings come to 1 in 4,000."""
 
 
 def fill(
@@ -75,20 +54,90 @@ def fill(
         BudgetError: naming the least possible, if the budget is out of reach.
         MethodError: if a score is not finite or scores do not fit the axes.
     """
-    parent = cost_of(spec)
+    parent = budget.cost(spec)
     limits = budget.limits(parent)
-    ladders = list(_ladders(spec, _checked(spec, scores), choice))
-    need = np.array(
-        [parent.macs - limits.get("macs", parent.macs), parent.params - limits.get("params", parent.params)]
-    )
+    ladders = list(ladders_of(spec, _checked(spec, scores), choice, budget))
+    ranked = {path: values.double().cpu().numpy() for path, values in scores.items()}
+    if "latency" not in limits:
+        return _filled(spec, ladders, ranked, parent, limits, by, choice, budget)
+    return _timed(spec, ladders, ranked, parent, limits, by, choice, budget)
+
+
+def _filled(
+    spec: Spec,
+    ladders: list[Ladder],
+    ranked: Mapping[str, Array],
+    parent: Price,
+    limits: Mapping[str, int],
+    by: str,
+    choice: Choice,
+    budget: Budget,
+) -> Plan:
+    """The plan at `limits`, taken at the savings of single rungs."""
+    for ladder in ladders:
+        ladder.level = 0
+    need = np.array([getattr(parent, name) - limits.get(name, getattr(parent, name)) for name in Price._fields])
     row = _row(ladders, need, by)
     left = _take(ladders, row, need, parent, limits)
     _give_back(ladders, row, left)
-    ranked = {path: values.double().cpu().numpy() for path, values in scores.items()}
     plan = _plan(spec, ladders, ranked)
     if choice != "free":
         plan = _top_up(spec, plan, ranked, budget)
     return plan
+
+
+def _timed(
+    spec: Spec,
+    ladders: list[Ladder],
+    ranked: Mapping[str, Array],
+    parent: Price,
+    limits: dict[str, int],
+    by: str,
+    choice: Choice,
+    budget: Budget,
+) -> Plan:
+    """The slowest plan that the table finds fast enough.
+
+    Times of heads do not add up as macs do, so what single rungs save is a guess: the limit that they are taken at
+    moves until the whole child meets the one that was asked for.
+    """
+    low, high, best = 0.0, float(parent.latency), None
+    aim = float(limits["latency"])
+    for _ in range(_TRIES):
+        try:
+            plan = _filled(spec, ladders, ranked, parent, {**limits, "latency": math.floor(aim)}, by, choice, budget)
+        except BudgetError:
+            low = aim
+        else:
+            cost = budget.cost(plan.child(spec))
+            if cost.latency <= limits["latency"]:
+                best, low = plan, aim
+                if budget.spent(cost, parent) >= 1 - SLACK / 2:
+                    break
+            else:
+                high = aim
+        aim = (low + high) / 2
+    if best is None:
+        raise _too_fast(spec, ladders, ranked, parent, limits, budget)
+    return best
+
+
+def _too_fast(
+    spec: Spec,
+    ladders: list[Ladder],
+    ranked: Mapping[str, Array],
+    parent: Price,
+    limits: Mapping[str, int],
+    budget: Budget,
+) -> BudgetError:
+    """What to say where no choice is fast enough, with the fastest there is."""
+    for ladder in ladders:
+        ladder.level = len(ladder.widths) - 1
+    least = budget.cost(_plan(spec, ladders, ranked).child(spec)).latency / parent.latency
+    return BudgetError(
+        f"budget of latency must be at least {least:.3f} for this model on {budget.table and budget.table.machine}, "
+        f"but got {limits['latency'] / parent.latency:.3f}; allow more, or another method or choice of widths"
+    )
 
 
 def quantiles(scores: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[str, Tensor]:
@@ -134,144 +183,42 @@ def _checked(spec: Spec, scores: Mapping[str, Tensor]) -> dict[str, list[Array]]
     return split
 
 
-def _ladders(spec: Spec, scores: Mapping[str, list[Array]], choice: Choice) -> Iterator[_Ladder]:
-    for index, ((path, stage, block), arriving) in enumerate(zip(spec.blocks(), spec.arrivals(), strict=True)):
-        if isinstance(block.mixer, Attention) and block.mixer.v and f"{path}.v" in scores:
-            rates = _attention_rate(stage, block, arriving)
-            yield from _attention_ladders(index, stage, block, scores, path, choice, rates)
-        if block.hidden and f"{path}.hidden" in scores and stage.form.hidden_norm is None:
-            levels = _levels(block.hidden, 1 if choice == "free" else ALIGN)
-            rate = _hidden_rate(stage, block, arriving)
-            yield _ladder(
-                index, "hidden", (0,), [(0, n) for n in levels], [np.zeros(0)], scores[f"{path}.hidden"], rate
-            )
-
-
-def _attention_ladders(
-    index: int,
-    stage: Stage,
-    block: Block,
-    scores: Mapping[str, list[Array]],
-    path: str,
-    choice: Choice,
-    rate: Callable[[int, int, int], tuple[int, int]],
-) -> Iterator[_Ladder]:
-    mixer, form = block.mixer, stage.form
-    assert isinstance(mixer, Attention)
-    qk = scores.get(f"{path}.qk", [np.zeros(n) for n in mixer.qk])
-    v = scores[f"{path}.v"]
-    if choice == "heads":
-        if form.mixed_norm is None:
-            order = sorted(range(len(v)), key=lambda h: float(qk[h].sum() + v[h].sum()))
-            for head in order:
-                yield _ladder(index, "attention", (head,), [(mixer.qk[head], mixer.v[head]), (0, 0)], qk, v, rate)
-        return
-    step = 1 if choice == "free" else ALIGN
-    teams = [(h,) for h in range(len(v))] if choice == "free" else [tuple(range(len(v)))]
-    for team in teams:
-        top_qk, top_v = max(mixer.qk[h] for h in team), max(mixer.v[h] for h in team)
-        widths = _joint_levels(top_qk, top_v, step, form.head_norm is not None, form.mixed_norm is not None)
-        yield _ladder(index, "attention", team, widths, qk, v, rate)
-
-
-def _levels(size: int, step: int) -> list[int]:
-    """`size`, then every smaller multiple of `step` down to 0."""
-    return [size, *range((math.ceil(size / step) - 1) * step, -1, -step)]
-
-
-def _joint_levels(qk: int, v: int, step: int, tied_qk: bool, tied_v: bool) -> list[tuple[int, int]]:
-    """Widths of queries/keys and values that go down together; a norm over one of them leaves it alone."""
-    if tied_v:
-        return [] if tied_qk else [(n, v) for n in _levels(qk, step) if n]
-    levels = _levels(max(qk, v), step)
-    if tied_qk:
-        return [(qk if n else 0, min(n, v)) for n in _levels(v, step)]
-    return [(min(n, qk), min(n, v)) for n in levels]
-
-
-def _rate(stage: Stage, arriving: Tokens, build: Callable[[int], Block]) -> tuple[int, int]:
-    """Cost of one channel: macs and parameters are straight lines in every width."""
-    one, two = (block_cost(build(n), stage, arriving) for n in (1, 2))
-    return two[0] - one[0], two[1] - one[1]
-
-
-def _hidden_rate(stage: Stage, block: Block, arriving: Tokens) -> tuple[int, int]:
-    return _rate(stage, arriving, lambda hidden: block.model_copy(update={"hidden": hidden}))
-
-
-def _attention_rate(stage: Stage, block: Block, arriving: Tokens) -> Callable[[int, int, int], tuple[int, int]]:
-    """What cutting (qk channels, v channels, heads) saves; a head's own share is its column of position biases."""
-    scale = block.mixer.scale if isinstance(block.mixer, Attention) else 1.0
-
-    def one_head(qk: int, v: int) -> Block:
-        return block.model_copy(update={"mixer": Attention(qk=(qk,), v=(v,), scale=scale)})
-
-    qk = _rate(stage, arriving, lambda n: one_head(n, 1))
-    v = _rate(stage, arriving, lambda n: one_head(1, n))
-    head = stage.window.offsets if stage.window is not None else 0
-    return lambda a, b, dead: (a * qk[0] + b * v[0], a * qk[1] + b * v[1] + dead * head)
-
-
-def _ladder(
-    index: int,
-    field: Literal["attention", "hidden"],
-    team: tuple[int, ...],
-    widths: list[tuple[int, int]],
-    qk: list[Array],
-    v: list[Array],
-    rate: Callable[[int, int, int], tuple[int, int]] | tuple[int, int],
-) -> _Ladder:
-    """A ladder whose rung `i` leads from `widths[i]` to `widths[i + 1]`, for every head of `team` at once."""
-    falls_qk = [np.cumsum(np.sort(qk[h])) for h in team]
-    falls_v = [np.cumsum(np.sort(v[h])) for h in team]
-    totals, counts, saves = [], [], []
-    for wide_qk, wide_v in widths:
-        gone_qk = [max(len(f) - wide_qk, 0) for f in falls_qk]
-        gone_v = [max(len(f) - wide_v, 0) for f in falls_v]
-        lost = sum(
-            float(f[n - 1])
-            for falls, gone in ((falls_qk, gone_qk), (falls_v, gone_v))
-            for f, n in zip(falls, gone, strict=True)
-            if n
-        )
-        a, b = sum(gone_qk), sum(gone_v)
-        totals.append(lost)
-        counts.append(a + b)
-        dead = 0 if wide_v else len(team)
-        saves.append(rate(a, b, dead) if callable(rate) else (rate[0] * b, rate[1] * b))
-    steps = range(len(widths) - 1)
-    return _Ladder(
-        block=index,
-        field=field,
-        heads=team,
-        widths=widths,
-        values=[(totals[i + 1] - totals[i]) / max(counts[i + 1] - counts[i], 1) for i in steps],
-        saves=[(saves[i + 1][0] - saves[i][0], saves[i + 1][1] - saves[i][1]) for i in steps],
-    )
-
-
-def _row(ladders: list[_Ladder], need: Array, by: str) -> list[tuple[int, int]]:
+def _row(ladders: list[Ladder], need: Array, by: str) -> list[tuple[int, int]]:
     """All rungs as (ladder, rung), the least valuable first; a rung never stands before the one above it."""
     weights = np.maximum(need, 0) / max(float(np.maximum(need, 0).max()), 1.0)
     keys: list[tuple[float, int, int]] = []
     for number, ladder in enumerate(ladders):
-        highest = -math.inf
-        for rung, (value, saves) in enumerate(zip(ladder.values, ladder.saves, strict=True)):
-            if by == "density":
-                channels = _channels(ladder, rung)
-                value = value * channels / max(float(np.dot(weights, saves)), 1e-30)
-            highest = max(highest, value)
-            keys.append((highest, number, rung))
+        if by == "density":
+            lost = [value * _channels(ladder, rung) for rung, value in enumerate(ladder.values)]
+            worth = _pooled(lost, [max(float(np.dot(weights, saves)), 0.0) for saves in ladder.saves])
+        else:
+            worth = list(itertools.accumulate(ladder.values, max))
+        keys += [(value, number, rung) for rung, value in enumerate(worth)]
     return [(number, rung) for _, number, rung in sorted(keys)]
 
 
-def _channels(ladder: _Ladder, rung: int) -> int:
+def _pooled(lost: Sequence[float], saved: Sequence[float]) -> list[float]:
+    """What each rung loses for what it saves, rising.
+
+    A rung that is dearer than the one below it stands with it, at what both lose for what both save: where only every
+    fourth rung saves time, four go together.
+    """
+    pools: list[tuple[float, float, int]] = []
+    for loss, save in zip(lost, saved, strict=True):
+        pool = (loss, save, 1)
+        while pools and pools[-1][0] * pool[1] >= pool[0] * pools[-1][1]:
+            pool = tuple(a + b for a, b in zip(pools.pop(), pool, strict=True))  # type: ignore[assignment]
+        pools.append(pool)
+    return [loss / max(save, 1e-30) for loss, save, count in pools for _ in range(count)]
+
+
+def _channels(ladder: Ladder, rung: int) -> int:
     (a, b), (c, d) = ladder.widths[rung], ladder.widths[rung + 1]
     return (a - c + b - d) * len(ladder.heads)
 
 
 def _take(
-    ladders: list[_Ladder], row: list[tuple[int, int]], need: Array, parent: Cost, limits: Mapping[str, int]
+    ladders: list[Ladder], row: list[tuple[int, int]], need: Array, parent: Price, limits: Mapping[str, int]
 ) -> Array:
     """Go down rung by rung until `need` is met; return what was saved too much."""
     left = need.astype(float)
@@ -282,15 +229,15 @@ def _take(
         left -= ladders[number].saves[rung]
     if (left <= 0).all():
         return -left
-    least = {name: getattr(parent, name) - int(n - m) for name, n, m in zip(Cost._fields, need, left, strict=True)}
-    name = next(name for name, short in zip(Cost._fields, left, strict=True) if short > 0)
+    least = {name: getattr(parent, name) - int(n - m) for name, n, m in zip(Price._fields, need, left, strict=True)}
+    name = next(name for name, short in zip(Price._fields, left, strict=True) if short > 0)
     raise BudgetError(
         f"budget of {name} must be at least {least[name]:,} for this model, but got {limits[name]:,}; "
         "allow more, or another method or choice of widths"
     )
 
 
-def _give_back(ladders: list[_Ladder], row: list[tuple[int, int]], spare: Array) -> None:
+def _give_back(ladders: list[Ladder], row: list[tuple[int, int]], spare: Array) -> None:
     """Climb back, the most valuable rung first, wherever the budget allows it."""
     for number, rung in reversed(row):
         ladder = ladders[number]
@@ -299,7 +246,7 @@ def _give_back(ladders: list[_Ladder], row: list[tuple[int, int]], spare: Array)
             spare = spare - ladder.saves[rung]
 
 
-def _plan(spec: Spec, ladders: list[_Ladder], ranked: Mapping[str, Array]) -> Plan:
+def _plan(spec: Spec, ladders: list[Ladder], ranked: Mapping[str, Array]) -> Plan:
     attention: dict[int, dict[int, tuple[int, int]]] = {}
     hidden: dict[int, int] = {}
     for ladder in ladders:
@@ -343,20 +290,20 @@ def _best(values: Array, count: int) -> Kept:
 
 def _top_up(spec: Spec, plan: Plan, ranked: Mapping[str, Array], budget: Budget) -> Plan:
     """Where steps of 8 leave more than the slack unspent (tiny models), give single neurons back."""
-    parent = cost_of(spec)
+    parent = budget.cost(spec)
     limits = budget.limits(parent)
     blocks = plan.blocks()
     for index, ((path, stage, block), arriving) in enumerate(zip(spec.blocks(), spec.arrivals(), strict=True)):
-        cost = cost_of(Plan.of(spec, blocks).child(spec))
+        cost = budget.cost(Plan.of(spec, blocks).child(spec))
         if budget.spent(cost, parent) >= 1 - SLACK:
             break
         kept = blocks[index].hidden
         if kept is None or not block.hidden:
             continue
-        rate = _hidden_rate(stage, block, arriving)
+        rate = hidden_rate(stage, block, arriving, budget)(0, 1, 0)
         room = [
-            (limits[name] - getattr(cost, name)) // step
-            for name, step in zip(Cost._fields, rate, strict=True)
+            (limits[name] - getattr(cost, name)) // max(int(step), 1)
+            for name, step in zip(Price._fields, rate, strict=True)
             if name in limits
         ]
         more = min(block.hidden - len(kept), ALIGN - 1, *room)

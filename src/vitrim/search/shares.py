@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from vitrim.budget import SLACK, Budget
-from vitrim.costs import cost_of
 from vitrim.errors import BudgetError, MethodError
 from vitrim.plan import BlockPlan, Plan
 from vitrim.spec import Attention, Drop, Spec
@@ -184,14 +183,15 @@ def check_spent(child: Spec, spec: Spec, budget: Budget) -> None:
         BudgetError: saying which bound would do.
         MethodError: saying what is spent.
     """
-    parent, cost = cost_of(spec), cost_of(child)
+    parent, cost = budget.cost(spec), budget.cost(child)
     for name, limit in budget.limits(parent).items():
         if getattr(cost, name) > limit:
             raise BudgetError(
                 f"budget of {name} must be at least {getattr(cost, name):,}, what the shares keep, but is {limit:,}; "
                 "raise it, lower a share, or leave one out"
             )
-    if budget.spent(cost, parent) < 1 - SLACK:
+    # Times come in steps; how close a child is to a budget of latency is measured on the child.
+    if budget.latency is None and budget.spent(cost, parent) < 1 - SLACK:
         raise MethodError(
             f"what is kept must spend at least {1 - SLACK:.0%} of {budget}, but spends "
             f"{budget.spent(cost, parent):.1%}; leave out a share, or choose finer widths with method.choice=free"

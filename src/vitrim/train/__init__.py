@@ -2,7 +2,7 @@
 
 from vitrim.train.distill import Objective
 from vitrim.train.evaluate import Evaluated, evaluate, reference_logits
-from vitrim.train.fit import Fitted, fit, steps_of
+from vitrim.train.fit import Fitted, Task, fit, steps_of
 from vitrim.train.loop import Stop
 from vitrim.train.optim import learning_rate, parameter_groups
 from vitrim.train.settings import DISTILLED, Distill, Train
@@ -16,6 +16,7 @@ __all__ = [
     "Objective",
     "Start",
     "Stop",
+    "Task",
     "Train",
     "evaluate",
     "fit",

@@ -6,6 +6,7 @@ B images, C channels, (h, w) height and width, K classes.
 import contextlib
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,24 @@ from vitrim.train.optim import Groups, optimizer
 from vitrim.train.settings import Train
 from vitrim.train.start import Start, averages_of
 
-__all__ = ["Fitted", "fit", "steps_of"]
+__all__ = ["Fitted", "Task", "fit", "steps_of"]
 
 # What a resumed run may be asked for anew, since it does not touch the result.
 _FREE = {"checkpoint_every", "keep", "log_every", "workers"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is learned, where it is not the classes of whole pictures.
+
+    Attributes:
+        loader: what gives the batches, called as `vitrim.data.train_loader`.
+        objective: what gives the loss, called as `vitrim.train.distill.Objective`. Its loss must be a mean over the
+            batch's pictures, so that it does not depend on how many processes and parts they are spread over.
+    """
+
+    loader: Callable[..., TrainLoader] = train_loader
+    objective: Callable[..., Objective] = Objective
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,6 +88,7 @@ def fit(
     after_step: AfterStep | None = None,
     start: Start | None = None,
     until: float = 1.0,
+    task: Task | None = None,
 ) -> Fitted:
     """Train a model in place.
 
@@ -81,7 +97,8 @@ def fit(
     result, bit for bit on a CPU. Buffers that are no part of `state_dict` are not kept.
 
     Args:
-        model: a classifier, `(B, C, h, w)` to `(B, K)`; moved to the device that Accelerate names.
+        model: a classifier, `(B, C, h, w)` to `(B, K)`, or to what the task's objective takes; moved to the device that
+            Accelerate names.
         dataset: map-style, of `(picture, label)`; with label -1 the teacher alone is learned from.
         settings: how to train.
         input: what the model takes.
@@ -99,6 +116,7 @@ def fit(
             `vitrim.train.Stop` to end training there.
         start: what to go on from; the learning rate goes on from there to the end of its cycle.
         until: share of the cycle of the learning rate that this training ends at, above that of `start`, at most 1.
+        task: what is learned; the classes of whole pictures if None.
 
     Returns:
         The model, averaged weights if asked for, and what happened.
@@ -117,7 +135,8 @@ def fit(
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(put_back(model, teacher))
-            loop = _prepare(model, dataset, settings, accelerator, input, seed, teacher, groups, stage, stack)
+            task = task or Task()
+            loop = _prepare(model, dataset, settings, accelerator, input, seed, teacher, groups, stage, stack, task)
             loop = dataclasses.replace(
                 loop, penalty=penalty, folder=folder, log=log, validation=validation, after_step=after_step
             )
@@ -188,10 +207,11 @@ def _prepare(
     groups: Groups | None,
     stage: str,
     stack: contextlib.ExitStack,
+    task: Task,
 ) -> Loop:
     device = accelerator.device
     model.to(device)
-    loader = train_loader(
+    loader = task.loader(
         dataset,
         input,
         settings.augment,
@@ -204,7 +224,7 @@ def _prepare(
         even=settings.mixes,
         device=device,
     )
-    objective = Objective(settings.distill, settings.smoothing, teacher, loader.labelled)
+    objective = task.objective(settings.distill, settings.smoothing, teacher, loader.labelled)
     classes = _classes(model, input)
     check_classes(dataset, classes)
     if objective.teacher is not None:
@@ -253,7 +273,7 @@ def _classes(model: nn.Module, input: Input) -> int:
             logits = model(blank)
         except (AssertionError, RuntimeError) as problem:
             raise DataError(f"the model must take pictures of {tuple(blank.shape[1:])}, but {problem}") from problem
-    return int(logits.shape[-1])
+    return int(logits.shape[1])
 
 
 def _run(settings: Train, loader: TrainLoader, input: Input, seed: int, stage: str) -> dict[str, Any]:

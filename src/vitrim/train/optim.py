@@ -25,17 +25,23 @@ def learning_rate(step: int, steps: int, warmup: int, settings: Train) -> float:
         step: s in `[0, S)`.
         steps: S.
         warmup: W in `[0, S]`.
-        settings: `lr warmup_lr min_lr schedule`.
+        settings: `lr warmup_lr min_lr schedule power`.
 
     Returns:
         Rising linearly from `warmup_lr` at 0 to `lr` at W; then constant, or
-        `min_lr + (lr - min_lr) (1 + cos(pi (s - W) / (S - W))) / 2`, as timm's scheduler with `warmup_prefix`.
+        `min_lr + (lr - min_lr) (1 + cos(pi (s - W) / (S - W))) / 2`, as timm's scheduler with `warmup_prefix`; or
+        `min_lr + (lr - min_lr) (1 - (s - W) / (S - W))^power`.
     """
     if step < warmup:
         return settings.warmup_lr + (settings.lr - settings.warmup_lr) * step / warmup
     if settings.schedule == "constant":
         return settings.lr
-    wave = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    left = max(1, steps - warmup)
+    if settings.schedule == "poly":
+        # A run that is bounded by minutes may take a step more than it foresaw.
+        wave = math.pow(max(0.0, 1 - (step - warmup) / left), settings.power)
+    else:
+        wave = 0.5 * (1 + math.cos(math.pi * (step - warmup) / left))
     return settings.min_lr + (settings.lr - settings.min_lr) * wave
 
 

@@ -39,8 +39,9 @@ class Train(Node):
         betas: AdamW's averages, each in `[0, 1)`.
         warmup_epochs: epochs of linear warm-up, `>= 0`, part of `epochs`.
         warmup_lr: learning rate at step 0 of a warm-up, `>= 0`.
-        min_lr: learning rate that the cosine ends on, `>= 0`.
-        schedule: `cosine` or `constant` after warm-up.
+        min_lr: learning rate that the cosine or polynomial ends on, `>= 0`.
+        schedule: `cosine`, `constant` or `poly` (the share of steps that is left, to the power `power`) after warm-up.
+        power: exponent of `poly`, > 0.
         clip: largest norm of all gradients together, > 0; None for no clipping.
         mixup: alpha of mixup, `>= 0`; 0 for none.
         cutmix: alpha of cutmix, `>= 0`; 0 for none. With both, each step takes one by chance.
@@ -66,7 +67,8 @@ class Train(Node):
     warmup_epochs: float = Field(default=0, ge=0)
     warmup_lr: float = Field(default=1e-6, ge=0)
     min_lr: float = Field(default=1e-6, ge=0)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "poly"] = "cosine"
+    power: float = Field(default=0.9, gt=0)
     clip: float | None = Field(default=1.0, gt=0)
     mixup: float = Field(default=0, ge=0)
     cutmix: float = Field(default=0, ge=0)
@@ -87,7 +89,7 @@ class Train(Node):
             raise ValueError(f"betas must lie in [0, 1), but are {self.betas}")
         if self.warmup_epochs > self.epochs > 0:
             raise ValueError(f"warmup_epochs must be at most epochs {self.epochs:g}, but is {self.warmup_epochs:g}")
-        if self.schedule == "cosine" and self.min_lr > self.lr:
+        if self.schedule != "constant" and self.min_lr > self.lr:
             raise ValueError(f"min_lr must be at most lr {self.lr:g}, but is {self.min_lr:g}")
         if self.mixes and self.batch % 2:
             raise ValueError(f"batch must be even for mixup and cutmix, but is {self.batch}")

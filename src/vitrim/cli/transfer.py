@@ -1,0 +1,85 @@
+"""The commands that take a model to another task."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitrim.cli.shared import Random, Settings, Weights, app, read, say, show_table
+
+__all__ = ["scored", "seg", "transferred"]
+
+tasks = typer.Typer(help="Take a dense or compressed model to another task.", no_args_is_help=True)
+app.add_typer(tasks, name="transfer")
+
+
+@tasks.command()
+def seg(
+    backbone: Annotated[str, typer.Option("--backbone", help="A timm name, an hf-hub: name, or a file stored here.")],
+    data: Annotated[str, typer.Option("--data", help="Folder or tar of images/, masks/ and classes.txt.")],
+    out: Annotated[Path, typer.Option("--out", help="Run folder to write; a stopped run goes on there.")],
+    head: Annotated[str, typer.Option("--head", help="fpn or linear.")] = "fpn",
+    test: Annotated[str | None, typer.Option("--test", help="Scenes to measure on; those of --data otherwise.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option("--ignore", help="A class of classes.txt that does not count; repeatable.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", help="Height x width of crops, as in 512x512; the model's own by default.")
+    ] = None,
+    weights: Weights = None,
+    random_weights: Random = False,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the scenes; 20 by default.")] = None,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    set_: Settings = None,
+) -> None:
+    """Fine-tune a model for semantic segmentation and write a run folder."""
+    from vitrim.recipe import merged, overrides
+
+    asked: dict[str, Any] = {
+        "model": {"name": backbone, "weights": weights, "random_weights": random_weights},
+        "data": {"train": data, "test": test, "ignore": ignore or [], "size": _size(size)},
+        "head": {"kind": head},
+        "seed": seed,
+    }
+    if epochs is not None:
+        asked["train"] = {"epochs": epochs}
+    transferred(merged(asked, overrides(set_ or [])), out)
+
+
+def scored(net: Any, name: str, data: str, over: Any) -> None:
+    """Measure a stored segmentor as its recipe says, and show every class."""
+    import torch
+
+    from vitrim import store
+    from vitrim.data import Input, open_scenes, scene_splits
+    from vitrim.report import class_table
+    from vitrim.transfer import TransferRecipe, score
+    from vitrim.transfer.score import by_class
+
+    written = read(TransferRecipe, store.provenance(name)["given"]["recipe"], name)
+    divided = scene_splits(data)
+    scenes = open_scenes(data, written.data.split if divided else None, ignore=written.data.ignore)
+    given = {key: getattr(over, key) or getattr(written.data, key) for key in ("mean", "std")}
+    input = Input.of(net, **{key: value for key, value in given.items() if value is not None})
+    found, _ = score(net.to("cuda" if torch.cuda.is_available() else "cpu"), scenes, input, written.test)
+    rows = [[name, f"{found.miou:.2f} %", f"{found.accuracy:.2f} %", str(found.scenes)]]
+    show_table("", ["model", "mean IoU", "pixel accuracy", "scenes"], rows)
+    table = class_table(by_class(found, scenes.names, [""] * scenes.classes))
+    show_table("", table.head, table.rows)
+
+
+def _size(text: str | None) -> list[str] | None:
+    return None if text is None else text.lower().split("x")
+
+
+def transferred(asked: dict[str, Any], out: Path, at: str = "recipe") -> None:
+    """Carry out a transfer recipe given as plain values, and show what came of it."""
+    from vitrim.report import class_table, segmented
+    from vitrim.transfer import TransferRecipe, transfer
+
+    done = transfer(read(TransferRecipe, asked, at), out, say=say)
+    table = segmented(done.measured)
+    show_table(f"{done.measured['model']}, head {done.measured['head']}", table.head, table.rows)
+    classes = class_table(done.classes)
+    show_table("", classes.head, classes.rows)
+    say(f"model, log, pictures and report are in {done.folder}")

@@ -1,0 +1,262 @@
+"""Pictures with a mask that names the class of every pixel.
+
+B images, (h, w) height and width of the input, K classes that count.
+
+A folder or an uncompressed tar: `images/*.jpg` with `masks/*.png` of the same stem and size, either in split folders
+(`train val test`) or alone, and `classes.txt` with one name a line. A mask is 8-bit (grey or palette), its values are
+lines of that file from 0; 255 is ignored.
+"""
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from timm.data.readers.img_extensions import get_img_extensions
+from timm.utils.misc import natural_key
+from torch.utils.data import Dataset
+
+from vitrim.data.folders import SPLITS, choose_split, tar_ranges
+from vitrim.data.images import decode
+from vitrim.errors import DataError
+from vitrim.progress import progress
+
+__all__ = ["IGNORE", "Scenes", "open_scenes", "scene_splits"]
+
+IGNORE = 255
+"""Value of a pixel that is not learned from and not counted."""
+
+_INVALID = 254
+_KNOWN = {name: split for split, names in SPLITS.items() for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Store:
+    """Files of a folder or tar by relative name; without an open file, so workers may fork at any moment."""
+
+    root: Path
+    ranges: dict[str, tuple[int, int]] | None
+
+    def names(self) -> list[str]:
+        if self.ranges is not None:
+            return list(self.ranges)
+        return [path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file()]
+
+    def read(self, name: str) -> bytes:
+        if self.ranges is None:
+            try:
+                return (self.root / name).read_bytes()
+            except OSError as problem:
+                raise DataError(f"{self.root / name}: every file must be readable, but {problem.strerror}") from None
+        start, size = self.ranges[name]
+        with self.root.open("rb") as stream:
+            stream.seek(start)
+            return stream.read(size)
+
+
+class Scenes(Dataset[tuple[Image.Image, Image.Image]]):
+    """Scenes in a fixed order, each an RGB picture and a mask of its size, mode ``L``.
+
+    A mask's values are below `classes`, or `IGNORE`.
+
+    Attributes:
+        names: names of the classes that count, in the order of the masks' values.
+        classes: K, their number.
+        source: what the user asked for, as in error texts.
+        split: part of the source, or None.
+    """
+
+    def __init__(
+        self,
+        store: _Store,
+        pairs: Sequence[tuple[str, str]],
+        table: NDArray[np.uint8],
+        names: tuple[str, ...],
+        source: str,
+        split: str | None,
+    ) -> None:
+        self._store, self._pairs, self._table = store, tuple(pairs), table
+        self.names, self.classes, self.source, self.split = names, len(names), source, split
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:
+        """Return a picture and its mask.
+
+        Raises:
+            DataError: a file does not decode, the mask has another size than the picture, or a value is no class.
+        """
+        name, mask = self._pairs[index]
+        picture = decode(self._store.read(name), f"{self.source}: {name}")
+        return picture, Image.fromarray(self._mask(mask, picture.size))
+
+    def name(self, index: int) -> str:
+        """The file of a picture, relative to the source."""
+        return self._pairs[index][0]
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of a picture, read from its header."""
+        name = self._pairs[index][0]
+        try:
+            with Image.open(io.BytesIO(self._store.read(name))) as image:
+                return image.height, image.width
+        except OSError as problem:
+            raise DataError(f"{self.source}: {name}: every image must decode, but {problem}") from None
+
+    def pick(self, index: Sequence[int]) -> "Scenes":
+        """Return the scenes of these numbers, in this order."""
+        pairs = [self._pairs[int(place)] for place in index]
+        return Scenes(self._store, pairs, self._table, self.names, self.source, self.split)
+
+    def checked(self) -> NDArray[np.int64]:
+        """Read every mask once and return how many pixels each class has, `(K,)`.
+
+        Raises:
+            DataError: a mask has another size than its image, a value that is no class, or no pixel that counts.
+        """
+        pixels = np.zeros(256, dtype=np.int64)
+        with progress(f"masks of {self.split or self.source}", len(self)) as advance:
+            for index, (name, mask) in enumerate(self._pairs):
+                rows, columns = self.size(index)
+                counted = np.bincount(self._mask(mask, (columns, rows)).reshape(-1), minlength=256)
+                if not counted[: self.classes].any():
+                    raise DataError(
+                        f"{self.source}: {mask}: a mask must have a pixel of a class that counts, but all of its "
+                        f"pixels are ignored; remove it and {name}"
+                    )
+                pixels += counted
+                advance(1)
+        return pixels[: self.classes]
+
+    def _mask(self, name: str, size: tuple[int, int]) -> NDArray[np.uint8]:
+        at = f"{self.source}: {name}"
+        try:
+            with Image.open(io.BytesIO(self._store.read(name))) as image:
+                mode, values = image.mode, np.asarray(image)
+        # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and zlib.error for damaged files.
+        except Exception as problem:
+            reason = str(problem).strip() or type(problem).__name__
+            raise DataError(f"{at}: every mask must decode, but {reason}; replace this file") from None
+        if mode not in ("L", "P"):
+            raise DataError(f"{at}: a mask must be 8-bit grey or palette, one label a pixel, but its mode is {mode}")
+        if (values.shape[1], values.shape[0]) != size:
+            raise DataError(
+                f"{at}: a mask must have the size of its image, {size[0]} x {size[1]}, but has "
+                f"{values.shape[1]} x {values.shape[0]}; scale both alike (masks without interpolation)"
+            )
+        labels: NDArray[np.uint8] = self._table[values]
+        if (labels == _INVALID).any():
+            wrong = int(values[labels == _INVALID].max())
+            lines = int((self._table != _INVALID).sum()) - 1
+            raise DataError(
+                f"{at}: a label must be one of the {lines} lines of classes.txt (0 to {lines - 1}) or {IGNORE} for "
+                f"ignored pixels, but {wrong} came; add the class or mend the mask"
+            )
+        return labels
+
+
+def scene_splits(source: str) -> tuple[str, ...]:
+    """Return the splits a source is divided into, in the order `train validation test`; empty if it is not divided.
+
+    Raises:
+        DataError: there is no such source, or it is damaged.
+    """
+    return _divided(_open(source).names())
+
+
+def open_scenes(source: str, split: str | None = None, *, ignore: Sequence[str] = ()) -> Scenes:
+    """Open a folder or tar of images and masks.
+
+    Args:
+        source: its path.
+        split: `train`, `validation` or `test`; None takes `train` of a divided source, else everything. `test` falls
+            back on `validation`.
+        ignore: names in `classes.txt` whose pixels are not learned from and not counted.
+
+    Raises:
+        DataError: the source is missing, damaged or empty, has an image without mask or a mask without image, or its
+            classes are not as they must be.
+    """
+    store = _open(source)
+    names = store.names()
+    wanted = choose_split(source, _divided(names), split)
+    pairs = _pairs(source, names, wanted)
+    classes = _classes(source, store, names)
+    unknown = [name for name in ignore if name not in classes]
+    if unknown:
+        raise DataError(f"{source}: a class to ignore must be in classes.txt, but '{unknown[0]}' is not")
+    counted = tuple(name for name in classes if name not in ignore)
+    if len(counted) < 2:
+        raise DataError(f"{source}: at least 2 classes must count, but there are {len(counted)}")
+    table = np.full(256, _INVALID, dtype=np.uint8)
+    for value, name in enumerate(classes):
+        table[value] = IGNORE if name in ignore else counted.index(name)
+    table[IGNORE] = IGNORE
+    return Scenes(store, pairs, table, counted, source, wanted)
+
+
+def _open(source: str) -> _Store:
+    root = Path(source)
+    if root.is_dir():
+        return _Store(root, None)
+    if not root.is_file():
+        raise DataError(
+            f"{source}: a source must exist, but this one does not; give a folder or tar of images and masks"
+        )
+    return _Store(root, tar_ranges(root))
+
+
+def _divided(names: Sequence[str]) -> tuple[str, ...]:
+    first = {parts[0].lower() for parts in (PurePosixPath(name).parts for name in names) if len(parts) > 2}
+    found = {_KNOWN[name] for name in first & _KNOWN.keys()}
+    return tuple(split for split in SPLITS if split in found)
+
+
+def _pairs(source: str, names: Sequence[str], split: str | None) -> list[tuple[str, str]]:
+    images: dict[str, str] = {}
+    masks: dict[str, str] = {}
+    for name in names:
+        path = PurePosixPath(name)
+        *above, kind = path.parts[:-1] or ("",)
+        if _KNOWN.get(above[0].lower() if len(above) == 1 else "") != split or len(above) != (split is not None):
+            continue
+        if kind == "images" and path.suffix.lower() in get_img_extensions():
+            _add(source, images, path)
+        elif kind == "masks" and path.suffix.lower() == ".png":
+            _add(source, masks, path)
+    lone = sorted(images.keys() ^ masks.keys(), key=natural_key)
+    if not images or not masks:
+        raise DataError(
+            f"{source}: images must lie in {f'{split}/' if split else ''}images/ and masks (.png) in masks/, but "
+            f"there are {len(images)} and {len(masks)}"
+        )
+    if lone:
+        has, lacks = ("image", "mask") if lone[0] in images else ("mask", "image")
+        raise DataError(f"{source}: every {has} must have a {lacks} of the same stem, but '{lone[0]}' has none")
+    return [(images[stem], masks[stem]) for stem in sorted(images, key=natural_key)]
+
+
+def _add(source: str, found: dict[str, str], path: PurePosixPath) -> None:
+    if path.stem in found:
+        raise DataError(f"{source}: a stem must name one file, but '{found[path.stem]}' and '{path}' share theirs")
+    found[path.stem] = str(path)
+
+
+def _classes(source: str, store: _Store, names: Sequence[str]) -> tuple[str, ...]:
+    if "classes.txt" not in names:
+        raise DataError(f"{source}: must have a classes.txt with one class name a line, but has none")
+    try:
+        lines = store.read("classes.txt").decode("utf-8").splitlines()
+    except UnicodeDecodeError as problem:
+        raise DataError(f"{source}: classes.txt must be UTF-8 text, but {problem.reason}") from None
+    found = tuple(line.strip() for line in lines if line.strip())
+    if not 0 < len(found) < _INVALID or len(set(found)) != len(found):
+        raise DataError(
+            f"{source}: classes.txt must have 1 to {_INVALID - 1} different names, but has {len(found)} lines with "
+            f"{len(set(found))} different ones"
+        )
+    return found

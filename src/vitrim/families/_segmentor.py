@@ -1,0 +1,177 @@
+"""Segmentors as a family: around a backbone of any other, whose blocks are theirs.
+
+It is not among `families.names()`, for no model of timm's is one, and its outputs are not those of a classifier.
+"""
+
+import copy
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrim import families
+from vitrim.errors import AdoptError, DataError, RecipeError
+from vitrim.families._parts import count, pretrained
+from vitrim.nn import Block
+from vitrim.nn.segment import HEADS, LEVELS, Head, Places, Segmentor, check_covered
+from vitrim.plain import dump
+from vitrim.spec import Host, Spec
+
+__all__ = ["HOSTS", "build", "describe", "foreign_blocks", "host", "segmentor"]
+
+HOSTS = (Segmentor,)
+
+
+def segmentor(
+    model: nn.Module, classes: int, head: Head | None = None, *, size: tuple[int, int] | None = None
+) -> Segmentor:
+    """Put a segmentation head, with random weights, on a copy of a model.
+
+    Args:
+        model: a model of a family that vitrim knows, dense or compressed; left as it was.
+        classes: K.
+        head: how features are read.
+        size: height and width of the images in pixels; the model's own if None.
+
+    Raises:
+        AdoptError: if the model cannot be adopted, or does not keep every patch in place; or a package is missing.
+        RecipeError: if it cannot take images of that size, or taps are not its blocks.
+    """
+    form = head or Head()
+    if isinstance(model, Segmentor):
+        raise AdoptError("a backbone must be a classifier, but is a segmentor already; give the model it was made from")
+    backbone: Any = families.adopt(model)
+    spec = families.describe(backbone)
+    if any(block.only_prefix for _, _, block in spec.blocks()):
+        raise AdoptError(
+            "a backbone must keep its patches to the end, but in this model the last block leaves the prefix tokens "
+            "alone; compress without only_prefix"
+        )
+    if size is not None and size != spec.image:
+        _resize_(backbone, size)
+    check_covered(backbone, size or spec.image)
+    backbone.reset_classifier(0, "")
+    # Each map has a norm of its own in the head; these would stay without gradients, and be stored for nothing.
+    for name in ("norm", "fc_norm"):
+        if hasattr(backbone, name):
+            setattr(backbone, name, nn.Identity())
+    return Segmentor(backbone, classes, form, _places(families.describe(backbone), form))
+
+
+def _resize_(backbone: Any, size: tuple[int, int]) -> None:
+    try:
+        backbone.set_input_size(img_size=size)
+        families.describe(backbone)
+    except (AssertionError, RuntimeError, TypeError, ValueError, AttributeError) as problem:
+        if isinstance(problem, DataError):
+            raise
+        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        raise RecipeError(f"size: {type(backbone).__name__} must take images of {size}, but {reason}") from None
+
+
+def _places(spec: Spec, head: Head) -> Places:
+    """Where the maps come from.
+
+    Raises:
+        AdoptError: if a map would lack patches, or the family has neither one stage nor four.
+        RecipeError: if taps are not the model's blocks.
+    """
+    if len(spec.stages) == LEVELS:
+        if head.taps:
+            raise RecipeError(f"head.taps must be empty for a backbone of stages, but is {list(head.taps)}")
+        widths = tuple(stage.width for stage in spec.stages)
+        return Places(tuple(range(LEVELS)), widths, tuple((level, level) for level in range(LEVELS)), 1)
+    if len(spec.stages) != 1:
+        raise AdoptError(f"a backbone must have one stage or {LEVELS}, but this one has {len(spec.stages)}")
+    stage = spec.stages[0]
+    depth = len(stage.blocks)
+    taps = head.taps or tuple(-(-depth * place // LEVELS) - 1 for place in range(1, LEVELS + 1))
+    if len(taps) != LEVELS or sorted(taps) != list(taps) or taps[-1] != depth - 1:
+        raise RecipeError(
+            f"head.taps must be {LEVELS} blocks in order, the last of them block {depth - 1}, but is {list(taps)}"
+        )
+    leaving = [stage.flows()[tap].leaves for tap in taps]
+    for tap, tokens in zip(taps, leaving, strict=True):
+        if tokens.grid is None:
+            raise AdoptError(
+                f"stages.0.blocks.{tap}: a segmentation head must find every patch in its place, but tokens were "
+                "dropped or merged by likeness before; merge neighbours (method cait), or cut channels alone"
+            )
+    return Places(taps, (stage.width,) * LEVELS, tuple(tokens.halved for tokens in leaving), 4)
+
+
+def foreign_blocks(model: Any) -> list[nn.Module]:
+    """Every block of the backbone in order."""
+    return families.family_of(model.backbone).foreign_blocks(model.backbone)
+
+
+def describe(model: Any) -> Spec:
+    """Read the spec off a living segmentor: the backbone's, with the head as a part of the host.
+
+    Raises:
+        AdoptError: as for the backbone.
+    """
+    inner = families.describe(model.backbone)
+    own = sum(p.numel() for p in model.head.parameters())
+    known = Host(
+        name=inner.host.name,
+        arguments={"family": inner.family, "host": dump(inner.host), "head": dump(model.form)},
+        macs=inner.host.macs + _head_macs(model.form, model.places, model.num_classes, inner.stages[0].grid),
+        macs_per_token=inner.host.macs_per_token,
+        params=inner.host.params + own,
+        pretrained=pretrained(model),
+    )
+    return inner.model_copy(update={"family": "segmentor", "host": known, "classes": model.num_classes})
+
+
+@functools.cache
+def _head_macs(form: Head, places: Places, classes: int, grid: tuple[int, int]) -> int:
+    """Multiply-accumulates of a head, counted by PyTorch on one without data."""
+    with torch.device("meta"):
+        head: Any = HEADS[form.kind](form, places, classes).eval()
+    maps = []
+    for width, halved in zip(places.widths, places.halved, strict=True):
+        rows, columns = (-(-n // 2**often) for n, often in zip(grid, halved, strict=True))
+        maps.append(torch.zeros(1, width, rows, columns, device="meta"))
+
+    def run(_: Tensor) -> Tensor:
+        logits: Tensor = head(maps, grid)
+        return logits
+
+    return count(run, maps[0])
+
+
+def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
+    """A copy of `model` whose backbone has other blocks.
+
+    Raises:
+        AdoptError: if a map would lack patches.
+    """
+    backbone = families.host(model.backbone, blocks)
+    shell: Segmentor = copy.deepcopy(model, {id(model.backbone): backbone})
+    places = _places(_inner(families.describe(backbone)), shell.form)
+    shell.places = places
+    shell.head.places = places  # type: ignore[assignment]
+    return shell
+
+
+def build(spec: Spec) -> nn.Module:
+    """An empty host for `spec`, with holes where the backbone's blocks will be.
+
+    Raises:
+        SpecError: if the installed timm cannot build the backbone.
+        AdoptError: if a package is missing.
+    """
+    inner = _inner(spec)
+    head = Head(**spec.host.arguments["head"])
+    return Segmentor(families.get(inner.family).build(inner), spec.classes, head, _places(inner, head))
+
+
+def _inner(spec: Spec) -> Spec:
+    """The backbone's spec."""
+    if spec.family != "segmentor":
+        return spec
+    known = spec.host.arguments
+    return spec.model_copy(update={"family": known["family"], "host": Host(**known["host"]), "classes": 0})

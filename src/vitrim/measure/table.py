@@ -1,0 +1,320 @@
+"""Make the table of times that latency budgets are planned with: branches of every stage, over widths and tokens.
+
+B images, N tokens, D width, H heads, K channels of a head, M hidden neurons.
+"""
+
+import copy
+import datetime
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitrim.families import blocks_of, describe
+from vitrim.measure.clock import TICK, _at, _name, _place, _repeats, _rounds, _spread, _threads, _timer
+from vitrim.measure.model import home_of, image_of, resting
+from vitrim.nn.make import make_block, settled
+from vitrim.progress import progress
+from vitrim.spec import Attention, Block, Conv, Skip, Stage
+from vitrim.steps import Drop, GridMerge, Merge, Step, Tokens, TopK, flow_of
+from vitrim.table import Machine, StageTimes, Table
+
+__all__ = ["machine_of", "make_table"]
+
+SHARES = (0.25, 0.5, 0.75, 1.0)
+"""Of heads and of tokens that are measured."""
+
+_MOST = 0.95
+"""Of the dense time that all but the blocks can take; measured to be more only where noise is as long as a pass."""
+
+ROUNDS = 7
+"""Samples of each part, taken in turns with all others: the median of 7 passes over slow spells of the machine."""
+
+
+def machine_of(
+    model: nn.Module,
+    *,
+    batch: int = 8,
+    threads: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    compiled: bool = False,
+) -> Machine:
+    """What `make_table` with the same arguments measures on."""
+    home, kind = home_of(model)
+    place = _place(device) if device is not None else home
+    return Machine(
+        device=_name(place),
+        runtime="compile" if compiled else "eager",
+        batch=batch,
+        threads=threads or torch.get_num_threads(),
+        dtype=str(dtype or kind).removeprefix("torch."),
+        torch=torch.__version__,
+    )
+
+
+def make_table(
+    model: nn.Module,
+    *,
+    batch: int = 8,
+    threads: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    compiled: bool = False,
+    seconds: float = 8.0,
+    rounds: int = ROUNDS,
+) -> Table:
+    """Measure what the branches of `model` take at several widths and numbers of tokens.
+
+    DeiT-S takes about half a minute on two CPU cores (``benchmarks/latency_budget.py``). Blocks are built with random
+    weights, which take as long as any; `model` is left as it was.
+
+    Args:
+        model: an adopted dense model.
+        batch: images in a pass.
+        threads: CPU threads; the process's setting where not given.
+        dtype: floating-point type; the model's own where not given.
+        device: where to run; the model's own where not given.
+        compiled: whether `torch.compile` runs every part.
+        seconds: time for the whole dense model.
+        rounds: samples of each part, at least 1.
+    """
+    start = time.perf_counter()
+    spec = describe(model)
+    home, kind = home_of(model)
+    place = _place(device) if device is not None else home
+    dense = _at(model, place, dtype or kind)
+    bench = _Bench(batch, place, dtype or kind, compiled)
+    inputs = torch.randn(batch, *image_of(model), generator=torch.Generator().manual_seed(0)).to(place, dtype or kind)
+    with resting(dense), torch.inference_mode(), _threads(threads):
+        whole = [bench.ready(net) for net in (copy.deepcopy(dense) if compiled else dense, _hollow(dense))]
+        passes = [_timer(net, inputs) for net in whole]
+        both = _rounds(passes, _repeats(passes, 2), seconds, 6)
+        low, middle, high = _spread(both[0])
+        share = statistics.median(bare / full for full, bare in zip(*both, strict=True))
+        host = middle * min(share, _MOST)
+        stages = tuple(_stage(stage, bench, rounds) for stage in spec.stages if stage.blocks)
+        table = Table(
+            machine=machine_of(
+                model, batch=batch, threads=threads, dtype=dtype or kind, device=place, compiled=compiled
+            ),
+            stages=stages,
+            host=host,
+            dense=middle,
+            spread=(high - low) / middle,
+        )
+    # Alone, a branch finds its weights in the cache more often than within its model.
+    rest = table.latency(spec) / 1e9 - host
+    fitted = table.scaled((middle - host) / rest if rest > 0 else 1.0)
+    return fitted.model_copy(
+        update={
+            "host": host,
+            "seconds": time.perf_counter() - start,
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        }
+    )
+
+
+def _hollow(model: nn.Module) -> nn.Module:
+    """A copy whose blocks pass their input on."""
+    bare = copy.deepcopy(model)
+    for _, block in blocks_of(bare):
+        block.attn = block.mlp = None
+    return bare
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Where parts are measured."""
+
+    batch: int
+    device: torch.device
+    dtype: torch.dtype
+    compiled: bool
+
+    def ready(self, net: nn.Module) -> nn.Module:
+        if self.compiled:
+            net.compile()
+        return net
+
+    def part(self, stage: Stage, block: Block, arriving: Tokens) -> Callable[[int], float]:
+        """A timer of one block of random weights."""
+        with torch.device(self.device):
+            net = settled(make_block(stage, block, arriving)).to(self.device, self.dtype).eval()
+        shape = (*stage.grid, stage.width) if stage.window is not None else (arriving.total, stage.width)
+        x = torch.randn(self.batch, *shape, generator=torch.Generator().manual_seed(0))
+        if arriving.carried:
+            x = torch.cat([x, torch.ones(*x.shape[:-1], 1)], dim=-1)
+        timer: Callable[[int], float] = _timer(self.ready(net), x.to(self.device, self.dtype))
+        return timer
+
+
+def _stage(stage: Stage, bench: _Bench, rounds: int) -> StageTimes:
+    """Times of the branches of one stage."""
+    mixers = [block.mixer for block in stage.blocks if isinstance(block.mixer, Attention)]
+    hidden = max((block.hidden or 0 for block in stage.blocks), default=0)
+    levels = [_arriving(stage, share) for share in SHARES] if stage.window is None else [stage.enters]
+    levels = list({tokens.total: tokens for tokens in levels}.values())
+    parts: dict[Any, tuple[Block, Tokens]] = {}
+    heads: tuple[int, ...] = ()
+    channels: tuple[int, ...] = ()
+    neurons = _widths(hidden, 8) if hidden else ()
+    if mixers:
+        mixer = max(mixers, key=lambda one: len(one.v))
+        heads = tuple(sorted({max(1, round(share * len(mixer.v))) for share in SHARES} | {1}))
+        tied = stage.form.head_norm is not None or stage.form.mixed_norm is not None
+        channels = (max(mixer.v),) if tied else _widths(max(mixer.v), 8)
+        parts |= dict(_attention_parts(stage, mixer, levels, heads, channels))
+        parts |= dict(_other_parts(stage, mixer))
+    for tokens in levels:
+        for count in neurons:
+            parts["mlp", tokens.total, count] = (Block(mixer=Skip(), hidden=count), tokens)
+    found = _timed(stage, parts, bench, rounds)
+    attention = [[[found["attention", tokens.total, h, k] for k in channels] for h in heads] for tokens in levels]
+    mlp = [[found["mlp", tokens.total, count] for count in neurons] for tokens in levels]
+    times = StageTimes.model_validate(
+        {
+            "width": stage.width,
+            "grid": stage.grid,
+            "tokens": [tokens.total for tokens in levels],
+            "heads": heads,
+            "channels": channels,
+            "attention": attention if mixers else (),
+            "hidden": neurons,
+            "mlp": mlp if hidden else (),
+        }
+    )
+    return times.model_copy(update=_others(times, stage, mixer, found)) if mixers else times
+
+
+def _widths(most: int, step: int) -> tuple[int, ...]:
+    """About eight widths, multiples of `step`, and `most` itself."""
+    stride = max(step, math.ceil(most / 8 / step) * step)
+    return tuple(sorted({*range(stride, most, stride), most, min(step, most)}))
+
+
+def _arriving(stage: Stage, share: float) -> Tokens:
+    """Some patches of the grid, which lost their places."""
+    patches = max(1, round(share * stage.patches))
+    whole = patches == stage.patches
+    return stage.enters if whole else stage.enters._replace(patches=patches, grid=None)
+
+
+Part = tuple[Any, tuple[Block, Tokens]]
+
+
+def _attention_parts(
+    stage: Stage, mixer: Attention, levels: Sequence[Tokens], heads: Sequence[int], channels: Sequence[int]
+) -> Iterator[Part]:
+    for tokens in levels:
+        for count in heads:
+            for width in channels:
+                even = (width,) * count
+                # A norm over each head's channels knows one width.
+                block = Block(mixer=Attention(qk=even, v=even, scale=mixer.scale), hidden=None, shifted=_shifted(stage))
+                yield ("attention", tokens.total, count, width), (block, tokens)
+
+
+def _shifted(stage: Stage) -> bool:
+    return any(block.shifted for block in stage.blocks)
+
+
+def _other_parts(stage: Stage, mixer: Attention) -> Iterator[Part]:
+    """What the grid of widths does not tell: unequal and uneven heads, convolutions, token steps, sizes."""
+    here, width, count = stage.enters, max(mixer.v), len(mixer.v)
+    tied = stage.form.head_norm is not None or stage.form.mixed_norm is not None
+
+    def attends(qk: Sequence[int], v: Sequence[int], step: Step | None = None) -> Block:
+        mixed = Attention(qk=tuple(qk), v=tuple(v), scale=mixer.scale)
+        return Block(mixer=mixed, hidden=None, tokens=step, shifted=_shifted(stage))
+
+    half = max(8, width // 2)
+    if not tied and half < width:
+        yield "unequal", (attends([half] * count, [width] * count), here)
+        if count > 1:
+            mixed = [half, *[width] * (count - 1)]
+            yield "uneven", (attends(mixed, mixed), here)
+    whole = all(block.tokens is None for block in stage.blocks)
+    if stage.form.mixed_norm is None:
+        for kernel in (1, 3):
+            yield f"conv{kernel}", (Block(mixer=Conv(kernel=kernel, width=width), hidden=None), here)
+    if stage.window is not None or not whole or here.patches < 4:
+        return
+    dense = ([width] * count, [width] * count)
+    for name, step in _steps(stage).items():
+        yield f"step.{name}", (attends(*dense, step), here)
+    yield "sized", (attends(*dense), here._replace(grid=None, carried=True))
+
+
+def _steps(stage: Stage) -> dict[str, Step]:
+    """One token step of each kind, which takes half of what it can."""
+    patches = stage.patches
+    steps: dict[str, Step] = {
+        "merge": Merge(count=max(1, patches // 4)),
+        "drop": Drop(kept=tuple(range(patches // 2))),
+        "top_k": TopK(kept=stage.prefix + patches // 2),
+    }
+    axis = "w" if stage.grid[1] > 1 else "h"
+    return steps | {"grid": GridMerge(axis=axis)}
+
+
+def _timed(stage: Stage, parts: dict[Any, tuple[Block, Tokens]], bench: _Bench, rounds: int) -> dict[Any, float]:
+    """Seconds of every part, all in turns; a slow spell of the machine falls out against the dense block."""
+    names = list(parts)
+    reference = bench.part(stage, _dense(stage), stage.enters)
+    timers = [bench.part(stage, *parts[name]) for name in names]
+    repeats = [max(1, math.ceil(TICK / 2 / max(_warm(timer), 1e-9))) for timer in timers]
+    own: list[float] = []
+    shares: list[list[float]] = [[] for _ in names]
+    with progress("table", rounds) as advance:
+        for _ in range(rounds):
+            for index, timer in enumerate(timers):
+                if index % 8 == 0:
+                    unit = reference(1)
+                    own.append(unit)
+                shares[index].append(timer(repeats[index]) / unit)
+            advance(1)
+    unit = statistics.median(own)
+    return {name: unit * statistics.median(found) for name, found in zip(names, shares, strict=True)}
+
+
+def _warm(timer: Callable[[int], float]) -> float:
+    return min(timer(1) for _ in range(2))
+
+
+def _dense(stage: Stage) -> Block:
+    first = stage.blocks[0]
+    return first.model_copy(update={"tokens": None, "only_prefix": False})
+
+
+def _others(times: StageTimes, stage: Stage, mixer: Attention, found: Mapping[Any, float]) -> dict[str, Any]:
+    """The single numbers of a stage, each against what the grid of widths says of the same part."""
+    count, width = len(mixer.v), max(mixer.v)
+    half = max(8, width // 2)
+
+    def expected(rows: int, total: float) -> float:
+        return times.attends_evenly(rows, count, total / count)
+
+    dense = expected(stage.tokens, count * width)
+    told: dict[str, Any] = {
+        "conv": {str(kernel): found[f"conv{kernel}"] for kernel in (1, 3) if f"conv{kernel}" in found}
+    }
+    if "unequal" in found:
+        told["unequal"] = max(1.0, found["unequal"] / expected(stage.tokens, count * (half + width) / 2))
+    if "uneven" in found:
+        told["run"] = max(0.0, found["uneven"] - expected(stage.tokens, half + (count - 1) * width))
+    if "sized" in found:
+        told["sized"] = max(1.0, found["sized"] / dense)
+        told["steps"] = {
+            name: max(
+                0.0,
+                found[f"step.{name}"] - expected(flow_of(step, stage.enters, stage.patches).projected, count * width),
+            )
+            for name, step in _steps(stage).items()
+        }
+    return told

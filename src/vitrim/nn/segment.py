@@ -1,0 +1,231 @@
+"""A backbone of any family with a head that names the class of every pixel.
+
+B images, K classes, D width of a map, (h, w) rows and columns of a map, (H, W) those of the dense grid, (R, C) height
+and width of the images in pixels.
+
+Decoder: Semantic FPN (Kirillov et al. 2019, "Panoptic Feature Pyramid Networks"), the one of
+segmentation_models_pytorch. A plain ViT has maps of one stride, so four of them are resized to the strides of a
+pyramid, as the usual necks for ViTs do; the maps of merged tokens are laid there straight from their own grids.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitrim.errors import AdoptError, RecipeError
+from vitrim.nn.grid import unmerge
+from vitrim.plain import Node
+
+__all__ = ["HEADS", "LEVELS", "Head", "Places", "Segmentor", "check_covered", "lay_on", "rounded"]
+
+LEVELS = 4
+_GROUPS = 32
+"""Groups of the decoder's norms."""
+
+
+class Head(Node):
+    """How a head reads features.
+
+    Attributes:
+        kind: ``fpn`` is Semantic FPN on four maps; ``linear`` one linear layer on the last, laid out on the dense grid.
+        width: channels of the pyramid.
+        channels: channels of its branches, whose sum is classified, a multiple of 32.
+        dropout: share of these channels that training drops, in ``[0, 1)``.
+        neck: ``native`` resizes each map once, from its own grid; ``restore`` first lays merged tokens out on the dense
+            grid. The same for a backbone that merges nothing.
+        taps: blocks of a plain ViT that are read, the last of the model among them; empty for four at equal distances.
+    """
+
+    kind: Literal["fpn", "linear"] = "fpn"
+    width: PositiveInt = 256
+    channels: int = Field(default=128, ge=_GROUPS, multiple_of=_GROUPS)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    neck: Literal["native", "restore"] = "native"
+    taps: tuple[NonNegativeInt, ...] = ()
+
+
+class Places(NamedTuple):
+    """Where the maps of a backbone come from.
+
+    Attributes:
+        taps: index of each map in ``forward_intermediates``; one may come twice.
+        widths: D of each.
+        halved: how often rows and columns of its grid were halved, counted from the grid of the patch embedding.
+        finer: how many times finer than that grid the finest level of the pyramid is: 4 for plain ViTs, whose patches
+            have the stride of its third level, 1 for families with four stages.
+    """
+
+    taps: tuple[int, ...]
+    widths: tuple[int, ...]
+    halved: tuple[tuple[int, int], ...]
+    finer: int
+
+
+def rounded(grid: tuple[int, int], finer: int) -> tuple[int, int]:
+    """The grid, rounded up so that every level of the pyramid has half the rows and columns of the one before."""
+    step = max(1, 2 ** (LEVELS - 1) // finer)
+    rows, columns = (-(-n // step) * step for n in grid)
+    return rows, columns
+
+
+def lay_on(maps: Tensor, halved: tuple[int, int], whole: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Resize a map once, from its own grid to a level of the pyramid, every token at the middle of its places.
+
+    Args:
+        maps: ``(B, D, h, w)``.
+        halved: how often its rows and columns were halved, counted from the dense grid.
+        whole: the dense grid as `rounded` has it. What it has beyond the dense one repeats the last row and column, as
+            merging does.
+        size: rows and columns of the level, `whole` times or divided by a power of 2.
+
+    Returns:
+        ``(B, D, *size)``.
+    """
+    rows, columns = (-(-n // 2**often) for n, often in zip(whole, halved, strict=True))
+    below, right = max(0, rows - maps.shape[2]), max(0, columns - maps.shape[3])
+    if below or right:
+        maps = F.pad(maps, (0, right, 0, below), mode="replicate")
+    high, wide = (
+        (count << often) * level // n
+        for count, often, level, n in zip((rows, columns), halved, size, whole, strict=True)
+    )
+    if (high, wide) != tuple(maps.shape[2:]):
+        maps = F.interpolate(maps, size=(high, wide), mode="bilinear", align_corners=False)
+    return maps[:, :, : size[0], : size[1]]
+
+
+def check_covered(backbone: Any, size: tuple[int, int]) -> None:
+    """Refuse a size of which patches leave a border out.
+
+    Raises:
+        RecipeError: naming the patches.
+    """
+    patch = getattr(backbone.patch_embed, "patch_size", None) or (1, 1)
+    if any(side % int(step) for side, step in zip(size, patch, strict=True)):
+        raise RecipeError(f"size: sides must be multiples of the patches' {tuple(patch)}, but are {tuple(size)}")
+
+
+class Segmentor(nn.Module):
+    """Images ``(B, 3, R, C)`` to logits ``(B, K, R, C)``.
+
+    A family like any other (`vitrim.families`): what a backbone can be (dense, cut, merged) a segmentor can be, and it
+    is stored, loaded, priced, timed and exported by the same functions.
+
+    Args:
+        backbone: an adopted model without classifier and final norm.
+        classes: K.
+        head: how the maps are read.
+        places: where they come from.
+    """
+
+    def __init__(self, backbone: nn.Module, classes: int, head: Head, places: Places) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.num_classes, self.form, self.places = classes, head, places
+        self.head: nn.Module = HEADS[head.kind](head, places, classes)
+
+    @property
+    def patch_embed(self) -> Any:
+        """The backbone's stem, which knows size and channels of the images."""
+        return self.backbone.patch_embed
+
+    @property
+    def pretrained_cfg(self) -> Any:
+        """What timm knows of the backbone's weights and their input."""
+        return getattr(self.backbone, "pretrained_cfg", {})
+
+    def set_input_size(self, img_size: tuple[int, int]) -> None:
+        """Take images of another size, as timm's models do; positions are interpolated.
+
+        Raises:
+            RecipeError: if patches would leave a border out, on which no logits could be laid.
+        """
+        backbone: Any = self.backbone
+        check_covered(backbone, img_size)
+        backbone.set_input_size(img_size=img_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images to logits of the same size."""
+        size = (images.shape[2], images.shape[3])
+        backbone: Any = self.backbone
+        rows, columns = backbone.patch_embed.dynamic_feat_size(size)
+        wanted = sorted(set(self.places.taps))
+        given = backbone.forward_intermediates(images, indices=wanted, intermediates_only=True, norm=False)
+        logits = self.head([given[wanted.index(tap)] for tap in self.places.taps], (int(rows), int(columns)))
+        cells = [-(-pixels // n) for pixels, n in zip(size, (rows, columns), strict=True)]
+        whole = [int(n * cell) for n, cell in zip(rounded((rows, columns), self.places.finer), cells, strict=True)]
+        # The decoder of the head may stand on a grid larger than the image by what makes its levels even.
+        wide = F.interpolate(logits, size=whole, mode="bilinear", align_corners=False)
+        return wide[:, :, : size[0], : size[1]]
+
+
+class _Fpn(nn.Module):
+    """Four maps, each to a level of a pyramid, decoded at its finest level."""
+
+    def __init__(self, head: Head, places: Places, classes: int) -> None:
+        super().__init__()
+        decoder, initialize = _library()
+        self.neck, self.places = head.neck, places
+        self.norms = nn.ModuleList(LayerNorm2d(width) for width in places.widths)
+        self.decoder: nn.Module = decoder(
+            list(places.widths),
+            encoder_depth=LEVELS,
+            pyramid_channels=head.width,
+            segmentation_channels=head.channels,
+            dropout=head.dropout,
+        )
+        initialize(self.decoder)
+        self.classifier = nn.Conv2d(head.channels, classes, kernel_size=1)
+
+    def forward(self, maps: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
+        whole, finer = rounded(grid, self.places.finer), self.places.finer
+        levels = []
+        for level, (norm, each, halved) in enumerate(zip(self.norms, maps, self.places.halved, strict=True)):
+            size = (whole[0] * finer >> level, whole[1] * finer >> level)
+            each = norm(each)
+            if self.neck == "restore" and finer > 1:
+                each, halved = unmerge(each, grid, halved), (0, 0)
+            levels.append(lay_on(each, halved, whole, size))
+        logits: Tensor = self.classifier(self.decoder(levels))
+        return logits
+
+
+class _Linear(nn.Module):
+    """The last map, laid out on the dense grid, through one linear layer."""
+
+    def __init__(self, head: Head, places: Places, classes: int) -> None:
+        super().__init__()
+        self.places = places
+        self.norm = LayerNorm2d(places.widths[-1])
+        self.dropout = nn.Dropout2d(head.dropout)
+        self.classifier = nn.Conv2d(places.widths[-1], classes, kernel_size=1)
+
+    def forward(self, maps: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
+        whole = rounded(grid, self.places.finer)
+        laid = lay_on(self.norm(maps[-1]), self.places.halved[-1], whole, whole)
+        logits: Tensor = self.classifier(self.dropout(laid))
+        return logits
+
+
+HEADS: dict[str, Any] = {"fpn": _Fpn, "linear": _Linear}
+
+
+def _library() -> tuple[Any, Any]:
+    """The decoder's class and its initialisation.
+
+    Raises:
+        AdoptError: if the package that has them is missing.
+    """
+    try:
+        from segmentation_models_pytorch.base.initialization import initialize_decoder
+        from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
+    except ImportError:
+        raise AdoptError(
+            "segmentation_models_pytorch must be installed for a head of kind fpn, but is not; "
+            "run pip install 'vitrim[seg]'"
+        ) from None
+    return FPNDecoder, initialize_decoder

@@ -1,0 +1,161 @@
+"""Many runs in one picture: accuracy against each cost with its Pareto front, and the training of all."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from vitrim.report.curves import INK, LINE, SERIES, SOFT, drawn, series, thinned
+from vitrim.report.folder import Run, number
+from vitrim.report.tables import short
+
+__all__ = ["courses", "front", "fronts"]
+
+_COSTS = (("macs", "multiply-accumulates"), ("params", "parameters"), ("latency", "measured latency"))
+_PLACE = ("device", "threads", "batch", "dtype")
+"""What must be the same of two times before they are shown on one axis."""
+MARKERS = "osD^vP*X"
+LETTERS = 115
+"""Letters of a line of a legend that fit below a figure, with the signs before the names."""
+NAMED = 12
+"""Most lines that can be told apart."""
+_SCORES = (
+    ("top1", "top-1 in percent", "Top-1"),
+    ("miou", "mean IoU in percent", "Mean IoU"),
+    ("agreement", "same answer as the parent, percent", "Agreement"),
+)
+
+
+class _Point(NamedTuple):
+    cost: float
+    score: float
+    run: Run
+    place: int
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (cost, score) that no other beats: none is as good for less, nor better for as much."""
+    best: list[tuple[float, float]] = []
+    for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not best or score > best[-1][1]:
+            best.append((cost, score))
+    return best
+
+
+def fronts(runs: Sequence[Run]) -> str | None:
+    """Top-1 against MACs, parameters and measured latency, a panel each; or mean IoU, or agreement, as known.
+
+    A number beside a point is the run's place among `runs`, from 1.
+
+    Costs are shares of the parent where all parents cost the same, else absolute; times of different machines or
+    settings are always shares. None where fewer than two runs have a score.
+    """
+    key, label, title = next(
+        (s for s in _SCORES if all(number(r.measured, s[0]) is not None for r in runs)), _SCORES[-1]
+    )
+    panels = [(name, words, shares, found) for name, words, shares, found in _panels(runs, key) if len(found) > 1]
+    if not panels:
+        return None
+
+    def draw(figure: Figure) -> None:
+        grid = figure.subplots(1, len(panels), squeeze=False, sharey=True).flat
+        for axes, (name, words, shares, found) in zip(grid, panels, strict=True):
+            _panel(axes, found, sorted({_method(run) for run in runs}))
+            if shares:
+                _parents(axes, found, key)
+            axes.set_xlabel(words + (", of the parent" if shares else ", ms of a batch" if name == "latency" else ""))
+            if not shares and name != "latency":
+                axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+        figure.axes[0].set_ylabel(label)
+        _legend(figure)
+
+    return drawn(draw, f"{title} against cost of {len(runs)} runs", 9.2, 3.7)
+
+
+def _panels(runs: Sequence[Run], key: str) -> list[tuple[str, str, bool, list[_Point]]]:
+    alike = len({tuple(str(run.measured.get(f"{name}_parent")) for name in ("macs", "params")) for run in runs}) == 1
+    one_place = len({tuple(str(run.measured.get(name)) for name in _PLACE) for run in runs}) == 1
+    panels = []
+    for name, words in _COSTS:
+        shares = alike or (name == "latency" and not one_place)
+        field = f"{name}_ratio" if shares else "latency_ms" if name == "latency" else name
+        found = [
+            _Point(cost, score, run, place)
+            for place, run in enumerate(runs, 1)
+            if (cost := number(run.measured, field)) is not None and (score := number(run.measured, key)) is not None
+        ]
+        panels.append((name, words, shares, found))
+    return panels
+
+
+def _method(run: Run) -> str:
+    return str(run.measured.get("method", "")) or "?"
+
+
+def _panel(axes: Any, found: Sequence[_Point], methods: Sequence[str]) -> None:
+    best = front([(point.cost, point.score) for point in found])
+    axes.plot(*zip(*best, strict=True), color=LINE, linewidth=5, solid_capstyle="round", label="Pareto front", zorder=1)
+    for index, method in enumerate(methods):
+        mine = [point for point in found if _method(point.run) == method]
+        color, marker = SERIES[index % len(SERIES)], MARKERS[index // len(SERIES) % len(MARKERS)]
+        # A label that starts with an underscore would be left out of the legend.
+        label = method.lstrip("_") or "?"
+        costs, scores = [point.cost for point in mine], [point.score for point in mine]
+        axes.scatter(costs, scores, s=34, color=color, marker=marker, label=label, zorder=3)
+    for point in found:
+        at = (point.cost, point.score)
+        axes.annotate(str(point.place), at, (5, 2), textcoords="offset points", fontsize=7.5, color=SOFT)
+    axes.margins(0.12)
+
+
+def _parents(axes: Any, found: Sequence[_Point], key: str) -> None:
+    scores = {t for point in found if (t := number(point.run.measured, f"{key}_parent")) is not None}
+    scores = {100.0} if key == "agreement" else scores
+    if scores:
+        axes.scatter([1.0] * len(scores), sorted(scores), s=60, color=INK, marker="*", label="parent", zorder=3)
+
+
+def _legend(figure: Figure) -> None:
+    named: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    columns = max(1, min(len(named), LETTERS // (max(map(len, named)) + 7)))
+    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=columns)
+
+
+def courses(runs: Sequence[Run]) -> str | None:
+    """Loss and top-1 of the training of all runs, a line a run; None where fewer than two logged one.
+
+    Of more than `NAMED` runs those of one method look alike.
+    """
+    logs = [(run, [line for line in run.log if line.get("stage") == "train"]) for run in runs]
+    panels: list[tuple[str, list[tuple[Run, list[tuple[float, float]]]]]] = []
+    for key, words in (("loss", "loss"), ("top1", "top-1 in percent")):
+        found = [(run, points) for run, lines in logs if (points := series(lines, key))]
+        if len(found) > 1:
+            panels.append((words, found))
+    if not panels:
+        return None
+    names = list(dict.fromkeys(_named(run, len(runs)) for run in runs))
+
+    def draw(figure: Figure) -> None:
+        grid = figure.subplots(1, len(panels), squeeze=False).flat
+        for axes, (words, found) in zip(grid, panels, strict=True):
+            for run, points in found:
+                index = names.index(_named(run, len(runs)))
+                color, dash = SERIES[index % len(SERIES)], ("-", "--", ":", "-.")[index // len(SERIES) % 4]
+                axes.plot(*thinned(points), color=color, linestyle=dash, label=names[index].lstrip("_") or "?")
+            axes.set_title(words)
+            axes.set_xlabel("step")
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        _legend(figure)
+
+    lines = -(-len(names) // 4)
+    return drawn(draw, f"Training of {max(len(found) for _, found in panels)} runs over steps", 9.2, 3.0 + 0.2 * lines)
+
+
+def _named(run: Run, count: int) -> str:
+    return run.name if count <= NAMED else _method(run)

@@ -1,0 +1,92 @@
+"""What a report says of a segmentation: its scores, every class, and pictures of predictions."""
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from vitrim.errors import RunError
+from vitrim.report.folder import Record, Run, number
+from vitrim.report.tables import DASH, Table, short
+
+__all__ = ["class_table", "gallery", "segmented", "spoken"]
+
+_COLOUR = re.compile(r"#[0-9a-f]{6}")
+
+
+def segmented(measured: Record) -> Table:
+    """The whole segmentor in figures."""
+    batch = number(measured, "batch")
+    time = number(measured, "latency_ms")
+    rows = [
+        ("mean intersection over union", _percent(number(measured, "miou"))),
+        ("pixel accuracy", _percent(number(measured, "accuracy"))),
+        ("multiply-accumulates", short(number(measured, "macs"))),
+        ("of these in the head", short(number(measured, "macs_head"))),
+        ("parameters", short(number(measured, "params"))),
+        (
+            "latency" if batch is None else f"latency, batch of {batch:g}",
+            DASH if time is None else f"{time:.2f} ms",
+        ),
+    ]
+    return Table("Segmentor", ("", "value"), rows)
+
+
+def _percent(value: float | None) -> str:
+    return DASH if value is None else f"{value:.2f} %"
+
+
+def class_table(classes: Sequence[Mapping[str, Any]]) -> Table:
+    """Every class: intersection over union, share of its pixels that are found, share of all pixels."""
+    total = sum(number(dict(each), "pixels") or 0 for each in classes)
+    rows = []
+    for each in classes:
+        pixels = number(dict(each), "pixels")
+        share = None if pixels is None or not total else 100 * pixels / total
+        name = str(each.get("name", ""))
+        rows.append(
+            (name, _percent(number(dict(each), "iou")), _percent(number(dict(each), "recall")), _percent(share))
+        )
+    return Table("Every class", ("class", "IoU", "found", "of all pixels"), rows)
+
+
+def spoken(measured: Record) -> str:
+    """What came of a transfer, in one sentence."""
+    head, model, device = (measured.get(key) for key in ("head", "model", "device"))
+    score, time = number(measured, "miou"), number(measured, "latency_ms")
+    parts = [f"{head} on {model} segments {measured.get('test_scenes', DASH)} test scenes"]
+    if score is not None:
+        parts.append(f"mean intersection over union is {_percent(score)} over {measured.get('classes', DASH)} classes")
+    if time is not None:
+        parts.append(f"a batch takes {time:.1f} ms" + (f" on {device}" if device else ""))
+    return "; ".join(parts) + "."
+
+
+def gallery(run: Run) -> list[str]:
+    """Pictures of predictions with their colours, in HTML; empty where there are none."""
+    if not run.pictures:
+        return []
+    keys = "".join(
+        f'<span><i class="swatch" style="background:{colour}"></i>{escape(str(each.get("name", "")))}</span>'
+        for each in run.classes
+        if _COLOUR.fullmatch(colour := str(each.get("colour", "")))
+    )
+    drawn = "\n".join(
+        f'<img class="scene" alt="scene, mask and prediction {escape(path.stem)}" src="{_embedded(path)}">'
+        for path in run.pictures
+    )
+    return [
+        "<h3>Predictions</h3>",
+        f'<p class="note">The scene, its mask (ignored pixels black) and the prediction.</p>'
+        f"<figure><figcaption>{keys}</figcaption>\n{drawn}</figure>",
+    ]
+
+
+def _embedded(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as problem:
+        raise RunError(f"{path}: the picture must be readable, but {problem}") from None
+    return "data:image/png;base64," + base64.b64encode(data).decode("ascii")

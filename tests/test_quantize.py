@@ -1,0 +1,150 @@
+"""Eight bits: most answers stay, the loss is told, and wrong requests end before any work."""
+
+import math
+
+import pytest
+import timm
+import torch
+
+from tests.samples import apart, images
+from tests.tolerance import SINGLE
+from vitrim import cli, export, families, quantize, store
+from vitrim.data import Input, eval_loader, split
+from vitrim.errors import ExportError
+from vitrim.families import describe
+from vitrim.families._segmentor import segmentor
+from vitrim.nn.segment import Head
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A reader of digits, trained for two seconds: eight bits lose little of weights that were learnt."""
+    torch.manual_seed(0)
+    net = families.adopt(timm.create_model("test_vit", **TINY))
+    known = split("digits", seed=0, calibration=256)
+    ((images, labels),) = eval_loader(known.calibration, Input.of(net), batch=256)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    for _ in range(80):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(images), labels).backward()
+        optimizer.step()
+    return net.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def loaders(model):
+    known = split("digits", seed=0, calibration=32)
+    return [eval_loader(part, Input.of(model), batch=16) for part in (known.calibration, known.test)]
+
+
+def test_most_answers_stay_and_the_loss_is_told(model, loaders, tmp_path):
+    import onnx
+
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    done = quantize.quantize(model, tmp_path / "m.onnx", loaders[0], test=loaders[1])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+    assert (done.calibration_images, done.test_images, done.opset) == (32, 450, export.OPSET)
+    assert done.bytes == (tmp_path / "m.onnx").stat().st_size
+    assert done.top1_before > 50, "else the model reads no digits, and nothing is measured"
+    assert abs(done.top1 - done.top1_before) < 8
+    assert 80 < done.agreement < 100
+    _, run = export.onnx_session(tmp_path / "m.onnx")
+    hits = torch.cat([run(x).argmax(-1) == y for x, y in loaders[1]])
+    assert done.top1 == pytest.approx(100 * float(hits.double().mean()))
+    x = images(describe(model), 2, torch.float32)
+    assert SINGLE < apart(run(x), model(x)) < 0.5, "not the float model, and not another one"
+
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    kinds = [node.op_type for node in graph.node]
+    assert "QuantizeLinear" in kinds
+    # Every matrix of weights, and nothing else: products of two activations stay in float32.
+    shapes = {
+        tensor.name: tuple(tensor.dims) for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8
+    }
+    held = sorted(math.prod(shape) for shape in shapes.values() if len(shape) > 1)
+    weights = [value.numel() for name, value in model.named_parameters() if name.endswith("weight") and value.dim() > 1]
+    assert held == sorted(weights)
+
+
+def test_a_segmentor_answers_for_each_pixel_and_without_a_test_split_the_calibration_images_tell(
+    model, loaders, tmp_path
+):
+    net = segmentor(model, 4, Head(width=32, channels=32)).eval()
+    batches = [next(iter(loaders[0]))]
+    done = quantize.quantize(net, tmp_path / "m.onnx", batches)
+    _, run = export.onnx_session(tmp_path / "m.onnx")
+    with torch.no_grad():
+        same = run(batches[0][0]).argmax(dim=1) == net(batches[0][0]).argmax(dim=1)
+    assert same.shape == (16, 32, 32)
+    assert done.agreement == pytest.approx(100 * float(same.double().mean()))
+    assert done.agreement > 80
+    assert (done.top1, done.top1_before, done.test_images) == (None, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("m.pt2", {}, "an int8 file must end in .onnx, but got 'm.pt2'"),
+        ("m.onnx", {"percentile": 101}, "percentile must be above 50 and at most 100, but got 101"),
+        ("m.onnx", {"opset": 13}, "opset must be at least 18, but got 13"),
+        ("no/m.onnx", {}, "must be writable, but is not: No such file"),
+        ("", {}, "must end in .onnx"),
+    ],
+)
+def test_wrong_requests_end_before_any_work(name, options, words, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantize, "export", None)
+    with pytest.raises(ExportError, match=words):
+        quantize.quantize(model, tmp_path / name, [], **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_images_are_refused(model, tmp_path):
+    with pytest.raises(ExportError, match="int8 must be calibrated on images, but there are none"):
+        quantize.quantize(model, tmp_path / "m.onnx", [])
+    assert not list(tmp_path.iterdir())
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["vitrim", "export", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return end.value.code or 0
+
+
+def test_from_the_command_line(model, tmp_path, monkeypatch, capsys):
+    seen = {}
+
+    def told(net, path, calibration, *, test, opset, say):
+        seen.update(calibration=len(calibration.dataset), test=len(test.dataset), mean=test.input.mean, opset=opset)
+        return quantize.Quantized(
+            path=str(path), opset=opset, bytes=10, bytes_before=40, calibration_images=16, test_images=450, top1=None,
+            top1_before=71.25, agreement=98.5, torch="2", runtime="onnxruntime 1",
+        )  # fmt: skip
+
+    monkeypatch.setattr(quantize, "quantize", told)
+    stored = store.save(model, tmp_path / "model.safetensors")
+    asked = [stored, "--out", tmp_path / "m.onnx", "--int8", "--data", "digits", "--set", "data.calibration=16"]
+    assert run(monkeypatch, *asked, "--set", "data.mean=[0.1,0.2,0.3]", "--opset", "21") == 0
+    assert seen == {"calibration": 16, "test": 450, "mean": (0.1, 0.2, 0.3), "opset": 21}
+    out = capsys.readouterr()
+    assert "98.50 %" in out.out
+    assert "71.25 %" in out.out
+    assert "calibrated on 16 images, measured on 450 test images" in " ".join(out.err.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--int8"], "int8 must be calibrated on images, but none are given; give --data SRC"),
+        (["--data", "digits"], "must go with --int8"),
+        (["--out", "no/m.onnx"], "must be writable, but is not"),
+        (["--out", "tests/m.onnx", "--opset", "11"], "opset must be at least 18, but got 11"),
+    ],
+)
+def test_the_command_line_refuses_before_it_opens_the_model(arguments, words, monkeypatch, capsys):
+    asked = arguments if "--out" in arguments else [*arguments, "--out", "m.onnx"]
+    assert run(monkeypatch, "no_such_model", *asked) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
