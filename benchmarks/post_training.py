@@ -285,8 +285,9 @@ def record(bench: Bench, kind: str, draw: str, share: str) -> dict[str, Any]:
         "kl": float(apart.mean()),
         "kl_error": float(apart.std()) / root,
         "agreement": 100 * float((logits.argmax(-1) == bench.dense.argmax(-1)).double().mean()),
-        "seconds": round(seconds, 1),
     }
+    if seconds:
+        found["seconds"] = round(seconds, 1)
     if kind != "torch_pruning":
         found["merges"] = [getattr(block.tokens, "count", 0) for _, _, block in describe(child).blocks()]
     rival = bench.out / f"merging-{draw}-{share}.kl"

@@ -31,7 +31,7 @@ from vitrim.plan import BlockPlan, Plan
 from vitrim.search.recover import Moments
 from vitrim.spec import Attention, Drop, GridMerge
 
-LOW_RANK = 1e-9
+LOW_RANK = 1e-10
 """Full rank on a whole model: several decompositions a layer."""
 
 

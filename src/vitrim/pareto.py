@@ -96,4 +96,6 @@ def _calibrated(recipe: Recipe, path: Path, say: Callable[[str], None]) -> None:
     )
     say("calibrating")
     images, probe = method.images(data)
-    write_calibration(path, method.calibrated(job.parent, data, images, probe, recipe.seed))
+    made = method.calibrated(job.parent, data, images, probe, recipe.seed)
+    write_calibration(path, made)
+    say(f"calibrated in {made.seconds:.0f} s on {made.count} images")

@@ -33,11 +33,12 @@ def frontier_plot(records: Sequence[Record]) -> str | None:
         grid = figure.subplots(1, len(panels), squeeze=False, sharey=True).flat
         for number_, (axes, (_, label, points)) in enumerate(zip(grid, panels, strict=True)):
             axes.plot([x for x, _ in points], [y for _, y in points], color=SERIES[number_], marker="o", markersize=5)
-            axes.scatter([1.0] * len(dense), sorted(dense), s=60, color=INK, marker="*", label="parent")
+            axes.scatter([1.0] * len(dense), sorted(dense), s=60, color=INK, marker="*")
+            for score in dense:
+                axes.annotate("parent", (1.0, score), (-7, -3), textcoords="offset points", ha="right", fontsize=8.5)
             axes.set_xlabel(label)
             axes.margins(0.12)
         figure.axes[0].set_ylabel(words)
-        figure.axes[0].legend(loc="best")
 
     return drawn(draw, f"{words} against cost, {len(records)} models", 9.2, 3.4)
 
