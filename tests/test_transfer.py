@@ -19,7 +19,7 @@ from tests.tolerance import EXACT
 from vitrim import cli, families, store
 from vitrim.costs import cost_of
 from vitrim.data import IGNORE, Input, SceneAugment, SceneLoader, open_scenes, scene_splits
-from vitrim.errors import AdoptError, DataError, MethodError, RecipeError, RunError, VitrimError
+from vitrim.errors import AdoptError, DataError, RecipeError, RunError, VitrimError
 from vitrim.export import export
 from vitrim.families import describe
 from vitrim.families._segmentor import segmentor
@@ -188,10 +188,6 @@ class TestSegmentor:
         plan = Plan.of(describe(model), [BlockPlan()] * 3 + [BlockPlan(only_prefix=True)])
         with pytest.raises(AdoptError, match="compress without only_prefix"):
             segmentor(apply(model, plan), 3, SMALL)
-
-    def test_merges_on_swin_are_refused_by_their_method(self):
-        with pytest.raises(MethodError, match="windows"):
-            compress(backbone("swin"), "digits", method="cait", settings={"merges": [[1, "w"]]})
 
 
 def stepped(step, kind) -> nn.Module:
