@@ -1,12 +1,13 @@
 """CAIT-style compression and its ablations on scikit-learn's digits, against ViT-Slim and Taylor at equal MACs.
 
-    python benchmarks/cait_digits.py --out FOLDER [--scale 0.25]
+    python benchmarks/cait_digits.py --out FOLDER [--scale 0.3]
 
-The parents and trainings of `benchmarks/digits.py`. The budget of all rows is what merging after blocks 2 and 4 costs
-(a third and two thirds of 6): `merging` cuts no channel, `channels` merges nothing, `joint` merges once, after block 3,
-and cuts channels to the rest. Each CAIT-style run takes search and child's training together as one cycle, split at
-60 %; `vit_slim` searches and trains its child for as long in all, `taylor` trains its child for all of it. `dense` is
-the parent trained further for as long. Writes ``cait_digits.jsonl`` and prints the means.
+The parents and trainings of `benchmarks/digits.py`; `--scale` shortens all trainings but the parents'. The budget of
+all rows is what merging after blocks 2 and 4 costs (a third and two thirds of 6): `merging` cuts no channel, `channels`
+merges nothing, `joint` merges once, after block 3, and cuts channels to the rest. Each CAIT-style run takes search and
+child's training together as one cycle, split at 60 %; `vit_slim` searches and trains its child for as long in all,
+`taylor` trains its child for all of it. `dense` is the parent trained further for as long. Writes
+``cait_digits.jsonl`` and prints the means.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def asked(row: str, parent: Path, budget: str, seed: int, scale: float) -> Recip
     search, child = shortened(SEARCH, scale), shortened(CHILD, scale)
     epochs = search.epochs + child.epochs
     known = dump(recipe(parent, budget, seed, name, search, child))
-    over: dict[str, Any] = {"method": settings, "measure": {"seconds": 3}}
+    over: dict[str, Any] = {"method": settings, "measure": {"seconds": 1.5}}
     if name == "cait":
         first = part(child, epochs * CUT)
         over = merged(over, {"method": {"train": dump(first)}, "train": dump(part(child, epochs * (1 - CUT)))})
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/cait"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--parent-scale", type=float, default=1.0)
     parser.add_argument("--rows", nargs="+", default=list(ROWS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -72,12 +74,12 @@ def main() -> None:
     lines: list[dict[str, Any]] = []
 
     def write(line: dict[str, Any]) -> None:
-        lines.append(line | {"scale": args.scale})
+        lines.append(line | {"scale": args.scale, "parent_scale": args.parent_scale})
         args.results.write_text("".join(json.dumps(each) + "\n" for each in lines))
 
     for seed in args.seeds:
         parent = args.out / f"parent-{seed}.safetensors"
-        train_parent(parent, seed, small_vit, shortened(PARENT, args.scale))
+        train_parent(parent, seed, small_vit, shortened(PARENT, args.parent_scale))
         spec = describe(store.load(parent))
         macs = cost_of(merge_plan(spec, [(2, "w"), (4, "h")]).child(spec)).macs
         budget = f"macs={macs}"

@@ -306,7 +306,7 @@ def test_models(call):
         (["--budget", "half"], "a budget must look like macs=0.5"),
         (["--budget", "macs=1.5"], "must be a share in (0, 1]"),
         (["--budget", "macs=5G"], "must be at most"),
-        (["--budget", "flops=0.5"], "a budget must bound macs or params, but got 'flops'"),
+        (["--budget", "flops=0.5"], "a budget must bound macs, params or latency, but got 'flops'"),
         (["--random-weights"], "both a file and random weights"),
         (["--test", "nowhere"], "nowhere: a source must exist"),
         (["--set", "data.class_map=nowhere.txt"], "nowhere.txt: the class map must exist"),

@@ -8,6 +8,7 @@ import torch
 
 import vitrim
 from tests.samples import PRESETS, adopted
+from tests.tables import proportional
 from vitrim import families, methods, timed
 from vitrim.budget import Budget
 from vitrim.costs import attention_macs, cost_of, mlp_macs
@@ -15,16 +16,16 @@ from vitrim.errors import BudgetError
 from vitrim.families import describe
 from vitrim.measure import Latency
 from vitrim.measure.table import machine_of, make_table
+from vitrim.methods._spvit import SinglePath, layout, times
+from vitrim.methods._spvit_plan import decide, planned
 from vitrim.observe import axes
 from vitrim.plan import BlockPlan, Plan
 from vitrim.recipe import Measure
 from vitrim.search.fill import fill
-from vitrim.spec import Attention, Skip
+from vitrim.spec import Attention, Skip, folded
 from vitrim.steps import Drop
 from vitrim.surgery import apply
-from vitrim.table import Machine, StageTimes, Table
-
-MACHINE = Machine(device="none", batch=8, threads=1, dtype="float32", torch="0")
+from vitrim.table import StageTimes, Table
 
 
 def small_vit(**arguments):
@@ -40,33 +41,6 @@ def small_vit(**arguments):
         **arguments,
     )
     return families.adopt(model.eval())
-
-
-def proportional(spec, host=1e-4):
-    """A table of a machine whose times are exactly proportional to macs."""
-    stages = []
-    for stage in spec.stages:
-        mixer = next(block.mixer for block in stage.blocks if isinstance(block.mixer, Attention))
-        heads, channels = tuple(range(1, len(mixer.v) + 1)), tuple(range(1, max(mixer.v) + 1))
-        tokens = (*range(stage.tokens // 2, stage.tokens), stage.tokens) if stage.window is None else (stage.tokens,)
-        most = max(block.hidden for block in stage.blocks)
-        hidden = (1, most)
-        stages.append(
-            StageTimes(
-                width=stage.width,
-                grid=stage.grid,
-                tokens=tokens,
-                heads=heads,
-                channels=channels,
-                attention=[
-                    [[1e-9 * attention_macs(n, stage.width, h * k, h * k) for k in channels] for h in heads]
-                    for n in tokens
-                ],
-                hidden=hidden,
-                mlp=[[1e-9 * mlp_macs(n, stage.width, m, stage.form.factors) for m in hidden] for n in tokens],
-            )
-        )
-    return Table(machine=MACHINE, stages=stages, host=host, dense=1.0)
 
 
 def stepped(spec, step):
@@ -221,6 +195,29 @@ def test_a_budget_of_time_needs_a_table_and_a_share():
     spec = describe(small_vit())
     with pytest.raises(BudgetError, match="measure one first"):
         fill(spec, {}, Budget.parse("latency=0.6"))
+
+
+def test_spvit_trains_and_decides_by_time():
+    model = small_vit()
+    spec, how = describe(model), layout(describe(model))
+    table = proportional(spec)
+    single = SinglePath(model, how).eval()
+    priced = times(spec, how, Budget(latency=0.5, table=table))
+    with torch.no_grad():
+        for gate in single.gate_parameters():
+            gate.fill_(9.0)
+    total = priced.total(single)
+    assert float(total.detach()) == pytest.approx(table.latency(spec), rel=1e-3)
+    total.backward()
+    assert all(bool((gate.grad > 0).all()) for gate in single.gate_parameters())
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for gate in single.gate_parameters():
+            gate.copy_(torch.randn(gate.shape, generator=draw))
+    for share in (0.8, 0.5, 0.3):
+        budget = Budget(latency=share, table=table)
+        child = planned(spec, how, *decide(spec, single, how, budget)).child(spec)
+        assert 0.98 * share <= budget.cost(folded(child)).latency / table.latency(spec) <= share
 
 
 # -- measured

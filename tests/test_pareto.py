@@ -67,7 +67,7 @@ def test_one_calibration_many_budgets(call, files, tmp_path):
     assert made == {"calibration.safetensors", "macs=0.8", "macs=0.6", "pareto.svg", "report.html"}
     root = ElementTree.parse(out / "pareto.svg").getroot()
     assert root.tag.endswith("svg")
-    assert "Against cost and measured time" in (out / "report.html").read_text()
+    assert "Accuracy against cost" in (out / "report.html").read_text()
     written = (out / "calibration.safetensors").read_bytes()
 
     # a further budget is read off the same file, here or by compress

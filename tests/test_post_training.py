@@ -9,6 +9,7 @@ import torch
 
 from tests.conformance.method import digits, method_of
 from tests.samples import PRESETS, adopted, apart, images, timm_model
+from tests.tables import proportional
 from tests.tolerance import EXACT
 from vitrim import families, methods, surgery
 from vitrim.budget import Budget
@@ -222,6 +223,20 @@ def test_what_is_read_off_spends_its_budget(budget):
     cost = cost_of(plan.child(describe(base)))
     assert limit.admits(cost, cost_of(spec))
     assert limit.spent(cost, cost_of(spec)) >= 0.98
+
+
+@pytest.mark.parametrize("share", [0.8, 0.5, 0.35])
+def test_what_is_read_off_spends_its_time(share):
+    model = adopted("vit", "plain")
+    spec = describe(model)
+    limit = Budget(latency=share, table=proportional(spec))
+    found = read_off(made_up(model), limit, merge=True, widths=True, exact=True)
+    base = surgery.apply(model, merging(spec, found.merges, found.exact))
+    x = batches(spec)
+    plan, _ = compensated(base, found.choices, x, importances(base, x, seed=0))
+    cost = limit.cost(plan.child(describe(base)))
+    assert limit.admits(cost, limit.cost(spec))
+    assert limit.spent(cost, limit.cost(spec)) >= 0.95
 
 
 def test_a_smaller_budget_never_promises_less_loss():

@@ -584,6 +584,15 @@ class TestRun:
         with pytest.raises(RecipeError, match=told):
             load(TransferRecipe, known, RecipeError)
 
+    @pytest.mark.parametrize("package", ["segmentation_models_pytorch", "torchmetrics"])
+    def test_a_missing_package_is_told_first(self, street, tmp_path, monkeypatch, package):
+        for name in [name for name in sys.modules if name.split(".")[0] == package]:
+            monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(VitrimError, match=rf"{package} must be installed .* run pip install 'vitrim\[seg\]'"):
+            transfer(asked(str(street)), tmp_path / "run", backbone=vit())
+        assert not (tmp_path / "run").exists()
+
     def test_folders_of_other_runs_are_left(self, street, done, tmp_path):
         with pytest.raises(RunError, match="its recipe differs in seed"):
             transfer(asked(str(street), seed=1), done.folder, backbone=vit())

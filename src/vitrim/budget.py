@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Self
+from typing import NamedTuple, Self
 
 from pydantic import Field
 
@@ -13,7 +13,7 @@ from vitrim.spec import Block, Spec, Stage
 from vitrim.steps import Tokens
 from vitrim.table import Table
 
-__all__ = ["BOUNDS", "SLACK", "Budget"]
+__all__ = ["BOUNDS", "SLACK", "Budget", "Price"]
 
 SLACK = 0.02
 """A budget is spent: what a method finds is at most this share below it."""
@@ -22,6 +22,15 @@ BOUNDS = ("macs", "params", "latency")
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([kmg]?)", re.IGNORECASE)
+
+
+class Price(NamedTuple):
+    """What can be bounded of a model, or of a part of it: arithmetic for one image, and nanoseconds for a batch."""
+
+    macs: int
+    params: int
+    latency: int = 0
+    """0 where the budget has no table."""
 
 
 class Budget(Node):
@@ -58,7 +67,7 @@ class Budget(Node):
                 raise BudgetError(f"a budget must look like macs=0.5 or params=12M, but got '{text}'")
             if name not in BOUNDS:
                 raise BudgetError(
-                    f"a budget must bound {', '.join(BOUNDS)}, but got '{name}'{did_you_mean(name, BOUNDS)}"
+                    f"a budget must bound macs, params or latency, but got '{name}'{did_you_mean(name, BOUNDS)}"
                 )
             if name in bounds:
                 raise BudgetError(f"a budget must bound {name} once, but got '{text}'")
@@ -73,17 +82,16 @@ class Budget(Node):
         """The bounds given, by name."""
         return {name: value for name in BOUNDS if (value := getattr(self, name)) is not None}
 
-    def cost(self, spec: Spec) -> Cost:
+    def cost(self, spec: Spec) -> Price:
         """What a spec costs; its latency only where the budget has a table."""
-        cost = cost_of(spec)
-        return cost if self.table is None else cost._replace(latency=self.table.latency(spec))
+        return Price(*cost_of(spec), 0 if self.table is None else self.table.latency(spec))
 
-    def block(self, block: Block, stage: Stage, arriving: Tokens | None = None) -> Cost:
+    def block(self, block: Block, stage: Stage, arriving: Tokens | None = None) -> Price:
         """What one block costs, see `vitrim.costs.block_cost`."""
         macs, params = block_cost(block, stage, arriving)
-        return Cost(macs, params, 0 if self.table is None else self.table.block(block, stage, arriving))
+        return Price(macs, params, 0 if self.table is None else self.table.block(block, stage, arriving))
 
-    def limits(self, parent: Cost) -> dict[str, int]:
+    def limits(self, parent: Cost | Price) -> dict[str, int]:
         """Largest admitted whole numbers, for a model made from `parent`.
 
         Raises:
@@ -91,19 +99,19 @@ class Budget(Node):
         """
         limits = {}
         for name, value in self.bounds().items():
-            whole: int = getattr(parent, name)
-            if name == "latency" and not whole:
+            whole: int = getattr(parent, name, 0)
+            if not whole and name == "latency":
                 raise BudgetError("latency must be planned by a table of times, but there is none; measure one first")
             if value > whole:
                 raise BudgetError(f"budget of {name} must be at most {whole:,}, the model's own, but got {value:,.0f}")
             limits[name] = math.floor(value * whole) if value <= 1 else math.floor(value)
         return limits
 
-    def admits(self, cost: Cost, parent: Cost) -> bool:
+    def admits(self, cost: Cost | Price, parent: Cost | Price) -> bool:
         """Whether `cost` is within every bound."""
         return all(getattr(cost, name) <= limit for name, limit in self.limits(parent).items())
 
-    def spent(self, cost: Cost, parent: Cost) -> float:
+    def spent(self, cost: Cost | Price, parent: Cost | Price) -> float:
         """Largest share of a bound that `cost` takes; a budget well spent gives ``1 - SLACK`` to 1."""
         shares: list[float] = [getattr(cost, name) / max(limit, 1) for name, limit in self.limits(parent).items()]
         return max(shares)

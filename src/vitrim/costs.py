@@ -18,12 +18,10 @@ __all__ = ["Cost", "attention_macs", "block_cost", "conv_macs", "cost_of", "mlp_
 
 
 class Cost(NamedTuple):
-    """What a model costs: arithmetic for one image, and by a table of measured times nanoseconds for a batch of it."""
+    """What a model costs for one image."""
 
     macs: int
     params: int
-    latency: int = 0
-    """0 where no table was asked, see `vitrim.budget.Budget.cost`."""
 
 
 def attention_macs(

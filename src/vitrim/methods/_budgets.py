@@ -4,12 +4,12 @@ H heads, K channels of a head, M hidden neurons.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from vitrim.budget import SLACK, Budget
+from vitrim.budget import SLACK, Budget, Price
 from vitrim.compensate import Choice
-from vitrim.costs import Cost, block_cost, cost_of
+from vitrim.costs import block_cost
 from vitrim.errors import BudgetError
 from vitrim.methods._calibration import Calibration
 from vitrim.methods._sensitivity import merging
@@ -57,7 +57,7 @@ class _Group:
     counts: list[tuple[int, ...]]
 
 
-def least(spec: Spec, merges: Sequence[Sequence[int]], exact: bool) -> Cost:
+def least(spec: Spec, merges: Sequence[Sequence[int]], exact: bool, budget: Budget) -> Price:
     """What the smallest model that can be read off costs."""
     found = []
     for counts in merges:
@@ -66,12 +66,15 @@ def least(spec: Spec, merges: Sequence[Sequence[int]], exact: bool) -> Cost:
             (block.model_copy(update={"mixer": _without(block.mixer), "hidden": 0 if block.hidden else block.hidden}))
             for _, _, block in small.blocks()
         ]
-        found.append(cost_of(_with(small, bare)))
-    return Cost(min(cost.macs for cost in found), min(cost.params for cost in found))
+        found.append(budget.cost(_with(small, bare)))
+    return Price(*map(min, zip(*found, strict=True)))
+
+
+_NO_HEADS: dict[str, tuple[int, ...]] = {"qk": (), "v": ()}
 
 
 def _without(mixer: object) -> object:
-    return mixer.model_copy(update={"qk": (), "v": ()}) if isinstance(mixer, Attention) else mixer
+    return mixer.model_copy(update=_NO_HEADS) if isinstance(mixer, Attention) else mixer
 
 
 def _with(spec: Spec, blocks: Sequence[Block]) -> Spec:
@@ -97,18 +100,17 @@ def read_off(calibration: Calibration, budget: Budget, *, merge: bool, widths: b
         BudgetError: naming the least possible, if nothing fits.
     """
     spec = calibration.spec
-    parent = cost_of(spec)
-    limits = budget.limits(parent)
+    parent = budget.cost(spec)
     rows = list(zip(calibration.merges, calibration.merged, strict=True))
     rows = rows if merge else rows[:1]
-    check_reach(spec, [counts for counts, _ in rows], exact, limits, widths)
+    check_reach(spec, [counts for counts, _ in rows], exact, budget, widths)
     # Where the exact last block alone saves more than is asked for, the budget is spent without it.
     ways = (True, False) if exact else (False,)
     found: list[Found] = []
     for way in ways:
-        found += [_spent(spec, one, budget) for one in _all(calibration, rows, way, limits, widths)[:_TRIES]]
+        found += [_spent(spec, one, budget) for one in _all(calibration, rows, way, budget, widths)[:_TRIES]]
         for one in found:
-            if budget.spent(_priced(spec, one), parent) >= 1 - SLACK:
+            if budget.spent(_priced(spec, one, budget), parent) >= 1 - SLACK:
                 return one
     return found[0]
 
@@ -117,28 +119,26 @@ def _all(
     calibration: Calibration,
     rows: Sequence[tuple[tuple[int, ...], float]],
     exact: bool,
-    limits: Mapping[str, int],
+    budget: Budget,
     widths: bool,
 ) -> list[Found]:
     """The best of each schedule, the best of all first."""
-    found = [_allocated(calibration, counts, loss, exact, limits, widths) for counts, loss in rows]
+    found = [_allocated(calibration, counts, loss, exact, budget, widths) for counts, loss in rows]
     return sorted((one for one in found if one is not None), key=lambda one: one.loss)
 
 
-def check_reach(
-    spec: Spec, merges: Sequence[Sequence[int]], exact: bool, limits: Mapping[str, int], widths: bool
-) -> None:
+def check_reach(spec: Spec, merges: Sequence[Sequence[int]], exact: bool, budget: Budget, widths: bool) -> None:
     """Refuse what no choice reaches, before anything is measured.
 
     Raises:
         BudgetError: naming the least possible.
     """
     if widths:
-        floor = least(spec, merges, exact)
+        floor = least(spec, merges, exact, budget)
     else:
-        costs = [cost_of(merging(spec, counts, exact).child(spec)) for counts in merges]
-        floor = Cost(min(cost.macs for cost in costs), min(cost.params for cost in costs))
-    for name, limit in limits.items():
+        costs = [budget.cost(merging(spec, counts, exact).child(spec)) for counts in merges]
+        floor = Price(*map(min, zip(*costs, strict=True)))
+    for name, limit in budget.limits(budget.cost(spec)).items():
         if getattr(floor, name) > limit:
             raise BudgetError(
                 f"budget of {name} must be at least {getattr(floor, name):,} for this model, but got {limit:,}; "
@@ -151,12 +151,12 @@ def _allocated(
     counts: tuple[int, ...],
     loss: float,
     exact: bool,
-    limits: Mapping[str, int],
+    budget: Budget,
     widths: bool,
 ) -> Found | None:
     """Widths for what one schedule leaves of the budget; None if they cannot reach it."""
     small = merging(calibration.spec, counts, exact).child(calibration.spec)
-    whole = cost_of(small)
+    whole, limits = budget.cost(small), budget.limits(budget.cost(calibration.spec))
     room = [limit - getattr(whole, name) for name, limit in limits.items()]
     still = tuple(Choice() for _ in counts)
     if not widths:
@@ -169,7 +169,9 @@ def _allocated(
             if len(options.choices) > 1:
                 places.append(index)
                 groups.append(options)
-                costs.append(_costs(priced(options, block, stage, arriving), block, stage, arriving, names))
+                costs.append(
+                    _costs(priced(options, block, stage, arriving, budget), block, stage, arriving, budget, names)
+                )
     try:
         chosen = allocate([options.losses for options in groups], costs, room)
     except BudgetError:
@@ -183,44 +185,57 @@ def _allocated(
 
 
 def _costs(
-    priced: Sequence[Cost], block: Block, stage: Stage, arriving: Tokens, names: Sequence[str]
+    priced: Sequence[Price], block: Block, stage: Stage, arriving: Tokens, budget: Budget, names: Sequence[str]
 ) -> list[list[int]]:
     """What each option costs more than the block as it is."""
-    whole = Cost(*block_cost(block, stage, arriving))
+    whole = budget.block(block, stage, arriving)
     return [[getattr(cost, name) - getattr(whole, name) for name in names] for cost in priced]
 
 
-def _heads_priced(group: _Group, block: Block, stage: Stage, arriving: Tokens) -> list[Cost]:
-    """Costs are straight lines in heads and channels, once there is a head."""
+def _heads_priced(group: _Group, block: Block, stage: Stage, arriving: Tokens, budget: Budget) -> list[Price]:
+    """Costs are straight lines in heads and channels, once there is a head; times are not."""
     mixer = block.mixer
     assert isinstance(mixer, Attention)
 
-    def cost(qk: tuple[int, ...], v: tuple[int, ...]) -> Cost:
+    def cost(qk: tuple[int, ...], v: tuple[int, ...]) -> Price:
         node = block.model_copy(update={"mixer": mixer.model_copy(update={"qk": qk, "v": v})})
-        return Cost(*block_cost(node, stage, arriving))
+        return Price(*block_cost(node, stage, arriving))
 
     none, one, more_qk, more_v = cost((), ()), cost((1,), (1,)), cost((2,), (1,)), cost((1,), (2,))
     two = cost((1, 1), (1, 1))
 
-    def line(heads: int, qk: int, v: int) -> Cost:
+    def line(heads: int, qk: int, v: int) -> Price:
         if not heads:
             return none
         numbers = []
         for a, b, c, d in zip(one, more_qk, more_v, two, strict=True):
             head = d - b - c + a
             numbers.append(a + (qk - 1) * (b - a) + (v - 1) * (c - a) + (heads - 1) * head)
-        return Cost(*numbers)
+        return Price(*numbers)
 
-    return [line(*counts) for counts in group.counts]
+    def timed(heads: int, qk: int, v: int) -> int:
+        even = mixer.model_copy(
+            update={"qk": (qk // heads,) * heads, "v": (v // heads,) * heads} if heads else _NO_HEADS
+        )
+        return budget.block(block.model_copy(update={"mixer": even}), stage, arriving).latency
+
+    if budget.table is None:
+        return [line(*counts) for counts in group.counts]
+    return [line(*counts)._replace(latency=timed(*counts)) for counts in group.counts]
 
 
-def _neurons_priced(group: _Group, block: Block, stage: Stage, arriving: Tokens) -> list[Cost]:
-    def cost(hidden: int) -> Cost:
-        return Cost(*block_cost(block.model_copy(update={"hidden": hidden}), stage, arriving))
+def _neurons_priced(group: _Group, block: Block, stage: Stage, arriving: Tokens, budget: Budget) -> list[Price]:
+    def cost(hidden: int) -> Price:
+        return Price(*block_cost(block.model_copy(update={"hidden": hidden}), stage, arriving))
 
     none, one, two = cost(0), cost(1), cost(2)
     lines = [(a, b - a) for a, b in zip(one, two, strict=True)]
-    return [Cost(*(a + (m - 1) * slope for a, slope in lines)) if m else none for (m,) in group.counts]
+    found = [Price(*(a + (m - 1) * slope for a, slope in lines)) if m else none for (m,) in group.counts]
+    if budget.table is None:
+        return found
+    bare = [block.model_copy(update={"hidden": m}) for (m,) in group.counts]
+    times = [budget.block(node, stage, arriving).latency for node in bare]
+    return [price._replace(latency=time) for price, time in zip(found, times, strict=True)]
 
 
 def _attention(calibration: Calibration, path: str, block: Block) -> _Group:
@@ -286,17 +301,17 @@ def _neurons(calibration: Calibration, path: str, block: Block) -> _Group:
 
 def _spent(spec: Spec, found: Found, budget: Budget) -> Found:
     """Give back what fits: single neurons, then single patches; a budget is spent to `SLACK`."""
-    parent = cost_of(spec)
+    parent = budget.cost(spec)
     for more in (_more_neurons, _fewer_merges):
-        if budget.spent(_priced(spec, found), parent) < 1 - SLACK:
+        if budget.spent(_priced(spec, found, budget), parent) < 1 - SLACK:
             found = more(spec, found, budget)
     return found
 
 
-def _priced(spec: Spec, found: Found) -> Cost:
+def _priced(spec: Spec, found: Found, budget: Budget) -> Price:
     small = merging(spec, found.merges, found.exact).child(spec)
     blocks = [_chosen(block, choice) for (_, _, block), choice in zip(small.blocks(), found.choices, strict=True)]
-    return cost_of(_with(small, blocks))
+    return budget.cost(_with(small, blocks))
 
 
 def _chosen(block: Block, choice: Choice) -> Block:
@@ -313,7 +328,7 @@ def _chosen(block: Block, choice: Choice) -> Block:
 
 
 def _more_neurons(spec: Spec, found: Found, budget: Budget) -> Found:
-    parent = cost_of(spec)
+    parent = budget.cost(spec)
     for index, (_, _, block) in enumerate(spec.blocks()):
         have, size = found.choices[index].hidden, block.hidden
         if not isinstance(have, int) or not have or not size:
@@ -321,7 +336,7 @@ def _more_neurons(spec: Spec, found: Found, budget: Budget) -> Found:
         low, high = have, size
         while low < high:
             middle = (low + high + 1) // 2
-            if budget.admits(_priced(spec, _replaced(found, index, middle)), parent):
+            if budget.admits(_priced(spec, _replaced(found, index, middle), budget), parent):
                 low = middle
             else:
                 high = middle - 1
@@ -337,12 +352,12 @@ def _replaced(found: Found, index: int, hidden: int) -> Found:
 
 def _fewer_merges(spec: Spec, found: Found, budget: Budget) -> Found:
     """Merge one patch less in one block after another, as long as the budget allows it."""
-    parent, moved = cost_of(spec), True
+    parent, moved = budget.cost(spec), True
     while moved:
         moved = False
         for index, count in enumerate(found.merges):
             counts = (*found.merges[:index], count - 1, *found.merges[index + 1 :])
             fewer = replace(found, merges=counts)
-            if count > 0 and budget.admits(_priced(spec, fewer), parent):
+            if count > 0 and budget.admits(_priced(spec, fewer, budget), parent):
                 found, moved = fewer, True
     return found

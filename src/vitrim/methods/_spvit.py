@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from vitrim.budget import Budget
 from vitrim.costs import block_cost, conv_macs, cost_of, mlp_macs
 from vitrim.errors import MethodError
 from vitrim.families import blocks_of, describe
@@ -245,7 +246,7 @@ def _unrolled(values: Tensor, block: WindowBlock, grid: tuple[int, int]) -> Tens
 
 @dataclass(frozen=True, kw_only=True)
 class Prices:
-    """What a structure costs, as a sum over gates, in multiply-accumulates.
+    """What a structure costs, as a sum over gates: multiply-accumulates, or nanoseconds where time is bounded.
 
     Attributes:
         constant: what no gate takes away.
@@ -258,7 +259,7 @@ class Prices:
     neurons: Mapping[str, int]
 
     def total(self, single: SinglePath) -> Tensor:
-        """Multiply-accumulates under deterministic gates, float64, differentiable by their logits."""
+        """Cost under deterministic gates, float64, differentiable by their logits."""
         total = torch.tensor(float(self.constant), dtype=torch.float64, device=next(single.parameters()).device)
         for path, adds in self.steps.items():
             open_ = gates.opened(gates.budgeted(single.step(path)).double())
@@ -292,6 +293,31 @@ def prices(spec: Spec, how: Layout, counting: Counting) -> Prices:
             neurons[f"{path}.hidden"] = mlp_macs(tokens, stage.width, 1, stage.form.factors)
         elif block.hidden:
             constant += mlp_macs(stage.tokens, stage.width, block.hidden, stage.form.factors)
+    return Prices(constant=constant, steps=steps, neurons=neurons)
+
+
+def times(spec: Spec, how: Layout, budget: Budget) -> Prices:
+    """What each gate of a parent adds to its time by the table of `budget`, nanoseconds.
+
+    A neuron adds its share of its branch; a gate of which the next is faster than it adds less than nothing.
+    """
+    blocks = [budget.block(block, stage).latency for _, stage, block in spec.blocks()]
+    constant = budget.cost(spec).latency - sum(blocks)
+    steps: dict[str, tuple[int, int, int]] = {}
+    neurons: dict[str, int] = {}
+    for (path, stage, block), whole in zip(spec.blocks(), blocks, strict=True):
+        mixer = budget.block(block.model_copy(update={"hidden": None}), stage).latency
+        if path in how.mixtures and isinstance(block.mixer, AttentionSpec):
+            convs = [Conv(kernel=kernel, width=block.mixer.v[0]) for kernel in (1, 3)]
+            bare = [block.model_copy(update={"mixer": conv, "hidden": None}) for conv in convs]
+            one, three = (budget.block(node, stage).latency for node in bare)
+            steps[path] = (one, three - one, mixer - three)
+        else:
+            constant += mixer
+        if block.hidden and stage.form.hidden_norm is None:
+            neurons[f"{path}.hidden"] = (whole - mixer) // block.hidden
+        else:
+            constant += whole - mixer
     return Prices(constant=constant, steps=steps, neurons=neurons)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrim.budget import Budget
+from vitrim.budget import Budget, Price
 from vitrim.costs import block_cost, cost_of
 from vitrim.errors import BudgetError, MethodError
 from vitrim.methods._spvit import Layout, SinglePath
@@ -60,8 +60,8 @@ def check_reach(spec: Spec, how: Layout, budget: Budget) -> None:
         for path, stage, block in spec.blocks()
         if block.hidden and stage.form.hidden_norm is None
     }
-    least = cost_of(planned(spec, how, dict.fromkeys(how.mixtures, 0), closed).child(spec))
-    for name, limit in budget.limits(cost_of(spec)).items():
+    least = budget.cost(planned(spec, how, dict.fromkeys(how.mixtures, 0), closed).child(spec))
+    for name, limit in budget.limits(budget.cost(spec)).items():
         if getattr(least, name) > limit:
             raise BudgetError(
                 f"budget of {name} must be at least {getattr(least, name):,} for this model, but got {limit:,}; "
@@ -87,7 +87,7 @@ def decide(spec: Spec, single: SinglePath, how: Layout, budget: Budget) -> tuple
     Raises:
         MethodError: if a gate is not finite.
     """
-    rungs = [rung for path, stage, block in spec.blocks() for rung in _rungs(single, how, path, stage, block)]
+    rungs = [rung for path, stage, block in spec.blocks() for rung in _rungs(single, how, path, stage, block, budget)]
     counts = [len(logits) for _, logits, *_ in rungs]
     logits, saves, places = (torch.cat(list(column)) for column in list(zip(*rungs, strict=True))[1:])
     if not bool(torch.isfinite(logits).all()):
@@ -102,9 +102,9 @@ def decide(spec: Spec, single: SinglePath, how: Layout, budget: Budget) -> tuple
     # Equal gates, of which a short search leaves many, go from all blocks alike.
     ranks = torch.empty(len(logits), dtype=torch.long)
     ranks[torch.from_numpy(np.lexsort((places.numpy(), logits.numpy())))] = torch.arange(len(logits))
-    parent = cost_of(spec)
+    parent = budget.cost(spec)
     limits = budget.limits(parent)
-    need = [getattr(parent, name) - limits[name] if name in limits else -math.inf for name in ("macs", "params")]
+    need = [getattr(parent, name) - limits[name] if name in limits else -math.inf for name in Price._fields]
     kept_all = gates.project(ranks, saves, torch.tensor(need, dtype=torch.float64), after)
     keep = torch.split(kept_all, counts)
     found = {path: kept for (path, *_), kept in zip(rungs, keep, strict=True)}
@@ -113,12 +113,12 @@ def decide(spec: Spec, single: SinglePath, how: Layout, budget: Budget) -> tuple
 
 
 def _rungs(
-    single: SinglePath, how: Layout, path: str, stage: Stage, block: BlockSpec
+    single: SinglePath, how: Layout, path: str, stage: Stage, block: BlockSpec, budget: Budget
 ) -> list[tuple[str, Tensor, Tensor, Tensor]]:
-    """What may be kept of a block: path, logits, what closing saves (macs and params), places in [0, 1] for ties."""
+    """What may be kept of a block: path, logits, what closing saves, places in [0, 1] for ties."""
     found = []
     if path in how.mixtures and isinstance(block.mixer, Attention):
-        choices = [_cost(block, stage, how, path, level) for level in range(4)]
+        choices = [_cost(block, stage, how, path, level, budget) for level in range(4)]
         saves = torch.tensor(choices[1:]).double() - torch.tensor(choices[:-1]).double()
         # A gate counts for no more than those before it.
         logits = single.step(path).double().cpu().cummin(dim=0).values
@@ -126,19 +126,21 @@ def _rungs(
     if single.has_gate(f"{path}.hidden"):
         logits = single.gate(f"{path}.hidden").double().cpu()
         one, two = (block_cost(block.model_copy(update={"hidden": n}), stage) for n in (1, 2))
-        saves = torch.tensor([[two[0] - one[0], two[1] - one[1]]]).double().expand(len(logits), 2)
+        whole, bare = (budget.block(block.model_copy(update={"hidden": n}), stage).latency for n in (len(logits), None))
+        each = [two[0] - one[0], two[1] - one[1], (whole - bare) / len(logits)]
+        saves = torch.tensor([each]).double().expand(len(logits), len(each))
         places = torch.arange(len(logits), dtype=torch.float64) / len(logits)
         found.append((f"{path}.hidden", logits, saves, places))
     return found
 
 
-def _cost(block: BlockSpec, stage: Stage, how: Layout, path: str, level: int) -> tuple[int, int]:
+def _cost(block: BlockSpec, stage: Stage, how: Layout, path: str, level: int, budget: Budget) -> Price:
     """What an attention costs at `level`, once it is folded."""
     assert isinstance(block.mixer, Attention)
     mixer = how.mixer(path, block.mixer, level) or block.mixer
     if mixer.kind == "conv":
         mixer = mixer.model_copy(update={"mixture": None, "norm": False})
-    return block_cost(block.model_copy(update={"mixer": mixer, "hidden": None}), stage)
+    return budget.block(block.model_copy(update={"mixer": mixer, "hidden": None}), stage)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ are traded.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -24,7 +25,6 @@ from torch import Tensor, nn
 from vitrim.budget import Budget
 from vitrim.compensate import compensated, importances
 from vitrim.contract import Data, Found
-from vitrim.costs import cost_of
 from vitrim.data import eval_loader
 from vitrim.errors import MethodError
 from vitrim.families import describe
@@ -61,6 +61,7 @@ class Method(Node):
     """
 
     needs: ClassVar[str] = "images"
+    timed: ClassVar[bool] = True
     sentence: ClassVar[str] = "merges patches and narrows layers, compensated in closed form; no labels, no training"
 
     merge: Literal["auto", "bipartite", "grid", "none"] = "auto"
@@ -89,9 +90,29 @@ class Method(Node):
         spec = describe(model)
         merge = self._merges(spec)
         exact = self._exact(merge)
-        check_reach(spec, schedules(spec, merge, exact), exact, budget.limits(cost_of(spec)), self.widths)
+        check_reach(spec, schedules(spec, merge, exact), exact, budget, self.widths)
         images, probe = self.images(data)
         calibration = self._calibration(model, data, images, probe, seed, folder)
+
+        def read(budget: Budget) -> Found:
+            found = self._read(model, calibration, budget, images, merge, seed)
+            if log is not None:
+                log(found.trials[0])
+            return replace(found, again=read)
+
+        return read(budget)
+
+    def _read(
+        self,
+        model: nn.Module,
+        calibration: Calibration,
+        budget: Budget,
+        images: Sequence[Tensor],
+        merge: Kind,
+        seed: int,
+    ) -> Found:
+        """What `budget` gives of a calibration, with the weights that make up for it."""
+        spec, exact = describe(model), self._exact(merge)
         start = time.perf_counter()
         chosen = read_off(calibration, budget, merge=merge != "none", widths=self.widths, exact=exact)
         steps = merging(spec, chosen.merges, chosen.exact)
@@ -122,8 +143,6 @@ class Method(Node):
             "calibration_seconds": calibration.seconds,
             "seconds": time.perf_counter() - start,
         }
-        if log is not None:
-            log(record)
         return Found(plan=plan, parent=model, grafts=grafts, trials=(record,))
 
     def _exact(self, merge: Kind) -> bool:

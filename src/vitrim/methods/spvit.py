@@ -32,11 +32,10 @@ from torch import Tensor, nn
 
 from vitrim.budget import Budget
 from vitrim.contract import Data, Found
-from vitrim.costs import cost_of
 from vitrim.data import Augment
 from vitrim.errors import MethodError
 from vitrim.families import describe
-from vitrim.methods._spvit import Counting, Layout, SinglePath, layout, prices
+from vitrim.methods._spvit import Counting, Layout, SinglePath, layout, prices, times
 from vitrim.methods._spvit_plan import as_evaluated, check_reach, decide, grafts, planned, told
 from vitrim.methods._spvit_published import check_budget, published
 from vitrim.plain import Node
@@ -75,6 +74,7 @@ class Method(Node):
 
     needs: ClassVar[str] = "images"
     least_images: ClassVar[int] = 2
+    timed: ClassVar[bool] = True
     sentence: ClassVar[str] = "learns which attentions a convolution made of their own weights can replace, and neurons"
 
     train: Train = Train(
@@ -162,21 +162,24 @@ class Method(Node):
             stage="search",
             after_step=self._stopper(spec, how, budget, data),
         )
-        levels, neurons = decide(spec, single, how, budget)
-        plan = planned(spec, how, levels, neurons)
         single.model.train(model.training)
-        trials = told(spec, single, how, levels, neurons)
-        if self.inherit == "dense":
-            return Found(plan=plan, parent=model, trials=trials)
-        return Found(plan=plan, parent=single.model, grafts=grafts(single, levels), trials=trials)
+
+        def read(budget: Budget) -> Found:
+            levels, neurons = decide(spec, single, how, budget)
+            plan, trials = planned(spec, how, levels, neurons), told(spec, single, how, levels, neurons)
+            if self.inherit == "dense":
+                return Found(plan=plan, parent=model, trials=trials, again=read)
+            return Found(plan=plan, parent=single.model, grafts=grafts(single, levels), trials=trials, again=read)
+
+        return read(budget)
 
     def penalty(self, spec: Spec, how: Layout, budget: Budget) -> Callable[[nn.Module], Tensor]:
-        """The penalty ``pressure * (F - target)^2`` of a `SinglePath`, F and target in G."""
-        priced = prices(spec, how, self.counting)
+        """The penalty ``pressure * (F - target)^2`` of a `SinglePath`, F and target in G, or in seconds."""
+        priced = prices(spec, how, self.counting) if budget.latency is None else times(spec, how, budget)
         whole = priced.constant + sum(map(sum, priced.steps.values()))
         whole += sum(priced.neurons[f"{path}.hidden"] * (block.hidden or 0)
                      for path, _, block in spec.blocks() if f"{path}.hidden" in priced.neurons)  # fmt: skip
-        parent = cost_of(spec)
+        parent = budget.cost(spec)
         shares = [limit / getattr(parent, name) for name, limit in budget.limits(parent).items()]
         target = self.target if self.target is not None else min(shares) * whole / 1e9
         pressure = self.pressure
@@ -194,7 +197,7 @@ class Method(Node):
         """What ends the search after the first epoch whose structure meets the budget."""
         assert data.train is not None
         steps = steps_of(data.train, self.train.model_copy(update={"epochs": 1}), data.input)
-        parent = cost_of(spec)
+        parent = budget.cost(spec)
 
         def after(single: nn.Module, step: int) -> None:
             if not self.stop or (step + 1) % steps:
@@ -202,7 +205,7 @@ class Method(Node):
             assert isinstance(single, SinglePath)
             levels, neurons = as_evaluated(single)
             child = folded(planned(spec, how, levels, neurons).child(spec))
-            if budget.admits(cost_of(child), parent):
+            if budget.admits(budget.cost(child), parent):
                 raise Stop
 
         return after

@@ -16,8 +16,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from vitrim.budget import SLACK, Budget
-from vitrim.costs import Cost
+from vitrim.budget import SLACK, Budget, Price
 from vitrim.errors import BudgetError, MethodError
 from vitrim.plan import BlockPlan, Kept, Plan
 from vitrim.search.ladders import ALIGN, Array, Choice, Ladder, hidden_rate, ladders_of
@@ -68,7 +67,7 @@ def _filled(
     spec: Spec,
     ladders: list[Ladder],
     ranked: Mapping[str, Array],
-    parent: Cost,
+    parent: Price,
     limits: Mapping[str, int],
     by: str,
     choice: Choice,
@@ -77,7 +76,7 @@ def _filled(
     """The plan at `limits`, taken at the savings of single rungs."""
     for ladder in ladders:
         ladder.level = 0
-    need = np.array([getattr(parent, name) - limits.get(name, getattr(parent, name)) for name in Cost._fields])
+    need = np.array([getattr(parent, name) - limits.get(name, getattr(parent, name)) for name in Price._fields])
     row = _row(ladders, need, by)
     left = _take(ladders, row, need, parent, limits)
     _give_back(ladders, row, left)
@@ -91,7 +90,7 @@ def _timed(
     spec: Spec,
     ladders: list[Ladder],
     ranked: Mapping[str, Array],
-    parent: Cost,
+    parent: Price,
     limits: dict[str, int],
     by: str,
     choice: Choice,
@@ -127,7 +126,7 @@ def _too_fast(
     spec: Spec,
     ladders: list[Ladder],
     ranked: Mapping[str, Array],
-    parent: Cost,
+    parent: Price,
     limits: Mapping[str, int],
     budget: Budget,
 ) -> BudgetError:
@@ -219,7 +218,7 @@ def _channels(ladder: Ladder, rung: int) -> int:
 
 
 def _take(
-    ladders: list[Ladder], row: list[tuple[int, int]], need: Array, parent: Cost, limits: Mapping[str, int]
+    ladders: list[Ladder], row: list[tuple[int, int]], need: Array, parent: Price, limits: Mapping[str, int]
 ) -> Array:
     """Go down rung by rung until `need` is met; return what was saved too much."""
     left = need.astype(float)
@@ -230,8 +229,8 @@ def _take(
         left -= ladders[number].saves[rung]
     if (left <= 0).all():
         return -left
-    least = {name: getattr(parent, name) - int(n - m) for name, n, m in zip(Cost._fields, need, left, strict=True)}
-    name = next(name for name, short in zip(Cost._fields, left, strict=True) if short > 0)
+    least = {name: getattr(parent, name) - int(n - m) for name, n, m in zip(Price._fields, need, left, strict=True)}
+    name = next(name for name, short in zip(Price._fields, left, strict=True) if short > 0)
     raise BudgetError(
         f"budget of {name} must be at least {least[name]:,} for this model, but got {limits[name]:,}; "
         "allow more, or another method or choice of widths"
@@ -304,7 +303,7 @@ def _top_up(spec: Spec, plan: Plan, ranked: Mapping[str, Array], budget: Budget)
         rate = hidden_rate(stage, block, arriving, budget)(0, 1, 0)
         room = [
             (limits[name] - getattr(cost, name)) // max(int(step), 1)
-            for name, step in zip(Cost._fields, rate, strict=True)
+            for name, step in zip(Price._fields, rate, strict=True)
             if name in limits
         ]
         more = min(block.hidden - len(kept), ALIGN - 1, *room)

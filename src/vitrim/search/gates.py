@@ -88,15 +88,15 @@ def project(logits: Tensor, saves: Tensor, need: Tensor, after: Tensor) -> Tenso
 
     Args:
         logits: ``(n,)``; of equal ones the first is closed first.
-        saves: macs and parameters that closing each rung saves, ``(n, 2)``; may be negative.
-        need: macs and parameters to save, ``(2,)``; at most 0 for no need.
+        saves: what closing each rung saves, of each of C costs, ``(n, C)``; may be negative.
+        need: what to save, ``(C,)``; at most 0 for no need.
         after: for each rung the one without which it cannot be open, ``(n,)``; -1 for none.
 
     Returns:
         Which rungs are open, bool ``(n,)``. If closing all does not do, none is.
     """
     order = torch.argsort(logits, stable=True)
-    saved = torch.cat([saves.new_zeros(1, 2), saves[order].cumsum(dim=0)])
+    saved = torch.cat([saves.new_zeros(1, saves.shape[1]), saves[order].cumsum(dim=0)])
     met = (saved >= need).all(dim=1).nonzero().flatten()
     count = int(met[0]) if len(met) else len(order)
     keep = torch.ones(len(order), dtype=torch.bool)

@@ -30,7 +30,7 @@ ALIGN = 8
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 Rate = Callable[[int, int, int], Array]
-"""What cutting (qk channels, v channels, heads), or (0, neurons, 0), saves, in the order of `Cost`."""
+"""What cutting (qk channels, v channels, heads), or (0, neurons, 0), saves, in the order of `Price`."""
 
 
 @dataclass(slots=True)

@@ -165,7 +165,7 @@ def spend(ladders: list[Ladder], row: list[tuple[int, int]], cost: Cost, limits:
     Raises:
         BudgetError: naming the least possible, if all floors together are too dear.
     """
-    rest = list(cost[:2])
+    rest = list(cost)
     for number, rung in row:
         if _within(rest, limits):
             break
@@ -213,7 +213,7 @@ def row_of(ladders: list[Ladder], names: Iterable[str], cost: Cost, rules: Rules
 
 def top_up(ladders: list[Ladder], cost: Cost, limits: Mapping[str, float]) -> Cost:
     """Give single slots back, the most valuable first, where whole groups leave more than the slack (small models)."""
-    rest = list(cost[:2])
+    rest = list(cost)
 
     def short() -> bool:
         return all(rest[Cost._fields.index(name)] < (1 - SLACK) * limit for name, limit in limits.items())

@@ -36,7 +36,7 @@ from vitrim.train import Task, fit
 from vitrim.transfer.objective import PixelObjective
 from vitrim.transfer.picture import colours, side_by_side
 from vitrim.transfer.recipe import SceneData, TransferRecipe
-from vitrim.transfer.score import by_class, score
+from vitrim.transfer.score import by_class, confusion, score
 
 __all__ = ["Transferred", "transfer"]
 
@@ -103,6 +103,7 @@ def transfer(
 def _prepare(recipe: TransferRecipe, folder: Path, backbone: nn.Module | None, say: Callable[[str], None]) -> _Job:
     """Open all that is needed and refuse what cannot work, before the first file is written."""
     train, test = _scenes(recipe.data, say)
+    confusion(test.classes)  # a package that is missing should not be missed after the training
     say(f"opening {recipe.model.name}")
     if backbone is None:
         backbone = open_parent(**dump(recipe.model), seed=recipe.seed)

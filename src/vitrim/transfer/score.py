@@ -72,7 +72,7 @@ def score(
     count: Any = getattr(model, "num_classes", None)
     if count != scenes.classes:
         raise DataError(f"{scenes.source}: must have the {count} classes of the model, but has {scenes.classes}")
-    table = _confusion(scenes.classes)
+    table = confusion(scenes.classes)
     kept: dict[int, Tensor] = {}
     with resting(model), progress("evaluate", len(scenes)) as advance:
         meet = _whole if settings.mode == "whole" else _slide
@@ -88,7 +88,12 @@ def score(
     return _summary(table.compute().double(), len(scenes), time.perf_counter() - start), kept
 
 
-def _confusion(classes: int) -> Any:
+def confusion(classes: int) -> Any:
+    """What counts pixels by their class and the one that is said, torchmetrics' own.
+
+    Raises:
+        RecipeError: torchmetrics is missing.
+    """
     try:
         from torchmetrics.classification import MulticlassConfusionMatrix
     except ImportError:
