@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from vitrim import cli
 from vitrim.costs import cost_of
 from vitrim.errors import PlanError, RunError
 from vitrim.plan import BlockPlan, Plan, write_plan
@@ -436,3 +437,17 @@ def test_a_spreadsheet_runs_no_formula(tmp_path):
     folder = run_folder(tmp_path / "run", method="=1+1", model="@x", budget='a,"b"\nc')
     line = next(reading.DictReader(io.StringIO(csv([folder]))))
     assert (line["method"], line["model"], line["budget"]) == ("'=1+1", "'@x", 'a,"b"\nc')
+
+
+def test_csv_from_the_command_line(three, tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["vitrim", "report", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code or 0, " ".join(capsys.readouterr().err.split())
+
+    assert run(*three, "--csv", tmp_path / "new" / "runs.csv")[0] == 0
+    assert (tmp_path / "new" / "runs.csv").read_text() == csv(three)
+    code, told = run(*three, "--out", tmp_path / "new" / "runs.csv" / "page.html")
+    assert code == 2
+    assert "the place must be writable, but is not" in told
