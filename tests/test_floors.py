@@ -16,10 +16,10 @@ SOURCE = Path(vitrim.__file__).parent
 ROOMS = (
     "errors plain progress steps spec plan costs table budget "
     "nn families "
-    "measure observe surgery store parent "
+    "measure observe surgery store parent export runtimes "
     "data train "
     "search compensate contract methods "
-    "recipe timed job verdict report run transfer pareto export quantize runtimes bench hub deliver cli demo"
+    "recipe timed job verdict report run transfer pareto quantize bench hub deliver cli demo"
 ).split()
 WORDS = frozenset({"errors", "plain", "steps", "spec", "plan", "costs", "table", "budget"})
 DOORS = frozenset({"", "__main__"})

@@ -12,7 +12,7 @@ from tests.tables import proportional
 from vitrim import families, methods, timed
 from vitrim.budget import Budget
 from vitrim.costs import attention_macs, cost_of, mlp_macs
-from vitrim.errors import BudgetError
+from vitrim.errors import BudgetError, ExportError
 from vitrim.families import describe
 from vitrim.measure import Latency
 from vitrim.measure.table import machine_of, make_table
@@ -312,6 +312,23 @@ def test_a_run_meets_its_time(monkeypatch, tmp_path):
     tables.write_text("{}")
     with pytest.raises(BudgetError, match=str(tables)):
         timed.table_for(model, Measure())
+
+
+def test_a_runtime_that_reads_onnx_meets_its_time_itself():
+    model = small_vit()
+    spec = describe(model)
+    half = apply(model, fill(spec, zeros(model), Budget(macs=0.5)))
+    taken = timed.clocked(half, model, Measure(runtime="onnxruntime", batch=2, threads=1, seconds=0.2))
+    assert 0 < taken.ratio < 1.2
+    assert taken.dtype == "float32"
+    with pytest.raises(ExportError, match=r"must run in float32, but .* is bfloat16"):
+        timed.clocked(half, model, Measure(runtime="onnxruntime", dtype="bfloat16"))
+
+
+def test_a_runtime_that_is_not_there_is_refused_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    with pytest.raises(ExportError, match=r"vitrim\[openvino\]"):
+        vitrim.compress(small_vit(), method="random", budget="latency=0.6", measure={"runtime": "openvino"})
 
 
 def test_tables_of_other_settings_are_other_files(monkeypatch, tmp_path):

@@ -21,6 +21,7 @@ from vitrim.observe import axes
 from vitrim.parent import open_parent, open_teacher
 from vitrim.plain import dump, load, read_toml, write_text
 from vitrim.recipe import ModelRecipe, Recipe
+from vitrim.runtimes import check_runtimes
 from vitrim.search.fill import fill
 from vitrim.spec import Spec
 from vitrim.timed import table_for
@@ -173,6 +174,7 @@ def prepare(
 ) -> Job:
     """Open all that a run needs and refuse what cannot work, before the first file is written."""
     budget = Budget.parse(recipe.budget)
+    check_runtimes([recipe.measure.runtime])
     needs = getattr(method, "asks", method.needs)
     if data[0] is None and (needs != "nothing" or recipe.train.epochs):
         what = f"{recipe.method['name']} needs {needs}" if needs != "nothing" else "training needs images"

@@ -71,7 +71,7 @@ class Measure(Node):
         batch: images of one timed call.
         threads: CPU threads; None for the machine's.
         seconds: time spent on timing.
-        runtime: what runs both, and what a budget of latency is planned for.
+        runtime: what runs both, and what a budget of latency is met in.
         dtype: floating-point type; None for the model's own.
     """
 
@@ -79,7 +79,7 @@ class Measure(Node):
     batch: PositiveInt = 8
     threads: PositiveInt | None = None
     seconds: float = Field(default=8.0, gt=0)
-    runtime: Literal["eager", "compile"] = "eager"
+    runtime: Literal["eager", "compile", "onnxruntime", "openvino"] = "eager"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
 

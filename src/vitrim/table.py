@@ -19,9 +19,7 @@ from vitrim.plain import Node
 from vitrim.spec import Attention, Block, Conv, Spec, Stage
 from vitrim.steps import Flow, Tokens, flow_of
 
-__all__ = ["RUNTIMES", "Machine", "StageTimes", "Table"]
-
-RUNTIMES = ("eager", "compile", "onnxruntime", "openvino")
+__all__ = ["Machine", "StageTimes", "Table"]
 
 TICKS = 10**9
 """Times are whole nanoseconds where they are priced, so that sums are exact."""
@@ -40,7 +38,7 @@ class Machine(Node):
     """
 
     device: str
-    runtime: Literal["eager", "compile", "onnxruntime", "openvino"] = "eager"
+    runtime: Literal["eager", "compile"] = "eager"
     batch: int
     threads: int
     dtype: str

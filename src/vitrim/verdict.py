@@ -104,9 +104,10 @@ def _time(job: Job, child: nn.Module) -> dict[str, Any]:
         "threads": taken.threads,
         "batch": taken.batch,
         "dtype": taken.dtype,
+        "runtime": settings.runtime,
     }
 
 
 _TIMES = (
-    "latency_ms latency_parent_ms latency_ratio latency_ratio_low latency_ratio_high device threads batch dtype".split()
-)
+    "latency_ms latency_parent_ms latency_ratio latency_ratio_low latency_ratio_high device threads batch dtype runtime"
+).split()

@@ -20,7 +20,9 @@ def compress(
     method: Annotated[
         str | None, typer.Option("--method", help="See `vitrim methods`; taylor, or post_training with --calibration.")
     ] = None,
-    budget: Annotated[str, typer.Option("--budget", help="macs=0.5, macs=2.3G, params=12M, or several.")] = "macs=0.5",
+    budget: Annotated[
+        str, typer.Option("--budget", help="macs=0.5, macs=2.3G, params=12M, latency=0.6, or several.")
+    ] = "macs=0.5",
     data: Source = None,
     test: Annotated[str | None, typer.Option("--test", help="Images to measure on; no search sees them.")] = None,
     weights: Weights = None,

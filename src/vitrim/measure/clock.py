@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 import timm
 import torch
@@ -60,6 +61,34 @@ class Latency(Node):
     device: str
     torch: str
     timm: str
+
+    @classmethod
+    def of(
+        cls,
+        samples: Sequence[Sequence[float]],
+        *,
+        batch: int,
+        image: Image,
+        threads: int,
+        dtype: str,
+        device: str,
+        repeats: int = 1,
+        peak_bytes: int | None = None,
+    ) -> Self:
+        """From samples of a model, and of its reference if there is one, that were taken in turns; seconds each."""
+        return cls(
+            **_summary(samples, batch),
+            peak_bytes=peak_bytes,
+            runs=len(samples[0]),
+            repeats=repeats,
+            batch=batch,
+            image=image,
+            threads=threads,
+            dtype=dtype,
+            device=device,
+            torch=torch.__version__,
+            timm=timm.__version__,
+        )
 
 
 def latency(
@@ -114,18 +143,15 @@ def latency(
         passes = [_timer(m, inputs) for m in models]
         repeats = _repeats(passes, warmup)
         samples = _rounds(passes, repeats, seconds, runs)
-        return Latency(
-            **_summary(samples, batch),
+        return Latency.of(
+            samples,
             peak_bytes=_peak(models[0], inputs),
-            runs=len(samples[0]),
             repeats=repeats,
             batch=batch,
             image=shape,
             threads=torch.get_num_threads(),
             dtype=str(kind).removeprefix("torch."),
             device=_name(place),
-            torch=torch.__version__,
-            timm=timm.__version__,
         )
 
 
@@ -195,7 +221,7 @@ def _rounds(passes: Sequence[Callable[[int], float]], repeats: int, seconds: flo
     return samples
 
 
-def _summary(samples: list[list[float]], batch: int) -> dict[str, float]:
+def _summary(samples: Sequence[Sequence[float]], batch: int) -> dict[str, float]:
     low, middle, high = _spread(samples[0])
     summary = {"seconds": middle, "seconds_low": low, "seconds_high": high, "images_per_second": batch / middle}
     if len(samples) == 2:
@@ -206,7 +232,7 @@ def _summary(samples: list[list[float]], batch: int) -> dict[str, float]:
     return summary
 
 
-def _spread(values: list[float]) -> tuple[float, float, float]:
+def _spread(values: Sequence[float]) -> tuple[float, float, float]:
     """10th percentile, median and 90th percentile."""
     tenths = statistics.quantiles(values, n=10, method="inclusive")
     return tenths[0], statistics.median(values), tenths[-1]

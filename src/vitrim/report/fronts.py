@@ -13,7 +13,7 @@ from vitrim.report.tables import short
 __all__ = ["courses", "front", "fronts"]
 
 _COSTS = (("macs", "multiply-accumulates"), ("params", "parameters"), ("latency", "measured latency"))
-_PLACE = ("device", "threads", "batch", "dtype")
+_PLACE = ("device", "runtime", "threads", "batch", "dtype")
 """What must be the same of two times before they are shown on one axis."""
 MARKERS = "osD^vP*X"
 LETTERS = 115
