@@ -108,6 +108,6 @@ DISTILLED: dict[str, Any] = {
     "augment": {"kind": "full", "scale": 0.5, "auto": "", "jitter": 0, "erase": 0},
     "distill": {"kind": "soft", "alpha": 1},
 }
-"""Label-free distillation for some minutes (``minutes`` is to be added): divergence from the teacher's output on crops and
-their mirror images. A compressed model is near its teacher already, and larger steps lead away from it; a thousand images
-without crops are known by heart after two epochs (see docs/methods/post_training.md)."""
+"""Label-free distillation for some minutes (``minutes`` is to be added): divergence from the teacher's output on crops
+and their mirror images. A compressed model is near its teacher already, and larger steps lead away from it; a thousand
+images without crops are known by heart after two epochs (see docs/methods/post_training.md)."""
