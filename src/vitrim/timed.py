@@ -178,7 +178,10 @@ def meet(
             f"budget of latency must be met within {CLOSE:.0%} on {budget.table and budget.table.machine}, but of "
             f"{len(tried)} children the fastest takes {best:.3f} of the dense time, not {budget.latency:g}; allow more"
         )
-    return replace(max(within, key=lambda met: met.ratio), measured=len(tried))
+    best_met = max(within, key=lambda met: met.ratio)
+    if best_met.ratio < (1 - CLOSE) * budget.latency:
+        say(f"no plan lies nearer to {budget.latency:g} of the time than {best_met.ratio:.3f}, which is faster")
+    return replace(best_met, measured=len(tried))
 
 
 def _steady(taken: Latency, budget: Budget) -> float:
