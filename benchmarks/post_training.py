@@ -316,6 +316,7 @@ def timed(bench: Bench, path: Path) -> dict[str, Any]:
         "latency_ratio_high": taken.ratio_high,
         "device": taken.device,
         **versions(),
+        "threads": taken.threads,
     }
 
 
