@@ -15,7 +15,7 @@ from vitrim.costs import attention_macs, cost_of, mlp_macs
 from vitrim.errors import BudgetError, ExportError
 from vitrim.families import describe
 from vitrim.measure import Latency
-from vitrim.measure.table import machine_of, make_table
+from vitrim.measure.table import fitted, halved, machine_of, make_table
 from vitrim.methods._spvit import SinglePath, layout, times
 from vitrim.methods._spvit_plan import decide, planned
 from vitrim.observe import axes
@@ -135,6 +135,32 @@ def test_a_measured_table_gives_the_dense_model_its_own_time(family, preset):
     assert table.latency(bare) == round(table.host * 1e9)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert Table.model_validate_json(table.model_dump_json()) == table
+
+
+@pytest.mark.parametrize("norm", [{}, {"qk_norm": True}])
+def test_a_table_learns_what_branches_cost_within_a_model(norm):
+    spec = describe(small_vit(**norm))
+    alone = proportional(spec)
+    truth = alone.scaled(1.3).model_copy(update={"branch": 2e-5})
+    dense, half = truth.latency(spec) / 1e9, truth.latency(halved(spec)) / 1e9
+    found = fitted(alone.model_copy(update={"dense": dense}), spec, half)
+    for child in (spec, halved(spec), Plan.keep(spec).child(spec), headless(spec)):
+        assert found.latency(child) == pytest.approx(truth.latency(child), abs=10)
+
+
+def headless(spec):
+    blocks = [BlockPlan(mixer=Skip()), BlockPlan(mlp=Skip()), *[BlockPlan() for _ in spec.blocks()[2:]]]
+    return Plan.of(spec, blocks).child(spec)
+
+
+@pytest.mark.parametrize("half", [0.0, 0.2, 5.0])
+def test_a_table_fitted_to_noise_still_gives_the_dense_model_its_own_time(half):
+    spec = describe(small_vit())
+    table = proportional(spec).model_copy(update={"dense": 3e-3})
+    found = fitted(table, spec, half * table.dense)
+    assert found.branch >= 0
+    assert found.latency(spec) / 1e9 == pytest.approx(table.dense, abs=1e-7)
+    assert found.latency(halved(spec)) < found.latency(spec)
 
 
 # -- plans

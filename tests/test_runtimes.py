@@ -103,10 +103,10 @@ def test_a_file_is_run_as_it_is(child, onnx, tmp_path):
 
 def test_turns_go_there_and_back():
     calls = []
-    samples = turns([lambda name=name: calls.append(name) for name in "abc"], seconds=1e-9, runs=2)
+    samples, repeats = turns([lambda name=name: calls.append(name) for name in "abc"], seconds=1e-9, runs=2)
     assert [len(mine) for mine in samples] == [2, 2, 2]
     order = "".join(calls)[6:]
-    repeats = len(order) // 6
+    assert repeats == len(order) // 6
     assert order[::repeats] == "abccba"
 
 

@@ -20,7 +20,7 @@ from vitrim.errors import ExportError, RecipeError, RunError
 from vitrim.export import export
 from vitrim.families import describe
 from vitrim.measure.model import image_of
-from vitrim.measure.turns import at_least, name_of, place_of, spread, threading, turns
+from vitrim.measure.turns import at_least, name_of, place_of, spread, threading, turns, waiting
 from vitrim.plain import Node, dump, write_json, write_text
 from vitrim.runtimes import Ready, check_runtimes, peak_bytes, ready
 
@@ -148,7 +148,7 @@ def bench(
             opened = list(_opened(entries, runtimes, batch, dtype, place, say))
             say(f"timing {len(opened)} in turns, batch of {batch}")
             calls = [_pass(found, images) for _, found, images in opened]
-            samples = turns(calls, wait=_waiting(place), seconds=seconds, runs=runs)
+            samples = turns(calls, wait=waiting(place), seconds=seconds, runs=runs).samples
             least = min(least or len(samples[0]), len(samples[0]))
             versions |= {found.runtime: found.version for _, found, _ in opened}
             peaks = [_peak(entry, found.runtime, batch, place) if memory else None for entry, found, _ in opened]
@@ -228,14 +228,8 @@ def _pass(found: Ready, images: Tensor) -> Callable[[], Tensor]:
     return lambda: found.run(images)
 
 
-def _waiting(place: torch.device) -> Callable[[], None]:
-    return torch.cuda.synchronize if place.type == "cuda" else lambda: None
-
-
 def _peak(entry: _Entry, runtime: str, batch: int, place: torch.device) -> int | None:
-    if place.type != "cpu":
-        return None
-    if runtime == "compile":
+    if place.type != "cpu" or runtime == "compile":
         return None
     return peak_bytes(entry.file(runtime), entry.image, runtime, batch, torch.get_num_threads())
 

@@ -112,6 +112,7 @@ class Table(Node):
         machine: what they were measured on.
         stages: of each stage.
         host: seconds of all that is not a block.
+        branch: seconds that each attention and each MLP takes within the model beyond what its stage says.
         dense: seconds of the whole dense model, measured in the same run.
         spread: how far single measurements of the dense model lie apart: the 90th minus the 10th percentile, over the
             median.
@@ -122,6 +123,7 @@ class Table(Node):
     machine: Machine
     stages: tuple[StageTimes, ...]
     host: float
+    branch: float = 0.0
     dense: float
     spread: float = 0.0
     seconds: float = 0.0
@@ -154,19 +156,20 @@ class Table(Node):
             )
         here = stage.enters if arriving is None else arriving
         flow = flow_of(block.tokens, here, stage.patches, block.only_prefix)
-        seconds = 0.0
+        mixed = fed = 0.0
         if isinstance(block.mixer, Attention):
-            seconds += times.attends(block.mixer, flow, here.carried or here.sized)
+            mixed = times.attends(block.mixer, flow, here.carried or here.sized)
         elif isinstance(block.mixer, Conv):
-            seconds += times.conv[str(block.mixer.kernel)] if times.conv else 0.0
+            mixed = times.conv[str(block.mixer.kernel)] if times.conv else 0.0
+        if block.hidden:
+            fed = times.feeds(flow.rows, block.hidden)
+        seconds = mixed + fed + self.branch * (bool(mixed) + bool(fed))
         if block.tokens is not None and block.tokens.kind in times.steps:
             seconds += times.steps[block.tokens.kind] * here.total / stage.tokens
-        if block.hidden:
-            seconds += times.feeds(flow.rows, block.hidden)
         return round(seconds * TICKS)
 
     def scaled(self, factor: float) -> "Table":
-        """The same table with all times `factor` times as long."""
+        """The same table with what its stages say `factor` times as long."""
         stages = tuple(
             times.model_copy(
                 update={
@@ -179,7 +182,7 @@ class Table(Node):
             )
             for times in self.stages
         )
-        return self.model_copy(update={"stages": stages, "host": self.host * factor})
+        return self.model_copy(update={"stages": stages})
 
 
 def _between(axes: Sequence[Sequence[float]], values: Any, point: Sequence[float]) -> float:

@@ -101,9 +101,10 @@ def _exported(child: nn.Module, parent: nn.Module, settings: Measure) -> Latency
     image = image_of(parent)
     images = torch.randn(settings.batch, *image, generator=torch.Generator().manual_seed(0))
     nets = [ready(net, images, settings.runtime, threads=settings.threads) for net in (child, parent)]
-    samples = turns([functools.partial(net.run, images) for net in nets], seconds=settings.seconds)
+    taken = turns([functools.partial(net.run, images) for net in nets], seconds=settings.seconds)
     return Latency.of(
-        samples,
+        taken.samples,
+        repeats=taken.repeats,
         batch=settings.batch,
         image=image,
         threads=settings.threads or torch.get_num_threads(),

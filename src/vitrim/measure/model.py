@@ -1,6 +1,7 @@
 """What both measurements need from a model: its input, and a way to run it and leave it as it was."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from vitrim.errors import RecipeError
 from vitrim.nn.layers import input_channels
 
-__all__ = ["Image", "home_of", "image_of", "resting"]
+__all__ = ["Image", "compiled_copy", "home_of", "image_of", "moved", "resting"]
 
 Image = tuple[int, int, int]
 """Channels, height and width of one image."""
@@ -44,6 +45,20 @@ def home_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
         if tensor.is_floating_point():
             return tensor.device, tensor.dtype
     return torch.device("cpu"), torch.get_default_dtype()
+
+
+def moved(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """`model` itself where it is at home there, else a copy that is."""
+    if home_of(model) == (device, dtype):
+        return model
+    return copy.deepcopy(model).to(device, dtype)
+
+
+def compiled_copy(model: nn.Module) -> nn.Module:
+    """A copy that `torch.compile` runs."""
+    twin = copy.deepcopy(model)
+    twin.compile()
+    return twin
 
 
 @contextlib.contextmanager

@@ -5,10 +5,11 @@ B images, N tokens, D width, H heads, K channels of a head, M hidden neurons.
 
 import copy
 import datetime
+import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +17,15 @@ import torch
 from torch import nn
 
 from vitrim.families import blocks_of, describe
-from vitrim.measure.clock import TICK, _at, _name, _place, _repeats, _rounds, _spread, _threads, _timer
-from vitrim.measure.model import home_of, image_of, resting
+from vitrim.measure.model import home_of, image_of, moved, resting
+from vitrim.measure.turns import TICK, Timer, name_of, place_of, spread, threading, timer, turns, waiting
 from vitrim.nn.make import make_block, settled
 from vitrim.progress import progress
-from vitrim.spec import Attention, Block, Conv, Skip, Stage
+from vitrim.spec import Attention, Block, Conv, Skip, Spec, Stage
 from vitrim.steps import Drop, GridMerge, Merge, Step, Tokens, TopK, flow_of
-from vitrim.table import Machine, StageTimes, Table
+from vitrim.table import TICKS, Machine, StageTimes, Table
 
-__all__ = ["machine_of", "make_table"]
+__all__ = ["fitted", "halved", "machine_of", "make_table"]
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """Of heads and of tokens that are measured."""
@@ -47,9 +48,9 @@ def machine_of(
 ) -> Machine:
     """What `make_table` with the same arguments measures on."""
     home, kind = home_of(model)
-    place = _place(device) if device is not None else home
+    place = place_of(device) if device is not None else home
     return Machine(
-        device=_name(place),
+        device=name_of(place),
         runtime="compile" if compiled else "eager",
         batch=batch,
         threads=threads or torch.get_num_threads(),
@@ -87,37 +88,34 @@ def make_table(
     start = time.perf_counter()
     spec = describe(model)
     home, kind = home_of(model)
-    place = _place(device) if device is not None else home
-    dense = _at(model, place, dtype or kind)
+    place = place_of(device) if device is not None else home
     bench = _Bench(batch, place, dtype or kind, compiled)
-    inputs = torch.randn(batch, *image_of(model), generator=torch.Generator().manual_seed(0)).to(place, dtype or kind)
-    with resting(dense), torch.inference_mode(), _threads(threads):
-        whole = [bench.ready(net) for net in (copy.deepcopy(dense) if compiled else dense, _hollow(dense))]
-        passes = [_timer(net, inputs) for net in whole]
-        both = _rounds(passes, _repeats(passes, 2), seconds, 6)
-        low, middle, high = _spread(both[0])
-        share = statistics.median(bare / full for full, bare in zip(*both, strict=True))
-        host = middle * min(share, _MOST)
-        stages = tuple(_stage(stage, bench, rounds) for stage in spec.stages if stage.blocks)
+    dense, half = moved(model, place, bench.dtype), halved(spec)
+    inputs = torch.randn(batch, *image_of(model), generator=torch.Generator().manual_seed(0)).to(place, bench.dtype)
+    with resting(dense), torch.inference_mode(), threading(threads):
+        nets = [copy.deepcopy(dense) if compiled else dense, _hollow(dense), _rebuilt(dense, half)]
+        calls = [functools.partial(bench.ready(net), inputs) for net in nets]
+        full, bare, less = turns(calls, wait=waiting(place), seconds=seconds).samples
+        low, middle, high = spread(full)
+        host = middle * min(_share(bare, full), _MOST)
         table = Table(
-            machine=machine_of(
-                model, batch=batch, threads=threads, dtype=dtype or kind, device=place, compiled=compiled
-            ),
-            stages=stages,
+            machine=machine_of(model, batch=batch, threads=threads, dtype=bench.dtype, device=place, compiled=compiled),
+            stages=tuple(_stage(stage, bench, rounds) for stage in spec.stages if stage.blocks),
             host=host,
             dense=middle,
             spread=(high - low) / middle,
         )
-    # Alone, a branch finds its weights in the cache more often than within its model.
-    rest = table.latency(spec) / 1e9 - host
-    fitted = table.scaled((middle - host) / rest if rest > 0 else 1.0)
-    return fitted.model_copy(
+    return fitted(table, spec, middle * _share(less, full)).model_copy(
         update={
-            "host": host,
             "seconds": time.perf_counter() - start,
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         }
     )
+
+
+def _share(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median over neighbouring samples."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def _hollow(model: nn.Module) -> nn.Module:
@@ -126,6 +124,56 @@ def _hollow(model: nn.Module) -> nn.Module:
     for _, block in blocks_of(bare):
         block.attn = block.mlp = None
     return bare
+
+
+def halved(spec: Spec) -> Spec:
+    """The same with half of all neurons and of each head's channels, or of the heads where channels are tied."""
+    stages = []
+    for stage in spec.stages:
+        tied = stage.form.head_norm is not None or stage.form.mixed_norm is not None
+        blocks = []
+        for block in stage.blocks:
+            mixer = block.mixer
+            if isinstance(mixer, Attention):
+                few = slice((len(mixer.v) + 1) // 2) if tied else slice(None)
+                cut = 1 if tied else 2
+                mixer = mixer.model_copy(
+                    update={name: tuple(-(-k // cut) for k in getattr(mixer, name)[few]) for name in ("qk", "v")}
+                )
+            hidden = block.hidden and max(1, block.hidden // 2)
+            blocks.append(block.model_copy(update={"mixer": mixer, "hidden": hidden}))
+        stages.append(stage.model_copy(update={"blocks": tuple(blocks)}))
+    return spec.model_copy(update={"stages": tuple(stages)})
+
+
+def _rebuilt(model: nn.Module, spec: Spec) -> nn.Module:
+    """A copy with the branches of `spec`, of random weights."""
+    other = copy.deepcopy(model)
+    like = next(model.parameters())
+    for (_, block), (_, stage, node), arriving in zip(blocks_of(other), spec.blocks(), spec.arrivals(), strict=True):
+        with torch.device(like.device):
+            fresh = settled(make_block(stage, node, arriving)).to(like.dtype).eval()
+        block.attn, block.mlp = fresh.attn, fresh.mlp
+    return other
+
+
+def fitted(table: Table, spec: Spec, seconds: float) -> Table:
+    """The table that gives the dense model `spec` its own time, and the halved one `seconds`.
+
+    Within a model a branch finds less in the cache than alone, and pays for each call: all its times are longer by one
+    factor, and every branch by the same time more. Where noise would make one of the two negative, the factor alone
+    is fitted.
+    """
+    whole, part = (table.latency(one) / TICKS - table.host for one in (spec, halved(spec)))
+    rest = table.dense - table.host
+    branches = sum(bool(getattr(block.mixer, "v", True)) + bool(block.hidden) for _, _, block in spec.blocks())
+    if not whole > 0:
+        return table
+    factor = (table.dense - seconds) / (whole - part) if whole > part else 0.0
+    each = (rest - factor * whole) / branches
+    if factor <= 0 or each < 0:
+        factor, each = rest / whole, 0.0
+    return table.scaled(factor).model_copy(update={"branch": each})
 
 
 @dataclass(frozen=True)
@@ -142,7 +190,7 @@ class _Bench:
             net.compile()
         return net
 
-    def part(self, stage: Stage, block: Block, arriving: Tokens) -> Callable[[int], float]:
+    def part(self, stage: Stage, block: Block, arriving: Tokens) -> Timer:
         """A timer of one block of random weights."""
         with torch.device(self.device):
             net = settled(make_block(stage, block, arriving)).to(self.device, self.dtype).eval()
@@ -150,8 +198,7 @@ class _Bench:
         x = torch.randn(self.batch, *shape, generator=torch.Generator().manual_seed(0))
         if arriving.carried:
             x = torch.cat([x, torch.ones(*x.shape[:-1], 1)], dim=-1)
-        timer: Callable[[int], float] = _timer(self.ready(net), x.to(self.device, self.dtype))
-        return timer
+        return timer(functools.partial(self.ready(net), x.to(self.device, self.dtype)), waiting(self.device))
 
 
 def _stage(stage: Stage, bench: _Bench, rounds: int) -> StageTimes:
@@ -268,23 +315,23 @@ def _timed(stage: Stage, parts: dict[Any, tuple[Block, Tokens]], bench: _Bench, 
     names = list(parts)
     reference = bench.part(stage, _dense(stage), stage.enters)
     timers = [bench.part(stage, *parts[name]) for name in names]
-    repeats = [max(1, math.ceil(TICK / 2 / max(_warm(timer), 1e-9))) for timer in timers]
+    repeats = [max(1, math.ceil(TICK / 2 / max(_warm(one), 1e-9))) for one in timers]
     own: list[float] = []
     shares: list[list[float]] = [[] for _ in names]
     with progress("table", rounds) as advance:
         for _ in range(rounds):
-            for index, timer in enumerate(timers):
+            for index, one in enumerate(timers):
                 if index % 8 == 0:
                     unit = reference(1)
                     own.append(unit)
-                shares[index].append(timer(repeats[index]) / unit)
+                shares[index].append(one(repeats[index]) / unit)
             advance(1)
     unit = statistics.median(own)
     return {name: unit * statistics.median(found) for name, found in zip(names, shares, strict=True)}
 
 
-def _warm(timer: Callable[[int], float]) -> float:
-    return min(timer(1) for _ in range(2))
+def _warm(one: Timer) -> float:
+    return min(one(1) for _ in range(2))
 
 
 def _dense(stage: Stage) -> Block:

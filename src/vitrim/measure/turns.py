@@ -1,43 +1,89 @@
 """Whatever can be called, timed in turns: A B C C B A, so that a drift of the machine meets all alike."""
 
+import contextlib
 import math
+import platform
+import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
 
 from vitrim.errors import RecipeError
-from vitrim.measure.clock import TICK, _at_least, _name, _place, _repeats, _rounds, _spread, _threads
+from vitrim.progress import progress
 
-__all__ = ["TICK", "at_least", "name_of", "place_of", "spread", "threading", "turns"]
+__all__ = [
+    "TICK",
+    "Timer",
+    "Turns",
+    "at_least",
+    "name_of",
+    "place_of",
+    "spread",
+    "threading",
+    "timer",
+    "turns",
+    "waiting",
+]
 
-at_least, name_of, place_of, spread, threading = _at_least, _name, _place, _spread, _threads
+TICK = 0.005
+"""Shortest sample in seconds; shorter calls are repeated within one sample."""
+
+Timer = Callable[[int], float]
+"""Makes a call some times and returns seconds a call."""
+
+
+class Turns(NamedTuple):
+    """What was timed."""
+
+    samples: list[list[float]]
+    """Seconds a call, a list for each; samples at one place of all lists are of one half round."""
+    repeats: int
+    """Calls in one sample."""
 
 
 def turns(
-    calls: Sequence[Callable[[], Any]], *, wait: Callable[[], None] = lambda: None, seconds: float = 5.0, runs: int = 6
-) -> list[list[float]]:
-    """Samples of each call, seconds a call, taken in turns.
+    calls: Sequence[Callable[[], Any]],
+    *,
+    wait: Callable[[], None] = lambda: None,
+    seconds: float = 5.0,
+    runs: int = 6,
+    warmup: int = 2,
+) -> Turns:
+    """Time each call in turns with the others.
 
     Args:
-        calls: what to time, each called twice to warm up.
-        wait: returns when all that was called is done; for devices that go on by themselves.
+        calls: what to time.
+        wait: returns when all that was called is done, see `waiting`.
         seconds: time to spend, above 0; `runs` samples of each are taken even if they take longer.
         runs: least samples of each, at least 2; an odd number is raised by one, to end a round.
-
-    Returns:
-        a list for each call; samples at one place of all lists are of one half round.
+        warmup: calls of each before the first sample, at least 1.
 
     Raises:
         RecipeError: if a setting is out of its range.
     """
-    _at_least("runs", runs, 2)
+    at_least("runs", runs, 2)
+    at_least("warmup", warmup, 1)
     if not 0 < seconds < math.inf:
         raise RecipeError(f"seconds must be above 0 and finite, but got {seconds}")
-    passes = [_timer(call, wait) for call in calls]
-    return _rounds(passes, _repeats(passes, 2), seconds, runs)
+    timers = [timer(call, wait) for call in calls]
+    fastest = min(min(one(1) for _ in range(warmup)) for one in timers)
+    repeats = max(1, math.ceil(TICK / fastest))
+    samples: list[list[float]] = [[] for _ in timers]
+    start = now = time.perf_counter()
+    with progress("timing", seconds, refresh=False) as advance:
+        while len(samples[0]) < runs or now < start + seconds:
+            for order in (range(len(timers)), reversed(range(len(timers)))):
+                for index in order:
+                    samples[index].append(timers[index](repeats))
+            before, now = now, time.perf_counter()
+            advance(now - before)
+    return Turns(samples, repeats)
 
 
-def _timer(call: Callable[[], Any], wait: Callable[[], None]) -> Callable[[int], float]:
+def timer(call: Callable[[], Any], wait: Callable[[], None]) -> Timer:
     """A function that makes `call` some times and returns seconds a call."""
 
     def run(repeats: int) -> float:
@@ -49,3 +95,68 @@ def _timer(call: Callable[[], Any], wait: Callable[[], None]) -> Callable[[int],
         return (time.perf_counter() - start) / repeats
 
     return run
+
+
+def waiting(device: torch.device) -> Callable[[], None]:
+    """What returns when `device` has done all that it was given."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
+
+    return wait
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """10th percentile, median and 90th percentile of at least two values."""
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return tenths[0], statistics.median(values), tenths[-1]
+
+
+@contextlib.contextmanager
+def threading(count: int | None) -> Iterator[None]:
+    """Run with so many CPU threads; with the process's own setting if None."""
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def at_least(name: str, value: int, least: int) -> None:
+    """Refuse a setting below its range.
+
+    Raises:
+        RecipeError: naming it.
+    """
+    if not isinstance(value, int) or value < least:
+        raise RecipeError(f"{name} must be a whole number of at least {least}, but got {value}")
+
+
+def place_of(device: torch.device | str) -> torch.device:
+    """The device with its number, as parameters name it: ``cuda`` alone would equal none of theirs."""
+    place = torch.device(device)
+    if place.type == "cuda" and place.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return place
+
+
+def name_of(device: torch.device) -> str:
+    """What times on `device` are times of: ``cpu, AMD EPYC``, ``NVIDIA H100``."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {_processor()}"
+
+
+def _processor() -> str:
+    """The processor's name as Linux tells it, else what Python knows."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine() or "unknown"
