@@ -170,7 +170,7 @@ def meet(
             break
         # The table may be off by a factor; what is asked of it moves by as much.
         aim = min(max(aim * budget.latency / ratio, 0.01), 1.0)
-        if any(abs(math.log(aim / planner.asked[i])) < 0.005 for i in range(len(planner.asked))):
+        if any(abs(math.log(aim / asked)) < 0.005 for asked in planner.asked):
             break
     within = [met for met in tried if met.ratio <= (1 + CLOSE) * budget.latency]
     if not within:
@@ -269,10 +269,6 @@ class _Planner:
         return self.budget.cost(plan.child(self.spec)).macs / self.dense.macs
 
     def _of_macs(self, macs: float) -> Budget:
-        bounds: dict[str, float] = self.budget.bounds()
-        del bounds["latency"]
-        return Budget(**{**bounds, "macs": min(macs, self._share("macs"))})
-
-    def _share(self, name: str) -> float:
-        bound = self.budget.bounds().get(name)
-        return 1.0 if bound is None else self.budget.limits(self.dense)[name] / getattr(self.dense, name)
+        limits = self.budget.limits(self.dense)
+        most = limits.get("macs", self.dense.macs) / self.dense.macs
+        return Budget(macs=min(macs, most), params=self.budget.params)

@@ -11,6 +11,7 @@ from the best down. Savings are plain multiples of channels, so a row of 46,000 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -55,89 +56,72 @@ def fill(
         MethodError: if a score is not finite or scores do not fit the axes.
     """
     parent = budget.cost(spec)
-    limits = budget.limits(parent)
-    ladders = list(ladders_of(spec, _checked(spec, scores), choice, budget))
     ranked = {path: values.double().cpu().numpy() for path, values in scores.items()}
-    if "latency" not in limits:
-        return _filled(spec, ladders, ranked, parent, limits, by, choice, budget)
-    return _timed(spec, ladders, ranked, parent, limits, by, choice, budget)
+    ladders = list(ladders_of(spec, _checked(spec, scores), choice, budget))
+    filling = _Filling(spec, ladders, ranked, budget, parent, budget.limits(parent), choice, by)
+    return filling.at(filling.limits) if budget.latency is None else filling.within_time()
 
 
-def _filled(
-    spec: Spec,
-    ladders: list[Ladder],
-    ranked: Mapping[str, Array],
-    parent: Price,
-    limits: Mapping[str, int],
-    by: str,
-    choice: Choice,
-    budget: Budget,
-) -> Plan:
-    """The plan at `limits`, taken at the savings of single rungs."""
-    for ladder in ladders:
-        ladder.level = 0
-    need = np.array([getattr(parent, name) - limits.get(name, getattr(parent, name)) for name in Price._fields])
-    row = _row(ladders, need, by)
-    left = _take(ladders, row, need, parent, limits)
-    _give_back(ladders, row, left)
-    plan = _plan(spec, ladders, ranked)
-    if choice != "free":
-        plan = _top_up(spec, plan, ranked, budget)
-    return plan
+@dataclass(frozen=True)
+class _Filling:
+    """Ladders, the scores that they were made of, and what bounds them."""
 
+    spec: Spec
+    ladders: Sequence[Ladder]
+    ranked: Mapping[str, Array]
+    budget: Budget
+    parent: Price
+    limits: Mapping[str, int]
+    choice: Choice
+    by: Literal["score", "density"]
 
-def _timed(
-    spec: Spec,
-    ladders: list[Ladder],
-    ranked: Mapping[str, Array],
-    parent: Price,
-    limits: dict[str, int],
-    by: str,
-    choice: Choice,
-    budget: Budget,
-) -> Plan:
-    """The slowest plan that the table finds fast enough.
+    def at(self, limits: Mapping[str, int]) -> Plan:
+        """The plan at `limits`, taken at the savings of single rungs."""
+        for ladder in self.ladders:
+            ladder.level = 0
+        whole = self.parent._asdict()
+        need = np.array([whole[name] - limits.get(name, whole[name]) for name in Price._fields])
+        row = _row(self.ladders, need, self.by)
+        _give_back(self.ladders, row, _take(self.ladders, row, need, self.parent, limits))
+        plan = _plan(self.spec, self.ladders, self.ranked)
+        return plan if self.choice == "free" else _top_up(self.spec, plan, self.ranked, self.budget)
 
-    Times of heads do not add up as macs do, so what single rungs save is a guess: the limit that they are taken at
-    moves until the whole child meets the one that was asked for.
-    """
-    low, high, best = 0.0, float(parent.latency), None
-    aim = float(limits["latency"])
-    for _ in range(_TRIES):
-        try:
-            plan = _filled(spec, ladders, ranked, parent, {**limits, "latency": math.floor(aim)}, by, choice, budget)
-        except BudgetError:
-            low = aim
-        else:
-            cost = budget.cost(plan.child(spec))
-            if cost.latency <= limits["latency"]:
-                best, low = plan, aim
-                if budget.spent(cost, parent) >= 1 - SLACK / 2:
-                    break
+    def within_time(self) -> Plan:
+        """The slowest plan that the table finds fast enough.
+
+        Times of heads do not add up as macs do, so what single rungs save is a guess: the limit that they are taken at
+        moves until the whole child meets the one that was asked for.
+        """
+        low, high, best = 0.0, float(self.parent.latency), None
+        aim = float(self.limits["latency"])
+        for _ in range(_TRIES):
+            try:
+                plan = self.at({**self.limits, "latency": math.floor(aim)})
+            except BudgetError:
+                low = aim
             else:
-                high = aim
-        aim = (low + high) / 2
-    if best is None:
-        raise _too_fast(spec, ladders, ranked, parent, limits, budget)
-    return best
+                cost = self.budget.cost(plan.child(self.spec))
+                if cost.latency <= self.limits["latency"]:
+                    best, low = plan, aim
+                    if self.budget.spent(cost, self.parent) >= 1 - SLACK / 2:
+                        break
+                else:
+                    high = aim
+            aim = (low + high) / 2
+        if best is None:
+            raise self.too_slow()
+        return best
 
-
-def _too_fast(
-    spec: Spec,
-    ladders: list[Ladder],
-    ranked: Mapping[str, Array],
-    parent: Price,
-    limits: Mapping[str, int],
-    budget: Budget,
-) -> BudgetError:
-    """What to say where no choice is fast enough, with the fastest there is."""
-    for ladder in ladders:
-        ladder.level = len(ladder.widths) - 1
-    least = budget.cost(_plan(spec, ladders, ranked).child(spec)).latency / parent.latency
-    return BudgetError(
-        f"budget of latency must be at least {least:.3f} for this model on {budget.table and budget.table.machine}, "
-        f"but got {limits['latency'] / parent.latency:.3f}; allow more, or another method or choice of widths"
-    )
+    def too_slow(self) -> BudgetError:
+        """What to say where no choice is fast enough, with the fastest there is."""
+        for ladder in self.ladders:
+            ladder.level = len(ladder.widths) - 1
+        fastest = self.budget.cost(_plan(self.spec, self.ladders, self.ranked).child(self.spec)).latency
+        return BudgetError(
+            f"budget of latency must be at least {fastest / self.parent.latency:.3f} for this model on "
+            f"{self.budget.table and self.budget.table.machine}, but got "
+            f"{self.limits['latency'] / self.parent.latency:.3f}; allow more, or another method or choice of widths"
+        )
 
 
 def quantiles(scores: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[str, Tensor]:
@@ -183,7 +167,7 @@ def _checked(spec: Spec, scores: Mapping[str, Tensor]) -> dict[str, list[Array]]
     return split
 
 
-def _row(ladders: list[Ladder], need: Array, by: str) -> list[tuple[int, int]]:
+def _row(ladders: Sequence[Ladder], need: Array, by: str) -> list[tuple[int, int]]:
     """All rungs as (ladder, rung), the least valuable first; a rung never stands before the one above it."""
     weights = np.maximum(need, 0) / max(float(np.maximum(need, 0).max()), 1.0)
     keys: list[tuple[float, int, int]] = []
@@ -218,7 +202,7 @@ def _channels(ladder: Ladder, rung: int) -> int:
 
 
 def _take(
-    ladders: list[Ladder], row: list[tuple[int, int]], need: Array, parent: Price, limits: Mapping[str, int]
+    ladders: Sequence[Ladder], row: list[tuple[int, int]], need: Array, parent: Price, limits: Mapping[str, int]
 ) -> Array:
     """Go down rung by rung until `need` is met; return what was saved too much."""
     left = need.astype(float)
@@ -237,16 +221,16 @@ def _take(
     )
 
 
-def _give_back(ladders: list[Ladder], row: list[tuple[int, int]], spare: Array) -> None:
+def _give_back(ladders: Sequence[Ladder], row: list[tuple[int, int]], spare: Array) -> None:
     """Climb back, the most valuable rung first, wherever the budget allows it."""
     for number, rung in reversed(row):
         ladder = ladders[number]
-        if ladder.level == rung + 1 and (np.asarray(ladder.saves[rung]) <= spare).all():
+        if ladder.level == rung + 1 and (ladder.saves[rung] <= spare).all():
             ladder.level = rung
             spare = spare - ladder.saves[rung]
 
 
-def _plan(spec: Spec, ladders: list[Ladder], ranked: Mapping[str, Array]) -> Plan:
+def _plan(spec: Spec, ladders: Sequence[Ladder], ranked: Mapping[str, Array]) -> Plan:
     attention: dict[int, dict[int, tuple[int, int]]] = {}
     hidden: dict[int, int] = {}
     for ladder in ladders:
