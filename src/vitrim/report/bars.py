@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from vitrim.report.curves import INK, SERIES, SOFT, drawn, standing
+from vitrim.report.curves import INK, SERIES, SOFT, drawn, legend, standing
 from vitrim.report.folder import Record, number
 
 __all__ = ["bars"]
@@ -30,11 +30,7 @@ def bars(lines: Sequence[Record]) -> str:
             _panel(axes, [line for line in lines if line["batch"] == batch], models)
             axes.set_title(f"batch of {batch}")
             axes.set_xlabel("milliseconds of a batch")
-        named: dict[str, Any] = {}
-        for axes in figure.axes:
-            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-                named.setdefault(label, handle)
-        figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=min(len(named), 4))
+        legend(figure)
 
     rows = max(sum(line["batch"] == batch for line in lines) for batch in batches)
     words = f"Milliseconds of a batch for {len(models)} models, by runtime"

@@ -21,7 +21,7 @@ from vitrim.report.folder import Record, number
 from vitrim.report.style import STYLE
 from vitrim.report.tables import short
 
-__all__ = ["INK", "LINE", "SERIES", "SOFT", "curves", "drawn", "series", "standing", "thinned", "trials"]
+__all__ = ["INK", "LINE", "SERIES", "SOFT", "curves", "drawn", "legend", "series", "standing", "thinned", "trials"]
 
 INK, SOFT, LINE = "#010101", "#020202", "#030303"
 SERIES = ("#040404", "#050505", "#060606", "#070707")
@@ -61,6 +61,8 @@ _STYLE: dict[str, Any] = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
 }
+LETTERS = 115
+"""Letters of a line of a legend that fit below a figure, with the signs before the names."""
 POINTS = 300
 """Most points of a curve; more are averaged, since a page of a long run should stay small."""
 
@@ -143,6 +145,16 @@ def thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[fl
     size = -(-len(points) // POINTS)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [fmean(x for x, _ in group) for group in groups], [fmean(y for _, y in group) for group in groups]
+
+
+def legend(figure: Figure) -> None:
+    """Name what all panels show, once, below the figure."""
+    named: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    columns = max(1, min(len(named), LETTERS // (max(map(len, named)) + 7)))
+    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=columns)
 
 
 def drawn(draw: Callable[[Figure], None], words: str, wide: float, high: float) -> str:

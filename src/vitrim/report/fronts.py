@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from vitrim.report.curves import INK, LINE, SERIES, SOFT, drawn, series, thinned
+from vitrim.report.curves import INK, LINE, SERIES, SOFT, drawn, legend, series, thinned
 from vitrim.report.folder import Run, number
 from vitrim.report.tables import short
 
@@ -16,8 +16,6 @@ _COSTS = (("macs", "multiply-accumulates"), ("params", "parameters"), ("latency"
 _PLACE = ("device", "runtime", "threads", "batch", "dtype")
 """What must be the same of two times before they are shown on one axis."""
 MARKERS = "osD^vP*X"
-LETTERS = 115
-"""Letters of a line of a legend that fit below a figure, with the signs before the names."""
 NAMED = 12
 """Most lines that can be told apart."""
 _SCORES = (
@@ -69,7 +67,7 @@ def fronts(runs: Sequence[Run]) -> str | None:
                 axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
             axes.xaxis.set_major_locator(MaxNLocator(4))
         figure.axes[0].set_ylabel(label)
-        _legend(figure)
+        legend(figure)
 
     return drawn(draw, f"{title} against cost of {len(runs)} runs", 9.2, 3.7)
 
@@ -117,15 +115,6 @@ def _parents(axes: Any, found: Sequence[_Point], key: str) -> None:
         axes.scatter([1.0] * len(scores), sorted(scores), s=60, color=INK, marker="*", label="parent", zorder=3)
 
 
-def _legend(figure: Figure) -> None:
-    named: dict[str, Any] = {}
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            named.setdefault(label, handle)
-    columns = max(1, min(len(named), LETTERS // (max(map(len, named)) + 7)))
-    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=columns)
-
-
 def courses(runs: Sequence[Run]) -> str | None:
     """Loss and top-1 of the training of all runs, a line a run; None where fewer than two logged one.
 
@@ -151,7 +140,7 @@ def courses(runs: Sequence[Run]) -> str | None:
             axes.set_title(words)
             axes.set_xlabel("step")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        _legend(figure)
+        legend(figure)
 
     lines = -(-len(names) // 4)
     return drawn(draw, f"Training of {max(len(found) for _, found in panels)} runs over steps", 9.2, 3.0 + 0.2 * lines)
