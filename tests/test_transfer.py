@@ -20,7 +20,7 @@ from vitrim import cli, families, store
 from vitrim.costs import cost_of
 from vitrim.data import IGNORE, Input, SceneAugment, SceneLoader, open_scenes, scene_splits
 from vitrim.errors import AdoptError, DataError, RecipeError, RunError, VitrimError
-from vitrim.export import export
+from vitrim.export import export, onnx_session
 from vitrim.families import describe
 from vitrim.families._segmentor import segmentor
 from vitrim.measure import cost, counted
@@ -641,6 +641,25 @@ class TestCommands:
         assert f"{measured['miou']:.2f} %" in out
         code, out, error = call("report", tmp_path / "run")
         assert "Every class" in out
+
+    def test_eight_bits_are_measured_on_scenes(self, street, done, call, tmp_path):
+        code, out, error = call(
+            "export", done.folder / "model.safetensors", "--out", tmp_path / "m.onnx", "--int8", "--data", street,
+            "--test", street, "--set", "data.calibration=6",
+        )  # fmt: skip
+        assert code == 0, error
+        scenes = open_scenes(str(street), "test", ignore=["unlabelled"])
+        windows = SceneTest(mode="slide")
+        known, _ = score(done.model, scenes, Input.of(done.model), windows)
+        before, after = (float(part.split()[0]) for part in out.split("mean IoU")[1].split("%")[:2])
+        assert before == pytest.approx(known.miou, abs=0.006)
+        assert known.miou - 20 < after < 100
+        assert "calibrated on 6 images" in " ".join(error.split())
+
+        _, run = onnx_session(tmp_path / "m.onnx")
+        quantized = nn.Module()
+        quantized.forward, quantized.num_classes = run, 3
+        assert after == pytest.approx(score(quantized, scenes, Input.of(done.model), windows)[0].miou, abs=0.006)
 
     def test_a_wrong_request_is_one_sentence(self, street, call, tmp_path):
         given = ["--backbone", "test_vit", "--random-weights", "--data", street, "--out", tmp_path / "run"]

@@ -157,7 +157,7 @@ def compare(
 
         return run
 
-    samples = turns([call(model) for _, _, model, _ in made], seconds=seconds)
+    samples = turns([call(model) for _, _, model, _ in made], seconds=seconds).samples
     records = []
     for (name, share, model, taken), mine in zip(made, samples, strict=True):
         cost, found = counted(model, image), evaluate(model, test, reference=logits)

@@ -40,7 +40,8 @@ class Quantized(Node):
 
     Bytes are of the file and of the same model in float32. `top1` and `top1_before` are percent on the test images,
     None where there are none or they have no labels; `agreement` is how often both give the same answer, percent,
-    on the test images, or else on the calibration images, which flatters. A segmentor answers for each pixel.
+    on the test images, or else on the calibration images, which flatters. A segmentor answers for each pixel; `miou`
+    and `miou_before` are its mean intersection over union on test scenes, percent.
     """
 
     path: str
@@ -52,6 +53,8 @@ class Quantized(Node):
     top1: float | None
     top1_before: float | None
     agreement: float
+    miou: float | None = None
+    miou_before: float | None = None
     torch: str
     runtime: str
 
@@ -62,6 +65,7 @@ def quantize(
     calibration: Batches,
     *,
     test: Batches | None = None,
+    miou: Callable[[nn.Module], float] | None = None,
     percentile: float = PERCENTILE,
     opset: int = OPSET,
     threads: int | None = None,
@@ -75,6 +79,7 @@ def quantize(
         calibration: batches of images ``(B, C, h, w)``, normalised, and labels, which are not looked at; all are held
             in memory, their activations one batch at a time. They are gone through twice where there is no `test`.
         test: batches to measure both models on; labels are -1 where unknown.
+        miou: what measures a segmentor, in percent; called with the model, and with what answers as the file does.
         percentile: share of the activations that a scale covers, in (50, 100]; 100 is their whole range.
         opset: ONNX operator set, at least 18.
         threads: CPU threads of the measurement; PyTorch's setting where not given.
@@ -103,6 +108,7 @@ def quantize(
         runtime, run = onnx_session(part, threads)
         say("measuring both")
         after = _compared(model, run, calibration if test is None else test)
+        found = {} if miou is None else {"miou_before": miou(model), "miou": miou(_Running(run, model))}
         size = part.stat().st_size
     return Quantized(
         path=str(file),
@@ -114,9 +120,21 @@ def quantize(
         top1=None if test is None else after.top1,
         top1_before=None if test is None else after.top1_before,
         agreement=after.agreement,
+        **found,
         torch=torch.__version__,
         runtime=runtime,
     )
+
+
+class _Running(nn.Module):
+    """A file that runs, in place of the model that it was made of."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor], model: nn.Module) -> None:
+        super().__init__()
+        self.run, self.num_classes = run, getattr(model, "num_classes", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
 
 
 class _Compared(NamedTuple):

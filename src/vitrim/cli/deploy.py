@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitrim.cli.shared import Random, Settings, Weights, app, read, say, show_table
+from vitrim.cli.transfer import scenes_of, written_by
 from vitrim.errors import DataError, ExportError, RecipeError
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from vitrim.quantize import Quantized
+    from vitrim.recipe import DataRecipe
 
 __all__ = ["export", "push"]
 
@@ -32,6 +36,7 @@ def export(
     from vitrim.export import OPSET, check_target
     from vitrim.export import export as export_model
     from vitrim.parent import open_parent
+    from vitrim.recipe import merged, overrides
 
     chosen = OPSET if opset is None else opset
     check_target(out, chosen)
@@ -41,7 +46,7 @@ def export(
         raise ExportError("--data, --test and --set must go with --int8, but it is not given; leave them out or add it")
     net = open_parent(model, weights=weights, random_weights=random_weights)
     if int8:
-        _int8(net, out, chosen, {"train": data, "test": test}, set_ or [])
+        _int8(net, model, out, chosen, merged({"data": {"train": data, "test": test}}, overrides(set_ or [])))
         return
     done = export_model(net, out, opset=chosen)
     row = [done.path, f"{done.bytes / 1e6:.2f} MB", "-" if done.opset is None else str(done.opset), f"{done.apart:.1e}"]
@@ -49,16 +54,35 @@ def export(
     say(f"checked in {done.runtime}; the batch is dynamic, images are {'x'.join(map(str, done.image))}")
 
 
-def _int8(net: "nn.Module", out: Path, opset: int, sources: dict[str, Any], settings: list[str]) -> None:
-    from vitrim.data import Input, check_classes, eval_loader, split
+def _int8(net: "nn.Module", name: str, out: Path, opset: int, asked: dict[str, Any]) -> None:
     from vitrim.families import describe
-    from vitrim.quantize import quantize
-    from vitrim.recipe import DataRecipe, merged, overrides
+    from vitrim.recipe import DataRecipe
 
-    asked = merged({"data": sources}, overrides(settings))
     source = read(DataRecipe, asked.pop("data"), at="recipe.data")
     if asked:
         raise RecipeError(f"a setting of export must be of data, but got '{next(iter(asked))}'")
+    if not source.calibration:
+        raise DataError("int8 must be calibrated on images, but data.calibration is 0; leave it out for 256")
+    scenes = describe(net).family == "segmentor"
+    done = (_int8_of_scenes if scenes else _int8_of_images)(net, name, out, opset, source)
+    rows = [
+        ["size", f"{done.bytes_before / 1e6:.2f} MB", f"{done.bytes / 1e6:.2f} MB"],
+        ["mean IoU", _percent(done.miou_before), _percent(done.miou)]
+        if scenes
+        else ["top-1", _percent(done.top1_before), _percent(done.top1)],
+        ["same answer", "", _percent(done.agreement)],
+    ]
+    show_table(done.path, ["", "float32", "int8"], rows)
+    where = f"{done.test_images} test images" if done.test_images else "the calibration images, which flatters"
+    say(f"calibrated on {done.calibration_images} images, answers compared on {where}; opset {done.opset}")
+    say(f"run by {done.runtime}")
+
+
+def _int8_of_images(net: "nn.Module", name: str, out: Path, opset: int, source: "DataRecipe") -> "Quantized":
+    from vitrim.data import Input, check_classes, eval_loader, split
+    from vitrim.families import describe
+    from vitrim.quantize import quantize
+
     classes = describe(net).classes
     known = split(
         source.train or "", source.test, calibration=source.calibration, validation=0, seed=0,
@@ -67,19 +91,37 @@ def _int8(net: "nn.Module", out: Path, opset: int, sources: dict[str, Any], sett
     for part in (known.train, known.test):
         if part is not None:
             check_classes(part, classes)
-    if known.calibration is None:
-        raise DataError("int8 must be calibrated on images, but data.calibration is 0; leave it out for 256")
+    assert known.calibration is not None
     fitting = Input.of(net, **{key: value for key in ("mean", "std") if (value := getattr(source, key)) is not None})
     test = None if known.test is None else eval_loader(known.test, fitting, batch=32)
-    done = quantize(net, out, eval_loader(known.calibration, fitting, batch=8), test=test, opset=opset, say=say)
-    rows = [
-        ["size", f"{done.bytes_before / 1e6:.2f} MB", f"{done.bytes / 1e6:.2f} MB"],
-        ["top-1", _percent(done.top1_before), _percent(done.top1)],
-        ["same answer", "", _percent(done.agreement)],
-    ]
-    show_table(done.path, ["", "float32", "int8"], rows)
-    where = f"{done.test_images} test images" if done.test_images else "the calibration images, which flatters"
-    say(f"calibrated on {done.calibration_images} images, measured on {where}; opset {done.opset}, {done.runtime}")
+    return quantize(net, out, eval_loader(known.calibration, fitting, batch=8), test=test, opset=opset, say=say)
+
+
+def _int8_of_scenes(net: "nn.Module", name: str, out: Path, opset: int, source: "DataRecipe") -> "Quantized":
+    """Calibrated on crops of training scenes, measured in windows of the file's own size."""
+    from vitrim.data import SceneAugment, SceneLoader
+    from vitrim.quantize import quantize
+    from vitrim.transfer import score
+
+    recipe, fitting = written_by(net, name, source)
+    train = scenes_of(source.train or "", recipe, "train")
+    stride = max(1, len(train) // source.calibration)
+    some = train.pick(range(0, len(train), stride)[: source.calibration])
+    plain = SceneAugment(ratio=(1.0, 1.0), hflip=0, distort=False)
+    loader = SceneLoader(
+        some, fitting, plain, batch=min(8, len(some)), seed=0, workers=0, rank=0, world=1, accumulate=1, even=False,
+        device=None,
+    )  # fmt: skip
+    windows = recipe.test.model_copy(update={"mode": "slide"})
+    test = None if source.test is None else scenes_of(source.test, recipe)
+    return quantize(
+        net,
+        out,
+        list(loader.epoch(0)),
+        miou=None if test is None else lambda model: score(model, test, fitting, windows)[0].miou,
+        opset=opset,
+        say=say,
+    )
 
 
 def _percent(value: float | None) -> str:

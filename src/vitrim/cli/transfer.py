@@ -46,22 +46,36 @@ def seg(
     transferred(merged(asked, overrides(set_ or [])), out)
 
 
+def written_by(net: Any, name: str, over: Any) -> tuple[Any, Any]:
+    """The recipe that a stored segmentor was trained by, and what it takes; `over` may change mean and std."""
+    from vitrim import store
+    from vitrim.data import Input
+    from vitrim.transfer import TransferRecipe
+
+    recipe = read(TransferRecipe, store.provenance(name)["given"]["recipe"], name)
+    given = {key: getattr(over, key) or getattr(recipe.data, key) for key in ("mean", "std")}
+    return recipe, Input.of(net, **{key: value for key, value in given.items() if value is not None})
+
+
+def scenes_of(source: str, recipe: Any, split: str | None = None) -> Any:
+    """Scenes as a recipe counts their classes; the split that it tests on if none is named."""
+    from vitrim.data import open_scenes, scene_splits
+
+    wanted = (split or recipe.data.split) if scene_splits(source) else None
+    return open_scenes(source, wanted, ignore=recipe.data.ignore)
+
+
 def scored(net: Any, name: str, data: str, over: Any) -> None:
     """Measure a stored segmentor as its recipe says, and show every class."""
     import torch
 
-    from vitrim import store
-    from vitrim.data import Input, open_scenes, scene_splits
     from vitrim.report import class_table
-    from vitrim.transfer import TransferRecipe, score
+    from vitrim.transfer import score
     from vitrim.transfer.score import by_class
 
-    written = read(TransferRecipe, store.provenance(name)["given"]["recipe"], name)
-    divided = scene_splits(data)
-    scenes = open_scenes(data, written.data.split if divided else None, ignore=written.data.ignore)
-    given = {key: getattr(over, key) or getattr(written.data, key) for key in ("mean", "std")}
-    input = Input.of(net, **{key: value for key, value in given.items() if value is not None})
-    found, _ = score(net.to("cuda" if torch.cuda.is_available() else "cpu"), scenes, input, written.test)
+    recipe, input = written_by(net, name, over)
+    scenes = scenes_of(data, recipe)
+    found, _ = score(net.to("cuda" if torch.cuda.is_available() else "cpu"), scenes, input, recipe.test)
     rows = [[name, f"{found.miou:.2f} %", f"{found.accuracy:.2f} %", str(found.scenes)]]
     show_table("", ["model", "mean IoU", "pixel accuracy", "scenes"], rows)
     table = class_table(by_class(found, scenes.names, [""] * scenes.classes))
