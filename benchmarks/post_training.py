@@ -8,7 +8,8 @@ WEIGHTS is a ViT-Ti/16 224 state dict (AugReg; input scaled to mean 0.5, std 0.5
 ImageNet images in wnid folders. A task is KIND:DRAW:SHARE; DRAW decides which 256 of the TRAIN images make the
 statistics and which other 80 judge single cuts. Nothing is chosen on TEST. Kinds:
 
-- ``joint``: patches merged and layers narrowed; ``widths``: layers narrowed alone, every patch in every block.
+- ``joint``: patches merged and layers narrowed; ``widths``: layers narrowed alone, every patch in every block;
+  ``widths_400``: the same with 400 images for the compensation, ``widths_prefix``: with the exact last block.
 - ``tabled``: as joint, with the table of draw 0: another draw of the images for the compensation alone.
 - ``merging``: the best measured schedule of merging and the exact last block, no widths; ``constant``: as many patches
   in every block but the last, and the exact last block.
@@ -86,10 +87,10 @@ def opened(weights: str, train: str, test: str, out: Path) -> Bench:
     return Bench(weights, model, input_, source, pictures, seen, labels, logits_of(model, seen.split(BATCH)), out)
 
 
-def drawn(bench: Bench, draw: int) -> tuple[list[Tensor], list[Tensor], list[int]]:
-    """256 images for statistics and 80 others, and the numbers of the first."""
+def drawn(bench: Bench, draw: int, count: int = 256) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """`count` images for statistics and 80 others, and the numbers of the first."""
     order = torch.randperm(len(bench.images), generator=torch.Generator().manual_seed(draw))
-    first, second = order[:256], order[256:336]
+    first, second = torch.cat([order[:256], order[336:]])[:count], order[256:336]
     return list(bench.images[first].split(BATCH)), list(bench.images[second].split(40)), first.tolist()
 
 
@@ -104,11 +105,20 @@ def calibration(bench: Bench, draw: int, merge: Kind = "bipartite") -> Calibrati
     return read_calibration(path)
 
 
-def joint(bench: Bench, draw: int, share: float, *, merge: Kind = "bipartite", table: int | None = None) -> nn.Module:
+def joint(
+    bench: Bench,
+    draw: int,
+    share: float,
+    *,
+    merge: Kind = "bipartite",
+    table: int | None = None,
+    exact: bool | None = None,
+    count: int = 256,
+) -> nn.Module:
     """The method, or its widths alone."""
-    images, _, _ = drawn(bench, draw)
+    images, _, _ = drawn(bench, draw, count)
     known = calibration(bench, draw if table is None else table, "grid" if merge == "grid" else "bipartite")
-    exact = merge == "bipartite"
+    exact = merge == "bipartite" if exact is None else exact
     chosen = read_off(known, Budget(macs=share), merge=merge != "none", widths=True, exact=exact)
     steps = merging(describe(bench.model), chosen.merges, chosen.exact)
     base = apply(bench.model, steps) if steps != Plan.keep(describe(bench.model)) else bench.model
@@ -143,8 +153,16 @@ def other(name: str, ridge: bool) -> Callable[[Bench, int, float], nn.Module]:
 
     def made(bench: Bench, draw: int, share: float) -> nn.Module:
         images, _, numbers = drawn(bench, draw)
-        data = Data(train=None, calibration=bench.train.pick(numbers), validation=None, input=bench.input)
-        settings = {"target": "output"} if name == "taylor" else {}
+        others = sorted(set(range(len(bench.images))) - set(numbers))[:200]
+        data = Data(
+            train=None,
+            calibration=bench.train.pick(numbers),
+            validation=bench.train.pick(others),
+            input=bench.input,
+        )
+        # A search of policies by their agreement with the dense model on 200 other images, without any training.
+        search = {"trials": 30, "initial": 15, "measure": "loss"}
+        settings = {"taylor": {"target": "output"}, "mdc": search}.get(name, {})
         found = methods.get(name, settings).search(bench.model, data, Budget(macs=share), seed=draw)
         grafts = recovered(bench.model, found.plan, images, seed=draw) if ridge else {}
         return apply(bench.model, found.plan, grafts=grafts)
@@ -222,6 +240,8 @@ KINDS: dict[str, Callable[[Bench, int, float], nn.Module]] = {
     "joint": joint,
     "tabled": lambda bench, draw, share: joint(bench, draw, share, table=0),
     "widths": lambda bench, draw, share: joint(bench, draw, share, merge="none"),
+    "widths_prefix": lambda bench, draw, share: joint(bench, draw, share, merge="none", exact=True),
+    "widths_400": lambda bench, draw, share: joint(bench, draw, share, merge="none", count=400),
     "grid": lambda bench, draw, share: joint(bench, draw, share, merge="grid"),
     "merging": merged,
     "constant": constant,

@@ -132,7 +132,7 @@ def test_from_the_command_line(model, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr()
     assert "98.50 %" in out.out
     assert "71.25 %" in out.out
-    assert "calibrated on 16 images, measured on 450 test images" in " ".join(out.err.split())
+    assert "calibrated on 16 images, answers compared on 450 test images" in " ".join(out.err.split())
 
 
 @pytest.mark.parametrize(
