@@ -184,6 +184,44 @@ class TestSearch:
         best = bayes.best_of(trials)
         assert best.value == max(t.value for t in trials) == peak(best.policy)[0]
 
+    def test_corners_come_first(self, tmp_path):
+        made = frame(budget="macs=0.7")
+        corners = made.corners()
+        kinds = np.array([name.rsplit(".", 1)[-1] for name in made.space.names])
+        for corner, kind in zip(corners, ("heads", "hidden", "tokens"), strict=True):
+            assert (corner[kinds == kind] == 0.5).all()
+            assert not corner[kinds != kind].any()
+        inside = project(made.space, corners)
+        assert len(inside) == 3
+        assert (inside[0][kinds == "heads"] == 0.5).all()
+        assert 0.01 < inside[0][kinds == "hidden"].mean() < 0.2, "heads alone leave more than 0.7"
+        assert inside[1][kinds == "hidden"].min() > 0.3
+        assert inside[1][kinds != "hidden"].max() < 1e-4
+        assert inside[2][kinds != "tokens"].max() < 1e-4
+
+        def run(study, objective=lambda policy: (-float(policy.sum()), {}), first=corners):
+            return self.run(study, made.space, objective, trials=7, first=first)
+
+        whole = run(self.memory())
+        assert [t.policy.tolist() for t in whole[:3]] == inside.tolist()
+        assert len({made.space.realised(t.policy[None]).tobytes() for t in whole}) == 7
+        # Draws go on where they would have been.
+        drawn = run(self.memory(), first=None)
+        assert [t.policy.tolist() for t in whole[3:5]] == [t.policy.tolist() for t in drawn[3:5]]
+
+        url, calls = f"sqlite:///{tmp_path / 'trials.db'}", []
+
+        def dying(policy):
+            calls.append(policy)
+            if len(calls) == 2:
+                raise SystemExit
+            return -float(policy.sum()), {}
+
+        with pytest.raises(SystemExit):
+            run(open_study(url, "s", {}), dying)
+        resumed = run(open_study(url, "s", {}))
+        assert [t.policy.tolist() for t in resumed] == [t.policy.tolist() for t in whole]
+
     def test_a_killed_search_goes_on_as_if_it_had_not_been(self, tmp_path):
         whole = self.run(self.memory())
         url = f"sqlite:///{tmp_path / 'trials.db'}"

@@ -181,6 +181,12 @@ class Frame:
         self.space = Space(names=tuple(names), upper=np.array(upper), spent=self._spent, realised=self.realised)
         self._reachable()
 
+    def corners(self) -> Array:
+        """Each dimension at its bounds and the others at 0: ``(F, P)`` of heads, neurons and tokens, as there are."""
+        kinds = [name.rsplit(".", 1)[-1] for name in self.space.names]
+        chosen = [np.array([kind == one for kind in kinds]) for one in dict.fromkeys(kinds)]
+        return np.array([np.where(mine, self.space.upper, 0.0) for mine in chosen])
+
     def _place(self, path: str, stage: Stage, block: Block, bounds: Bounds, column: Any) -> _Place:
         form, mixer = stage.form, block.mixer
         heads = len(mixer.v) if isinstance(mixer, Attention) else 0

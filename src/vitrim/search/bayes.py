@@ -26,7 +26,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from vitrim.errors import MethodError
-from vitrim.search.policy import Array, Space, mutate, sample, within
+from vitrim.search.policy import Array, Space, mutate, project, sample, within
 
 __all__ = ["Objective", "Proposal", "Trial", "best_of", "search", "trials_of"]
 
@@ -66,6 +66,7 @@ def search(
     initial: int,
     seed: int,
     proposal: Proposal = "gp",
+    first: Array | None = None,
     alone: bool = True,
     told: Callable[[Trial], None] = lambda _: None,
 ) -> None:
@@ -79,6 +80,8 @@ def search(
         initial: of which so many are drawn, before the Gaussian process has a say.
         seed: of all draws.
         proposal: ``gp``, or ``random`` draws alone.
+        first: policies to measure before any is drawn, ``(F, P)``; they count among `initial`. What does not fit the
+            budget in any scale, or is an architecture measured before, is left out.
         alone: whether no other process works on the study. What is found unfinished was then left by one that was
             killed, and is measured again at once; otherwise only after nothing was heard for long.
         told: receives every trial that this process measured.
@@ -87,7 +90,7 @@ def search(
         BudgetError: if no policy is within the budget.
         MethodError: if hardly any policy is, so that none could be drawn, or one measured as not a number.
     """
-    study.sampler = _Sampler(space, trials, initial, seed, proposal)
+    study.sampler = _Sampler(space, trials, initial, seed, proposal, first)
     if alone:
         _drop(study, _of(study, TrialState.RUNNING))
     longest, heard, known = 0.0, time.monotonic(), 0
@@ -175,8 +178,11 @@ def _place(trials: Sequence[FrozenTrial], number: int) -> int:
 class _Sampler(optuna.samplers.BaseSampler):
     """What a study asks for the next policy; it gives none where enough were given, or no new one can be found."""
 
-    def __init__(self, space: Space, trials: int, initial: int, seed: int, proposal: Proposal) -> None:
+    def __init__(
+        self, space: Space, trials: int, initial: int, seed: int, proposal: Proposal, first: Array | None
+    ) -> None:
         self.space, self.trials, self.initial, self.seed, self.proposal = space, trials, initial, seed, proposal
+        self.first = np.empty((0, len(space.names))) if first is None else project(space, first)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Every ratio."""
@@ -207,6 +213,8 @@ class _Sampler(optuna.samplers.BaseSampler):
         counted = [t for t in known if t.state in _MEASURED and len(t.params) == len(space.names)]
         policies = within(space, _points(counted, space))
         taken = {_key(row) for row in space.realised(policies[~np.isnan(policies).any(axis=1)])}
+        if place < len(self.first) and len(fresh := _new(space, self.first[place : place + 1], taken)):
+            return np.asarray(fresh[0])
         done = sum(t.state == TrialState.COMPLETE for t in known)
         if self.proposal == "gp" and place >= self.initial and done >= 2:
             point = self._guided(study, trial, rng)
