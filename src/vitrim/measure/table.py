@@ -18,7 +18,18 @@ from torch import nn
 
 from vitrim.families import blocks_of, describe
 from vitrim.measure.model import home_of, image_of, moved, resting
-from vitrim.measure.turns import TICK, Timer, name_of, place_of, spread, threading, timer, turns, waiting
+from vitrim.measure.turns import (
+    TICK,
+    Timer,
+    keeping_memory,
+    name_of,
+    place_of,
+    spread,
+    threading,
+    timer,
+    turns,
+    waiting,
+)
 from vitrim.nn.make import make_block, settled
 from vitrim.progress import progress
 from vitrim.spec import Attention, Block, Conv, Skip, Spec, Stage
@@ -92,7 +103,7 @@ def make_table(
     bench = _Bench(batch, place, dtype or kind, compiled)
     dense, half = moved(model, place, bench.dtype), halved(spec)
     inputs = torch.randn(batch, *image_of(model), generator=torch.Generator().manual_seed(0)).to(place, bench.dtype)
-    with resting(dense), torch.inference_mode(), threading(threads):
+    with resting(dense), torch.inference_mode(), threading(threads), keeping_memory():
         nets = [copy.deepcopy(dense) if compiled else dense, _hollow(dense), _rebuilt(dense, half)]
         calls = [functools.partial(bench.ready(net), inputs) for net in nets]
         full, bare, less = turns(calls, wait=waiting(place), seconds=seconds).samples
