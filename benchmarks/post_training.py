@@ -326,7 +326,7 @@ def versions() -> dict[str, Any]:
 def timed(bench: Bench, path: Path) -> dict[str, Any]:
     """Latency next to the dense model."""
     kind, draw, share = path.stem.split("-")
-    taken = measure.latency(stored(path), bench.model, image=(3, 224, 224), batch=8, threads=1, seconds=12)
+    taken = measure.latency(stored(path), bench.model, image=(3, 224, 224), batch=8, threads=1, seconds=6)
     return {
         "kind": kind,
         "draw": int(draw),
