@@ -160,7 +160,7 @@ def other(name: str, ridge: bool) -> Callable[[Bench, int, float], nn.Module]:
             validation=bench.train.pick(others),
             input=bench.input,
         )
-        # A search of policies by their agreement with the dense model on 200 other images, without any training.
+        # A search of policies by their loss on 200 other images, without any training.
         search = {"trials": 30, "initial": 15, "measure": "loss"}
         settings = {"taylor": {"target": "output"}, "mdc": search}.get(name, {})
         found = methods.get(name, settings).search(bench.model, data, Budget(macs=share), seed=draw)

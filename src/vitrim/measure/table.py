@@ -103,7 +103,7 @@ def make_table(
     bench = _Bench(batch, place, dtype or kind, compiled)
     dense, half = moved(model, place, bench.dtype), halved(spec)
     inputs = torch.randn(batch, *image_of(model), generator=torch.Generator().manual_seed(0)).to(place, bench.dtype)
-    with resting(dense), torch.inference_mode(), threading(threads), keeping_memory():
+    with resting(dense), torch.inference_mode(), threading(threads):
         nets = [copy.deepcopy(dense) if compiled else dense, _hollow(dense), _rebuilt(dense, half)]
         calls = [functools.partial(bench.ready(net), inputs) for net in nets]
         full, bare, less = turns(calls, wait=waiting(place), seconds=seconds).samples
@@ -329,7 +329,7 @@ def _timed(stage: Stage, parts: dict[Any, tuple[Block, Tokens]], bench: _Bench, 
     repeats = [max(1, math.ceil(TICK / 2 / max(_warm(one), 1e-9))) for one in timers]
     own: list[float] = []
     shares: list[list[float]] = [[] for _ in names]
-    with progress("table", rounds) as advance:
+    with keeping_memory(), progress("table", rounds) as advance:
         for _ in range(rounds):
             for index, one in enumerate(timers):
                 if index % 8 == 0:

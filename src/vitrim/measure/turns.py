@@ -94,7 +94,7 @@ def _taken(timers: Sequence[Timer], seconds: float, runs: int, warmup: int) -> T
 
 @contextlib.contextmanager
 def keeping_memory() -> Iterator[None]:
-    """While this lasts, the C library keeps what is freed, where it can be told to (glibc).
+    """While this lasts, the C library keeps what is freed, where it can be told to (glibc); not to be nested.
 
     Else tensors of some megabytes may be given back to the system and fetched again, page by page, in every pass, or
     not: that depends on what the process did before. A DeiT-S (batch of 8, 2 threads) took 0.54 s, with 20 % between
