@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy.special import erfcx, ndtr
 
-from vitrim.search.policy import Array, Space, mutate, sample
+from vitrim.methods.mdc.policy import Array, Space, mutate, sample
 
 __all__ = ["propose"]
 

@@ -24,16 +24,16 @@ from typing import Any
 import timm
 import torch
 
-from vitrim import store
+from vitrim.cut.surgery import apply
+from vitrim.deploy import store
+from vitrim.deploy.parent import open_parent
 from vitrim.families import describe
 from vitrim.measure import cost, latency
-from vitrim.methods._cait import merge_plan
+from vitrim.methods.cait.masks import merge_plan
 from vitrim.nn.segment import Segmentor
-from vitrim.parent import open_parent
-from vitrim.plain import load
-from vitrim.run import compress
-from vitrim.surgery import apply
-from vitrim.transfer import TransferRecipe, transfer
+from vitrim.run.pipeline import compress
+from vitrim.run.transfer import TransferRecipe, transfer
+from vitrim.words.plain import load
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 INPUT = {"mean": [0.5] * 3, "std": [0.5] * 3}

@@ -18,16 +18,16 @@ from typing import Any
 
 from digits import KEPT, dense, shortened
 
-from vitrim import store
-from vitrim.costs import cost_of
 from vitrim.demo import CHILD, PARENT, SEARCH, recipe, small_vit, train_parent
-from vitrim.errors import RecipeError
+from vitrim.deploy import store
 from vitrim.families import describe
-from vitrim.methods._cait import merge_plan
-from vitrim.plain import dump, load
-from vitrim.recipe import Recipe, merged
-from vitrim.run import run
+from vitrim.methods.cait.masks import merge_plan
+from vitrim.run.pipeline import run
+from vitrim.run.recipe import Recipe, merged
 from vitrim.train import Train
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import RecipeError
+from vitrim.words.plain import dump, load
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 CUT = 0.6

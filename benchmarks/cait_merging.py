@@ -16,14 +16,14 @@ from typing import Any
 import timm
 import torch
 
-from vitrim.costs import cost_of
+from vitrim.cut.surgery import apply
 from vitrim.data import Input, eval_loader, open_source
+from vitrim.deploy.parent import open_parent
 from vitrim.families import describe
 from vitrim.measure import latency
-from vitrim.methods._cait import merge_plan
-from vitrim.parent import open_parent
-from vitrim.surgery import apply
+from vitrim.methods.cait.masks import merge_plan
 from vitrim.train import evaluate, reference_logits
+from vitrim.words.costs import cost_of
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 SITES = ["", *"8w 10h,4w 8h,2w 4h,6w 9h,10w,6w,4w,4h 8w".split(",")]

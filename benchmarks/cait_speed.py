@@ -20,15 +20,15 @@ import torch
 from torch import nn
 
 from vitrim import adopt
-from vitrim.costs import cost_of
-from vitrim.export import export, onnx_session
+from vitrim.cut.surgery import apply
+from vitrim.deploy.export import export, onnx_session
 from vitrim.families import describe
 from vitrim.measure import latency
-from vitrim.methods._cait import merge_plan
+from vitrim.methods.cait.masks import merge_plan
 from vitrim.nn import fold_merges_
 from vitrim.nn.grid import GridMerged
-from vitrim.plan import BlockPlan, Plan
-from vitrim.surgery import apply
+from vitrim.words.costs import cost_of
+from vitrim.words.plan import BlockPlan, Plan
 
 CASES = [("deit_tiny", 64, 768), ("deit_small", 64, 1536), ("deit_tiny", 56, 768), ("deit_small", 48, 1184)]
 

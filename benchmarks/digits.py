@@ -18,10 +18,11 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
-from vitrim import families, store
+from vitrim import families
 from vitrim.data import Input, eval_loader, split
 from vitrim.demo import CHILD, PARENT, SEARCH, recipe, small_vit, train_parent
-from vitrim.run import run
+from vitrim.deploy import store
+from vitrim.run.pipeline import run
 from vitrim.train import Train, evaluate, fit
 
 RESULTS = Path(__file__).parent

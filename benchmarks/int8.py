@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 from vitrim.data import Input, eval_loader, split
-from vitrim.parent import open_parent
-from vitrim.plain import dump
-from vitrim.quantize import quantize
+from vitrim.deploy.parent import open_parent
+from vitrim.deploy.quantize import quantize
+from vitrim.words.plain import dump
 
 PERCENTILES = (99.99, 100, 99.999, 99.9)
 

@@ -25,15 +25,15 @@ from torch import nn
 
 import vitrim
 from vitrim import methods
-from vitrim.budget import Budget
+from vitrim.cut.surgery import apply
+from vitrim.deploy.parent import open_parent
 from vitrim.families import adopt, describe
 from vitrim.measure import latency
-from vitrim.measure.table import make_table
-from vitrim.parent import open_parent
-from vitrim.plan import BlockPlan, Plan
-from vitrim.steps import Drop, GridMerge, Merge
-from vitrim.surgery import apply
-from vitrim.table import Table
+from vitrim.measure.parts import make_table
+from vitrim.words.budget import Budget
+from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.steps import Drop, GridMerge, Merge
+from vitrim.words.table import Table
 
 SHARES = (0.8, 0.65, 0.5, 0.35)
 

@@ -20,17 +20,18 @@ import torch
 from torch import nn
 
 from benchmarks.digits import small_t2t
-from vitrim import methods, store
-from vitrim.budget import Budget
-from vitrim.contract import Data
-from vitrim.costs import cost_of
+from vitrim import methods
+from vitrim.cut.surgery import apply
 from vitrim.data import Augment, Input, eval_loader, split
 from vitrim.demo import CHILD, PARENT, small_vit, train_parent
-from vitrim.errors import BudgetError, MethodError
+from vitrim.deploy import store
+from vitrim.deploy.parent import open_parent
 from vitrim.families import adopt, describe
-from vitrim.parent import open_parent
-from vitrim.surgery import apply
+from vitrim.methods._contract import Data
 from vitrim.train import Distill, Train, evaluate, fit, reference_logits
+from vitrim.words.budget import Budget
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import BudgetError, MethodError
 
 RESULTS = Path(__file__).parent
 ALONE = {"heads": 0, "neurons": 0, "tokens": 0}

@@ -6,8 +6,8 @@
 `synthetic`: ``f = 80 - sum a n^2 - sum b h^2 - 25 t^2 - 5 t mean(n)`` over the policies of a DeiT-S (25 ratios), a, b
 drawn from 6 LogNormal(0, 1), priced as DeiT-S is; each search has 30 measurements, the first 10 of them drawn. Told
 are the true values of what each search takes for the best. `digits`: the held-out loss of a small trained ViT, no
-retraining, 40 measurements, 15 drawn. `optuna` is what vitrim uses (`vitrim.search.bayes`), `botorch` the contender in
-`benchmarks/botorch_search.py`. Appends lines to ``benchmarks/mdc_search.jsonl``, prints means.
+retraining, 40 measurements, 15 drawn. `optuna` is what vitrim uses (`vitrim.methods.mdc.bayes`), `botorch` the
+contender in `benchmarks/botorch_search.py`. Appends lines to ``benchmarks/mdc_search.jsonl``, prints means.
 """
 
 import argparse
@@ -23,17 +23,17 @@ import optuna
 import timm
 import torch
 
-from vitrim import store
-from vitrim.budget import Budget
-from vitrim.contract import Data
 from vitrim.data import Input, split
 from vitrim.demo import PARENT, small_vit, train_parent
+from vitrim.deploy import store
 from vitrim.families import describe
 from vitrim.methods import mdc
-from vitrim.methods._mdc import Bounds, Frame, natural
-from vitrim.methods._mdc_share import Chooser
-from vitrim.search import bayes
-from vitrim.search.policy import Array, Space, sample
+from vitrim.methods._contract import Data
+from vitrim.methods.mdc import bayes
+from vitrim.methods.mdc.decode import Bounds, Frame, natural
+from vitrim.methods.mdc.policy import Array, Space, sample
+from vitrim.methods.mdc.share import Chooser
+from vitrim.words.budget import Budget
 
 RESULTS = Path(__file__).parent / "mdc_search.jsonl"
 Value = Callable[[Array], float]

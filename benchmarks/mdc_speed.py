@@ -25,13 +25,13 @@ import torch
 from optuna.trial import TrialState, create_trial
 from torch import nn
 
-from vitrim.budget import Budget
 from vitrim.families import adopt, describe
-from vitrim.methods._mdc import Bounds, Frame, natural
-from vitrim.methods._mdc_scores import Settings, score
-from vitrim.methods._mdc_share import Chooser
-from vitrim.search import bayes
-from vitrim.search.policy import sample
+from vitrim.methods.mdc import bayes
+from vitrim.methods.mdc.decode import Bounds, Frame, natural
+from vitrim.methods.mdc.policy import sample
+from vitrim.methods.mdc.scores import Settings, score
+from vitrim.methods.mdc.share import Chooser
+from vitrim.words.budget import Budget
 
 
 def model_of(name: str) -> nn.Module:

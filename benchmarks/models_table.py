@@ -14,9 +14,9 @@ import timm
 import torch
 
 from vitrim import families
-from vitrim.costs import cost_of
-from vitrim.errors import AdoptError
 from vitrim.families import describe
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import AdoptError
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 

@@ -40,20 +40,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrim import measure, methods, store
-from vitrim.budget import Budget
-from vitrim.compensate import compensated, importances, recovered
-from vitrim.contract import Data
-from vitrim.costs import cost_of
+from vitrim import measure, methods
+from vitrim.cut.compensate import compensated, importances, recovered
+from vitrim.cut.surgery import apply
 from vitrim.data import Images, Input, eval_loader, open_source
+from vitrim.deploy import store
+from vitrim.deploy.parent import open_parent
 from vitrim.families import describe
-from vitrim.methods._budgets import read_off
-from vitrim.methods._calibration import Calibration, read_calibration, write_calibration
-from vitrim.methods._sensitivity import Kind, calibrate, logits_of, merging
-from vitrim.parent import open_parent
-from vitrim.plan import Plan
-from vitrim.surgery import apply
+from vitrim.methods._contract import Data
+from vitrim.methods.post_training.budgets import read_off
+from vitrim.methods.post_training.calibration import Calibration, read_calibration, write_calibration
+from vitrim.methods.post_training.sensitivity import Kind, calibrate, logits_of, merging
 from vitrim.train import DISTILLED, Train, fit
+from vitrim.words.budget import Budget
+from vitrim.words.costs import cost_of
+from vitrim.words.plan import Plan
 
 RESULTS = Path(__file__).parent / "post_training.jsonl"
 TIMES = Path(__file__).parent / "post_training_latency.jsonl"

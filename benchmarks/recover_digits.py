@@ -17,14 +17,15 @@ import timm
 import torch
 from torch import nn
 
-from vitrim import methods, surgery
-from vitrim.budget import Budget
-from vitrim.compensate import recovered
-from vitrim.contract import Data
+from vitrim import methods
+from vitrim.cut import surgery
+from vitrim.cut.compensate import recovered
 from vitrim.data import Input, eval_loader, split
 from vitrim.demo import PARENT, SEARCH, small_vit, train_parent
-from vitrim.plain import dump
+from vitrim.methods._contract import Data
 from vitrim.train import Train, evaluate
+from vitrim.words.budget import Budget
+from vitrim.words.plain import dump
 
 RESULTS = Path(__file__).parent / "recover_digits.jsonl"
 METHODS = ("magnitude", "taylor", "random", "mdc", "vit_slim", "cait")

@@ -21,15 +21,15 @@ import torch
 from torch.nn import functional as F
 
 from vitrim import methods
-from vitrim.budget import Budget
-from vitrim.costs import cost_of
+from vitrim.cut.fill import fill
+from vitrim.cut.surgery import apply
 from vitrim.families import adopt, describe
 from vitrim.measure import latency
 from vitrim.methods.taylor import taylor_scores
 from vitrim.methods.vit_slim import gate_model, l1_penalty
-from vitrim.plan import write_plan
-from vitrim.search.fill import fill
-from vitrim.surgery import apply
+from vitrim.words.budget import Budget
+from vitrim.words.costs import cost_of
+from vitrim.words.plan import write_plan
 
 
 def median(call: Callable[[], Any], runs: int) -> float:

@@ -30,16 +30,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 from digits import shortened
 
 from vitrim import methods
-from vitrim.budget import Budget
-from vitrim.contract import Data, Found
-from vitrim.costs import cost_of
+from vitrim.cut.surgery import apply, fold
 from vitrim.data import Input, eval_loader, split
 from vitrim.demo import CHILD, PARENT, SEARCH, small_vit, train_parent
 from vitrim.families import describe
-from vitrim.plain import dump
-from vitrim.spec import Attention, Conv, Spec, folded
-from vitrim.surgery import apply, fold
+from vitrim.methods._contract import Data, Found
 from vitrim.train import Distill, Train, evaluate, fit, reference_logits
+from vitrim.words.budget import Budget
+from vitrim.words.costs import cost_of
+from vitrim.words.plain import dump
+from vitrim.words.spec import Attention, Conv, Spec, folded
 
 
 def small_swin(seed: int) -> nn.Module:

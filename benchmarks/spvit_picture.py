@@ -11,8 +11,8 @@ import timm
 import torch
 
 from vitrim.families import describe
-from vitrim.methods._spvit import layout
-from vitrim.methods._spvit_published import published, structures
+from vitrim.methods.spvit.published import published, structures
+from vitrim.methods.spvit.search import layout
 from vitrim.report.blocks import fates
 from vitrim.report.picture import picture
 from vitrim.report.style import STYLE

@@ -26,13 +26,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from vitrim import methods
-from vitrim.budget import Budget
+from vitrim.cut.surgery import apply, fold
 from vitrim.families import adopt, describe
 from vitrim.measure import latency
-from vitrim.methods._spvit import SinglePath, layout
-from vitrim.plan import BlockPlan, Plan
-from vitrim.spec import Conv
-from vitrim.surgery import apply, fold
+from vitrim.methods.spvit.search import SinglePath, layout
+from vitrim.words.budget import Budget
+from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import Conv
 
 
 def turns(one: Callable[[], Any], other: Callable[[], Any], pairs: int) -> list[float]:

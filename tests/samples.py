@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 
 from vitrim import families
-from vitrim.plan import BlockPlan, Plan
-from vitrim.spec import Attention, Conv, Drop, Mixture, Skip, Spec
+from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import Attention, Conv, Drop, Mixture, Skip, Spec
 
 PRESETS = [(family, name) for family in families.names() for name in families.get(family).TEST_PRESETS]
 IDS = [f"{family}-{name}" for family, name in PRESETS]

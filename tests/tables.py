@@ -1,8 +1,8 @@
 """Tables of times that nobody measured: of machines that do what they are told."""
 
-from vitrim.costs import attention_macs, conv_macs, mlp_macs
-from vitrim.spec import Attention
-from vitrim.table import Machine, StageTimes, Table
+from vitrim.words.costs import attention_macs, conv_macs, mlp_macs
+from vitrim.words.spec import Attention
+from vitrim.words.table import Machine, StageTimes, Table
 
 MACHINE = Machine(device="none", batch=8, threads=1, dtype="float32", torch="0")
 

@@ -11,24 +11,25 @@ from torch.nn import functional as F
 from tests.conformance.method import digits
 from tests.samples import adopted, apart, images, timm_model, without_data
 from tests.tolerance import EXACT
-from vitrim import families, methods, store
-from vitrim.budget import SLACK, Budget
-from vitrim.costs import cost_of
-from vitrim.errors import BudgetError, MethodError, RunError, TrainError, VitrimError
+from vitrim import families, methods
+from vitrim.cut.observe import axes, masked
+from vitrim.cut.surgery import apply, cut_tensors
+from vitrim.deploy import store
 from vitrim.families import adopt, describe
 from vitrim.families.vit import example
 from vitrim.measure import counted
 from vitrim.methods import cait
-from vitrim.methods._cait import Channels, free_axes, merge_plan, ramped
-from vitrim.observe import axes, masked
-from vitrim.plain import load
-from vitrim.plan import Plan
-from vitrim.recipe import Recipe, read_recipe
-from vitrim.run import run
-from vitrim.search.slots import Rules, allocate, ladders_of, plan_of
-from vitrim.surgery import apply, cut_tensors
+from vitrim.methods.cait.masks import Channels, free_axes, merge_plan, ramped
+from vitrim.methods.cait.slots import Rules, allocate, ladders_of, plan_of
+from vitrim.run.pipeline import run
+from vitrim.run.recipe import Recipe, read_recipe
 from vitrim.train import Start, Train, fit, learning_rate
 from vitrim.train.loop import Loop
+from vitrim.words.budget import SLACK, Budget
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import BudgetError, MethodError, RunError, TrainError, VitrimError
+from vitrim.words.plain import load
+from vitrim.words.plan import Plan
 
 SHORT = {
     "epochs": 6,

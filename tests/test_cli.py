@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 import vitrim
 from vitrim import cli, methods
-from vitrim.plain import read_json, read_toml
-from vitrim.recipe import read_recipe
+from vitrim.run.recipe import read_recipe
+from vitrim.words.plain import read_json, read_toml
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 ARGUMENTS = f"model.arguments={json.dumps(TINY)}"

@@ -15,8 +15,8 @@ from vitrim.data.augment import move, normalize
 from vitrim.data.inputs import to_bytes, to_tensor
 from vitrim.data.loader import share
 from vitrim.data.noise import numbers
-from vitrim.errors import DataError, RecipeError
-from vitrim.plain import dump, load
+from vitrim.words.errors import DataError, RecipeError
+from vitrim.words.plain import dump, load
 
 SMALL = Input(size=(8, 8), crop_pct=1.0)
 NONE = Augment(kind="none")

@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo
 
 import vitrim.data.source as source_module
 from vitrim.data import Images, check_classes, open_source, split, splits_of
-from vitrim.errors import DataError
+from vitrim.words.errors import DataError
 
 
 def picture(value: int, size: tuple[int, int] = (12, 10)) -> Image.Image:

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vitrim import methods
-from vitrim.budget import Budget
 from vitrim.data import Augment, Images, Input
 from vitrim.families import adopt, describe
 from vitrim.methods import vit_slim
-from vitrim.methods._cait import Channels, free_axes
-from vitrim.methods._spvit import SinglePath, layout
+from vitrim.methods.cait.masks import Channels, free_axes
+from vitrim.methods.spvit.search import SinglePath, layout
 from vitrim.train import Train, fit
+from vitrim.words.budget import Budget
 
 COUNT = 24
 SETTINGS = {

@@ -12,11 +12,14 @@ import timm
 import torch
 
 from tests.conformance.method import digits
-from vitrim import deliver, families, store, surgery
-from vitrim.budget import SLACK, Budget
-from vitrim.costs import cost_of
+from vitrim import families
+from vitrim.cut import surgery
+from vitrim.deploy import push
+from vitrim.deploy import store
 from vitrim.families import describe
-from vitrim.plan import BlockPlan, Plan
+from vitrim.words.budget import SLACK, Budget
+from vitrim.words.costs import cost_of
+from vitrim.words.plan import BlockPlan, Plan
 
 DOCS = Path(__file__).parent.parent / "docs"
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
@@ -40,7 +43,7 @@ def test_the_loader_page_runs(model, tmp_path, monkeypatch):
     spec = describe(model)
     small = surgery.apply(model, Plan.of(spec, [BlockPlan(hidden=tuple(range(40)))] * 2))
     store.save(small, "small.safetensors")
-    deliver.push("small.safetensors", "owner/name", licence="mit", folder=Path("pushed"))
+    push.push("small.safetensors", "owner/name", licence="mit", folder=Path("pushed"))
     names: dict[str, object] = {"__name__": "page"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

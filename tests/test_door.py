@@ -18,11 +18,11 @@ from torch import nn
 from tests.samples import apart, timm_model
 from tests.tolerance import SINGLE
 from vitrim import families
-from vitrim.costs import cost_of
-from vitrim.errors import AdoptError, WeightsError
 from vitrim.families import adopt, describe
 from vitrim.measure import counted
 from vitrim.nn.layers import input_channels
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import AdoptError, WeightsError
 
 STRANGERS = {
     "ParallelThingsBlock",

@@ -5,11 +5,13 @@ import torch
 
 from tests.samples import apart, images, random_plan
 from tests.tolerance import SINGLE
-from vitrim import cli, export, families, store, surgery
-from vitrim.costs import cost_of
-from vitrim.errors import ExportError
+from vitrim import cli, families
+from vitrim.cut import surgery
+from vitrim.deploy import export, store
 from vitrim.families import describe
-from vitrim.plan import BlockPlan, Plan
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import ExportError
+from vitrim.words.plan import BlockPlan, Plan
 
 CASES = [("vit", "registers"), ("t2t", "performer"), ("swin", "windows")]
 

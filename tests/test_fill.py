@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from tests.samples import IDS, PRESETS, adopted, without_data
-from vitrim.budget import SLACK, Budget
-from vitrim.costs import cost_of
-from vitrim.errors import BudgetError, MethodError
+from vitrim.cut.fill import fill, quantiles
+from vitrim.cut.observe import axes
 from vitrim.families import describe
 from vitrim.families.vit import example
-from vitrim.observe import axes
-from vitrim.search.fill import fill, quantiles
+from vitrim.words.budget import SLACK, Budget
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import BudgetError, MethodError
 
 EACH = pytest.mark.parametrize(("family", "preset"), PRESETS, ids=IDS)
 CHOICES = ["free", "even", "heads"]

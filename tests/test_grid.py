@@ -14,19 +14,21 @@ from torch.nn import functional as F
 
 from tests.samples import adopted, apart, images, random_plan, without_data
 from tests.tolerance import EXACT
-from vitrim import export, families, store, surgery
-from vitrim.costs import cost_of
-from vitrim.errors import DataError, MethodError, PlanError
+from vitrim import families
+from vitrim.cut import surgery
+from vitrim.deploy import export, store
 from vitrim.families import adopt, describe
 from vitrim.families.vit import example
 from vitrim.measure import counted
-from vitrim.methods._cait import merge_plan, thirds
+from vitrim.methods.cait.masks import merge_plan, thirds
 from vitrim.nn import fold_merges_, unmerge
 from vitrim.nn.grid import GridMerged
-from vitrim.plain import dump, load
-from vitrim.plan import BlockPlan, Plan
 from vitrim.report.blocks import sheet, total
-from vitrim.spec import Drop, GridMerge, Spec, Stage, Tokens
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import DataError, MethodError, PlanError
+from vitrim.words.plain import dump, load
+from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import Drop, GridMerge, Spec, Stage, Tokens
 
 BOTH = ((1, "w"), (2, "h"))
 FORMS = ["linear", "mean", "channel"]

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from tests.tolerance import EXACT
-from vitrim.errors import MethodError
-from vitrim.search import hsic
+from vitrim.methods.mdc import hsic
+from vitrim.words.errors import MethodError
 
 
 def grams(n, seed=0, dim=3):

@@ -9,23 +9,24 @@ import torch
 import vitrim
 from tests.samples import PRESETS, adopted
 from tests.tables import proportional
-from vitrim import families, methods, timed
-from vitrim.budget import Budget
-from vitrim.costs import attention_macs, cost_of, mlp_macs
-from vitrim.errors import BudgetError, ExportError
+from vitrim import families, methods
+from vitrim.cut.fill import fill
+from vitrim.cut.observe import axes
+from vitrim.cut.surgery import apply
 from vitrim.families import describe
 from vitrim.measure import Latency
-from vitrim.measure.table import fitted, halved, machine_of, make_table
-from vitrim.methods._spvit import SinglePath, layout, times
-from vitrim.methods._spvit_plan import decide, planned
-from vitrim.observe import axes
-from vitrim.plan import BlockPlan, Plan
-from vitrim.recipe import Measure
-from vitrim.search.fill import fill
-from vitrim.spec import Attention, Skip, folded
-from vitrim.steps import Drop
-from vitrim.surgery import apply
-from vitrim.table import StageTimes, Table
+from vitrim.measure.parts import fitted, halved, machine_of, make_table
+from vitrim.methods.spvit.planning import decide, planned
+from vitrim.methods.spvit.search import SinglePath, layout, times
+from vitrim.run import latency_budget
+from vitrim.run.recipe import Measure
+from vitrim.words.budget import Budget
+from vitrim.words.costs import attention_macs, cost_of, mlp_macs
+from vitrim.words.errors import BudgetError, ExportError
+from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import Attention, Skip, folded
+from vitrim.words.steps import Drop
+from vitrim.words.table import StageTimes, Table
 
 
 def small_vit(**arguments):
@@ -275,7 +276,7 @@ def met(model, table, clock, share=0.6, name="magnitude", is_timed=True, spread=
     method, spec, said = methods.get(name), describe(model), []
     budget = Budget(latency=share, table=table)
     dense = table.latency(spec)
-    found = timed.meet(
+    found = latency_budget.meet(
         model,
         budget,
         lambda b: method.search(model, None, b, seed=0),
@@ -327,12 +328,12 @@ def test_a_run_meets_its_time(monkeypatch, tmp_path):
     spec = describe(model)
     table = proportional(spec)
     monkeypatch.setenv("VITRIM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(timed, "make_table", lambda model, **given: table)
+    monkeypatch.setattr(latency_budget, "make_table", lambda model, **given: table)
 
     def clock(child, parent, **given):
         return reading(1.1 * table.latency(describe(child)) / table.latency(spec))
 
-    monkeypatch.setattr(timed, "latency", clock)
+    monkeypatch.setattr(latency_budget, "latency", clock)
     for name in ("magnitude", "random"):
         found = vitrim.compress(model, method=name, budget="latency=0.6", out=tmp_path / name)
         assert abs(found.measured["latency_ratio"] - 0.6) <= 0.03
@@ -340,22 +341,22 @@ def test_a_run_meets_its_time(monkeypatch, tmp_path):
         assert again.plan == found.plan
     assert "0.6" in (tmp_path / "random" / "report.html").read_text(encoding="utf-8")
     (tables,) = (tmp_path / "cache" / "latency").iterdir()
-    monkeypatch.setattr(timed, "make_table", lambda model, **given: pytest.fail("the table is in the cache"))
-    assert timed.table_for(model, Measure()) == table
+    monkeypatch.setattr(latency_budget, "make_table", lambda model, **given: pytest.fail("the table is in the cache"))
+    assert latency_budget.table_for(model, Measure()) == table
     tables.write_text("{}")
     with pytest.raises(BudgetError, match=str(tables)):
-        timed.table_for(model, Measure())
+        latency_budget.table_for(model, Measure())
 
 
 def test_a_runtime_that_reads_onnx_meets_its_time_itself():
     model = small_vit()
     spec = describe(model)
     half = apply(model, fill(spec, zeros(model), Budget(macs=0.5)))
-    taken = timed.clocked(half, model, Measure(runtime="onnxruntime", batch=2, threads=1, seconds=0.2))
+    taken = latency_budget.clocked(half, model, Measure(runtime="onnxruntime", batch=2, threads=1, seconds=0.2))
     assert 0 < taken.ratio < 1.2
     assert taken.dtype == "float32"
     with pytest.raises(ExportError, match=r"must run in float32, but .* is bfloat16"):
-        timed.clocked(half, model, Measure(runtime="onnxruntime", dtype="bfloat16"))
+        latency_budget.clocked(half, model, Measure(runtime="onnxruntime", dtype="bfloat16"))
 
 
 def test_a_runtime_that_is_not_there_is_refused_before_anything_is_measured(monkeypatch):
@@ -367,9 +368,9 @@ def test_a_runtime_that_is_not_there_is_refused_before_anything_is_measured(monk
 def test_tables_of_other_settings_are_other_files(monkeypatch, tmp_path):
     model = small_vit()
     monkeypatch.setenv("VITRIM_CACHE", str(tmp_path))
-    monkeypatch.setattr(timed, "make_table", lambda model, **given: proportional(describe(model)))
+    monkeypatch.setattr(latency_budget, "make_table", lambda model, **given: proportional(describe(model)))
     for settings in ({}, {"batch": 1}, {"threads": 7}, {"dtype": "bfloat16"}, {"runtime": "compile"}):
-        timed.table_for(model, Measure(**settings))
-    timed.table_for(small_vit(global_pool="avg"), Measure())
-    timed.table_for(model, Measure())
+        latency_budget.table_for(model, Measure(**settings))
+    latency_budget.table_for(small_vit(global_pool="avg"), Measure())
+    latency_budget.table_for(model, Measure())
     assert len(list((tmp_path / "latency").iterdir())) == 6

@@ -7,16 +7,17 @@ import torch
 
 from tests.samples import IDS, PRESETS, adopted, apart, images, masks_of, places, random_plan, timm_model
 from tests.tolerance import EXACT, SINGLE
-from vitrim import families, surgery
-from vitrim.costs import cost_of
-from vitrim.errors import PlanError
+from vitrim import families
+from vitrim.cut import surgery
+from vitrim.cut.observe import Gated, axes, masked
 from vitrim.families import describe
 from vitrim.measure import counted
 from vitrim.nn import Attention
-from vitrim.observe import Gated, axes, masked
-from vitrim.plain import dump, load
-from vitrim.plan import BlockPlan, Plan
-from vitrim.spec import Spec
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import PlanError
+from vitrim.words.plain import dump, load
+from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import Spec
 
 EACH = pytest.mark.parametrize(("family", "preset"), PRESETS, ids=IDS)
 SEEDS = range(4)

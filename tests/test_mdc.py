@@ -14,15 +14,15 @@ from tests.conformance.method import digits
 from tests.samples import PRESETS, adopted, apart, images, timm_model
 from tests.tolerance import EXACT
 from vitrim import families, methods
-from vitrim.budget import Budget
-from vitrim.costs import cost_of
-from vitrim.errors import BudgetError, MethodError, RunError
+from vitrim.cut.surgery import apply
 from vitrim.families import adopt, describe
-from vitrim.methods._mdc import Bounds, Frame, natural
-from vitrim.methods._mdc_scores import Settings, greedy, order, score
-from vitrim.methods._mdc_share import Chooser, Shared
-from vitrim.spec import TopK
-from vitrim.surgery import apply
+from vitrim.methods.mdc.decode import Bounds, Frame, natural
+from vitrim.methods.mdc.scores import Settings, greedy, order, score
+from vitrim.methods.mdc.share import Chooser, Shared
+from vitrim.words.budget import Budget
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import BudgetError, MethodError, RunError
+from vitrim.words.spec import TopK
 
 WAYS = ("unbiased_median", "biased_multi")
 
@@ -111,7 +111,7 @@ class TestScores:
 
     def test_scores_by_hand(self):
         """Of one neuron, one head and the places, against the definitions on activations fetched here."""
-        from vitrim.search import hsic
+        from vitrim.methods.mdc import hsic
 
         model = net(width=96, depth=2, heads=4).double()
         data = [(x.double(), y) for x, y in batch(8)]

@@ -9,15 +9,16 @@ import torch
 
 from tests.conformance.method import digits
 from tests.samples import apart, images, timm_model, without_data
-from vitrim import export, families, methods
-from vitrim.budget import SLACK, Budget
-from vitrim.costs import cost_of
+from vitrim import families, methods
+from vitrim.cut.surgery import apply
+from vitrim.deploy import export
 from vitrim.families import adopt, describe
-from vitrim.methods._mdc import PRESETS, Bounds, Frame, natural
-from vitrim.methods._mdc_share import Chooser
-from vitrim.recipe import read_recipe
-from vitrim.search.policy import sample
-from vitrim.surgery import apply
+from vitrim.methods.mdc.decode import PRESETS, Bounds, Frame, natural
+from vitrim.methods.mdc.policy import sample
+from vitrim.methods.mdc.share import Chooser
+from vitrim.run.recipe import read_recipe
+from vitrim.words.budget import SLACK, Budget
+from vitrim.words.costs import cost_of
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*_mdc_*.toml"))
 

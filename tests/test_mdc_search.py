@@ -15,16 +15,16 @@ import torch
 
 from tests.samples import PRESETS, adopted
 from vitrim import cli, families
-from vitrim.budget import Budget
-from vitrim.costs import cost_of
-from vitrim.errors import BudgetError, MethodError, RunError
 from vitrim.families import describe
-from vitrim.methods._mdc import PRESETS as PUBLISHED
-from vitrim.methods._mdc import Bounds, Frame, natural, released_macs, selection_blocks, token_counts
-from vitrim.methods._mdc_share import Chooser
-from vitrim.search import bayes
-from vitrim.search.policy import Space, even, mutate, project, sample
-from vitrim.search.study import open_study
+from vitrim.methods.mdc import bayes
+from vitrim.methods.mdc.decode import PRESETS as PUBLISHED
+from vitrim.methods.mdc.decode import Bounds, Frame, natural, released_macs, selection_blocks, token_counts
+from vitrim.methods.mdc.policy import Space, even, mutate, project, sample
+from vitrim.methods.mdc.share import Chooser
+from vitrim.methods.mdc.study import open_study
+from vitrim.words.budget import Budget
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import BudgetError, MethodError, RunError
 
 HALF = Bounds(heads=0.5, neurons=0.5, tokens=0.5)
 
@@ -300,7 +300,7 @@ class TestStorage:
         assert "secret" not in str(told.value)
 
     def test_locked(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("vitrim.search.study._LOCKED", 0.1)
+        monkeypatch.setattr("vitrim.methods.mdc.study._LOCKED", 0.1)
         path = tmp_path / "trials.db"
         url = f"sqlite:///{path}"
         study = open_study(url, "mdc", {})
@@ -325,7 +325,7 @@ class TestStorage:
 
 THREE = """
 import os, sys, traceback
-import sklearn.datasets, timm, vitrim.job, vitrim.methods.mdc
+import sklearn.datasets, timm, vitrim.run.job, vitrim.methods.mdc
 from vitrim import cli
 children = []
 for out in sys.argv[1:4]:
@@ -344,7 +344,7 @@ sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 
 def test_three_processes_share_a_search(tmp_path):
     """No trial lost or doubled, and each process ends with the same plan. Forked, for each import takes seconds."""
-    from vitrim import store
+    from vitrim.deploy import store
 
     model = families.adopt(families.get("vit").example(depth=2))
     store.save(model, tmp_path / "model.safetensors", provenance={})

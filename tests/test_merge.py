@@ -8,15 +8,17 @@ from torch.nn import functional as F
 
 from tests.samples import PRESETS, adopted, apart, images, random_plan
 from tests.tolerance import EXACT
-from vitrim import export, families, store, surgery
-from vitrim.costs import cost_of
-from vitrim.errors import DataError, PlanError
+from vitrim import families
+from vitrim.cut import surgery
+from vitrim.deploy import export, store
 from vitrim.families import blocks_of, describe
 from vitrim.measure import counted
 from vitrim.nn.tokens import Merged, Seen, spread
-from vitrim.plain import dump, load
-from vitrim.plan import BlockPlan, Plan
-from vitrim.spec import Merge, Spec
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import DataError, PlanError
+from vitrim.words.plain import dump, load
+from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import Merge, Spec
 
 WITHOUT_WINDOWS = [
     (family, preset) for family, preset in PRESETS if describe(adopted(family, preset)).stages[0].window is None

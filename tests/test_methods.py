@@ -11,14 +11,14 @@ from tests.conformance.method import MethodConformance, digits, method_of
 from tests.samples import adopted, images, timm_model
 from tests.tolerance import EXACT
 from vitrim import families, methods
-from vitrim.budget import Budget
-from vitrim.contract import Data
-from vitrim.errors import MethodError
+from vitrim.cut.fill import fill, quantiles
+from vitrim.cut.observe import axes, masked
 from vitrim.families import adopt, describe
 from vitrim.families.vit import example
 from vitrim.methods import magnitude, taylor, vit_slim
-from vitrim.observe import axes, masked
-from vitrim.search.fill import fill, quantiles
+from vitrim.methods._contract import Data
+from vitrim.words.budget import Budget
+from vitrim.words.errors import MethodError
 
 FIRST = {family: next(iter(families.get(family).TEST_PRESETS)) for family in families.names()}
 

@@ -5,13 +5,14 @@ import torch
 
 from tests.samples import PRESETS, adopted, apart, images, random_plan
 from tests.tolerance import EXACT
-from vitrim import store, surgery
-from vitrim.costs import attention_macs, cost_of, mlp_macs
-from vitrim.errors import DataError, PlanError
+from vitrim.cut import surgery
+from vitrim.deploy import store
 from vitrim.families import describe
 from vitrim.measure import counted
-from vitrim.plan import BlockPlan, Plan
-from vitrim.spec import Spec
+from vitrim.words.costs import attention_macs, cost_of, mlp_macs
+from vitrim.words.errors import DataError, PlanError
+from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import Spec
 
 READS_PREFIX = [
     (family, preset)

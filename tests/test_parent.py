@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from tests.tolerance import SINGLE
-from vitrim import store
-from vitrim.errors import RecipeError, StoreError, VitrimError, WeightsError
+from vitrim.deploy import store
+from vitrim.deploy.parent import guests, load_weights_, open_parent, read_weights
 from vitrim.families import adopt, blocks_of
-from vitrim.parent import guests, load_weights_, open_parent, read_weights
+from vitrim.words.errors import RecipeError, StoreError, VitrimError, WeightsError
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 

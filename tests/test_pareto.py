@@ -10,11 +10,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.test_cli import ARGUMENTS, CLASSES, TINY
-from vitrim import cli, store
+from vitrim import cli
+from vitrim.deploy import store
 from vitrim.families import describe
-from vitrim.plain import read_json
-from vitrim.recipe import read_recipe
+from vitrim.run.recipe import read_recipe
 from vitrim.train import Train
+from vitrim.words.plain import read_json
 
 QUICK = ("--set", ARGUMENTS, "--set", "device=cpu", "--set", "data.calibration=24", "--set", "data.validation=8")
 

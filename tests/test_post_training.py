@@ -11,25 +11,26 @@ from tests.conformance.method import digits, method_of
 from tests.samples import PRESETS, adopted, apart, images, timm_model
 from tests.tables import proportional
 from tests.tolerance import EXACT
-from vitrim import families, methods, surgery
-from vitrim.budget import Budget
-from vitrim.compensate import Choice, compensated, importances, recovered
-from vitrim.compensate.attention import AttentionCut
-from vitrim.compensate.hear import attended, hidden
-from vitrim.compensate.neurons import NeuronCut
-from vitrim.compensate.walk import Walk
-from vitrim.contract import Data
-from vitrim.costs import block_cost, cost_of
+from vitrim import families, methods
+from vitrim.cut import surgery
+from vitrim.cut.compensate import Choice, compensated, importances, recovered
+from vitrim.cut.compensate.attention import AttentionCut
+from vitrim.cut.compensate.closed_form import Moments
+from vitrim.cut.compensate.hear import attended, hidden
+from vitrim.cut.compensate.neurons import NeuronCut
+from vitrim.cut.compensate.walk import Walk
 from vitrim.data import eval_loader
-from vitrim.errors import BudgetError, MethodError
 from vitrim.families import adopt, blocks_of, describe
-from vitrim.methods import _budgets
-from vitrim.methods._budgets import read_off
-from vitrim.methods._calibration import Calibration, fingerprint, read_calibration, write_calibration
-from vitrim.methods._sensitivity import last_exact, merging, needed, schedules
-from vitrim.plan import BlockPlan, Plan
-from vitrim.search.recover import Moments
-from vitrim.spec import Attention, Drop, GridMerge
+from vitrim.methods._contract import Data
+from vitrim.methods.post_training import budgets as _budgets
+from vitrim.methods.post_training.budgets import read_off
+from vitrim.methods.post_training.calibration import Calibration, fingerprint, read_calibration, write_calibration
+from vitrim.methods.post_training.sensitivity import last_exact, merging, needed, schedules
+from vitrim.words.budget import Budget
+from vitrim.words.costs import block_cost, cost_of
+from vitrim.words.errors import BudgetError, MethodError
+from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import Attention, Drop, GridMerge
 
 LOW_RANK = 1e-10
 """Full rank on a whole model: several decompositions a layer."""

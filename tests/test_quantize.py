@@ -8,12 +8,13 @@ import torch
 
 from tests.samples import apart, images
 from tests.tolerance import SINGLE
-from vitrim import cli, export, families, quantize, store
+from vitrim import cli, families
 from vitrim.data import Input, eval_loader, split
-from vitrim.errors import ExportError
+from vitrim.deploy import export, quantize, store
 from vitrim.families import describe
 from vitrim.families._segmentor import segmentor
 from vitrim.nn.segment import Head
+from vitrim.words.errors import ExportError
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.tolerance import EXACT
-from vitrim.errors import BudgetError, MethodError
-from vitrim.search.allocate import allocate, power_law
-from vitrim.search.recover import Moments, query_key_maps, refit, removal_order, root, value_map
+from vitrim.cut.compensate.closed_form import Moments, query_key_maps, refit, removal_order, root, value_map
+from vitrim.methods.post_training.allocate import allocate, power_law
+from vitrim.words.errors import BudgetError, MethodError
 
 LOW_RANK = 1e-10
 """Products of several decompositions in float64."""

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from vitrim import cli
-from vitrim.costs import cost_of
-from vitrim.errors import PlanError, RunError
-from vitrim.plan import BlockPlan, Plan, write_plan
 from vitrim.report import csv, html, markdown, sheet, total
 from vitrim.report.blocks import HOST, fates, widths
 from vitrim.report.curves import curves, trials
 from vitrim.report.fronts import courses, front, fronts
 from vitrim.report.tables import outcome, short
-from vitrim.spec import Attention, Block, Form, Host, Norm, Skip, Spec, Stage
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import PlanError, RunError
+from vitrim.words.plan import BlockPlan, Plan, write_plan
+from vitrim.words.spec import Attention, Block, Form, Host, Norm, Skip, Spec, Stage
 
 HOSTILE = '<script>alert("1")</script>|$\\frac{_a*`'
 

@@ -15,8 +15,11 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import vitrim
-from vitrim import job, plain
-from vitrim.errors import (
+from vitrim.run import job
+from vitrim.run.pipeline import Result, compress, run
+from vitrim.run.recipe import Recipe, read_recipe
+from vitrim.words import plain
+from vitrim.words.errors import (
     BudgetError,
     DataError,
     MethodError,
@@ -27,10 +30,8 @@ from vitrim.errors import (
     VitrimError,
     WeightsError,
 )
-from vitrim.plain import load, read_json
-from vitrim.plan import Plan, read_plan, write_plan
-from vitrim.recipe import Recipe, read_recipe
-from vitrim.run import Result, compress, run
+from vitrim.words.plain import load, read_json
+from vitrim.words.plan import Plan, read_plan, write_plan
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 QUIET = {"latency": False}
@@ -431,7 +432,7 @@ def test_a_full_disk_while_a_model_is_stored(tmp_path, monkeypatch):
     def full(*arguments, **more):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("vitrim.store.save_file", full)
+    monkeypatch.setattr("vitrim.deploy.store.save_file", full)
     with pytest.raises(StoreError, match="but no space left on device; make room"):
         run(asked(), tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
@@ -462,9 +463,9 @@ ZYGOTE = """
 import json, os, signal, sys
 from pathlib import Path
 import torch
-import vitrim.run, vitrim.plain, vitrim.train.loop, vitrim.plan
-from vitrim.plain import load
-from vitrim.recipe import Recipe
+import vitrim.run.pipeline, vitrim.words.plain, vitrim.train.loop, vitrim.words.plan
+from vitrim.words.plain import load
+from vitrim.run.recipe import Recipe
 
 recipe = load(Recipe, json.loads(sys.argv[1]))
 root = Path(sys.argv[2])
@@ -519,7 +520,7 @@ def child(moment, folder):
         torch.set_num_threads(1)
         if moment:
             at(moment)
-        vitrim.run.run(recipe, root / folder)
+        vitrim.run.pipeline.run(recipe, root / folder)
         code = 0
     except KeyboardInterrupt:
         code = 2

@@ -8,11 +8,13 @@ import torch
 
 from tests.samples import apart, images, random_plan
 from tests.tolerance import SINGLE
-from vitrim import bench, cli, export, families, runtimes, store, surgery
-from vitrim.errors import ExportError, RecipeError, RunError
+from vitrim import cli, families
+from vitrim.cut import surgery
+from vitrim.deploy import bench, export, runtimes, store
 from vitrim.families import describe
 from vitrim.measure.turns import turns
-from vitrim.plain import load, read_json
+from vitrim.words.errors import ExportError, RecipeError, RunError
+from vitrim.words.plain import load, read_json
 
 
 @pytest.fixture(scope="module")

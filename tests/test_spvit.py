@@ -12,27 +12,29 @@ from torch.nn import functional as F
 from tests.conformance.method import SHORT, digits
 from tests.samples import PRESETS, adopted, apart, images, timm_model, without_data
 from tests.tolerance import EXACT
-from vitrim import export, families, methods, store
-from vitrim.budget import SLACK, Budget
-from vitrim.costs import cost_of
-from vitrim.errors import AdoptError, BudgetError, DataError, MethodError, PlanError, RecipeError, WeightsError
+from vitrim import families, methods
+from vitrim.cut.surgery import apply, fold
+from vitrim.deploy import export, store
 from vitrim.families import adopt, describe
 from vitrim.measure import counted
-from vitrim.methods import _spvit_plan, spvit
-from vitrim.methods._spvit import SinglePath, layout, prices
-from vitrim.methods._spvit_published import published, structures
-from vitrim.methods._spvit_released import open_released
+from vitrim.methods import spvit
+from vitrim.methods.spvit import gates
+from vitrim.methods.spvit import planning as _spvit_plan
+from vitrim.methods.spvit.paths import Paths
+from vitrim.methods.spvit.published import published, structures
+from vitrim.methods.spvit.released import open_released
+from vitrim.methods.spvit.search import SinglePath, layout, prices
 from vitrim.nn.conv import Conv, mixed_back, mixed_kernel, state_of, votes
-from vitrim.nn.paths import Paths
-from vitrim.plain import dump, load
-from vitrim.plan import BlockPlan, Plan
-from vitrim.recipe import Recipe, merged, overrides, read_recipe
-from vitrim.run import compress
-from vitrim.search import gates
-from vitrim.spec import Attention, Drop, Form, Mixture, Norm, Skip, Stage, folded
-from vitrim.spec import Conv as ConvSpec
-from vitrim.surgery import apply, fold
+from vitrim.run.pipeline import compress
+from vitrim.run.recipe import Recipe, merged, overrides, read_recipe
 from vitrim.train import parameter_groups
+from vitrim.words.budget import SLACK, Budget
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import AdoptError, BudgetError, DataError, MethodError, PlanError, RecipeError, WeightsError
+from vitrim.words.plain import dump, load
+from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import Attention, Drop, Form, Mixture, Norm, Skip, Stage, folded
+from vitrim.words.spec import Conv as ConvSpec
 
 # Every preset whose attention can become both convolutions.
 FREE = [(f, p) for f, p in PRESETS if p not in ("scale_norms",) and not (f == "vit" and p == "dynamic")]

@@ -22,10 +22,12 @@ from torch import nn
 import vitrim
 from tests.hub import StandIn
 from tests.samples import IDS, PRESETS, adopted, images, random_plan
-from vitrim import families, store, surgery
-from vitrim.errors import SpecError, StoreError, WeightsError
+from vitrim import families
+from vitrim.cut import surgery
+from vitrim.deploy import store
 from vitrim.families import describe
-from vitrim.plain import dump
+from vitrim.words.errors import SpecError, StoreError, WeightsError
+from vitrim.words.plain import dump
 
 EACH = pytest.mark.parametrize(("family", "preset"), PRESETS, ids=IDS)
 

@@ -13,18 +13,20 @@ from timm.models.swin_transformer import SwinTransformer
 
 from tests.samples import adopted, apart, images, random_plan
 from tests.tolerance import EXACT, SINGLE
-from vitrim import families, methods, store, surgery
-from vitrim.budget import Budget
-from vitrim.costs import cost_of
-from vitrim.errors import AdoptError, DataError, SpecError, WeightsError
+from vitrim import families, methods
+from vitrim.cut import surgery
+from vitrim.cut.observe import axes
+from vitrim.deploy import store
+from vitrim.deploy.parent import guests, load_weights_
 from vitrim.families import describe, get
 from vitrim.measure import counted
 from vitrim.methods.taylor import taylor_scores
 from vitrim.nn import WindowBlock
-from vitrim.observe import axes
-from vitrim.parent import guests, load_weights_
-from vitrim.plan import BlockPlan, Plan
-from vitrim.spec import Spec, Stage
+from vitrim.words.budget import Budget
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import AdoptError, DataError, SpecError, WeightsError
+from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import Spec, Stage
 
 swin = get("swin")
 

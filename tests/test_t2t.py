@@ -12,15 +12,16 @@ from timm.data import IMAGENET_DEFAULT_MEAN, resolve_model_data_config
 import vitrim
 from tests.samples import apart, random_plan, without_data
 from tests.tolerance import EXACT, SINGLE
-from vitrim import families, surgery
-from vitrim.costs import block_cost, cost_of
+from vitrim import families
+from vitrim.cut import surgery
 from vitrim.data.inputs import Input
-from vitrim.errors import DataError, RecipeError, WeightsError
+from vitrim.deploy.parent import guests, open_parent
 from vitrim.families import adopt, describe
 from vitrim.families._t2t import sinusoid
 from vitrim.measure import counted
 from vitrim.measure.model import image_of
-from vitrim.parent import guests, open_parent
+from vitrim.words.costs import block_cost, cost_of
+from vitrim.words.errors import DataError, RecipeError, WeightsError
 
 t2t = families.get("t2t")
 

@@ -17,13 +17,13 @@ from torch import nn
 from tests.samples import adopted, apart, images
 from tests.tolerance import EXACT, SINGLE
 from vitrim import families
-from vitrim.costs import cost_of
+from vitrim.cut.surgery import apply
 from vitrim.families import describe
 from vitrim.measure import counted
 from vitrim.nn import Attention
-from vitrim.plan import BlockPlan, Plan
-from vitrim.spec import Skip, Spec
-from vitrim.surgery import apply
+from vitrim.words.costs import cost_of
+from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import Skip, Spec
 
 EVERY = tuple(range(16))
 PLANS = {

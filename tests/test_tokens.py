@@ -9,15 +9,17 @@ from pydantic import ValidationError
 
 from tests.samples import adopted, apart, images, random_plan
 from tests.tolerance import EXACT, SINGLE
-from vitrim import families, store, surgery
-from vitrim.costs import cost_of
-from vitrim.errors import DataError, PlanError
+from vitrim import families
+from vitrim.cut import surgery
+from vitrim.deploy import store
 from vitrim.families import describe
 from vitrim.families.vit import example
-from vitrim.plan import BlockPlan, Plan
 from vitrim.report.blocks import sheet, total
 from vitrim.report.tables import plan_table
-from vitrim.spec import Drop, Stage
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import DataError, PlanError
+from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import Drop, Stage
 
 
 def dropping(spec, *kept, exact=False):

@@ -8,16 +8,18 @@ from pydantic import ValidationError
 
 from tests.samples import PRESETS, adopted, apart, images
 from tests.tolerance import EXACT, SINGLE
-from vitrim import families, store, surgery
-from vitrim.costs import cost_of
-from vitrim.errors import PlanError
+from vitrim import families
+from vitrim.cut import surgery
+from vitrim.deploy import store
 from vitrim.families import describe
 from vitrim.measure import counted
 from vitrim.nn import Attention
 from vitrim.nn.tokens import Chosen, Seen
-from vitrim.plain import dump, load
-from vitrim.plan import BlockPlan, Plan
-from vitrim.spec import Drop, Skip, Spec, TopK
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import PlanError
+from vitrim.words.plain import dump, load
+from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import Drop, Skip, Spec, TopK
 
 PLAIN = [(family, preset) for family, preset in PRESETS if family in ("vit", "t2t")]
 

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import nn
 
 from vitrim.data import Augment, Images, Input
-from vitrim.errors import DataError, MethodError, RecipeError, TrainError, WeightsError
 from vitrim.train import Distill, Train, fit
+from vitrim.words.errors import DataError, MethodError, RecipeError, TrainError, WeightsError
 
 INPUT = Input(size=(8, 8), crop_pct=1.0)
 NONE = Augment(kind="none")

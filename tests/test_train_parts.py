@@ -9,12 +9,12 @@ from timm.layers import DropPath
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from vitrim.errors import DataError, MethodError, RecipeError, WeightsError
-from vitrim.plain import dump, load
 from vitrim.train import Distill, Objective, Train, evaluate, learning_rate, parameter_groups, reference_logits
 from vitrim.train.distill import hard_loss, labels_loss, soft_loss, token_loss, two_heads
 from vitrim.train.guard import check_finite, drop_path
 from vitrim.train.optim import optimizer, set_learning_rate
+from vitrim.words.errors import DataError, MethodError, RecipeError, WeightsError
+from vitrim.words.plain import dump, load
 
 LOGITS = torch.tensor([[math.log(3.0), 0.0]], dtype=torch.float64)  # probabilities 3/4, 1/4
 TEACHER = torch.tensor([[0.0, math.log(4.0)]], dtype=torch.float64)  # probabilities 1/5, 4/5

@@ -19,8 +19,8 @@ import vitrim.train.checkpoint as checkpoint_module
 
 # The fixture is used by being here.
 from tests.test_train_fit import FULL, INPUT, PLAIN, _one_thread, equal, images, stopped, timeless, vit  # noqa: F401
-from vitrim.errors import RunError
 from vitrim.train import fit
+from vitrim.words.errors import RunError
 
 SCRIPT = """
 import sys, torch

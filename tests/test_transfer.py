@@ -16,29 +16,30 @@ from torch.nn import functional as F
 import vitrim
 from tests.samples import apart, timm_model
 from tests.tolerance import EXACT
-from vitrim import cli, families, store
-from vitrim.costs import cost_of
+from vitrim import cli, families
+from vitrim.cut.observe import axes, masked
+from vitrim.cut.surgery import apply
 from vitrim.data import IGNORE, Input, SceneAugment, SceneLoader, open_scenes, scene_splits
-from vitrim.errors import AdoptError, DataError, RecipeError, RunError, VitrimError
-from vitrim.export import export, onnx_session
+from vitrim.deploy import store
+from vitrim.deploy.export import export, onnx_session
 from vitrim.families import describe
 from vitrim.families._segmentor import segmentor
 from vitrim.measure import cost, counted
-from vitrim.methods._cait import merge_plan
+from vitrim.methods.cait.masks import merge_plan
 from vitrim.nn import unmerge
 from vitrim.nn.segment import Head, lay_on, rounded
-from vitrim.observe import axes, masked
-from vitrim.plan import BlockPlan, Plan
-from vitrim.recipe import ModelRecipe
 from vitrim.report import html, markdown
-from vitrim.run import compress
-from vitrim.spec import Drop, Merge
-from vitrim.surgery import apply
+from vitrim.run.pipeline import compress
+from vitrim.run.recipe import ModelRecipe
+from vitrim.run.transfer import SceneTest, TransferRecipe, score, transfer
+from vitrim.run.transfer.objective import PixelObjective
+from vitrim.run.transfer.picture import colours, side_by_side
+from vitrim.run.transfer.run import transfer as run_transfer
 from vitrim.train import Distill, Task, fit, learning_rate
-from vitrim.transfer import SceneTest, TransferRecipe, score, transfer
-from vitrim.transfer.objective import PixelObjective
-from vitrim.transfer.picture import colours, side_by_side
-from vitrim.transfer.run import transfer as run_transfer
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import AdoptError, DataError, RecipeError, RunError, VitrimError
+from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import Drop, Merge
 
 SMALL = Head(width=32, channels=64)
 FOUR = {"img_size": 64, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2)}
@@ -540,7 +541,7 @@ class TestRun:
         assert again.measured["miou"] == done.measured["miou"]
 
     def test_a_finished_run_is_read(self, street, done, monkeypatch):
-        monkeypatch.setattr("vitrim.transfer.run.fit", None)
+        monkeypatch.setattr("vitrim.run.transfer.run.fit", None)
         again = transfer(asked(str(street)), done.folder, backbone=vit())
         assert again.measured == done.measured
 
@@ -574,7 +575,7 @@ class TestRun:
         ],
     )
     def test_a_wrong_recipe_is_told(self, changes, told):
-        from vitrim.plain import load
+        from vitrim.words.plain import load
 
         known = {"model": {"name": "vit"}, "data": {"train": "scenes"}} | changes
         with pytest.raises(RecipeError, match=told):
@@ -675,7 +676,7 @@ class TestCommands:
 
 
 def test_recipes_of_ade20k_are_strict_and_as_specified():
-    from vitrim.plain import read_toml
+    from vitrim.words.plain import read_toml
 
     paths = sorted((Path(__file__).parents[1] / "recipes").glob("*ade20k*.toml"))
     assert paths

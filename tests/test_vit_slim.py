@@ -9,18 +9,20 @@ import torch
 
 from tests.samples import adopted, apart, images, masks_of, without_data
 from tests.tolerance import EXACT, SINGLE
-from vitrim import families, methods, store, surgery
-from vitrim.budget import Budget
-from vitrim.costs import cost_of
-from vitrim.errors import MethodError
+from vitrim import families, methods
+from vitrim.cut import surgery
+from vitrim.cut.observe import masked
+from vitrim.cut.shares import kept_count, share_plan, top
+from vitrim.deploy import store
 from vitrim.families import describe
 from vitrim.families.vit import example
 from vitrim.methods import vit_slim
 from vitrim.nn import Attention
-from vitrim.observe import masked
-from vitrim.plan import BlockPlan, Plan
-from vitrim.search.shares import kept_count, share_plan, top
-from vitrim.spec import Drop
+from vitrim.words.budget import Budget
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import MethodError
+from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import Drop
 
 # P0, F0, dense parameters and MACs of DeiT-T, -S and -B: section 6.1.
 NAMES = {

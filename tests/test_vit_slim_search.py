@@ -10,17 +10,18 @@ import torch
 from tests.conformance.method import SHORT, MethodConformance, digits
 from tests.samples import adopted, images
 from tests.test_methods import small
-from vitrim import methods, surgery
-from vitrim.budget import Budget
-from vitrim.costs import cost_of
-from vitrim.errors import BudgetError, MethodError
+from vitrim import methods
+from vitrim.cut import surgery
+from vitrim.cut.shares import consistent, kept_count, largest, share_plan, top, with_tokens
 from vitrim.families import describe
 from vitrim.methods import vit_slim
-from vitrim.plan import Plan
-from vitrim.recipe import read_recipe
-from vitrim.search.shares import consistent, kept_count, largest, share_plan, top, with_tokens
+from vitrim.run.recipe import read_recipe
 from vitrim.train import Train, fit
 from vitrim.train.optim import parameter_groups
+from vitrim.words.budget import Budget
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import BudgetError, MethodError
+from vitrim.words.plan import Plan
 
 RULES = ["suffix_or", "prefix_and"]
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*vit_slim*.toml"))

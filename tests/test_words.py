@@ -6,12 +6,12 @@ import tomllib
 
 import pytest
 
-from vitrim.budget import Budget
-from vitrim.costs import Cost, cost_of
-from vitrim.errors import BudgetError, MethodError, PlanError, RecipeError, SpecError
-from vitrim.plain import did_you_mean, dump, load, read_json, read_toml, write_json, write_text, writing
-from vitrim.plan import BlockPlan, Plan, read_plan, write_plan
-from vitrim.spec import Attention, Block, Form, Host, Norm, Skip, Spec, Stage
+from vitrim.words.budget import Budget
+from vitrim.words.costs import Cost, cost_of
+from vitrim.words.errors import BudgetError, MethodError, PlanError, RecipeError, SpecError
+from vitrim.words.plain import did_you_mean, dump, load, read_json, read_toml, write_json, write_text, writing
+from vitrim.words.plan import BlockPlan, Plan, read_plan, write_plan
+from vitrim.words.spec import Attention, Block, Form, Host, Norm, Skip, Spec, Stage
 
 NORM = Norm(name="LayerNorm", eps=1e-6)
 
@@ -322,7 +322,7 @@ def test_a_spec_is_priced_in_no_time():
 
 
 def recipe(**changes):
-    from vitrim.recipe import Recipe
+    from vitrim.run.recipe import Recipe
 
     asked = {"model": {"name": "test_vit"}, "method": {"name": "taylor"}, "budget": "macs=0.50"} | changes
     return load(Recipe, asked, RecipeError, at="recipe")
@@ -340,7 +340,7 @@ def recipe(**changes):
     ],
 )
 def test_a_resolved_recipe_comes_back(changes, tmp_path):
-    from vitrim.recipe import Recipe, read_recipe, write_recipe
+    from vitrim.run.recipe import Recipe, read_recipe, write_recipe
 
     known = recipe(**changes).resolved()
     path = tmp_path / "recipe.toml"
@@ -393,7 +393,7 @@ def test_a_recipe_knows_its_method():
 
 
 def test_settings_given_one_by_one():
-    from vitrim.recipe import merged, overrides
+    from vitrim.run.recipe import merged, overrides
 
     pairs = [
         "train.epochs=1.5",

@@ -19,16 +19,17 @@ import torch
 from torch.nn import functional as F
 
 import vitrim
-from vitrim import families, surgery
-from vitrim.costs import cost_of
+from vitrim import families
+from vitrim.cut import surgery
 from vitrim.data import Input, eval_loader, split
+from vitrim.deploy.parent import read_weights
 from vitrim.families import describe
 from vitrim.measure import counted
 from vitrim.measure.turns import spread, turns
-from vitrim.parent import read_weights
-from vitrim.plan import BlockPlan, Plan
-from vitrim.spec import Merge
 from vitrim.train import evaluate
+from vitrim.words.costs import cost_of
+from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import Merge
 
 OURS = ("taylor", "post_training")
 PEERS = ("torch-pruning width", "torch-pruning inner", "torch-pruning heads", "tome")
@@ -37,7 +38,7 @@ PEERS = ("torch-pruning width", "torch-pruning inner", "torch-pruning heads", "t
 def tome(model, share):
     """Token merging by bipartite matching as published (Bolya et al. 2023): the same number of patches in every block.
 
-    Our own implementation of the method (`vitrim.spec.Merge`), with the least number that meets the budget.
+    Our own implementation of the method (`vitrim.words.spec.Merge`), with the least number that meets the budget.
     """
     net = families.adopt(model)
     spec = describe(net)

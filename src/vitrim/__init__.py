@@ -7,33 +7,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vitrim.budget import Budget
-    from vitrim.errors import VitrimError
+    from vitrim.cut.surgery import apply
+    from vitrim.deploy.store import load, save
     from vitrim.families import adopt, describe
     from vitrim.measure import cost, latency
-    from vitrim.plan import Plan
-    from vitrim.run import compress
-    from vitrim.spec import Spec
-    from vitrim.store import load, save
-    from vitrim.surgery import apply
+    from vitrim.run.pipeline import compress
     from vitrim.train import evaluate
+    from vitrim.words.budget import Budget
+    from vitrim.words.errors import VitrimError
+    from vitrim.words.plan import Plan
+    from vitrim.words.spec import Spec
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Budget": "budget",
-    "Plan": "plan",
-    "Spec": "spec",
-    "VitrimError": "errors",
+    "Budget": "words.budget",
+    "Plan": "words.plan",
+    "Spec": "words.spec",
+    "VitrimError": "words.errors",
     "adopt": "families",
-    "apply": "surgery",
-    "compress": "run",
+    "apply": "cut.surgery",
+    "compress": "run.pipeline",
     "describe": "families",
     "cost": "measure",
     "evaluate": "train",
     "latency": "measure",
-    "load": "store",
-    "save": "store",
+    "load": "deploy.store",
+    "save": "deploy.store",
 }
 
 __all__ = [

@@ -15,14 +15,14 @@ from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vitrim import store
 from vitrim.data import Augment, Input, split
+from vitrim.deploy import store
 from vitrim.families import adopt
-from vitrim.plain import dump, load
-from vitrim.recipe import DataRecipe, Measure, ModelRecipe, Recipe
 from vitrim.report import result
-from vitrim.run import Result, run
+from vitrim.run.pipeline import Result, run
+from vitrim.run.recipe import DataRecipe, Measure, ModelRecipe, Recipe
 from vitrim.train import Distill, Train, fit
+from vitrim.words.plain import dump, load
 
 __all__ = ["demo", "main", "small_vit"]
 

@@ -5,15 +5,15 @@ import copy
 import torch
 
 from vitrim import methods
-from vitrim.budget import SLACK, Budget
-from vitrim.contract import Data
-from vitrim.costs import cost_of
+from vitrim.cut.surgery import apply
 from vitrim.data import Input, split
 from vitrim.families import describe
-from vitrim.plain import dump, load
-from vitrim.plan import Plan
-from vitrim.surgery import apply
+from vitrim.methods._contract import Data
 from vitrim.train import Train, fit
+from vitrim.words.budget import SLACK, Budget
+from vitrim.words.costs import cost_of
+from vitrim.words.plain import dump, load
+from vitrim.words.plan import Plan
 
 SHORT = {"epochs": 0.2, "batch": 16, "augment": {"kind": "light"}, "mixup": 0, "cutmix": 0, "warmup_epochs": 0}
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from vitrim import __version__
 from vitrim.cli import compress, curve, deploy, look, measure, search, transfer
 from vitrim.cli.shared import app
-from vitrim.errors import VitrimError
+from vitrim.words.errors import VitrimError
 
 __all__ = ["app", "compress", "curve", "deploy", "look", "main", "measure", "search", "transfer"]
 

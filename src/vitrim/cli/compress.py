@@ -7,10 +7,10 @@ import typer
 
 from vitrim.cli.shared import Random, Settings, Source, Weights, app, read, say, show_table
 from vitrim.cli.transfer import transferred
-from vitrim.errors import RecipeError
+from vitrim.words.errors import RecipeError
 
 if TYPE_CHECKING:
-    from vitrim.run import Result
+    from vitrim.run.pipeline import Result
 
 
 @app.command()
@@ -39,8 +39,8 @@ def compress(
     set_: Settings = None,
 ) -> None:
     """Make a model smaller and write a run folder."""
-    from vitrim.recipe import Recipe, merged, overrides
-    from vitrim.run import run
+    from vitrim.run.pipeline import run
+    from vitrim.run.recipe import Recipe, merged, overrides
 
     asked = {
         "model": {"name": model, "weights": weights, "random_weights": random_weights},
@@ -81,13 +81,13 @@ def run_(
     set_: Settings = None,
 ) -> None:
     """Carry out a recipe."""
-    from vitrim.plain import read_toml
-    from vitrim.recipe import Recipe, merged, overrides
-    from vitrim.run import run
+    from vitrim.run.pipeline import run
+    from vitrim.run.recipe import Recipe, merged, overrides
+    from vitrim.words.plain import read_toml
 
     written = read_toml(recipe)
     if written.get("task") == "segmentation":
-        from vitrim.transfer import TransferRecipe
+        from vitrim.run.transfer import TransferRecipe
 
         whole = set(written) == set(TransferRecipe.model_fields)
         transferred(merged(written, overrides(set_ or [])), out or _folder(recipe, whole), at=str(recipe))

@@ -23,9 +23,9 @@ def pareto(
     set_: Settings = None,
 ) -> None:
     """Calibrate once, without labels or training, and read off a model for each budget."""
-    from vitrim.pareto import BUDGETS
-    from vitrim.pareto import pareto as make
-    from vitrim.recipe import merged, overrides
+    from vitrim.run.curve import BUDGETS
+    from vitrim.run.curve import pareto as make
+    from vitrim.run.recipe import merged, overrides
 
     asked: dict[str, Any] = {
         "model": {"name": model, "weights": weights, "random_weights": random_weights},

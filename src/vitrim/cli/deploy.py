@@ -9,13 +9,13 @@ import typer
 
 from vitrim.cli.shared import Random, Settings, Weights, app, read, say, show_table
 from vitrim.cli.transfer import scenes_of, written_by
-from vitrim.errors import DataError, ExportError, RecipeError
+from vitrim.words.errors import DataError, ExportError, RecipeError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from vitrim.quantize import Quantized
-    from vitrim.recipe import DataRecipe
+    from vitrim.deploy.quantize import Quantized
+    from vitrim.run.recipe import DataRecipe
 
 __all__ = ["export", "push"]
 
@@ -33,10 +33,10 @@ def export(
     set_: Settings = None,
 ) -> None:
     """Write a model for another runtime, once its logits there are eager PyTorch's; or in int8, with its accuracy."""
-    from vitrim.export import OPSET, check_target
-    from vitrim.export import export as export_model
-    from vitrim.parent import open_parent
-    from vitrim.recipe import merged, overrides
+    from vitrim.deploy.export import OPSET, check_target
+    from vitrim.deploy.export import export as export_model
+    from vitrim.deploy.parent import open_parent
+    from vitrim.run.recipe import merged, overrides
 
     chosen = OPSET if opset is None else opset
     check_target(out, chosen)
@@ -56,7 +56,7 @@ def export(
 
 def _int8(net: "nn.Module", name: str, out: Path, opset: int, asked: dict[str, Any]) -> None:
     from vitrim.families import describe
-    from vitrim.recipe import DataRecipe
+    from vitrim.run.recipe import DataRecipe
 
     source = read(DataRecipe, asked.pop("data"), at="recipe.data")
     if asked:
@@ -80,8 +80,8 @@ def _int8(net: "nn.Module", name: str, out: Path, opset: int, asked: dict[str, A
 
 def _int8_of_images(net: "nn.Module", name: str, out: Path, opset: int, source: "DataRecipe") -> "Quantized":
     from vitrim.data import Input, check_classes, eval_loader, split
+    from vitrim.deploy.quantize import quantize
     from vitrim.families import describe
-    from vitrim.quantize import quantize
 
     classes = describe(net).classes
     known = split(
@@ -100,8 +100,8 @@ def _int8_of_images(net: "nn.Module", name: str, out: Path, opset: int, source: 
 def _int8_of_scenes(net: "nn.Module", name: str, out: Path, opset: int, source: "DataRecipe") -> "Quantized":
     """Calibrated on crops of training scenes, measured in windows of the file's own size."""
     from vitrim.data import SceneAugment, SceneLoader
-    from vitrim.quantize import quantize
-    from vitrim.transfer import score
+    from vitrim.deploy.quantize import quantize
+    from vitrim.run.transfer import score
 
     recipe, fitting = written_by(net, name, source)
     train = scenes_of(source.train or "", recipe, "train")
@@ -143,8 +143,8 @@ def push(
     revision: Annotated[str | None, typer.Option("--revision", help="Branch to push to.")] = None,
 ) -> None:
     """Push a model to the Hub, with a card written from its run."""
-    from vitrim.deliver import CARD
-    from vitrim.deliver import push as deliver
+    from vitrim.deploy.push import CARD
+    from vitrim.deploy.push import push as deliver
 
     with tempfile.TemporaryDirectory(prefix="vitrim-push-") as scratch:
         place = Path(scratch) / "dry" if dry_run and folder is None else folder

@@ -15,8 +15,8 @@ from vitrim.cli.shared import app, print_table, say, show_table
 @app.command()
 def explain(plan: Annotated[Path, typer.Argument(help="plan.json of a run folder.")]) -> None:
     """Say what a plan keeps, block by block, and what that costs."""
-    from vitrim.plan import read_plan
     from vitrim.report import plan_table
+    from vitrim.words.plan import read_plan
 
     table = plan_table(*read_plan(plan))
     show_table(str(plan), table.head, table.rows)
@@ -32,8 +32,8 @@ def report_(
 ) -> None:
     """Report on run folders, as one HTML page, as Markdown or as CSV."""
     from vitrim import report
-    from vitrim.errors import RunError
-    from vitrim.plain import check_place, write_text
+    from vitrim.words.errors import RunError
+    from vitrim.words.plain import check_place, write_text
 
     for place in (out, csv):
         if place is not None:
@@ -73,7 +73,7 @@ def models_(
     json_: Annotated[bool, typer.Option("--json", help="One JSON record a line.")] = False,
 ) -> None:
     """List the timm models that vitrim can cut, with their cost."""
-    from vitrim.parent import guests
+    from vitrim.deploy.parent import guests
 
     rows = []
     for guest in guests(pattern):

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from vitrim.cli.shared import Random, Settings, Weights, app, read, say, show_table
 from vitrim.cli.transfer import scored
-from vitrim.errors import RecipeError, RunError
+from vitrim.words.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +27,11 @@ def evaluate(
 
     from vitrim import measure
     from vitrim.data import Input, check_classes, eval_loader, open_source, splits_of
+    from vitrim.deploy.parent import open_parent
     from vitrim.families import describe
-    from vitrim.parent import open_parent
-    from vitrim.plain import dump
-    from vitrim.recipe import DataRecipe, ModelRecipe, merged, overrides
+    from vitrim.run.recipe import DataRecipe, ModelRecipe, merged, overrides
     from vitrim.train import evaluate as evaluate_model
+    from vitrim.words.plain import dump
 
     asked = {
         "model": {"name": model, "weights": weights, "random_weights": random_weights},
@@ -92,7 +92,7 @@ def bench(
     """Time models in turns, the first being what the others are compared with; timm names get random weights."""
     import torch
 
-    from vitrim.job import device_of
+    from vitrim.run.job import device_of
 
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in kinds:
@@ -122,8 +122,9 @@ def _pair(
     place: "torch.device | None",
     seconds: float,
 ) -> None:
-    from vitrim import measure, store
-    from vitrim.parent import open_parent
+    from vitrim import measure
+    from vitrim.deploy import store
+    from vitrim.deploy.parent import open_parent
 
     nets = [open_parent(name, random_weights=not store.is_stored(name)) for name in (model, reference) if name]
     taken = measure.latency(*nets, batch=batch, threads=threads, dtype=dtype, device=place, seconds=seconds)
@@ -153,13 +154,13 @@ def _many(
     memory: bool,
     out: Path | None,
 ) -> None:
-    from vitrim import store
-    from vitrim.bench import bench as measured
-    from vitrim.bench import write
-    from vitrim.parent import open_parent
-    from vitrim.plain import check_place
+    from vitrim.deploy import store
+    from vitrim.deploy.bench import bench as measured
+    from vitrim.deploy.bench import write
+    from vitrim.deploy.parent import open_parent
+    from vitrim.deploy.runtimes import check_runtimes
     from vitrim.report import names_apart
-    from vitrim.runtimes import check_runtimes
+    from vitrim.words.plain import check_place
 
     asked = [part.strip() for part in runtimes.split(",")]
     check_runtimes(asked)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitrim.cli.shared import Random, Settings, Source, Weights, app, read, say, show_table
-from vitrim.errors import MethodError, RecipeError
+from vitrim.words.errors import MethodError, RecipeError
 
 if TYPE_CHECKING:
-    from vitrim.recipe import Recipe
+    from vitrim.run.recipe import Recipe
 
 
 @app.command()
@@ -34,8 +34,8 @@ def search(
     Ends when the study holds all trials. `vitrim compress --method mdc --set method.storage=URL` then cuts the best.
     """
     from vitrim import methods
-    from vitrim.plain import read_toml
-    from vitrim.recipe import Recipe, merged, overrides
+    from vitrim.run.recipe import Recipe, merged, overrides
+    from vitrim.words.plain import read_toml
 
     if model.endswith(".toml"):
         asked = read_toml(Path(model))
@@ -57,10 +57,10 @@ def search(
 
 
 def _run(recipe: "Recipe", out: Path | None) -> None:
-    from vitrim.contract import Data
-    from vitrim.costs import cost_of
-    from vitrim.job import prepare
-    from vitrim.plan import write_plan
+    from vitrim.methods._contract import Data
+    from vitrim.run.job import prepare
+    from vitrim.words.costs import cost_of
+    from vitrim.words.plan import write_plan
 
     method = recipe.found_method()
     job = prepare(recipe, method, None, None, (recipe.data.train, None), say)

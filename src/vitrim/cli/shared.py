@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vitrim.errors import RecipeError
+from vitrim.words.errors import RecipeError
 
 __all__ = ["Random", "Settings", "Source", "Weights", "app", "print_table", "read", "say", "show_table"]
 
@@ -53,7 +53,7 @@ def print_table(table: Table) -> None:
 
 
 def read(kind: Any, data: Any, at: str = "recipe") -> Any:
-    """Read a node from what was asked; see `vitrim.plain.load`."""
-    from vitrim.plain import load
+    """Read a node from what was asked; see `vitrim.words.plain.load`."""
+    from vitrim.words.plain import load
 
     return load(kind, data, RecipeError, at=at)

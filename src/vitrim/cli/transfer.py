@@ -33,7 +33,7 @@ def seg(
     set_: Settings = None,
 ) -> None:
     """Fine-tune a model for semantic segmentation and write a run folder."""
-    from vitrim.recipe import merged, overrides
+    from vitrim.run.recipe import merged, overrides
 
     asked: dict[str, Any] = {
         "model": {"name": backbone, "weights": weights, "random_weights": random_weights},
@@ -48,9 +48,9 @@ def seg(
 
 def written_by(net: Any, name: str, over: Any) -> tuple[Any, Any]:
     """The recipe that a stored segmentor was trained by, and what it takes; `over` may change mean and std."""
-    from vitrim import store
     from vitrim.data import Input
-    from vitrim.transfer import TransferRecipe
+    from vitrim.deploy import store
+    from vitrim.run.transfer import TransferRecipe
 
     recipe = read(TransferRecipe, store.provenance(name)["given"]["recipe"], name)
     given = {key: getattr(over, key) or getattr(recipe.data, key) for key in ("mean", "std")}
@@ -70,8 +70,8 @@ def scored(net: Any, name: str, data: str, over: Any) -> None:
     import torch
 
     from vitrim.report import class_table
-    from vitrim.transfer import score
-    from vitrim.transfer.score import by_class
+    from vitrim.run.transfer import score
+    from vitrim.run.transfer.score import by_class
 
     recipe, input = written_by(net, name, over)
     scenes = scenes_of(data, recipe)
@@ -89,7 +89,7 @@ def _size(text: str | None) -> list[str] | None:
 def transferred(asked: dict[str, Any], out: Path, at: str = "recipe") -> None:
     """Carry out a transfer recipe given as plain values, and show what came of it."""
     from vitrim.report import class_table, segmented
-    from vitrim.transfer import TransferRecipe, transfer
+    from vitrim.run.transfer import TransferRecipe, transfer
 
     done = transfer(read(TransferRecipe, asked, at), out, say=say)
     table = segmented(done.measured)

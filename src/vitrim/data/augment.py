@@ -18,8 +18,8 @@ from torch import Tensor
 
 from vitrim.data.inputs import Input
 from vitrim.data.noise import seeded
-from vitrim.errors import DataError
-from vitrim.plain import Node
+from vitrim.words.errors import DataError
+from vitrim.words.plain import Node
 
 __all__ = ["Augment", "Full", "move", "normalize"]
 

@@ -22,7 +22,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
 
 from vitrim.data.images import Images, decode
-from vitrim.errors import DataError
+from vitrim.words.errors import DataError
 
 __all__ = ["IMAGENET", "SPLITS", "choose_split", "folder_splits", "open_folder", "tar_ranges"]
 

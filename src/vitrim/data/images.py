@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from vitrim.errors import DataError
+from vitrim.words.errors import DataError
 
 __all__ = ["Images", "check_classes", "decode", "labels_of"]
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from vitrim.data.images import Images
-from vitrim.errors import DataError
 from vitrim.nn.layers import input_channels
-from vitrim.plain import Node, load
+from vitrim.words.errors import DataError
+from vitrim.words.plain import Node, load
 
 __all__ = ["Input", "Loader", "eval_loader", "to_bytes", "to_tensor"]
 

@@ -16,7 +16,7 @@ from vitrim.data.augment import Augment, Full, move, normalize
 from vitrim.data.images import Images
 from vitrim.data.inputs import Batch, Fetch, Input, collate, to_bytes, unwrap
 from vitrim.data.noise import numbers
-from vitrim.errors import DataError
+from vitrim.words.errors import DataError
 
 __all__ = ["TrainLoader", "train_loader"]
 

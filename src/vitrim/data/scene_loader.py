@@ -19,8 +19,8 @@ from vitrim.data.inputs import Input
 from vitrim.data.loader import TrainLoader
 from vitrim.data.noise import numbers, seeded
 from vitrim.data.scenes import IGNORE, Scenes
-from vitrim.errors import DataError
-from vitrim.plain import Node
+from vitrim.words.errors import DataError
+from vitrim.words.plain import Node
 
 __all__ = ["SceneAugment", "SceneLoader", "to_pixels"]
 

@@ -21,8 +21,8 @@ from torch.utils.data import Dataset
 
 from vitrim.data.folders import SPLITS, choose_split, tar_ranges
 from vitrim.data.images import decode
-from vitrim.errors import DataError
-from vitrim.progress import progress
+from vitrim.words.errors import DataError
+from vitrim.words.progress import progress
 
 __all__ = ["IGNORE", "Scenes", "open_scenes", "scene_splits"]
 

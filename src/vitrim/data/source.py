@@ -18,7 +18,7 @@ from timm.data import create_dataset
 
 from vitrim.data.folders import SPLITS, folder_splits, open_folder
 from vitrim.data.images import Images, decode
-from vitrim.errors import DataError
+from vitrim.words.errors import DataError
 
 __all__ = ["open_source", "splits_of"]
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from vitrim.data.images import Images
 from vitrim.data.source import open_source, splits_of
-from vitrim.errors import DataError
+from vitrim.words.errors import DataError
 
 __all__ = ["Splits", "split"]
 

@@ -12,11 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from vitrim.errors import AdoptError, SpecError, WeightsError
 from vitrim.nn import Block, make_block, settled
 from vitrim.nn.layers import input_channels
-from vitrim.plain import did_you_mean
-from vitrim.spec import Spec
+from vitrim.words.errors import AdoptError, SpecError, WeightsError
+from vitrim.words.plain import did_you_mean
+from vitrim.words.spec import Spec
 
 __all__ = [
     "AROUND",

@@ -14,11 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vitrim.errors import DataError
 from vitrim.nn import unmerge
 from vitrim.nn.grid import Sized
-from vitrim.spec import Block, GridMerge, Tokens
-from vitrim.steps import flow_of, lost
+from vitrim.words.errors import DataError
+from vitrim.words.spec import Block, GridMerge, Tokens
+from vitrim.words.steps import flow_of, lost
 
 __all__ = ["InputSize", "Intermediates", "Restore", "tell_reduction_"]
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrim.errors import AdoptError
 from vitrim.nn.layers import activation_name, make_norm, norm_of
 from vitrim.nn.mlp import LAYERS
-from vitrim.spec import Norm
+from vitrim.words.errors import AdoptError
+from vitrim.words.spec import Norm
 
 __all__ = [
     "Hole",

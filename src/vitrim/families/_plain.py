@@ -17,7 +17,6 @@ import torch
 from timm.models import vision_transformer as timm_vit
 from torch import nn
 
-from vitrim.errors import AdoptError, DataError, SpecError
 from vitrim.families._features import InputSize, Intermediates, tell_reduction_
 from vitrim.families._parts import (
     Hole,
@@ -35,8 +34,9 @@ from vitrim.families._parts import (
 from vitrim.nn import Block, Conv
 from vitrim.nn.layers import activation_name, input_channels, make_activation, norm_of
 from vitrim.nn.mlp import LAYERS
-from vitrim.spec import Attention, Form, Host, Norm, Spec, Stage
-from vitrim.spec import Block as BlockSpec
+from vitrim.words.errors import AdoptError, DataError, SpecError
+from vitrim.words.spec import Attention, Form, Host, Norm, Spec, Stage
+from vitrim.words.spec import Block as BlockSpec
 
 __all__ = ["arguments", "build", "describe", "foreign_blocks", "host", "keywords"]
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from vitrim import families
-from vitrim.errors import AdoptError, DataError, RecipeError
 from vitrim.families._parts import count, pretrained
 from vitrim.nn import Block
 from vitrim.nn.segment import HEADS, LEVELS, Head, Places, Segmentor, check_covered
-from vitrim.plain import dump
-from vitrim.spec import Host, Spec
+from vitrim.words.errors import AdoptError, DataError, RecipeError
+from vitrim.words.plain import dump
+from vitrim.words.spec import Host, Spec
 
 __all__ = ["HOSTS", "build", "describe", "foreign_blocks", "host", "segmentor"]
 

@@ -21,8 +21,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrim.errors import DataError, RecipeError
-from vitrim.plain import did_you_mean
+from vitrim.words.errors import DataError, RecipeError
+from vitrim.words.plain import did_you_mean
 
 __all__ = ["KINDS", "REDUCTION", "T2TVisionTransformer", "TokensToToken", "performer", "sinusoid"]
 

@@ -18,7 +18,6 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
 from torch import Tensor, nn
 
-from vitrim.errors import AdoptError, SpecError
 from vitrim.families._parts import (
     Hole,
     bare,
@@ -33,8 +32,9 @@ from vitrim.families._parts import (
 )
 from vitrim.nn import Block, WindowBlock
 from vitrim.nn.layers import input_channels
-from vitrim.spec import Attention, Form, Host, Norm, Spec, Stage, Window
-from vitrim.spec import Block as BlockSpec
+from vitrim.words.errors import AdoptError, SpecError
+from vitrim.words.spec import Attention, Form, Host, Norm, Spec, Stage, Window
+from vitrim.words.spec import Block as BlockSpec
 
 __all__ = ["HOSTS", "TEST_PRESETS", "build", "convert", "describe", "example", "foreign_blocks", "host"]
 

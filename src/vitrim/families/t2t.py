@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vitrim.families import _plain
 from vitrim.families._plain import foreign_blocks, host
 from vitrim.families._t2t import T2TVisionTransformer
-from vitrim.spec import Spec
+from vitrim.words.spec import Spec
 
 __all__ = ["HOSTS", "TEST_PRESETS", "build", "convert", "describe", "example", "foreign_blocks", "host"]
 

@@ -21,7 +21,7 @@ from vitrim.families import _plain
 from vitrim.families._parts import norm_maker
 from vitrim.families._plain import foreign_blocks, host
 from vitrim.nn.layers import norm_of
-from vitrim.spec import Norm, Spec
+from vitrim.words.spec import Norm, Spec
 
 __all__ = ["HOSTS", "TEST_PRESETS", "build", "describe", "example", "foreign_blocks", "host"]
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from vitrim.measure.model import Image, compiled_copy, home_of, image_of, moved, resting
 from vitrim.measure.turns import at_least, name_of, place_of, spread, threading, turns, waiting
-from vitrim.plain import Node
+from vitrim.words.plain import Node
 
 __all__ = ["Latency", "latency"]
 

@@ -8,11 +8,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrim.costs import Cost, cost_of
-from vitrim.errors import AdoptError
 from vitrim.families import describe
 from vitrim.measure.model import Image, home_of, image_of, resting
-from vitrim.spec import Spec
+from vitrim.words.costs import Cost, cost_of
+from vitrim.words.errors import AdoptError
+from vitrim.words.spec import Spec
 
 __all__ = ["cost", "counted"]
 

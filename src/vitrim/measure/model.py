@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitrim.errors import RecipeError
 from vitrim.nn.layers import input_channels
+from vitrim.words.errors import RecipeError
 
 __all__ = ["Image", "compiled_copy", "home_of", "image_of", "moved", "resting"]
 

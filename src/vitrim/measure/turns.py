@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vitrim.errors import RecipeError
-from vitrim.progress import progress
+from vitrim.words.errors import RecipeError
+from vitrim.words.progress import progress
 
 __all__ = [
     "TICK",

@@ -8,9 +8,9 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from vitrim.contract import Method
-from vitrim.errors import MethodError
-from vitrim.plain import Node, did_you_mean, load
+from vitrim.methods._contract import Method
+from vitrim.words.errors import MethodError
+from vitrim.words.plain import Node, did_you_mean, load
 
 __all__ = ["get", "names", "settings_of"]
 

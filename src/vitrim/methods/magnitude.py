@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vitrim.budget import Budget
-from vitrim.contract import Data, Found
+from vitrim.cut.fill import Choice, fill, quantiles
 from vitrim.families import blocks_of, describe
+from vitrim.methods._contract import Data, Found
 from vitrim.nn import Axis, Block
-from vitrim.plain import Node
-from vitrim.search.fill import Choice, fill, quantiles
+from vitrim.words.budget import Budget
+from vitrim.words.plain import Node
 
 __all__ = ["Method"]
 
@@ -29,7 +29,7 @@ class Method(Node):
     """Keep channels with large weights.
 
     Attributes:
-        choice: which widths are allowed, see `vitrim.search.fill.Choice`.
+        choice: which widths are allowed, see `vitrim.cut.fill.Choice`.
     """
 
     needs: ClassVar[str] = "nothing"
@@ -49,7 +49,7 @@ class Method(Node):
         folder: Path | None = None,
         log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Found:
-        """See `vitrim.contract.Method.search`."""
+        """See `vitrim.methods._contract.Method.search`."""
         found = {
             f"{path}.{axis.name}": (axis.name, _score(block, axis))
             for path, block in blocks_of(model)

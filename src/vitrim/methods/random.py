@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from vitrim.budget import Budget
-from vitrim.contract import Data, Found
+from vitrim.cut.fill import Choice, fill
+from vitrim.cut.observe import axes
 from vitrim.families import describe
-from vitrim.observe import axes
-from vitrim.plain import Node
-from vitrim.search.fill import Choice, fill
+from vitrim.methods._contract import Data, Found
+from vitrim.words.budget import Budget
+from vitrim.words.plain import Node
 
 __all__ = ["Method"]
 
@@ -21,7 +21,7 @@ class Method(Node):
     """Keep channels drawn at random.
 
     Attributes:
-        choice: which widths are allowed, see `vitrim.search.fill.Choice`.
+        choice: which widths are allowed, see `vitrim.cut.fill.Choice`.
     """
 
     needs: ClassVar[str] = "nothing"
@@ -41,7 +41,7 @@ class Method(Node):
         folder: Path | None = None,
         log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Found:
-        """See `vitrim.contract.Method.search`."""
+        """See `vitrim.methods._contract.Method.search`."""
         generator = torch.Generator().manual_seed(seed)
         scores = {path: torch.rand(axis.size, generator=generator) for path, axis in axes(model).items()}
         plan = fill(describe(model), scores, budget, choice=self.choice, by="score")

@@ -21,15 +21,15 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrim.budget import Budget
-from vitrim.contract import Data, Found
+from vitrim.cut.fill import Choice, fill
+from vitrim.cut.observe import axes, listening
 from vitrim.data import eval_loader
-from vitrim.errors import MethodError
 from vitrim.families import describe
-from vitrim.observe import axes, listening
-from vitrim.plain import Node
-from vitrim.progress import progress
-from vitrim.search.fill import Choice, fill
+from vitrim.methods._contract import Data, Found
+from vitrim.words.budget import Budget
+from vitrim.words.errors import MethodError
+from vitrim.words.plain import Node
+from vitrim.words.progress import progress
 
 __all__ = ["Method", "taylor_scores"]
 
@@ -40,7 +40,7 @@ class Method(Node):
     Attributes:
         target: ``labels``: cross-entropy on the labels; ``output``: divergence from the dense output, no labels;
             ``auto``: labels where the calibration images have them.
-        choice: which widths are allowed, see `vitrim.search.fill.Choice`.
+        choice: which widths are allowed, see `vitrim.cut.fill.Choice`.
         batch: images at a time.
     """
 
@@ -65,7 +65,7 @@ class Method(Node):
         folder: Path | None = None,
         log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Found:
-        """See `vitrim.contract.Method.search`."""
+        """See `vitrim.methods._contract.Method.search`."""
         if data is None or data.calibration is None:
             raise MethodError("taylor must see images, but no data was given; give data or use magnitude")
         batches = eval_loader(data.calibration, data.input, batch=self.batch)

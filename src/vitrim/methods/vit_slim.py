@@ -20,7 +20,7 @@ Where we differ from the authors' code, on purpose:
 - The code drops the gates' values (`export = "binarize"`). Folding them into the weights keeps the function that the
   search has found, which is the better start for a short training; `"binarize"` remains for the published protocol.
 - Gates of a kind without penalty are not trained, and do not exist; the code leaves a factor 0.995 on all tokens.
-- Gates of channels act through the weights, the same function with the same gradients (`vitrim.observe.Gated`).
+- Gates of channels act through the weights, the same function with the same gradients (`vitrim.cut.observe.Gated`).
 - The code gates, penalises and may cut the class token; prefix tokens carry the answer, and are always kept here.
 - The code masks tokens, and its costs are as if they were gone. Ours are gone (`dropping = "drop"`), which is another
   function: masked tokens still answer as keys, with their biases. ``"drop_exact"`` keeps one key in their place.
@@ -37,16 +37,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from vitrim.budget import Budget
-from vitrim.contract import Data, Found
-from vitrim.data import Augment
-from vitrim.errors import MethodError, PlanError
-from vitrim.families import describe
-from vitrim.observe import Gated, axes, masked
-from vitrim.plain import Node
-from vitrim.plan import Plan
-from vitrim.search.fill import Choice, fill, quantiles
-from vitrim.search.shares import (
+from vitrim.cut.fill import Choice, fill, quantiles
+from vitrim.cut.observe import Gated, axes, masked
+from vitrim.cut.shares import (
     Rule,
     check_spent,
     consistent,
@@ -58,8 +51,15 @@ from vitrim.search.shares import (
     top,
     with_tokens,
 )
-from vitrim.spec import NO_WINDOWS, Drop, Spec
+from vitrim.data import Augment
+from vitrim.families import describe
+from vitrim.methods._contract import Data, Found
 from vitrim.train import Distill, Train, fit
+from vitrim.words.budget import Budget
+from vitrim.words.errors import MethodError, PlanError
+from vitrim.words.plain import Node
+from vitrim.words.plan import Plan
+from vitrim.words.spec import NO_WINDOWS, Drop, Spec
 
 __all__ = ["Method", "TokenGated", "gate_model", "gate_scores", "l1_penalty", "token_scores"]
 
@@ -83,7 +83,7 @@ class Method(Node):
         tokens: share of (block, patch) pairs to keep; None to spend the budget with them.
         meet: what the share of tokens counts: ``nominal`` pairs before sets are made to shrink with depth, as
             published, or ``realised`` pairs after.
-        consistency: how sets are made to shrink, see `vitrim.search.shares.Rule`.
+        consistency: how sets are made to shrink, see `vitrim.cut.shares.Rule`.
         prefix: ``included`` gates, penalises and counts prefix tokens as the authors' code does; they stay even so.
         dropping: ``drop`` takes tokens out; ``drop_exact`` leaves one key for those missing, which is the masked model
             for verification.
@@ -91,7 +91,7 @@ class Method(Node):
             needs a larger one for gates to move at all.
         ranking: ``signed`` cuts the most negative gate first, as published; ``absolute`` the one nearest to 0.
         export: ``fold`` multiplies the gates into the weights, ``binarize`` drops them.
-        choice: which widths are allowed, see `vitrim.search.fill.Choice`; ``free`` is the published one.
+        choice: which widths are allowed, see `vitrim.cut.fill.Choice`; ``free`` is the published one.
     """
 
     needs: ClassVar[str] = "images"
@@ -153,7 +153,7 @@ class Method(Node):
         folder: Path | None = None,
         log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Found:
-        """See `vitrim.contract.Method.search`."""
+        """See `vitrim.methods._contract.Method.search`."""
         if data is None or data.train is None:
             raise MethodError("vit_slim must train its gates, but no data was given; give data or use magnitude")
         gated = gate_model(

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from vitrim.nn.axis import Axis, Member, Tap
 from vitrim.nn.layers import make_norm
 from vitrim.nn.tokens import Seen
-from vitrim.spec import Attention as AttentionSpec
-from vitrim.spec import Form
+from vitrim.words.spec import Attention as AttentionSpec
+from vitrim.words.spec import Form
 
 __all__ = ["Attention"]
 

@@ -9,17 +9,17 @@ import torch
 from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 
-from vitrim.errors import DataError
 from vitrim.nn.attention import Attention
 from vitrim.nn.axis import Axis
 from vitrim.nn.conv import Conv, Same
 from vitrim.nn.layers import make_norm
 from vitrim.nn.mlp import Mlp
 from vitrim.nn.tokens import Merged, Seen, Step, spread
-from vitrim.spec import Attention as AttentionSpec
-from vitrim.spec import Block as BlockSpec
-from vitrim.spec import Conv as ConvSpec
-from vitrim.spec import Form, Skip
+from vitrim.words.errors import DataError
+from vitrim.words.spec import Attention as AttentionSpec
+from vitrim.words.spec import Block as BlockSpec
+from vitrim.words.spec import Conv as ConvSpec
+from vitrim.words.spec import Form, Skip
 
 __all__ = ["Block", "Constant"]
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrim.errors import DataError
-from vitrim.spec import Attention as AttentionSpec
-from vitrim.spec import Conv as ConvSpec
-from vitrim.spec import Form, Mixture
+from vitrim.words.errors import DataError
+from vitrim.words.spec import Attention as AttentionSpec
+from vitrim.words.spec import Conv as ConvSpec
+from vitrim.words.spec import Form, Mixture
 
 __all__ = ["EPS", "Conv", "Same", "mixed_back", "mixed_kernel", "state_of", "taps", "votes"]
 
@@ -126,7 +126,7 @@ def _without_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Same(nn.Module):
-    """A branch that gives back its own normed input (`vitrim.spec.Skip` with ``leaves="norm"``)."""
+    """A branch that gives back its own normed input (`vitrim.words.spec.Skip` with ``leaves="norm"``)."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return `x`."""

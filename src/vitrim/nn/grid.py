@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrim.errors import DataError
 from vitrim.nn.tokens import Step
-from vitrim.spec import Block, GridMerge, Stage, Tokens, spans
+from vitrim.words.errors import DataError
+from vitrim.words.spec import Block, GridMerge, Stage, Tokens, spans
 
 __all__ = ["GridMerged", "Sized", "fold_merges_", "grid_step", "unmerge"]
 

@@ -10,9 +10,9 @@ import timm.layers
 import torch
 from torch import nn
 
-from vitrim.errors import AdoptError, SpecError
-from vitrim.plain import did_you_mean
-from vitrim.spec import Norm
+from vitrim.words.errors import AdoptError, SpecError
+from vitrim.words.plain import did_you_mean
+from vitrim.words.spec import Norm
 
 __all__ = ["activation_name", "input_channels", "make_activation", "make_norm", "norm_of"]
 

@@ -7,8 +7,8 @@ from vitrim.nn.conv import Conv
 from vitrim.nn.grid import grid_step
 from vitrim.nn.tokens import step_of
 from vitrim.nn.window import WindowBlock
-from vitrim.spec import Block as BlockSpec
-from vitrim.spec import Stage, Tokens
+from vitrim.words.spec import Block as BlockSpec
+from vitrim.words.spec import Stage, Tokens
 
 __all__ = ["make_block", "settled"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitrim.nn.axis import Axis, Member, Tap
 from vitrim.nn.layers import make_activation, make_norm
-from vitrim.spec import Form
+from vitrim.words.spec import Form
 
 __all__ = ["LAYERS", "Mlp"]
 

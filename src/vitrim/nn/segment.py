@@ -16,9 +16,9 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrim.errors import AdoptError, RecipeError
 from vitrim.nn.grid import unmerge
-from vitrim.plain import Node
+from vitrim.words.errors import AdoptError, RecipeError
+from vitrim.words.plain import Node
 
 __all__ = ["HEADS", "LEVELS", "Head", "Places", "Segmentor", "check_covered", "lay_on", "rounded"]
 

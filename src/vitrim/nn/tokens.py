@@ -2,7 +2,7 @@
 
 B images, N tokens that arrive, n tokens that stay, D width, Q and V channels of all heads (queries or keys; values).
 
-One class for each kind of step in `vitrim.steps`; `step_of` chooses it.
+One class for each kind of step in `vitrim.words.steps`; `step_of` chooses it.
 """
 
 import math
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrim.errors import DataError
-from vitrim.spec import Drop, Merge, Stage, Tokens, TopK
-from vitrim.spec import Step as StepSpec
+from vitrim.words.errors import DataError
+from vitrim.words.spec import Drop, Merge, Stage, Tokens, TopK
+from vitrim.words.spec import Step as StepSpec
 
 if TYPE_CHECKING:
     from vitrim.nn.attention import Attention
@@ -76,7 +76,8 @@ class Dropped(Step):
     Args:
         arriving: N.
         places: those of the n tokens that stay, among the N, rising; None if all stay.
-        missing: patches of the dense grid that one key stands for in attention, see `vitrim.spec.Drop`; 0 for none.
+        missing: patches of the dense grid that one key stands for in attention, see `vitrim.words.spec.Drop`; 0 for
+            none.
     """
 
     places: Tensor
@@ -113,7 +114,7 @@ class Dropped(Step):
 
 
 class Merged(Step):
-    """Merges patches that are alike, see `vitrim.spec.Merge`.
+    """Merges patches that are alike, see `vitrim.words.spec.Merge`.
 
     Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023. There keys are averaged over heads; here
         those of

@@ -15,13 +15,13 @@ from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrim.errors import DataError, SpecError
 from vitrim.nn.attention import Attention
 from vitrim.nn.axis import Axis, Member
 from vitrim.nn.block import Block
-from vitrim.spec import Attention as AttentionSpec
-from vitrim.spec import Block as BlockSpec
-from vitrim.spec import Form, Stage, Window
+from vitrim.words.errors import DataError, SpecError
+from vitrim.words.spec import Attention as AttentionSpec
+from vitrim.words.spec import Block as BlockSpec
+from vitrim.words.spec import Form, Stage, Window
 
 __all__ = ["WindowAttention", "WindowBlock"]
 

@@ -19,7 +19,7 @@ def bars(lines: Sequence[Record]) -> str:
 
     Args:
         lines: records with ``model``, ``runtime``, ``batch``, ``seconds``, ``seconds_low``, ``seconds_high`` and
-            ``ratio`` (see `vitrim.bench.Timed`).
+            ``ratio`` (see `vitrim.deploy.bench.Timed`).
     """
     models = list(dict.fromkeys(str(line["model"]) for line in lines))
     batches = list(dict.fromkeys(line["batch"] for line in lines))

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from vitrim.costs import block_cost, cost_of
-from vitrim.plan import BlockPlan, Plan
-from vitrim.spec import Attention, Block, Conv, Spec
+from vitrim.words.costs import block_cost, cost_of
+from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import Attention, Block, Conv, Spec
 
 __all__ = ["HOST", "Fate", "Head", "Row", "convolution", "fates", "sheet", "total"]
 

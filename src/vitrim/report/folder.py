@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vitrim.errors import RunError
-from vitrim.plain import read_json
-from vitrim.plan import Plan, read_plan
-from vitrim.spec import Spec
+from vitrim.words.errors import RunError
+from vitrim.words.plain import read_json
+from vitrim.words.plan import Plan, read_plan
+from vitrim.words.spec import Spec
 
 __all__ = ["Record", "Run", "names_apart", "number", "read_runs"]
 

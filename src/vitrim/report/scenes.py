@@ -7,9 +7,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from vitrim.errors import RunError
 from vitrim.report.folder import Record, Run, number
 from vitrim.report.tables import DASH, Table, short
+from vitrim.words.errors import RunError
 
 __all__ = ["class_table", "gallery", "segmented", "spoken"]
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
 
-from vitrim.plan import Plan
 from vitrim.report.blocks import Row, sheet, total
 from vitrim.report.folder import Record, Run, number
-from vitrim.spec import Spec
+from vitrim.words.plan import Plan
+from vitrim.words.spec import Spec
 
 __all__ = [
     "Table",

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from vitrim.errors import RunError
-from vitrim.plain import writing
+from vitrim.words.errors import RunError
+from vitrim.words.plain import writing
 
 __all__ = ["Progressed", "compare", "newest", "pack", "read", "unpack", "write"]
 

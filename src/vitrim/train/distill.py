@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrim.errors import RecipeError
 from vitrim.train.settings import Distill
+from vitrim.words.errors import RecipeError
 
 __all__ = ["Objective", "hard_loss", "labels_loss", "soft_loss", "token_loss"]
 

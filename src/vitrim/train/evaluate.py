@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrim.errors import DataError, WeightsError
-from vitrim.plain import Node
-from vitrim.progress import progress
+from vitrim.words.errors import DataError, WeightsError
+from vitrim.words.plain import Node
+from vitrim.words.progress import progress
 
 __all__ = ["Evaluated", "evaluate", "put_back", "reference_logits"]
 

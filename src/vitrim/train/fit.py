@@ -18,9 +18,6 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from vitrim.data import Input, TrainLoader, check_classes, train_loader
-from vitrim.errors import DataError, RecipeError, RunError
-from vitrim.plain import dump
-from vitrim.progress import progress
 from vitrim.train.checkpoint import Progressed, compare, newest, read, unpack
 from vitrim.train.distill import Objective, two_heads
 from vitrim.train.evaluate import put_back
@@ -29,6 +26,9 @@ from vitrim.train.loop import AfterStep, Log, Loop, Penalty
 from vitrim.train.optim import Groups, optimizer
 from vitrim.train.settings import Train
 from vitrim.train.start import Start, averages_of
+from vitrim.words.errors import DataError, RecipeError, RunError
+from vitrim.words.plain import dump
+from vitrim.words.progress import progress
 
 __all__ = ["Fitted", "Task", "fit", "steps_of"]
 

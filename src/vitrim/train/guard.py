@@ -11,7 +11,7 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-from vitrim.errors import RecipeError, WeightsError
+from vitrim.words.errors import RecipeError, WeightsError
 
 __all__ = ["Interrupts", "check_finite", "drop_path"]
 

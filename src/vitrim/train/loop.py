@@ -23,13 +23,13 @@ from torch.utils.data import Dataset
 
 from vitrim.data import Input, TrainLoader, eval_loader, seeded
 from vitrim.data.noise import numbers
-from vitrim.errors import TrainError
 from vitrim.train.checkpoint import Progressed, newest, pack, write
 from vitrim.train.distill import Objective
 from vitrim.train.evaluate import evaluate
 from vitrim.train.guard import Interrupts
 from vitrim.train.optim import learning_rate, set_learning_rate
 from vitrim.train.settings import Train
+from vitrim.words.errors import TrainError
 
 __all__ = ["AfterStep", "Log", "Loop", "Penalty", "Stop"]
 

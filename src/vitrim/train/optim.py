@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim.errors import MethodError
 from vitrim.train.settings import Train
+from vitrim.words.errors import MethodError
 
 __all__ = ["Groups", "learning_rate", "optimizer", "parameter_groups", "set_learning_rate"]
 

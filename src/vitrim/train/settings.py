@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from vitrim.data import Augment
-from vitrim.plain import Node
+from vitrim.words.plain import Node
 
 __all__ = ["DISTILLED", "Distill", "Train"]
 

@@ -9,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vitrim.errors import RunError
-from vitrim.plain import writing
+from vitrim.words.errors import RunError
+from vitrim.words.plain import writing
 
 __all__ = ["Start", "averages_of"]
 

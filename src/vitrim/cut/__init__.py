@@ -1,0 +1,1 @@
+"""All that makes a model smaller, whatever the method."""

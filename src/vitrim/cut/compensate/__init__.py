@@ -1,0 +1,24 @@
+"""Compensation on a model: listen to what every layer needs, cut block after block, and re-fit what stays."""
+
+from vitrim.cut.compensate.attention import AttentionCut
+from vitrim.cut.compensate.hear import arriving, passed, resumed
+from vitrim.cut.compensate.importance import Importance, frozen, importances
+from vitrim.cut.compensate.neurons import NeuronCut
+from vitrim.cut.compensate.place import Choice, Place
+from vitrim.cut.compensate.walk import Walk, compensated, recovered
+
+__all__ = [
+    "AttentionCut",
+    "Choice",
+    "Importance",
+    "NeuronCut",
+    "Place",
+    "Walk",
+    "arriving",
+    "compensated",
+    "frozen",
+    "importances",
+    "passed",
+    "recovered",
+    "resumed",
+]

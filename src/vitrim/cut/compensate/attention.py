@@ -1,0 +1,206 @@
+"""Cut the attention of one block: heads, queries and keys, values; and fit its projection to what it gave.
+
+B images, N tokens, D width, H heads, K channels of a head.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vitrim.cut.compensate.closed_form import Moments, least_squares_queries, query_key_maps, refit, value_map
+from vitrim.cut.compensate.heads import Heads
+from vitrim.cut.compensate.hear import attended
+from vitrim.cut.compensate.place import Choice, Kept, Place, Widths, part, unscaled
+from vitrim.nn import Attention
+from vitrim.words.errors import MethodError
+from vitrim.words.spec import Attention as AttentionSpec
+
+__all__ = ["AttentionCut"]
+
+State = dict[str, Tensor]
+Fields = dict[str, object]
+
+
+class AttentionCut:
+    """Cuts of one attention; what they need of it is heard once, whatever their number.
+
+    Args:
+        place: the block, which must attend.
+    """
+
+    def __init__(self, place: Place) -> None:
+        module, node = place.block.attn, place.block.spec.mixer
+        assert isinstance(module, Attention)
+        assert isinstance(node, AttentionSpec)
+        self.place, self.module, self.node = place, module, node
+        self.worth = place.worth[f"{place.path}.mixer"]
+
+    def cut(self, choice: Choice) -> tuple[AttentionSpec, Fields, State]:
+        """The new mixer, what a plan says of it, and its new parameters by name, relative to the block.
+
+        Queries and keys first; then values, on what the new queries and keys see; then the projection.
+        """
+        alive = self._living(choice)
+        if not alive:
+            empty = self.node.model_copy(update={"qk": (), "v": ()})
+            nothing = ((),) * len(self.node.v)
+            return empty, {"qk": nothing, "v": nothing}, self._constant()
+        heads = self.heads.picked(alive)
+        qk = None if self.place.block.form.head_norm else choice.qk
+        if qk is None:
+            moments = self._of(self.moments, alive)
+        else:
+            heads = self._queries_and_keys(heads, qk, alive)
+            moments = self._moments(heads, alive)
+        widths = tuple(len(rows) for rows in heads.q)
+        heads, kept = self._values(heads, choice.v, alive, moments)
+        mixer = self.node.model_copy(update={"qk": widths, "v": tuple(len(rows) for rows in heads.v)})
+        fields: Fields = {"qk": self._spread(alive, qk, widths), "v": kept}
+        return mixer, fields, heads.state() | self._biases(alive)
+
+    @functools.cached_property
+    def heads(self) -> Heads:
+        """The parent's layers."""
+        return Heads.of(self.module)
+
+    @functools.cached_property
+    def targets(self) -> list[Tensor]:
+        """What the projection is to give, batch by batch: its own output, drawn towards the dense stream by alpha."""
+        place = self.place
+        own = [attended(place.block, batch).out for batch in place.streams]
+        if place.dense is None or place.stage.window is not None:
+            return own
+        scale = place.scale("ls1")
+        theirs = [attended(place.block, batch).out for batch in place.dense]
+        return [
+            mine + place.alpha * (unscaled((there - here)[:, : mine.shape[1]], scale) + other - mine)
+            for mine, other, here, there in zip(own, theirs, place.streams, place.dense, strict=True)
+        ]
+
+    @functools.cached_property
+    def moments(self) -> Moments:
+        """Of all heads' outputs, with the parent's queries and keys."""
+        return self._moments(self.heads, tuple(range(len(self.node.v))))
+
+    def _moments(self, heads: Heads, alive: Kept) -> Moments:
+        widths = {"qk": tuple(len(rows) for rows in heads.q), "v": tuple(len(rows) for rows in heads.v)}
+        mixer, hidden = self.node.model_copy(update=widths), self.place.block.spec.hidden
+        block = self.place.rebuilt(mixer, hidden, heads.state() | self._biases(alive))
+        moments = Moments(f"{self.place.path}.mixer", centred=heads.bias is not None)
+        for number, batch in enumerate(self.place.streams):
+            moments.add(
+                part(self.worth, self.place.streams, number), attended(block, batch).mixed, self.targets[number]
+            )
+        return moments
+
+    def _of(self, moments: Moments, alive: Kept) -> Moments:
+        """Those of some heads alone."""
+        starts = _starts(self.node.v)
+        index = torch.cat([torch.arange(starts[head], starts[head] + self.node.v[head]) for head in alive])
+        return moments.of(index)
+
+    def _living(self, choice: Choice) -> Kept:
+        alive = choice.heads if choice.heads is not None else tuple(range(len(self.node.v)))
+        for widths in (choice.qk, choice.v):
+            if isinstance(widths, tuple):
+                alive = tuple(head for head in alive if widths[head])
+            elif widths == 0:
+                alive = ()
+        return alive
+
+    def _biases(self, alive: Kept) -> State:
+        """Parameters with one entry a head (position biases), of the living ones."""
+        runs = {member.parameter: member for axis in self.module.axes() for member in axis.group_members}
+        own = {f"attn.{name}": parameter for name, parameter in self.module.named_parameters()}
+        index = torch.tensor(alive, dtype=torch.long)
+        return {n: own[n].detach().index_select(m.dim, index.to(own[n].device)) for n, m in runs.items()}
+
+    def _constant(self) -> State:
+        """Without heads: the mean of the target, after layer scale."""
+        if not self.place.block.form.out_bias:
+            return {}
+        return {"attn.bias": self.place.after_scale(self.moments.target, "ls1")}
+
+    @functools.cached_property
+    def squares(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Moments of queries, and of keys about the mean of their image, for each head ``(K, K)``."""
+        place, widths = self.place, self.module.qk
+        queries = [torch.zeros(k, k, dtype=torch.float64) for k in widths]
+        keys = [torch.zeros(k, k, dtype=torch.float64) for k in widths]
+        for number, batch in enumerate(place.streams):
+            weights = part(self.worth, place.streams, number)
+            heard = attended(place.block, batch, weights)
+            assert heard.received is not None
+            split = [torch.split(x, list(widths), dim=-1) for x in (heard.queries, heard.keys)]
+            for head, (q, k) in enumerate(zip(*split, strict=True)):
+                received = heard.received[..., head]
+                total = received.sum(1, keepdim=True).clamp_min(1e-30)
+                mean = (received[..., None] * k).sum(1, keepdim=True) / total[..., None]
+                queries[head] += _square(q, weights, place.path)
+                keys[head] += _square(k - mean, received, place.path)
+        return queries, keys
+
+    def _queries_and_keys(self, heads: Heads, widths: int | tuple[Kept, ...], alive: Kept) -> Heads:
+        queries, keys = self.squares
+        new_q, new_k = [], []
+        for number, head in enumerate(alive):
+            at, size = f"{self.place.path}.heads.{head}.qk", self.node.qk[head]
+            if isinstance(widths, int):
+                a, b = query_key_maps(queries[head], keys[head], min(widths, size), at)
+            else:
+                b = torch.eye(size, dtype=torch.float64)[:, list(widths[head])]
+                a = least_squares_queries(keys[head], b, at)
+            new_q.append(a.mT @ heads.q[number])
+            new_k.append(b.mT @ heads.k[number])
+        return Heads(new_q, new_k, heads.v, heads.proj, heads.bias, heads.biased)
+
+    def _values(self, heads: Heads, widths: Widths, alive: Kept, moments: Moments) -> tuple[Heads, tuple[Kept, ...]]:
+        """Narrow the values and fit the projection to the targets."""
+        sizes = [len(rows) for rows in heads.v]
+        gram, tied = moments.gram, self.place.block.form.mixed_norm is not None
+        maps, columns = [], []
+        for number, (begin, size) in enumerate(zip(_starts(sizes), sizes, strict=True)):
+            own, whole = gram[begin : begin + size, begin : begin + size], torch.eye(size, dtype=torch.float64)
+            if widths is None or tied:
+                maps.append(whole)
+                columns.append(heads.proj[number])
+            elif isinstance(widths, int):
+                at = f"{self.place.path}.heads.{alive[number]}.v"
+                a, b = value_map(own, heads.proj[number], self.worth.metric, min(widths, size), at)
+                maps.append(a)
+                columns.append(b)
+            else:
+                maps.append(whole[:, list(widths[alive[number]])])
+                columns.append(heads.proj[number][:, list(widths[alive[number]])])
+        both, at = torch.block_diag(*maps), f"{self.place.path}.v"  # type: ignore[no-untyped-call]
+        small, cross = both.mT @ gram @ both, moments.cross @ both
+        weight = refit(small, cross, torch.cat(columns, 1), self.place.strength, at)
+        bias = None if heads.bias is None else moments.target - weight @ (both.mT @ moments.mean)
+        values = [new.mT @ old for new, old in zip(maps, heads.v, strict=True)]
+        new_sizes = tuple(new.shape[1] for new in maps)
+        made = Heads(heads.q, heads.k, values, list(torch.split(weight, list(new_sizes), dim=1)), bias, heads.biased)
+        return made, self._spread(alive, widths, new_sizes)
+
+    def _spread(self, alive: Kept, widths: Widths, sizes: tuple[int, ...]) -> tuple[Kept, ...]:
+        """Kept channels of each head of the parent, as a plan says it; those of a new basis count as the first ones."""
+        if isinstance(widths, tuple):
+            return tuple(widths[head] if head in alive else () for head in range(len(self.node.v)))
+        size = dict(zip(alive, sizes, strict=True))
+        return tuple(tuple(range(size.get(head, 0))) for head in range(len(self.node.v)))
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    return [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+def _square(x: Tensor, weights: Tensor, at: str) -> Tensor:
+    flat = x.flatten(0, 1)
+    found = (flat.mT @ (weights.reshape(-1, 1) * flat)).cpu().double()
+    if not bool(torch.isfinite(found).all()):
+        raise MethodError(
+            f"{at}.qk: activations must be finite on the calibration images, but some are NaN or infinite; "
+            "check weights and normalisation"
+        )
+    return found

@@ -1,0 +1,88 @@
+"""Cut the MLP of one block: choose the neurons that stay, and fit the layer that reads them to what it gave.
+
+B images, N tokens, D width, M hidden neurons.
+"""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.cut.compensate.closed_form import Moments, refit, removal_order
+from vitrim.cut.compensate.hear import hidden
+from vitrim.cut.compensate.place import Kept, Place, part, unscaled
+from vitrim.nn import Block, Mlp
+
+__all__ = ["NeuronCut"]
+
+
+class NeuronCut:
+    """Cuts of one MLP; what they need of it is heard once, whatever their number.
+
+    Args:
+        place: the block, which must have neurons.
+        half: the same with its attention cut already, and the MLP of the parent.
+    """
+
+    def __init__(self, place: Place, half: Block) -> None:
+        mlp = half.mlp
+        assert isinstance(mlp, Mlp)
+        last = mlp.get_submodule(mlp.last)
+        assert isinstance(last, nn.Linear)
+        self.place, self.half, self.last = place, half, last
+        self.name, self.at = f"mlp.{mlp.last}", f"{place.path}.hidden"
+        self.worth = place.worth[f"{place.path}.mlp"]
+        self.weight = last.weight.detach().cpu().double()
+
+    def cut(self, width: int | Kept) -> tuple[Kept, dict[str, Tensor]]:
+        """The neurons that stay, and new parameters by name, relative to the block.
+
+        The layer is fitted twice: the first time gives what Optimal Brain Surgeon leaves in its weights, and the second
+            is
+        shrunk towards that.
+        """
+        biased = self.last.bias is not None
+        if width == 0 or width == ():
+            state = {"mlp.bias": self.place.after_scale(self.moments.target, "ls2")} if biased else {}
+            return (), state
+        kept = tuple(sorted(self.order[-width:].tolist())) if isinstance(width, int) else width
+        index = torch.tensor(kept, dtype=torch.long)
+        moments = self.moments.of(index)
+        weight = self.weight[:, index]
+        for _ in range(2):
+            weight = refit(moments.gram, moments.cross, weight, self.place.strength, self.at)
+        state = {f"{self.name}.weight": weight}
+        if biased:
+            state[f"{self.name}.bias"] = moments.target - weight @ moments.mean
+        return kept, state | self._rows(kept)
+
+    @functools.cached_property
+    def order(self) -> Tensor:
+        """All neurons, the first to go first."""
+        return removal_order(self.moments.gram, self.weight, self.worth.metric, self.place.strength, self.at)
+
+    @functools.cached_property
+    def moments(self) -> Moments:
+        """Of the neurons, and of what their layer is to give."""
+        place, scale = self.place, self.place.scale("ls2")
+        moments = Moments(self.at, centred=self.last.bias is not None)
+        for number, batch in enumerate(place.streams):
+            features, out, middle = hidden(self.half, batch)
+            if place.dense is not None:
+                _, theirs, there = hidden(place.block, place.dense[number])
+                gap = unscaled((there - middle).reshape(out.shape), scale)
+                out = out + place.alpha * (gap + theirs - out)
+            moments.add(part(self.worth, place.streams, number), features, out)
+        return moments
+
+    def _rows(self, kept: Kept) -> dict[str, Tensor]:
+        """Parameters that are slices of the parent's."""
+        index = torch.tensor(kept, dtype=torch.long)
+        axis = next(axis for axis in self.place.block.axes() if axis.name == "hidden")
+        parameters = dict(self.place.block.named_parameters())
+        runs: dict[str, list[Tensor]] = {}
+        for member in axis.members:
+            if member.dim == 0:
+                value = parameters[member.parameter].detach()
+                runs.setdefault(member.parameter, []).append(value[member.offset + index.to(value.device)])
+        return {name: torch.cat(parts) for name, parts in runs.items()}

@@ -1,0 +1,297 @@
+"""Spend a budget exactly: from a score for every channel to the widths of every block.
+
+H heads, K channels of a head, M hidden neurons.
+
+Everything that may go is laid out as *ladders*, one for each thing whose width is chosen by itself. A rung takes a few
+channels away, the worst of what is left, and is worth what it saves. All rungs of all ladders stand in one row, the
+least valuable first; as many are taken from the front as the budget needs, then what was taken too much is given back
+from the best down. Savings are plain multiples of channels, so a row of 46,000 rungs (DeiT-B) is walked in a second.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from vitrim.cut.ladders import ALIGN, Array, Choice, Ladder, hidden_rate, ladders_of
+from vitrim.words.budget import SLACK, Budget, Price
+from vitrim.words.errors import BudgetError, MethodError
+from vitrim.words.plan import BlockPlan, Kept, Plan
+from vitrim.words.spec import Attention, Spec
+
+__all__ = ["ALIGN", "Choice", "fill", "quantiles"]
+
+_TRIES = 12
+"""Limits that are tried until a child's whole time spends its budget: halvings come to 1 in 4,000."""
+
+
+def fill(
+    spec: Spec,
+    scores: Mapping[str, Tensor],
+    budget: Budget,
+    *,
+    choice: Choice = "even",
+    by: Literal["score", "density"] = "density",
+) -> Plan:
+    """Choose what to keep so that the child is within `budget`, never over and at most 2 % under.
+
+    Args:
+        spec: the parent.
+        scores: by path of an axis (``stages.0.blocks.3.hidden``, ``….qk``, ``….v``), one number for each channel, all
+            heads in a row; larger is more valuable. An axis without scores is left alone.
+        budget: what the child may cost.
+        choice: which widths are allowed.
+        by: order of rungs. ``density``: by score lost for each share of the budget saved, right for scores that add
+            up (an estimate of loss). ``score``: by the mean score alone, right for ranks.
+
+    Returns:
+        A plan whose child is admitted by `budget`. Of each head and MLP the best channels are kept.
+
+    Raises:
+        BudgetError: naming the least possible, if the budget is out of reach.
+        MethodError: if a score is not finite or scores do not fit the axes.
+    """
+    parent = budget.cost(spec)
+    ranked = {path: values.double().cpu().numpy() for path, values in scores.items()}
+    ladders = list(ladders_of(spec, _checked(spec, scores), choice, budget))
+    filling = _Filling(spec, ladders, ranked, budget, parent, budget.limits(parent), choice, by)
+    return filling.at(filling.limits) if budget.latency is None else filling.within_time()
+
+
+@dataclass(frozen=True)
+class _Filling:
+    """Ladders, the scores that they were made of, and what bounds them."""
+
+    spec: Spec
+    ladders: Sequence[Ladder]
+    ranked: Mapping[str, Array]
+    budget: Budget
+    parent: Price
+    limits: Mapping[str, int]
+    choice: Choice
+    by: Literal["score", "density"]
+
+    def at(self, limits: Mapping[str, int]) -> Plan:
+        """The plan at `limits`, taken at the savings of single rungs."""
+        for ladder in self.ladders:
+            ladder.level = 0
+        whole = self.parent._asdict()
+        need = np.array([whole[name] - limits.get(name, whole[name]) for name in Price._fields])
+        row = _row(self.ladders, need, self.by)
+        _give_back(self.ladders, row, _take(self.ladders, row, need, self.parent, limits))
+        plan = _plan(self.spec, self.ladders, self.ranked)
+        return plan if self.choice == "free" else _top_up(self.spec, plan, self.ranked, self.budget)
+
+    def within_time(self) -> Plan:
+        """The slowest plan that the table finds fast enough.
+
+        Times of heads do not add up as macs do, so what single rungs save is a guess: the limit that they are taken at
+        moves until the whole child meets the one that was asked for.
+        """
+        low, high, best = 0.0, float(self.parent.latency), None
+        aim = float(self.limits["latency"])
+        for _ in range(_TRIES):
+            try:
+                plan = self.at({**self.limits, "latency": math.floor(aim)})
+            except BudgetError:
+                low = aim
+            else:
+                cost = self.budget.cost(plan.child(self.spec))
+                if cost.latency <= self.limits["latency"]:
+                    best, low = plan, aim
+                    if self.budget.spent(cost, self.parent) >= 1 - SLACK / 2:
+                        break
+                else:
+                    high = aim
+            aim = (low + high) / 2
+        if best is None:
+            raise self.too_slow()
+        return best
+
+    def too_slow(self) -> BudgetError:
+        """What to say where no choice is fast enough, with the fastest there is."""
+        for ladder in self.ladders:
+            ladder.level = len(ladder.widths) - 1
+        fastest = self.budget.cost(_plan(self.spec, self.ladders, self.ranked).child(self.spec)).latency
+        return BudgetError(
+            f"budget of latency must be at least {fastest / self.parent.latency:.3f} for this model on "
+            f"{self.budget.table and self.budget.table.machine}, but got "
+            f"{self.limits['latency'] / self.parent.latency:.3f}; allow more, or another method or choice of widths"
+        )
+
+
+def quantiles(scores: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[str, Tensor]:
+    """Replace scores by their place in the ranking of their kind, from 0 to 1.
+
+    Filling by quantiles keeps the same share of every kind, which is how the ViT-Slim paper sets its budgets (sec. 2.3
+    of its text: one list for each kind, over all blocks). Ties keep the order of the axes.
+
+    Args:
+        scores: by path of an axis.
+        kinds: by path of an axis, the name of the list that it is ranked in.
+    """
+    ranked: dict[str, Tensor] = {}
+    for kind in sorted(set(kinds.values())):
+        paths = [path for path in scores if kinds[path] == kind]
+        flat = np.concatenate([scores[path].double().cpu().numpy() for path in paths])
+        places = np.empty(len(flat))
+        places[np.argsort(flat, kind="stable")] = (np.arange(len(flat)) + 0.5) / len(flat)
+        start = 0
+        for path in paths:
+            size = scores[path].numel()
+            ranked[path] = scores[path].new_tensor(places[start : start + size]).double()
+            start += size
+    return ranked
+
+
+def _checked(spec: Spec, scores: Mapping[str, Tensor]) -> dict[str, list[Array]]:
+    """Scores of each axis, one array a head."""
+    groups: dict[str, tuple[int, ...]] = {}
+    for path, _, block in spec.blocks():
+        if isinstance(block.mixer, Attention):
+            groups |= {f"{path}.qk": block.mixer.qk, f"{path}.v": block.mixer.v}
+        if block.hidden:
+            groups[f"{path}.hidden"] = (block.hidden,)
+    split: dict[str, list[Array]] = {}
+    for path, values in scores.items():
+        array: Array = values.detach().double().cpu().numpy().reshape(-1)
+        if path not in groups or len(array) != sum(groups[path]):
+            raise MethodError(f"{path}: scores must fit an axis of the model, but got {len(array)} values")
+        if not np.isfinite(array).all():
+            raise MethodError(f"{path}: scores must be finite, but some are NaN or infinite; check weights and data")
+        split[path] = np.split(array, np.cumsum(groups[path])[:-1])
+    return split
+
+
+def _row(ladders: Sequence[Ladder], need: Array, by: str) -> list[tuple[int, int]]:
+    """All rungs as (ladder, rung), the least valuable first; a rung never stands before the one above it."""
+    weights = np.maximum(need, 0) / max(float(np.maximum(need, 0).max()), 1.0)
+    keys: list[tuple[float, int, int]] = []
+    for number, ladder in enumerate(ladders):
+        if by == "density":
+            lost = [value * _channels(ladder, rung) for rung, value in enumerate(ladder.values)]
+            worth = _pooled(lost, [max(float(np.dot(weights, saves)), 0.0) for saves in ladder.saves])
+        else:
+            worth = list(itertools.accumulate(ladder.values, max))
+        keys += [(value, number, rung) for rung, value in enumerate(worth)]
+    return [(number, rung) for _, number, rung in sorted(keys)]
+
+
+def _pooled(lost: Sequence[float], saved: Sequence[float]) -> list[float]:
+    """What each rung loses for what it saves, rising.
+
+    A rung that is dearer than the one below it stands with it, at what both lose for what both save: where only every
+    fourth rung saves time, four go together.
+    """
+    pools: list[tuple[float, float, int]] = []
+    for loss, save in zip(lost, saved, strict=True):
+        pool = (loss, save, 1)
+        while pools and pools[-1][0] * pool[1] >= pool[0] * pools[-1][1]:
+            pool = tuple(a + b for a, b in zip(pools.pop(), pool, strict=True))  # type: ignore[assignment]
+        pools.append(pool)
+    return [loss / max(save, 1e-30) for loss, save, count in pools for _ in range(count)]
+
+
+def _channels(ladder: Ladder, rung: int) -> int:
+    (a, b), (c, d) = ladder.widths[rung], ladder.widths[rung + 1]
+    return (a - c + b - d) * len(ladder.heads)
+
+
+def _take(
+    ladders: Sequence[Ladder], row: list[tuple[int, int]], need: Array, parent: Price, limits: Mapping[str, int]
+) -> Array:
+    """Go down rung by rung until `need` is met; return what was saved too much."""
+    left = need.astype(float)
+    for number, rung in row:
+        if (left <= 0).all():
+            return -left
+        ladders[number].level = rung + 1
+        left -= ladders[number].saves[rung]
+    if (left <= 0).all():
+        return -left
+    least = {name: getattr(parent, name) - int(n - m) for name, n, m in zip(Price._fields, need, left, strict=True)}
+    name = next(name for name, short in zip(Price._fields, left, strict=True) if short > 0)
+    raise BudgetError(
+        f"budget of {name} must be at least {least[name]:,} for this model, but got {limits[name]:,}; "
+        "allow more, or another method or choice of widths"
+    )
+
+
+def _give_back(ladders: Sequence[Ladder], row: list[tuple[int, int]], spare: Array) -> None:
+    """Climb back, the most valuable rung first, wherever the budget allows it."""
+    for number, rung in reversed(row):
+        ladder = ladders[number]
+        if ladder.level == rung + 1 and (ladder.saves[rung] <= spare).all():
+            ladder.level = rung
+            spare = spare - ladder.saves[rung]
+
+
+def _plan(spec: Spec, ladders: Sequence[Ladder], ranked: Mapping[str, Array]) -> Plan:
+    attention: dict[int, dict[int, tuple[int, int]]] = {}
+    hidden: dict[int, int] = {}
+    for ladder in ladders:
+        if not ladder.level:
+            continue
+        width = ladder.widths[ladder.level]
+        if ladder.field == "hidden":
+            hidden[ladder.block] = width[1]
+        else:
+            attention.setdefault(ladder.block, {}).update(dict.fromkeys(ladder.heads, width))
+    blocks = []
+    for index, (path, _, block) in enumerate(spec.blocks()):
+        fields: dict[str, object] = {}
+        if index in attention and isinstance(block.mixer, Attention):
+            fields = _heads(block.mixer, attention[index], ranked, path)
+        if index in hidden:
+            fields["hidden"] = _best(ranked[f"{path}.hidden"], hidden[index])
+        blocks.append(BlockPlan.model_validate(fields))
+    return Plan.of(spec, blocks)
+
+
+def _heads(
+    mixer: Attention, widths: Mapping[int, tuple[int, int]], ranked: Mapping[str, Array], path: str
+) -> dict[str, object]:
+    kept: dict[str, object] = {}
+    for place, (name, sizes) in enumerate((("qk", mixer.qk), ("v", mixer.v))):
+        flat = ranked.get(f"{path}.{name}", np.zeros(sum(sizes)))
+        parts = np.split(flat, np.cumsum(sizes)[:-1])
+        kept[name] = tuple(
+            _best(part, widths[head][place]) if head in widths else tuple(range(len(part)))
+            for head, part in enumerate(parts)
+        )
+    return kept
+
+
+def _best(values: Array, count: int) -> Kept:
+    """Indices of the `count` largest, rising; ties keep the first."""
+    order = np.argsort(-values, kind="stable")[:count]
+    return tuple(int(i) for i in np.sort(order))
+
+
+def _top_up(spec: Spec, plan: Plan, ranked: Mapping[str, Array], budget: Budget) -> Plan:
+    """Where steps of 8 leave more than the slack unspent (tiny models), give single neurons back."""
+    parent = budget.cost(spec)
+    limits = budget.limits(parent)
+    blocks = plan.blocks()
+    for index, ((path, stage, block), arriving) in enumerate(zip(spec.blocks(), spec.arrivals(), strict=True)):
+        cost = budget.cost(Plan.of(spec, blocks).child(spec))
+        if budget.spent(cost, parent) >= 1 - SLACK:
+            break
+        kept = blocks[index].hidden
+        if kept is None or not block.hidden:
+            continue
+        rate = hidden_rate(stage, block, arriving, budget)(0, 1, 0)
+        room = [
+            (limits[name] - getattr(cost, name)) // max(int(step), 1)
+            for name, step in zip(Price._fields, rate, strict=True)
+            if name in limits
+        ]
+        more = min(block.hidden - len(kept), ALIGN - 1, *room)
+        if more > 0 and kept:
+            better = _best(ranked[f"{path}.hidden"], len(kept) + more)
+            blocks[index] = blocks[index].model_copy(update={"hidden": better})
+    return Plan.of(spec, blocks)

@@ -1,0 +1,190 @@
+"""Everything that may be cut, laid out as ladders: one for each width that is chosen by itself.
+
+H heads, K channels of a head, M hidden neurons.
+
+A rung takes a few channels away, the worst of what is left, and is worth what it saves.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from vitrim.words.budget import Budget
+from vitrim.words.costs import block_cost
+from vitrim.words.spec import Attention, Block, Skip, Spec, Stage, Tokens
+
+__all__ = ["ALIGN", "Array", "Choice", "Ladder", "Rate", "hidden_rate", "ladders_of"]
+
+Choice = Literal["free", "even", "heads"]
+"""``free``: every head its own width. ``even``: one width for all heads of a block. ``heads``: whole heads.
+
+The last two take neurons in steps of 8.
+"""
+
+ALIGN = 8
+"""Widths that kernels like are multiples of this."""
+
+Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+Rate = Callable[[int, int, int], Array]
+"""What cutting (qk channels, v channels, heads), or (0, neurons, 0), saves, in the order of `Price`."""
+
+
+@dataclass(slots=True)
+class Ladder:
+    """One width to be chosen: `values[i]` and `saves[i]` are the score and the cost of rung `i`."""
+
+    block: int
+    field: Literal["attention", "hidden"]
+    heads: tuple[int, ...]
+    widths: list[tuple[int, int]]
+    values: list[float]
+    saves: list[Array]
+    level: int = 0
+
+
+def ladders_of(spec: Spec, scores: Mapping[str, list[Array]], choice: Choice, budget: Budget) -> Iterator[Ladder]:
+    """Every ladder of `spec`; axes without scores have none. `scores` hold one array ``(K,)`` a head, or ``(M,)``."""
+    for index, ((path, stage, block), arriving) in enumerate(zip(spec.blocks(), spec.arrivals(), strict=True)):
+        if isinstance(block.mixer, Attention) and block.mixer.v and f"{path}.v" in scores:
+            rates = _attention_rate(stage, block, arriving, budget)
+            yield from _attention_ladders(index, stage, block, scores, path, choice, rates)
+        if block.hidden and f"{path}.hidden" in scores and stage.form.hidden_norm is None:
+            levels = _levels(block.hidden, 1 if choice == "free" else ALIGN)
+            rate = hidden_rate(stage, block, arriving, budget)
+            yield _ladder(
+                index, "hidden", (0,), [(0, n) for n in levels], [np.zeros(0)], scores[f"{path}.hidden"], rate
+            )
+
+
+def _attention_ladders(
+    index: int,
+    stage: Stage,
+    block: Block,
+    scores: Mapping[str, list[Array]],
+    path: str,
+    choice: Choice,
+    rate: Rate,
+) -> Iterator[Ladder]:
+    mixer, form = block.mixer, stage.form
+    assert isinstance(mixer, Attention)
+    qk = scores.get(f"{path}.qk", [np.zeros(n) for n in mixer.qk])
+    v = scores[f"{path}.v"]
+    if choice == "heads":
+        if form.mixed_norm is None:
+            order = sorted(range(len(v)), key=lambda h: float(qk[h].sum() + v[h].sum()))
+            for head in order:
+                yield _ladder(index, "attention", (head,), [(mixer.qk[head], mixer.v[head]), (0, 0)], qk, v, rate)
+        return
+    step = 1 if choice == "free" else ALIGN
+    teams = [(h,) for h in range(len(v))] if choice == "free" else [tuple(range(len(v)))]
+    for team in teams:
+        top_qk, top_v = max(mixer.qk[h] for h in team), max(mixer.v[h] for h in team)
+        widths = _joint_levels(top_qk, top_v, step, form.head_norm is not None, form.mixed_norm is not None)
+        yield _ladder(index, "attention", team, widths, qk, v, rate)
+
+
+def _levels(size: int, step: int) -> list[int]:
+    """`size`, then every smaller multiple of `step` down to 0."""
+    return [size, *range((math.ceil(size / step) - 1) * step, -1, -step)]
+
+
+def _joint_levels(qk: int, v: int, step: int, tied_qk: bool, tied_v: bool) -> list[tuple[int, int]]:
+    """Widths of queries/keys and values that go down together; a norm over one of them leaves it alone."""
+    if tied_v:
+        return [] if tied_qk else [(n, v) for n in _levels(qk, step) if n]
+    levels = _levels(max(qk, v), step)
+    if tied_qk:
+        return [(qk if n else 0, min(n, v)) for n in _levels(v, step)]
+    return [(min(n, qk), min(n, v)) for n in levels]
+
+
+def _rate(stage: Stage, arriving: Tokens, build: Callable[[int], Block]) -> tuple[int, int]:
+    """Cost of one channel: macs and parameters are straight lines in every width."""
+    one, two = (block_cost(build(n), stage, arriving) for n in (1, 2))
+    return two[0] - one[0], two[1] - one[1]
+
+
+def hidden_rate(stage: Stage, block: Block, arriving: Tokens, budget: Budget) -> Rate:
+    """What cutting neurons saves."""
+    macs, params = _rate(stage, arriving, lambda hidden: block.model_copy(update={"hidden": hidden}))
+
+    def time(gone: int) -> int:
+        bare = block.model_copy(update={"mixer": Skip(), "hidden": (block.hidden or 0) - gone})
+        return budget.block(bare, stage, arriving).latency
+
+    whole = time(0)
+    return lambda _, gone, dead: np.array([macs * gone, params * gone, whole - time(gone) if whole else 0])
+
+
+def _attention_rate(stage: Stage, block: Block, arriving: Tokens, budget: Budget) -> Rate:
+    """What cutting (qk channels, v channels, heads) saves; a head's own share is its column of position biases.
+
+    Times are those of heads of one width with as many channels in all.
+    """
+    mixer = block.mixer
+    assert isinstance(mixer, Attention)
+
+    def one_head(qk: int, v: int) -> Block:
+        return block.model_copy(update={"mixer": Attention(qk=(qk,), v=(v,), scale=mixer.scale)})
+
+    def time(qk: int, v: int, dead: int) -> int:
+        heads = len(mixer.v) - dead
+        if not heads or qk >= sum(mixer.qk) or v >= sum(mixer.v):
+            return 0
+        width = max(1, round((sum(mixer.qk) - qk + sum(mixer.v) - v) / (2 * heads)))
+        even = mixer.model_copy(update={"qk": (width,) * heads, "v": (width,) * heads})
+        bare = block.model_copy(update={"mixer": even, "hidden": None})
+        return budget.block(bare, stage, arriving).latency
+
+    qk = _rate(stage, arriving, lambda n: one_head(n, 1))
+    v = _rate(stage, arriving, lambda n: one_head(1, n))
+    head = stage.window.offsets if stage.window is not None else 0
+    whole = time(0, 0, 0)
+
+    def saved(a: int, b: int, dead: int) -> Array:
+        faster = whole - time(a, b, dead) if whole else 0
+        return np.array([a * qk[0] + b * v[0], a * qk[1] + b * v[1] + dead * head, faster], dtype=np.float64)
+
+    return saved
+
+
+def _ladder(
+    index: int,
+    field: Literal["attention", "hidden"],
+    team: tuple[int, ...],
+    widths: list[tuple[int, int]],
+    qk: list[Array],
+    v: list[Array],
+    rate: Rate,
+) -> Ladder:
+    """A ladder whose rung `i` leads from `widths[i]` to `widths[i + 1]`, for every head of `team` at once."""
+    falls_qk = [np.cumsum(np.sort(qk[h])) for h in team]
+    falls_v = [np.cumsum(np.sort(v[h])) for h in team]
+    totals, counts, saves = [], [], []
+    for wide_qk, wide_v in widths:
+        gone_qk = [max(len(f) - wide_qk, 0) for f in falls_qk]
+        gone_v = [max(len(f) - wide_v, 0) for f in falls_v]
+        lost = sum(
+            float(f[n - 1])
+            for falls, gone in ((falls_qk, gone_qk), (falls_v, gone_v))
+            for f, n in zip(falls, gone, strict=True)
+            if n
+        )
+        a, b = sum(gone_qk), sum(gone_v)
+        totals.append(lost)
+        counts.append(a + b)
+        dead = 0 if wide_v else len(team)
+        saves.append(rate(a, b, dead))
+    steps = range(len(widths) - 1)
+    return Ladder(
+        block=index,
+        field=field,
+        heads=team,
+        widths=widths,
+        values=[(totals[i + 1] - totals[i]) / max(counts[i + 1] - counts[i], 1) for i in steps],
+        saves=[saves[i + 1] - saves[i] for i in steps],
+    )

@@ -1,0 +1,205 @@
+"""The only way a model gets smaller: `apply(parent, plan) -> child`.
+
+D width, H heads, K channels of a head, M hidden neurons.
+
+Surgery knows no layer by name. It asks the parent's blocks for their axes, builds the child's blocks from the child's
+spec, and slices each parameter along the dimensions that its axes index.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.families import blocks_of, describe, host
+from vitrim.nn import Axis, Block, Constant, make_block, settled
+from vitrim.nn.conv import state_of
+from vitrim.words.errors import PlanError
+from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import Attention, Conv, Skip, Stage, Tokens, folded
+from vitrim.words.spec import Block as BlockSpec
+
+__all__ = ["apply", "cut_tensors", "fold", "kept_entries"]
+
+Kept = tuple[tuple[int, ...], ...]
+
+
+def apply(parent: nn.Module, plan: Plan, *, grafts: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Cut `parent` according to `plan`.
+
+    Args:
+        parent: an adopted model; left as it was.
+        plan: what to cut.
+        grafts: parameters and buffers of the child, by name, that are no slice of the parent's.
+
+    Returns:
+        A dense model of the parent's class that shares no parameter with it, on its device, in its mode.
+
+    Raises:
+        PlanError: naming the path, if the plan does not fit the model; nothing has been built then.
+        AdoptError: if the parent was not adopted.
+    """
+    spec = describe(parent)
+    child = plan.child(spec)
+    like = next(parent.parameters())
+    blocks = [
+        _cut(old, child_block, stage, decision, arriving, like)
+        for (_, old), (_, stage, child_block), decision, arriving in zip(
+            blocks_of(parent), child.blocks(), plan.blocks(), child.arrivals(), strict=True
+        )
+    ]
+    model = host(parent, blocks)
+    _graft(model, grafts or {})
+    return model
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Fold every convolution of an adopted model into two plain layers; in evaluation the function stays what it was.
+
+    Returns:
+        `model` itself where there is nothing to fold, else a new model that shares no parameter with it.
+    """
+    spec = describe(model)
+    plain = folded(spec)
+    if plain == spec:
+        return model
+    pairs = zip(spec.blocks(), plain.blocks(), strict=True)
+    blocks = [
+        BlockPlan(mixer=new.mixer) if isinstance(new.mixer, Conv) and new != old else BlockPlan()
+        for (_, _, old), (_, _, new) in pairs
+    ]
+    return apply(model, Plan.of(spec, blocks))
+
+
+def kept_entries(block: Block, plan: BlockPlan) -> dict[str, dict[int, Tensor]]:
+    """Which entries of each parameter of `block` a plan keeps.
+
+    Returns:
+        For each cut parameter (name relative to the block) and each cut dimension, the kept indices, rising. Parameters
+        that are not named are kept whole, if their branch is.
+    """
+    runs: dict[str, dict[int, list[tuple[int, Tensor]]]] = {}
+    for axis, kept in _decisions(block, plan):
+        index = _flat(axis, kept)
+        living = torch.tensor([group for group, indices in enumerate(kept) if indices], dtype=torch.long)
+        for members, chosen in ((axis.members, index), (axis.group_members, living)):
+            for member in members:
+                runs.setdefault(member.parameter, {}).setdefault(member.dim, []).append((member.offset, chosen))
+    entries: dict[str, dict[int, Tensor]] = {}
+    for name, by_dim in runs.items():
+        entries[name] = {
+            dim: torch.cat([offset + index for offset, index in sorted(pieces, key=lambda piece: piece[0])])
+            for dim, pieces in by_dim.items()
+        }
+    return entries
+
+
+def cut_tensors(parent: nn.Module, plan: Plan, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Cut tensors that are shaped like the parent's parameters (averages of an optimiser) as `apply` cuts those.
+
+    Args:
+        parent: an adopted model.
+        plan: what to cut.
+        values: by the parameter's name; those without dimensions, such as counts, stay as they are.
+
+    Returns:
+        By the child's names. What belongs to a branch that is gone is left out.
+    """
+    modules = {id(module): name for name, module in parent.named_modules()}
+    names = {name for name, _ in parent.named_parameters()}
+    cut = {name: value for name, value in values.items() if name in names}
+    child = plan.child(describe(parent))
+    for (_, block), decision, (_, _, small) in zip(blocks_of(parent), plan.blocks(), child.blocks(), strict=True):
+        prefix, entries = modules[id(block)], kept_entries(block, decision)
+        gone = [name for name, kept in (("attn.", _attends(small)), ("mlp.", bool(small.hidden))) if not kept]
+        for name in [name for name in cut if name.startswith(f"{prefix}.")]:
+            inner = name.removeprefix(f"{prefix}.")
+            if inner.startswith(tuple(gone)):
+                del cut[name]
+                continue
+            for dim, index in entries.get(inner, {}).items():
+                value = cut[name]
+                cut[name] = value.index_select(dim, index.to(value.device)) if value.dim() else value
+    return cut
+
+
+def _attends(block: BlockSpec) -> bool:
+    return isinstance(block.mixer, Attention) and bool(block.mixer.v)
+
+
+def _decisions(block: Block, plan: BlockPlan) -> Iterator[tuple[Axis, Kept]]:
+    mixer = block.spec.mixer
+    kept: dict[str, Kept] = {}
+    if isinstance(mixer, Attention):
+        kept["qk"], kept["v"] = plan.heads(mixer)
+    if plan.hidden is not None:
+        kept["hidden"] = (plan.hidden,)
+    for axis in block.axes():
+        yield axis, kept.get(axis.name, tuple(tuple(range(size)) for size in axis.groups))
+
+
+def _flat(axis: Axis, kept: Kept) -> Tensor:
+    flat, start = [], 0
+    for group, indices in zip(axis.groups, kept, strict=True):
+        flat += [start + i for i in indices]
+        start += group
+    return torch.tensor(flat, dtype=torch.long)
+
+
+@torch.no_grad()
+def _cut(old: Block, spec: BlockSpec, stage: Stage, plan: BlockPlan, arriving: Tokens, like: Tensor) -> Block:
+    with torch.device("meta"):
+        block = make_block(stage, spec, arriving)
+    source = _kept(old, spec, plan)
+    constants = {"attn.bias": (old.attn, old.ls1), "mlp.bias": (old.mlp, old.ls2)}
+    frozen = {name for name, parameter in old.named_parameters() if not parameter.requires_grad}
+    for name, empty in block.state_dict(keep_vars=True).items():
+        if name in source:
+            value = source[name]
+        elif block.step is not None and name.startswith("step."):
+            value = block.step.fresh(name.removeprefix("step."), like)
+        else:
+            value = _constant(*constants[name])
+        if value.shape != empty.shape:
+            raise PlanError(f"{name}: the plan must give {tuple(empty.shape)}, but gives {tuple(value.shape)}")
+        owner, _, leaf = name.rpartition(".")
+        value = value.detach().clone(memory_format=torch.contiguous_format)
+        if isinstance(empty, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=name not in frozen)
+        setattr(block.get_submodule(owner), leaf, value)
+    return settled(block)
+
+
+def _kept(old: Block, spec: BlockSpec, plan: BlockPlan) -> dict[str, Tensor]:
+    """Parameters and buffers of `old`, sliced; a convolution's are made of those of what stood in its place."""
+    entries, mixer = kept_entries(old, plan), spec.mixer
+    source = old.state_dict(keep_vars=True)
+    for name, cuts in entries.items():
+        for dim, index in cuts.items():
+            source[name] = source[name].index_select(dim, index.to(source[name].device))
+    if isinstance(mixer, Conv) and not isinstance(old.spec.mixer, Skip):
+        was = plan.attention(old.spec.mixer, old.form, "") if isinstance(old.spec.mixer, Attention) else old.spec.mixer
+        have = {name[5:]: value for name, value in source.items() if name.startswith("attn.")}
+        source = {name: value for name, value in source.items() if not name.startswith("attn.")}
+        source |= {f"attn.{name}": value for name, value in state_of(mixer, was, have).items()}
+    return source
+
+
+def _constant(branch: nn.Module | None, scale: nn.Module) -> Tensor:
+    """What a branch without channels adds: its output bias after layer scale."""
+    if branch is None or isinstance(branch, Constant):
+        raise PlanError("a branch must have channels to lose, but it has none")
+    last = branch.get_submodule(branch.last)  # type: ignore[arg-type]
+    scaled: Tensor = scale(last.bias)
+    return scaled
+
+
+def _graft(model: nn.Module, grafts: Mapping[str, Tensor]) -> None:
+    parameters = model.state_dict(keep_vars=True)
+    for name, value in grafts.items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            have = tuple(parameters[name].shape) if name in parameters else "no such parameter"
+            raise PlanError(f"{name}: a graft must fit the child, which has {have}, but got {tuple(value.shape)}")
+    with torch.no_grad():
+        for name, value in grafts.items():
+            parameters[name].copy_(value)

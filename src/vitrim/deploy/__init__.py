@@ -1,0 +1,1 @@
+"""Stored models, and the forms they run in elsewhere."""

@@ -1,0 +1,236 @@
+"""Eight-bit ONNX files by ONNX Runtime's static quantisation, with their accuracy told.
+
+B images, C channels, (h, w) height and width of the input.
+
+Weights become int8, one scale an output channel; activations uint8, one scale a tensor, wide enough for 99.99 % of what
+the calibration images give: LayerNorm leaves a few channels far out, and a scale that reached them would waste most of
+its steps (`benchmarks/int8.py` has the comparison). Only products with weights are quantised (linear layers and
+convolutions). Products of two activations (queries with keys, attention with values), softmax, norms and GELU stay in
+float32: they are few of the multiply-accumulates. The file holds QDQ pairs (QuantizeLinear, DequantizeLinear), which
+ONNX Runtime, OpenVINO and TensorRT fuse each in their own way.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.deploy.export import OPSET, beside, check_target, export, onnx_session
+from vitrim.measure.model import resting
+from vitrim.words.errors import ExportError
+from vitrim.words.plain import Node
+
+__all__ = ["PERCENTILE", "Quantized", "quantize"]
+
+PERCENTILE = 99.99
+"""Share of the activations that a scale covers, percent."""
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+class Quantized(Node):
+    """What was written, and what it costs in accuracy.
+
+    Bytes are of the file and of the same model in float32. `top1` and `top1_before` are percent on the test images,
+    None where there are none or they have no labels; `agreement` is how often both give the same answer, percent,
+    on the test images, or else on the calibration images, which flatters. A segmentor answers for each pixel; `miou`
+    and `miou_before` are its mean intersection over union on test scenes, percent.
+    """
+
+    path: str
+    opset: int
+    bytes: int
+    bytes_before: int
+    calibration_images: int
+    test_images: int
+    top1: float | None
+    top1_before: float | None
+    agreement: float
+    miou: float | None = None
+    miou_before: float | None = None
+    torch: str
+    runtime: str
+
+
+def quantize(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    calibration: Batches,
+    *,
+    test: Batches | None = None,
+    miou: Callable[[nn.Module], float] | None = None,
+    percentile: float = PERCENTILE,
+    opset: int = OPSET,
+    threads: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Quantized:
+    """Write `model` as an eight-bit ONNX file; the model is left as it was.
+
+    Args:
+        model: an adopted model, on the CPU.
+        path: ``….onnx``.
+        calibration: batches of images ``(B, C, h, w)``, normalised, and labels, which are not looked at; all are held
+            in memory, their activations one batch at a time. They are gone through twice where there is no `test`.
+        test: batches to measure both models on; labels are -1 where unknown.
+        miou: what measures a segmentor, in percent; called with the model, and with what answers as the file does.
+        percentile: share of the activations that a scale covers, in (50, 100]; 100 is their whole range.
+        opset: ONNX operator set, at least 18.
+        threads: CPU threads of the measurement; PyTorch's setting where not given.
+        say: receives a line about what goes on.
+
+    Raises:
+        ExportError: if a package is missing, the opset is too old, the place cannot be written to, the model cannot be
+            exported, or the quantiser refuses it. Nothing is written then.
+    """
+    file = Path(path)
+    if file.suffix != ".onnx":
+        raise ExportError(f"an int8 file must end in .onnx, but got '{file.name}'; leave --int8 out for other kinds")
+    if not 50 < percentile <= 100:
+        raise ExportError(
+            f"percentile must be above 50 and at most 100, but got {percentile}; leave it out for {PERCENTILE}"
+        )
+    check_target(file, opset)
+    with beside(file) as part, tempfile.TemporaryDirectory(prefix="vitrim-int8-") as folder:
+        held = [images.numpy() for images, _ in calibration]
+        if not held:
+            raise ExportError("int8 must be calibrated on images, but there are none; give some")
+        say("exporting in float32")
+        before = export(model, Path(folder) / "float.onnx", opset=opset)
+        say("calibrating")
+        _quantized(Path(before.path), part, held, percentile)
+        runtime, run = onnx_session(part, threads)
+        say("measuring both")
+        after = _compared(model, run, calibration if test is None else test)
+        found = {} if miou is None else {"miou_before": miou(model), "miou": miou(_Running(run, model))}
+        size = part.stat().st_size
+    return Quantized(
+        path=str(file),
+        opset=opset,
+        bytes=size,
+        bytes_before=before.bytes,
+        calibration_images=sum(len(images) for images in held),
+        test_images=0 if test is None else after.images,
+        top1=None if test is None else after.top1,
+        top1_before=None if test is None else after.top1_before,
+        agreement=after.agreement,
+        **found,
+        torch=torch.__version__,
+        runtime=runtime,
+    )
+
+
+class _Running(nn.Module):
+    """A file that runs, in place of the model that it was made of."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor], model: nn.Module) -> None:
+        super().__init__()
+        self.run, self.num_classes = run, getattr(model, "num_classes", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+
+class _Compared(NamedTuple):
+    images: int
+    agreement: float
+    top1: float | None
+    top1_before: float | None
+
+
+@torch.inference_mode()
+def _compared(model: nn.Module, run: Callable[[Tensor], Tensor], batches: Batches) -> _Compared:
+    """How both answer; logits are ``(B, classes)``, or ``(B, classes, h, w)`` of a segmentor."""
+    images = answers = same = hits = hits_before = 0
+    known = True
+    with resting(model):
+        for pictures, labels in batches:
+            before, after = model(pictures).argmax(dim=1), run(pictures).argmax(dim=1)
+            images += pictures.shape[0]
+            answers += before.numel()
+            same += int((before == after).sum())
+            known = known and before.shape == labels.shape and bool((labels >= 0).all())
+            if known:
+                hits, hits_before = hits + int((after == labels).sum()), hits_before + int((before == labels).sum())
+    return _Compared(
+        images=images,
+        agreement=100 * same / max(answers, 1),
+        top1=100 * hits / images if known and images else None,
+        top1_before=100 * hits_before / images if known and images else None,
+    )
+
+
+def _quantized(source: Path, target: Path, held: Sequence[Any], percentile: float) -> None:
+    """Write `target` from the float file `source` and batches of images, arrays."""
+    import onnx
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = source.with_name("prepared.onnx")
+    try:
+        with _quiet():
+            quant_pre_process(source, prepared, skip_symbolic_shape=True)
+            graph = onnx.load(prepared).graph
+            quantize_static(
+                prepared,
+                target,
+                _reader(graph.input[0].name, held),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+                nodes_to_exclude=_weightless(graph),
+                calibrate_method=CalibrationMethod.Percentile,
+                # Batch by batch, or the activations of all images would be held at once.
+                extra_options={"CalibPercentile": percentile, "CalibStridedMinMax": 1},
+            )
+    except Exception as problem:  # the quantiser raises whatever its parts raise
+        if isinstance(problem, ExportError | OSError):
+            raise
+        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        raise ExportError(f"ONNX Runtime must be able to quantise this model, but says: {reason[:200]}") from problem
+
+
+def _reader(name: str, held: Sequence[Any]) -> Any:
+    """What ONNX Runtime reads the calibration images from, a batch for each range that it asks for."""
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        waiting: list[Any]
+
+        def __len__(self) -> int:
+            return len(held)
+
+        def set_range(self, start_index: int, end_index: int) -> None:
+            self.waiting = list(held[start_index:end_index])
+
+        def get_next(self) -> dict[str, Any] | None:
+            return {name: self.waiting.pop(0)} if self.waiting else None
+
+    return Reader()
+
+
+def _weightless(graph: Any) -> list[str]:
+    """Names of the products of two activations."""
+    weights = {tensor.name for tensor in graph.initializer}
+    return [node.name for node in graph.node if node.op_type == "MatMul" and not weights & set(node.input)]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the quantiser's advice to do what has been done, and its prints."""
+    logger = logging.getLogger()
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,199 @@
+"""A model made ready to run: eager PyTorch, torch.compile, ONNX Runtime or OpenVINO behind one call.
+
+B images, C channels, (h, w) height and width of the input.
+"""
+
+import copy
+import importlib.util
+import inspect
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.deploy.export import PARITY, export, need, onnx_session
+from vitrim.measure.model import home_of
+from vitrim.words.errors import ExportError
+from vitrim.words.plain import did_you_mean
+
+__all__ = ["RUNTIMES", "Ready", "check_runtimes", "ready", "weights_bytes"]
+
+RUNTIMES = ("eager", "compile", "onnxruntime", "openvino")
+"""In the order in which a table shows them; the last two run on the CPU, in float32."""
+
+_PACKAGES = {
+    "onnxruntime": (("onnx", "onnxscript", "onnxruntime"), "export"),
+    "openvino": (("onnx", "onnxscript", "onnxruntime", "openvino"), "openvino"),
+}
+_READS_ONNX = tuple(_PACKAGES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """A model that runs.
+
+    Attributes:
+        runtime: one of `RUNTIMES`.
+        version: the runtime's name and version.
+        run: maps images ``(B, C, h, w)``, on the device and of the type of those it was made ready with, to logits; of
+            ``compile`` another B compiles again.
+        bytes: what lies on disk: the ONNX file, or the weights as a safetensors file holds them.
+        apart: largest difference of a logit from eager's on the example images, relative to the largest logit; None
+            where there is no model to compare with.
+    """
+
+    runtime: str
+    version: str
+    run: Callable[[Tensor], Tensor]
+    bytes: int
+    apart: float | None
+
+
+def check_runtimes(names: Sequence[str]) -> None:
+    """Refuse runtimes that are unknown or not installed, before anything is opened.
+
+    Raises:
+        ExportError: naming those there are, or the extra that brings the missing one.
+    """
+    if not names:
+        raise ExportError(f"runtimes must be at least one of {', '.join(RUNTIMES)}, but none is named")
+    for name in names:
+        if name not in RUNTIMES:
+            near = did_you_mean(name, RUNTIMES)
+            raise ExportError(f"a runtime must be one of {', '.join(RUNTIMES)}, but got '{name}'{near}")
+        packages, extra = _PACKAGES.get(name, ((), ""))
+        need(*packages, extra=extra)
+
+
+def ready(
+    model: nn.Module | Path,
+    images: Tensor,
+    runtime: str = "eager",
+    *,
+    threads: int | None = None,
+    onnx: Path | None = None,
+) -> Ready:
+    """Make a model ready to run, and hold its logits against eager PyTorch's.
+
+    Args:
+        model: an adopted model, left as it was; or an ONNX file for a runtime that reads one, which is run unchecked.
+        images: an example batch ``(B, C, h, w)``, where and in the type in which the model is to run; ``onnxruntime``
+            and ``openvino`` take float32 on the CPU.
+        runtime: one of `RUNTIMES`.
+        threads: CPU threads of ``onnxruntime`` and ``openvino``; PyTorch's setting where not given, which is also what
+            ``eager`` and ``compile`` run with.
+        onnx: what `vitrim.deploy.export.export` wrote of this model, so that it is not exported again.
+
+    Raises:
+        ExportError: if the runtime is unknown, not installed, or cannot take the model or the images, or if its logits
+            differ from eager's by more than 1e-4 of the largest (in float32; by more than 0.1 in half precision).
+    """
+    check_runtimes([runtime])
+    if isinstance(model, Path):
+        return _of_file(model, runtime, threads)
+    if runtime in _READS_ONNX and (images.device.type != "cpu" or images.dtype != torch.float32):
+        raise ExportError(
+            f"{runtime} must run on cpu in float32, but got {images.dtype} on {images.device}; "
+            "leave device and dtype out, or choose eager or compile"
+        )
+    still = _still(model, images)
+    if runtime in _READS_ONNX:
+        with tempfile.TemporaryDirectory(prefix="vitrim-") as folder:
+            file = onnx if onnx is not None else Path(export(model, Path(folder) / "model.onnx").path)
+            found = _of_file(file, runtime, threads)
+    else:
+        run = _eager(still) if runtime == "eager" else _compiled(still)
+        found = Ready(runtime=runtime, version=_torch(runtime), run=run, bytes=weights_bytes(still), apart=None)
+    return _checked(found, still, images)
+
+
+def weights_bytes(model: nn.Module) -> int:
+    """Bytes of all weights and stored buffers of `model`."""
+    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
+
+
+def _torch(runtime: str) -> str:
+    return f"torch {torch.__version__}" + (" (inductor)" if runtime == "compile" else "")
+
+
+def _still(model: nn.Module, images: Tensor) -> nn.Module:
+    """A copy in evaluation mode, where and in the type in which `images` are."""
+    if home_of(model)[0].type == "meta":
+        raise ExportError("a model to run must have weights, but this one is on the meta device; load them first")
+    return copy.deepcopy(model).to(images.device, images.dtype).eval()
+
+
+def _eager(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    def run(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = model(images)
+            return logits
+
+    return run
+
+
+def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    # One call's programs would count against another's limit, beyond which PyTorch goes back to eager.
+    apart = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    options: dict[str, Any] = {"isolate_recompiles": True} if apart else {}
+    quick: Any = torch.compile(model, fullgraph=True, dynamic=False, **options)
+
+    def run(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = quick(images)
+            return logits
+
+    return run
+
+
+def _of_file(file: Path, runtime: str, threads: int | None) -> Ready:
+    if runtime not in _READS_ONNX:
+        raise ExportError(f"{file}: an ONNX file must run in {' or '.join(_READS_ONNX)}, but {runtime} is asked for")
+    if not file.is_file():
+        raise ExportError(f"{file}: the ONNX file must exist, but it does not")
+    try:
+        version, run = (onnx_session if runtime == "onnxruntime" else _openvino)(file, threads)
+    except Exception as problem:  # each runtime raises a class of its own for a file that it cannot read
+        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        raise ExportError(f"{file}: {runtime} must be able to read the file, but says: {reason[:200]}") from None
+    return Ready(runtime=runtime, version=version, run=run, bytes=file.stat().st_size, apart=None)
+
+
+def _openvino(path: Path, threads: int | None) -> tuple[str, Callable[[Tensor], Tensor]]:
+    import openvino
+
+    # On processors that have it OpenVINO computes in bfloat16 unless it is told the type; the other runtimes do not.
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads() if threads is None else threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(path), "CPU", settings)
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(compiled([images.numpy()])[0])
+
+    return f"openvino {importlib.import_module('importlib.metadata').version('openvino')}", run
+
+
+def _checked(found: Ready, still: nn.Module, images: Tensor) -> Ready:
+    with torch.inference_mode():
+        want = still(images).double()
+    try:
+        got = found.run(images).double()
+    except Exception as problem:  # a compiler that is missing, an operator that cannot be compiled
+        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        raise ExportError(f"{found.runtime} must be able to run this model here, but says: {reason[:200]}") from problem
+    allowed = PARITY if images.dtype == torch.float32 else 0.1
+    apart = float((got - want).abs().max() / want.abs().max().clamp_min(1e-6))
+    if not apart <= allowed:
+        raise ExportError(
+            f"{found.runtime} must give eager's logits within {allowed:g} of the largest, but they differ by "
+            f"{apart:.1e}; please report this model"
+        )
+    return Ready(runtime=found.runtime, version=found.version, run=found.run, bytes=found.bytes, apart=apart)

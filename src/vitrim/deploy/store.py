@@ -1,0 +1,359 @@
+"""Stored models: one ``.safetensors`` file with the weights, the spec and the provenance; no pickle anywhere.
+
+The spec lies as JSON in the file's metadata, so the file says by itself what it is and loading needs nothing else.
+``hf-hub:owner/name[@revision]`` stands for the file ``model.safetensors`` of a repository on the Hugging Face Hub.
+"""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vitrim import __version__
+from vitrim.families import blocks_of, build, check_finite, describe
+from vitrim.measure.model import home_of, resting
+from vitrim.nn.layers import input_channels
+from vitrim.words import plain
+from vitrim.words.errors import AdoptError, StoreError, WeightsError
+from vitrim.words.plain import dump, writing
+from vitrim.words.spec import Spec
+
+__all__ = ["FILE", "HUB", "HUB_FAULTS", "hub_file", "is_stored", "load", "provenance", "read_spec", "reason", "save"]
+
+FORMAT = 1
+FILE = "model.safetensors"
+HUB = "hf-hub:"
+
+# The bases bring the errors of the transport, which is another library in each generation of huggingface_hub; a name
+# that is no repository's is a ValueError there, and a missing file need not be an OSError.
+HUB_FAULTS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError, EntryNotFoundError)
+
+
+def save(model: nn.Module, path: str | Path, *, provenance: Mapping[str, Any] | None = None) -> Path:
+    """Store an adopted model, and prove that what lies there is this model.
+
+    The file is written beside `path`, read back, built from its spec, held against `model` on a random input, and only
+    then renamed. So a file that exists loads, and a part that a spec cannot carry (a custom head, a hook that changes
+    the logits) is refused now. Every parameter keeps its type; which of them were frozen is not stored.
+
+    Args:
+        model: an adopted model, dense or cut, on any device.
+        path: a file, or ``hf-hub:owner/name[@branch]`` to push to the Hub.
+        provenance: plain values on where the model comes from, kept with versions and date.
+
+    Returns:
+        `path`, from which `load` takes the model back.
+
+    Raises:
+        StoreError: if the model was not adopted, is more than its spec, or cannot be written; the target is left as it
+            was.
+        WeightsError: naming the parameter, if a weight is not finite.
+    """
+    if _is_hub(path):
+        return _push(model, str(path), provenance)
+    target = Path(path)
+    spec, state = _portrait(model)
+    metadata = {"format": "pt", "vitrim": _written(spec, provenance)}
+    try:
+        with writing(target) as beside:
+            save_file(state, beside, metadata=metadata)
+            _prove(model, _read(beside))
+    except StoreError:
+        raise
+    except (OSError, SafetensorError) as problem:
+        raise StoreError(
+            f"{target}: the model must be written here, but {reason(problem)}; make room or choose another place"
+        ) from None
+    return target
+
+
+def load(path_or_name: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:
+    """Take a stored model back, in eval mode, with the types it was stored in.
+
+    Args:
+        path_or_name: what `save` wrote, a folder with a ``model.safetensors``, or ``hf-hub:owner/name[@revision]``.
+        device: where to put it.
+
+    Raises:
+        StoreError: if the file is missing, damaged, no vitrim file, or of a newer format.
+        WeightsError: naming the keys, if the weights do not fit the spec or are not finite.
+        SpecError: if the installed timm cannot build the host.
+    """
+    return _read(_find(path_or_name)).to(device)
+
+
+def read_spec(path_or_name: str | Path) -> Spec:
+    """Read the spec of a stored model, not its weights.
+
+    Raises:
+        StoreError: as `load`.
+    """
+    return _spec(_find(path_or_name))
+
+
+def provenance(path_or_name: str | Path) -> dict[str, Any]:
+    """Read where a stored model comes from (``vitrim``, ``torch``, ``timm``, ``date``, ``given``), not its weights.
+
+    Raises:
+        StoreError: as `load`.
+    """
+    path = _find(path_or_name)
+    known = _sheet(path).get("provenance", {})
+    if not isinstance(known, dict):
+        raise StoreError(f"{path}: provenance must be a table, but is {known!r}; the file was changed by hand")
+    return known
+
+
+def is_stored(path_or_name: str | Path) -> bool:
+    """Whether `load` is to be asked for this model, rather than timm.
+
+    True for whatever is a file, or is written like one: `load` then says what is wrong with it. A Hub name is looked
+    up, for timm's own models lie there too.
+
+    Raises:
+        StoreError: if the Hub cannot be asked.
+    """
+    if _is_hub(path_or_name):
+        return hub_file(str(path_or_name)) is not None
+    path = Path(path_or_name)
+    return path.suffix == ".safetensors" or path.is_file() or (path / FILE).is_file()
+
+
+def hub_file(name: str) -> Path | None:
+    """Fetch the weights of a repository on the Hub, or find them among those fetched before.
+
+    Args:
+        name: ``hf-hub:owner/name[@revision]``.
+
+    Returns:
+        The local file, or None if the repository holds no model that vitrim stored.
+
+    Raises:
+        StoreError: if there is no such repository, or the Hub cannot be asked.
+    """
+    repository, revision = _repository(name)
+    try:
+        path = Path(hf_hub_download(repository, FILE, revision=revision))
+    except HUB_FAULTS as problem:
+        if isinstance(problem, EntryNotFoundError) and not isinstance(problem, LocalEntryNotFoundError):
+            return None
+        raise StoreError(f"{name}: the repository must be there to read, but {reason(problem)}") from None
+    with _opened(path) as file:
+        return path if "vitrim" in (file.metadata() or {}) else None
+
+
+def _push(model: nn.Module, name: str, provenance: Mapping[str, Any] | None) -> Path:
+    repository, revision = _repository(name)
+    with tempfile.TemporaryDirectory() as folder:
+        file = save(model, Path(folder) / FILE, provenance=provenance)
+        try:
+            hub = HfApi()
+            hub.create_repo(repository, exist_ok=True)
+            hub.upload_file(path_or_fileobj=file, path_in_repo=FILE, repo_id=repository, revision=revision)
+        except HUB_FAULTS as problem:
+            raise StoreError(
+                f"{name}: the repository must be there to write, but {reason(problem)}; see `hf auth login`"
+            ) from None
+    return Path(name)
+
+
+def _is_hub(path: str | Path) -> bool:
+    return str(path).startswith(HUB)
+
+
+def _repository(name: str) -> tuple[str, str | None]:
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    return repository, revision or None
+
+
+def _portrait(model: nn.Module) -> tuple[Spec, dict[str, Tensor]]:
+    """Spec and weights of `model`, if the two are all it is made of."""
+    try:
+        blocks_of(model)
+    except AdoptError as problem:
+        raise StoreError(f"this model cannot be stored: {problem}") from None
+    _check_owners(model)
+    check_finite(model)
+    spec, state = describe(model), _state(model)
+    with torch.device("meta"):
+        empty = build(spec)
+    misfit = _misfit(empty, state)
+    if misfit is not None:
+        raise StoreError(f"a stored model must have the weights that its spec says, but {misfit}; put timm's own back")
+    differ = _difference(dump(spec), dump(describe(empty)), "spec")
+    if differ is not None:
+        raise StoreError(f"a stored model must be all in its spec, but {differ} is not; put timm's own part back")
+    return spec, state
+
+
+def _check_owners(model: nn.Module) -> None:
+    """Refuse parameters that are one under two names: the file would hold two, and training part them."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.is_meta:
+            raise StoreError(f"{name}: weights must hold data, but these are on the meta device; load them first")
+        twin = first.setdefault(id(parameter), name)
+        if twin != name:
+            raise StoreError(f"{name}: weights must be a parameter's own, but are those of {twin}; clone them first")
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers on the CPU; views of one storage part here, for a file holds each by itself."""
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    seen: set[int] = set()
+    for name, value in state.items():
+        storage = value.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != value.nbytes:
+            state[name] = value.clone()
+        seen.add(storage.data_ptr())
+    return state
+
+
+def _misfit(model: nn.Module, state: Mapping[str, Tensor]) -> str | None:
+    """What differs between the names and shapes of `model` and those of `state`, in words."""
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    for text, names in (("lacks", wanted.keys() - found.keys()), ("has besides", found.keys() - wanted.keys())):
+        if names:
+            return f"it {text} {_some(sorted(names))}"
+    wrong = [f"{name} is {found[name]}, not {shape}" for name, shape in wanted.items() if found[name] != shape]
+    return _some(wrong) if wrong else None
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _difference(a: Any, b: Any, at: str) -> str | None:
+    """The first place where two trees of plain values differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        pairs = [(f"{at}.{key}", a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys())]
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        pairs = [(f"{at}.{i}", x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
+    else:
+        return None if a == b else f"{at} = {a!r}"
+    return next((found for name, x, y in pairs if (found := _difference(x, y, name)) is not None), None)
+
+
+def _written(spec: Spec, given: Mapping[str, Any] | None) -> str:
+    origin = {
+        "vitrim": __version__,
+        "torch": str(torch.__version__),
+        "timm": timm.__version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "given": dict(given or {}),
+    }
+    try:
+        return json.dumps({"format": FORMAT, "spec": dump(spec), "provenance": origin}, allow_nan=False)
+    except (TypeError, ValueError) as problem:
+        raise StoreError(f"provenance must be plain values, but {reason(problem)}; pass text and numbers") from None
+
+
+@torch.no_grad()
+def _prove(model: nn.Module, stored: nn.Module) -> None:
+    device, dtype = home_of(model)
+    x = torch.randn(2, input_channels(model), *describe(model).image, generator=torch.Generator().manual_seed(0))
+    with resting(model):
+        mine, theirs = (net(x.to(device, dtype)).double() for net in (model, stored.to(device)))
+    # The same numbers in the same order: bit for bit on a CPU, and a few roundings on an accelerator.
+    allowed = 8 * torch.finfo(dtype).eps * max(float(mine.abs().max()), 1e-6)
+    apart = float((mine - theirs).abs().max())
+    if not apart <= allowed:
+        raise StoreError(
+            f"a stored model must give the logits of the living one, but they differ by {apart:.1e}; "
+            "remove hooks and changed modules that its spec does not know"
+        )
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise StoreError(f"{path}: the stored model must exist, but it does not") from None
+    except (OSError, SafetensorError) as problem:
+        if isinstance(problem, StoreError):
+            raise
+        raise StoreError(
+            f"{path}: the file must be whole safetensors, but {reason(problem)}; copy or download it again"
+        ) from None
+
+
+def _find(path_or_name: str | Path) -> Path:
+    if not _is_hub(path_or_name):
+        path = Path(path_or_name)
+        return path / FILE if path.is_dir() else path
+    path_or_none = hub_file(str(path_or_name))
+    if path_or_none is None:
+        raise StoreError(
+            f"{path_or_name}: the repository must hold a model that vitrim stored, but it does not; "
+            "build a timm model with timm.create_model and adopt it"
+        )
+    return path_or_none
+
+
+def _sheet(path: Path) -> dict[str, Any]:
+    with _opened(path) as file:
+        text = (file.metadata() or {}).get("vitrim")
+    if text is None:
+        raise StoreError(
+            f"{path}: the file must hold a model that vitrim stored, but holds weights alone; "
+            "name the timm model and pass this file as --weights"
+        )
+    try:
+        sheet = json.loads(text)
+    except json.JSONDecodeError as problem:
+        raise StoreError(f"{path}: the spec must be JSON, but {problem.msg}; the file was changed by hand") from None
+    version = sheet.get("format") if isinstance(sheet, dict) else None
+    if not isinstance(version, int) or version < 1:
+        raise StoreError(f"{path}: the format must be a whole number, but is {version!r}; the file was changed by hand")
+    if version > FORMAT:
+        raise StoreError(f"{path}: the format must be at most {FORMAT}, but is {version}; install a newer vitrim")
+    return dict(sheet)
+
+
+def _spec(path: Path) -> Spec:
+    return plain.load(Spec, _sheet(path).get("spec"), StoreError, at=f"{path}: spec")
+
+
+def _read(path: Path) -> nn.Module:
+    spec = _spec(path)
+    with torch.device("meta"):
+        model = build(spec)
+    state = {}
+    with _opened(path) as file:
+        for name in file.keys():
+            # Cloned, or the model would hang on the file, and start at addresses where a CPU rounds differently.
+            state[name] = file.get_tensor(name).clone()
+    misfit = _misfit(model, state)
+    if misfit is not None:
+        raise WeightsError(f"{path}: the weights must fit the spec, but {misfit}; the file was changed by hand")
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise WeightsError(f"{path}: weights must be finite, but {name} has NaN or infinite ones")
+    if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in state):
+        model = build(spec)  # these buffers are computed, not stored, so they need a model that was built with data
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def reason(problem: BaseException) -> str:
+    """What went wrong, in a few words for the middle of a sentence."""
+    if isinstance(problem, OSError) and problem.strerror:
+        return problem.strerror.lower()
+    lines = [line.strip().rstrip(".") for line in str(problem).splitlines() if line.strip()]
+    if isinstance(problem, HfHubHTTPError) and len(lines) > 1:
+        return lines[1]  # the first is the status and a request id
+    return lines[0] if lines else type(problem).__name__

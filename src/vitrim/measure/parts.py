@@ -1,0 +1,378 @@
+"""Make the table of times that latency budgets are planned with: branches of every stage, over widths and tokens.
+
+B images, N tokens, D width, H heads, K channels of a head, M hidden neurons.
+"""
+
+import copy
+import datetime
+import functools
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitrim.families import blocks_of, describe
+from vitrim.measure.model import home_of, image_of, moved, resting
+from vitrim.measure.turns import (
+    TICK,
+    Timer,
+    keeping_memory,
+    name_of,
+    place_of,
+    spread,
+    threading,
+    timer,
+    turns,
+    waiting,
+)
+from vitrim.nn.make import make_block, settled
+from vitrim.words.progress import progress
+from vitrim.words.spec import Attention, Block, Conv, Skip, Spec, Stage
+from vitrim.words.steps import Drop, GridMerge, Merge, Step, Tokens, TopK, flow_of
+from vitrim.words.table import TICKS, Machine, StageTimes, Table
+
+__all__ = ["fitted", "halved", "machine_of", "make_table"]
+
+SHARES = (0.25, 0.5, 0.75, 1.0)
+"""Of heads and of tokens that are measured."""
+
+_MOST = 0.95
+"""Of the dense time that all but the blocks can take; measured to be more only where noise is as long as a pass."""
+
+ROUNDS = 7
+"""Samples of each part, taken in turns with all others: the median of 7 passes over slow spells of the machine."""
+
+
+def machine_of(
+    model: nn.Module,
+    *,
+    batch: int = 8,
+    threads: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    compiled: bool = False,
+) -> Machine:
+    """What `make_table` with the same arguments measures on."""
+    home, kind = home_of(model)
+    place = place_of(device) if device is not None else home
+    return Machine(
+        device=name_of(place),
+        runtime="compile" if compiled else "eager",
+        batch=batch,
+        threads=threads or torch.get_num_threads(),
+        dtype=str(dtype or kind).removeprefix("torch."),
+        torch=torch.__version__,
+    )
+
+
+def make_table(
+    model: nn.Module,
+    *,
+    batch: int = 8,
+    threads: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    compiled: bool = False,
+    seconds: float = 8.0,
+    rounds: int = ROUNDS,
+) -> Table:
+    """Measure what the branches of `model` take at several widths and numbers of tokens.
+
+    DeiT-S takes about half a minute on two CPU cores (``benchmarks/latency_budget.py``). Blocks are built with random
+    weights, which take as long as any; `model` is left as it was.
+
+    Args:
+        model: an adopted dense model.
+        batch: images in a pass.
+        threads: CPU threads; the process's setting where not given.
+        dtype: floating-point type; the model's own where not given.
+        device: where to run; the model's own where not given.
+        compiled: whether `torch.compile` runs every part.
+        seconds: time for the whole dense model.
+        rounds: samples of each part, at least 1.
+    """
+    start = time.perf_counter()
+    spec = describe(model)
+    home, kind = home_of(model)
+    place = place_of(device) if device is not None else home
+    bench = _Bench(batch, place, dtype or kind, compiled)
+    dense, half = moved(model, place, bench.dtype), halved(spec)
+    inputs = torch.randn(batch, *image_of(model), generator=torch.Generator().manual_seed(0)).to(place, bench.dtype)
+    with resting(dense), torch.inference_mode(), threading(threads):
+        nets = [copy.deepcopy(dense) if compiled else dense, _hollow(dense), _rebuilt(dense, half)]
+        calls = [functools.partial(bench.ready(net), inputs) for net in nets]
+        full, bare, less = turns(calls, wait=waiting(place), seconds=seconds).samples
+        low, middle, high = spread(full)
+        host = middle * min(_share(bare, full), _MOST)
+        table = Table(
+            machine=machine_of(model, batch=batch, threads=threads, dtype=bench.dtype, device=place, compiled=compiled),
+            stages=tuple(_stage(stage, bench, rounds) for stage in spec.stages if stage.blocks),
+            host=host,
+            dense=middle,
+            spread=(high - low) / middle,
+        )
+    return fitted(table, spec, middle * _share(less, full)).model_copy(
+        update={
+            "seconds": time.perf_counter() - start,
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        }
+    )
+
+
+def _share(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median over neighbouring samples."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def _hollow(model: nn.Module) -> nn.Module:
+    """A copy whose blocks pass their input on."""
+    bare = copy.deepcopy(model)
+    for _, block in blocks_of(bare):
+        block.attn = block.mlp = None
+    return bare
+
+
+def halved(spec: Spec) -> Spec:
+    """The same with half of all neurons and of each head's channels, or of the heads where channels are tied."""
+    stages = []
+    for stage in spec.stages:
+        tied = stage.form.head_norm is not None or stage.form.mixed_norm is not None
+        blocks = []
+        for block in stage.blocks:
+            mixer = block.mixer
+            if isinstance(mixer, Attention):
+                few = slice((len(mixer.v) + 1) // 2) if tied else slice(None)
+                cut = 1 if tied else 2
+                mixer = mixer.model_copy(
+                    update={name: tuple(-(-k // cut) for k in getattr(mixer, name)[few]) for name in ("qk", "v")}
+                )
+            hidden = block.hidden and max(1, block.hidden // 2)
+            blocks.append(block.model_copy(update={"mixer": mixer, "hidden": hidden}))
+        stages.append(stage.model_copy(update={"blocks": tuple(blocks)}))
+    return spec.model_copy(update={"stages": tuple(stages)})
+
+
+def _rebuilt(model: nn.Module, spec: Spec) -> nn.Module:
+    """A copy with the branches of `spec`, of random weights."""
+    other = copy.deepcopy(model)
+    like = next(model.parameters())
+    for (_, block), (_, stage, node), arriving in zip(blocks_of(other), spec.blocks(), spec.arrivals(), strict=True):
+        with torch.device(like.device):
+            fresh = settled(make_block(stage, node, arriving)).to(like.dtype).eval()
+        block.attn, block.mlp = fresh.attn, fresh.mlp
+    return other
+
+
+def fitted(table: Table, spec: Spec, seconds: float) -> Table:
+    """The table that gives the dense model `spec` its own time, and the halved one `seconds`.
+
+    Within a model a branch finds less in the cache than alone, and pays for each call: all its times are longer by one
+    factor, and every branch by the same time more. Where noise would make one of the two negative, the factor alone
+    is fitted.
+    """
+    whole, part = (table.latency(one) / TICKS - table.host for one in (spec, halved(spec)))
+    rest = table.dense - table.host
+    branches = sum(bool(getattr(block.mixer, "v", True)) + bool(block.hidden) for _, _, block in spec.blocks())
+    if not whole > 0:
+        return table
+    factor = (table.dense - seconds) / (whole - part) if whole > part else 0.0
+    each = (rest - factor * whole) / branches
+    if factor <= 0 or each < 0:
+        factor, each = rest / whole, 0.0
+    return table.scaled(factor).model_copy(update={"branch": each})
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Where parts are measured."""
+
+    batch: int
+    device: torch.device
+    dtype: torch.dtype
+    compiled: bool
+
+    def ready(self, net: nn.Module) -> nn.Module:
+        if self.compiled:
+            net.compile()
+        return net
+
+    def part(self, stage: Stage, block: Block, arriving: Tokens) -> Timer:
+        """A timer of one block of random weights."""
+        with torch.device(self.device):
+            net = settled(make_block(stage, block, arriving)).to(self.device, self.dtype).eval()
+        shape = (*stage.grid, stage.width) if stage.window is not None else (arriving.total, stage.width)
+        x = torch.randn(self.batch, *shape, generator=torch.Generator().manual_seed(0))
+        if arriving.carried:
+            x = torch.cat([x, torch.ones(*x.shape[:-1], 1)], dim=-1)
+        return timer(functools.partial(self.ready(net), x.to(self.device, self.dtype)), waiting(self.device))
+
+
+def _stage(stage: Stage, bench: _Bench, rounds: int) -> StageTimes:
+    """Times of the branches of one stage."""
+    mixers = [block.mixer for block in stage.blocks if isinstance(block.mixer, Attention)]
+    hidden = max((block.hidden or 0 for block in stage.blocks), default=0)
+    levels = [_arriving(stage, share) for share in SHARES] if stage.window is None else [stage.enters]
+    levels = list({tokens.total: tokens for tokens in levels}.values())
+    parts: dict[Any, tuple[Block, Tokens]] = {}
+    heads: tuple[int, ...] = ()
+    channels: tuple[int, ...] = ()
+    neurons = _widths(hidden, 8) if hidden else ()
+    if mixers:
+        mixer = max(mixers, key=lambda one: len(one.v))
+        heads = tuple(sorted({max(1, round(share * len(mixer.v))) for share in SHARES} | {1}))
+        tied = stage.form.head_norm is not None or stage.form.mixed_norm is not None
+        channels = (max(mixer.v),) if tied else _widths(max(mixer.v), 8)
+        parts |= dict(_attention_parts(stage, mixer, levels, heads, channels))
+        parts |= dict(_other_parts(stage, mixer))
+    for tokens in levels:
+        for count in neurons:
+            parts["mlp", tokens.total, count] = (Block(mixer=Skip(), hidden=count), tokens)
+    found = _timed(stage, parts, bench, rounds)
+    attention = [[[found["attention", tokens.total, h, k] for k in channels] for h in heads] for tokens in levels]
+    mlp = [[found["mlp", tokens.total, count] for count in neurons] for tokens in levels]
+    times = StageTimes.model_validate(
+        {
+            "width": stage.width,
+            "grid": stage.grid,
+            "tokens": [tokens.total for tokens in levels],
+            "heads": heads,
+            "channels": channels,
+            "attention": attention if mixers else (),
+            "hidden": neurons,
+            "mlp": mlp if hidden else (),
+        }
+    )
+    return times.model_copy(update=_others(times, stage, mixer, found)) if mixers else times
+
+
+def _widths(most: int, step: int) -> tuple[int, ...]:
+    """About eight widths, multiples of `step`, and `most` itself."""
+    stride = max(step, math.ceil(most / 8 / step) * step)
+    return tuple(sorted({*range(stride, most, stride), most, min(step, most)}))
+
+
+def _arriving(stage: Stage, share: float) -> Tokens:
+    """Some patches of the grid, which lost their places."""
+    patches = max(1, round(share * stage.patches))
+    whole = patches == stage.patches
+    return stage.enters if whole else stage.enters._replace(patches=patches, grid=None)
+
+
+Part = tuple[Any, tuple[Block, Tokens]]
+
+
+def _attention_parts(
+    stage: Stage, mixer: Attention, levels: Sequence[Tokens], heads: Sequence[int], channels: Sequence[int]
+) -> Iterator[Part]:
+    for tokens in levels:
+        for count in heads:
+            for width in channels:
+                even = (width,) * count
+                # A norm over each head's channels knows one width.
+                block = Block(mixer=Attention(qk=even, v=even, scale=mixer.scale), hidden=None, shifted=_shifted(stage))
+                yield ("attention", tokens.total, count, width), (block, tokens)
+
+
+def _shifted(stage: Stage) -> bool:
+    return any(block.shifted for block in stage.blocks)
+
+
+def _other_parts(stage: Stage, mixer: Attention) -> Iterator[Part]:
+    """What the grid of widths does not tell: unequal and uneven heads, convolutions, token steps, sizes."""
+    here, width, count = stage.enters, max(mixer.v), len(mixer.v)
+    tied = stage.form.head_norm is not None or stage.form.mixed_norm is not None
+
+    def attends(qk: Sequence[int], v: Sequence[int], step: Step | None = None) -> Block:
+        mixed = Attention(qk=tuple(qk), v=tuple(v), scale=mixer.scale)
+        return Block(mixer=mixed, hidden=None, tokens=step, shifted=_shifted(stage))
+
+    half = max(8, width // 2)
+    if not tied and half < width:
+        yield "unequal", (attends([half] * count, [width] * count), here)
+        if count > 1:
+            mixed = [half, *[width] * (count - 1)]
+            yield "uneven", (attends(mixed, mixed), here)
+    whole = all(block.tokens is None for block in stage.blocks)
+    if stage.form.mixed_norm is None:
+        for kernel in (1, 3):
+            yield f"conv{kernel}", (Block(mixer=Conv(kernel=kernel, width=width), hidden=None), here)
+    if stage.window is not None or not whole or here.patches < 4:
+        return
+    dense = ([width] * count, [width] * count)
+    for name, step in _steps(stage).items():
+        yield f"step.{name}", (attends(*dense, step), here)
+    yield "sized", (attends(*dense), here._replace(grid=None, carried=True))
+
+
+def _steps(stage: Stage) -> dict[str, Step]:
+    """One token step of each kind, which takes half of what it can."""
+    patches = stage.patches
+    steps: dict[str, Step] = {
+        "merge": Merge(count=max(1, patches // 4)),
+        "drop": Drop(kept=tuple(range(patches // 2))),
+        "top_k": TopK(kept=stage.prefix + patches // 2),
+    }
+    axis = "w" if stage.grid[1] > 1 else "h"
+    return steps | {"grid": GridMerge(axis=axis)}
+
+
+def _timed(stage: Stage, parts: dict[Any, tuple[Block, Tokens]], bench: _Bench, rounds: int) -> dict[Any, float]:
+    """Seconds of every part, all in turns; a slow spell of the machine falls out against the dense block."""
+    names = list(parts)
+    reference = bench.part(stage, _dense(stage), stage.enters)
+    timers = [bench.part(stage, *parts[name]) for name in names]
+    repeats = [max(1, math.ceil(TICK / 2 / max(_warm(one), 1e-9))) for one in timers]
+    own: list[float] = []
+    shares: list[list[float]] = [[] for _ in names]
+    with keeping_memory(), progress("table", rounds) as advance:
+        for _ in range(rounds):
+            for index, one in enumerate(timers):
+                if index % 8 == 0:
+                    unit = reference(1)
+                    own.append(unit)
+                shares[index].append(one(repeats[index]) / unit)
+            advance(1)
+    unit = statistics.median(own)
+    return {name: unit * statistics.median(found) for name, found in zip(names, shares, strict=True)}
+
+
+def _warm(one: Timer) -> float:
+    return min(one(1) for _ in range(2))
+
+
+def _dense(stage: Stage) -> Block:
+    first = stage.blocks[0]
+    return first.model_copy(update={"tokens": None, "only_prefix": False})
+
+
+def _others(times: StageTimes, stage: Stage, mixer: Attention, found: Mapping[Any, float]) -> dict[str, Any]:
+    """The single numbers of a stage, each against what the grid of widths says of the same part."""
+    count, width = len(mixer.v), max(mixer.v)
+    half = max(8, width // 2)
+
+    def expected(rows: int, total: float) -> float:
+        return times.attends_evenly(rows, count, total / count)
+
+    dense = expected(stage.tokens, count * width)
+    told: dict[str, Any] = {
+        "conv": {str(kernel): found[f"conv{kernel}"] for kernel in (1, 3) if f"conv{kernel}" in found}
+    }
+    if "unequal" in found:
+        told["unequal"] = max(1.0, found["unequal"] / expected(stage.tokens, count * (half + width) / 2))
+    if "uneven" in found:
+        told["run"] = max(0.0, found["uneven"] - expected(stage.tokens, half + (count - 1) * width))
+    if "sized" in found:
+        told["sized"] = max(1.0, found["sized"] / dense)
+        told["steps"] = {
+            name: max(
+                0.0,
+                found[f"step.{name}"] - expected(flow_of(step, stage.enters, stage.patches).projected, count * width),
+            )
+            for name, step in _steps(stage).items()
+        }
+    return told

@@ -1,0 +1,203 @@
+"""Parts of `vitrim.methods.cait`: where neighbours are merged, and masks that are chosen again while training."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, distributed, nn
+
+from vitrim.cut.observe import Gated, axes
+from vitrim.words.errors import MethodError
+from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import NO_WINDOWS, GridMerge, Spec
+
+__all__ = ["Channels", "Merge", "free_axes", "merge_plan", "ramped", "thirds"]
+
+Merge = tuple[int, Literal["w", "h"]]
+"""After which block, counted from 1, and which axis is halved."""
+
+
+def thirds(spec: Spec) -> tuple[Merge, ...]:
+    """Columns after a third of the blocks, rows after two thirds, as far as the grid allows it: ours, not published."""
+    depth, (rows, columns) = len(spec.blocks()), spec.stages[0].grid
+    sites: list[Merge] = [(round(depth / 3), "w"), (round(2 * depth / 3), "h")]
+    return tuple(
+        site for site, places in zip(sites, (columns, rows), strict=True) if places > 1 and 0 < site[0] < depth
+    )
+
+
+def merge_plan(
+    spec: Spec,
+    merges: Sequence[Merge],
+    form: Literal["linear", "mean", "channel"] = "linear",
+    size_bias: bool = False,
+) -> Plan:
+    """The plan that merges neighbours, and cuts nothing else.
+
+    Args:
+        spec: the parent.
+        merges: where. A merge after block p acts at the input of block p + 1.
+        form: see `vitrim.words.steps.GridMerge`.
+        size_bias: see there.
+
+    Raises:
+        MethodError: if tokens of the model cannot be merged, or a site is none.
+        PlanError: if the grid does not allow so many merges.
+    """
+    if merges and any(stage.window is not None for stage in spec.stages):
+        raise MethodError(f"merges must be empty for this model: {NO_WINDOWS}")
+    depth = len(spec.blocks())
+    sites = [after for after, _ in merges]
+    if any(not 0 < after < depth for after in sites) or len(set(sites)) < len(sites):
+        raise MethodError(f"merges must stand between two of {depth} blocks, after 1 to {depth - 1}, but got {sites}")
+    steps = {after: GridMerge(axis=axis, form=form, size_bias=size_bias) for after, axis in merges}
+    plan = Plan.of(spec, [BlockPlan(tokens=steps.get(index)) for index in range(depth)])
+    plan.child(spec)
+    return plan
+
+
+class Channels(Gated):
+    """A model whose channels are masked, and may come back, while it is trained.
+
+    Masks act through the weights of queries (not of keys: either alone masks their product), of values, and of the
+    layer that reads the neurons. So a masked channel's weights get no gradient and rest, while the mask itself gets
+    one, which is what switching the channel on would do to the loss.
+
+    Masks, gates and scores are buffers: checkpoints hold them, optimisers do not see them.
+
+    Args:
+        model: an adopted model; trained in place.
+        paths: axes to mask.
+        scorer: see `vitrim.methods.cait.Method`.
+        average: how slowly scores follow, in [0, 1).
+        gate_lr: rate of ``resrep``'s gates.
+        gate_l1: what pulls them to 0.
+        momentum: of their steps.
+    """
+
+    count: Tensor
+    revived: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        paths: Iterable[str],
+        *,
+        scorer: Literal["taylor", "resrep"] = "taylor",
+        average: float = 0.99,
+        gate_lr: float = 0.01,
+        gate_l1: float = 1e-4,
+        momentum: float = 0.99,
+    ) -> None:
+        known = axes(model)
+        self.paths = tuple(paths)
+        super().__init__(model, {}, {path: path for path in self.paths}, once=True)
+        self.scorer, self.average = scorer, average
+        self.gate_lr, self.gate_l1, self.momentum = gate_lr, gate_l1, momentum
+        like = next(model.parameters())
+        for path in self.paths:
+            for name, value in (("gate", 1.0), ("mask", 1.0), ("seen", 0.0)):
+                buffer = torch.full((known[path].size,), value, device=like.device, dtype=like.dtype)
+                self.register_buffer(f"{name}/{_key(path)}", buffer)
+        self.register_buffer("count", torch.zeros((), dtype=torch.long, device=like.device))
+        self.register_buffer("revived", torch.zeros((), dtype=torch.long, device=like.device))
+        self.leaves: dict[str, Tensor] = {}
+        switch = getattr(model, "set_distilled_training", None)
+        if switch is not None:
+            self.set_distilled_training = switch
+
+    def held(self, key: str) -> Tensor:
+        """The gate that multiplies an axis; while training, a leaf that gathers gradients until the end of the step."""
+        gate: Tensor = self.get_buffer(f"gate/{key}")
+        if not (self.training and torch.is_grad_enabled()):
+            return gate
+        return self.leaves.setdefault(key, gate.detach().requires_grad_())
+
+    def mask(self, path: str) -> Tensor:
+        """1 for each channel of an axis that is kept, 0 for the others."""
+        return self.get_buffer(f"mask/{_key(path)}")
+
+    def masks(self) -> dict[str, Tensor]:
+        """All masks by path, on the CPU."""
+        return {path: self.mask(path).cpu() for path in self.paths}
+
+    @torch.no_grad()
+    def learn(self) -> None:
+        """Take the gradients of one step into the scores, the mean over all processes.
+
+        ``taylor``: the average of their squares. ``resrep``: a step of the gates, in which masked ones feel the pull to
+        zero alone; masks act on gradients only.
+        """
+        self.count += 1
+        for path in self.paths:
+            key = _key(path)
+            leaf = self.leaves.get(key)
+            grad = None if leaf is None else leaf.grad
+            gate, mask, seen = (self.get_buffer(f"{name}/{key}") for name in ("gate", "mask", "seen"))
+            grad = torch.zeros_like(gate) if grad is None else grad
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.all_reduce(grad)
+                grad /= distributed.get_world_size()
+            if self.scorer == "taylor":
+                seen.mul_(self.average).add_(grad.square(), alpha=1 - self.average)
+            else:
+                seen.mul_(self.momentum).add_(mask * grad + self.gate_l1 * gate.sign())
+                gate.sub_(seen, alpha=self.gate_lr)
+        self.leaves.clear()
+
+    @torch.no_grad()
+    def scores(self, hysteresis: float = 1.0) -> dict[str, Tensor]:
+        """What each channel is worth, by path; those of masked ones are multiplied by `hysteresis`.
+
+        Raises:
+            MethodError: before the first step, or if a score is not finite.
+        """
+        if not int(self.count):
+            raise MethodError(
+                "channels must be scored by training steps, but none was taken; raise method.train.epochs"
+            )
+        found = {}
+        for path in self.paths:
+            gate, seen = (self.get_buffer(f"{name}/{_key(path)}") for name in ("gate", "seen"))
+            # In float64, for squares of small gradients leave the range of shorter types.
+            score = seen.double() / (1 - self.average ** int(self.count)) if self.scorer == "taylor" else gate.abs()
+            found[path] = torch.where(self.mask(path).bool(), score.double(), hysteresis * score.double()).cpu()
+        return found
+
+    @torch.no_grad()
+    def keep(self, masks: Mapping[str, Tensor]) -> None:
+        """Write masks; counts the channels that come back."""
+        for path, new in masks.items():
+            mask = self.mask(path)
+            new = new.to(mask)
+            self.revived += ((new > 0) & (mask == 0)).sum()
+            mask.copy_(new)
+            if self.scorer == "taylor":
+                self.get_buffer(f"gate/{_key(path)}").copy_(new)
+
+    @torch.no_grad()
+    def settle(self) -> nn.Module:
+        """Multiply the gates of ``resrep`` into the model's weights, in place, and return the model.
+
+        Those of ``taylor`` are masks: what they switch off is cut, so they stay out.
+        """
+        return self.fold_() if self.scorer == "resrep" else self.model
+
+
+def _key(path: str) -> str:
+    return path.replace(".", "/")
+
+
+def free_axes(model: nn.Module, attention: bool, mlp: bool) -> tuple[str, ...]:
+    """Axes whose channels can be cut one by one: none that a norm ties."""
+    return tuple(
+        path
+        for path, axis in axes(model).items()
+        if axis.scales and not axis.tied and (mlp if axis.name == "hidden" else attention)
+    )
+
+
+def ramped(share: float, start: float, end: float, warmup: float, ramp_end: float) -> float:
+    """What may be spent after a `share` of the run: `start` until `warmup`, then down along a cubic to `end`."""
+    part = min(max((share - warmup) / (ramp_end - warmup), 0.0), 1.0)
+    return end + (start - end) * (1 - part) ** 3

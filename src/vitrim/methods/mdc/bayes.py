@@ -1,0 +1,259 @@
+"""Look for the best policy of a space: trials in an Optuna study, proposals by Optuna's Gaussian process.
+
+P ratios of a policy, S policies side by side.
+
+Source: Hou and Kung, CVPR Workshops 2022 (a Gaussian process from policy to accuracy, expected improvement). The
+process and its log expected improvement are Optuna's (`optuna.samplers.GPSampler`). It knows no budget: a point that it
+asks for stands for the policy that scaling brings into the budget (`within`), and it learns from points to values. A
+BoTorch process over a pool of feasible policies, as the paper has it, was measured beside it and found a little less,
+with two packages more (docs/methods/mdc.md).
+
+The study is the state. What is proposed next is a function of (seed, place of the trial, what the study holds), so a
+search that was killed and goes on repeats the uninterrupted one, and any number of processes may share a study.
+"""
+
+import dataclasses
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from vitrim.methods.mdc.policy import Array, Space, mutate, project, sample, within
+from vitrim.words.errors import MethodError
+
+__all__ = ["Objective", "Proposal", "Trial", "best_of", "search", "trials_of"]
+
+Proposal = Literal["gp", "random"]
+Objective = Callable[[Array], tuple[float, Mapping[str, Any]]]
+"""Measures a policy ``(P,)``: the larger the better, and notes to keep with it."""
+
+_MEASURED = (TrialState.COMPLETE, TrialState.RUNNING)
+_DRAWN, _MORE, _NEAR = 16, 2000, 64
+PATIENCE = 60.0
+"""Seconds without news, at the least, after which another process's trial is taken for lost."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One measured policy.
+
+    Attributes:
+        number: of the trial in its study.
+        policy: ratios, ``(P,)``.
+        value: what was measured; larger is better.
+        notes: what the objective said of it.
+    """
+
+    number: int
+    policy: Array
+    value: float
+    notes: Mapping[str, Any]
+
+
+def search(
+    study: optuna.Study,
+    space: Space,
+    objective: Objective,
+    *,
+    trials: int,
+    initial: int,
+    seed: int,
+    proposal: Proposal = "gp",
+    first: Array | None = None,
+    alone: bool = True,
+    told: Callable[[Trial], None] = lambda _: None,
+) -> None:
+    """Measure policies until the study holds `trials` of them, together with every other process that shares it.
+
+    Args:
+        study: see `vitrim.methods.mdc.study.open_study`.
+        space: of the policies.
+        objective: measures one.
+        trials: to measure in all, by whomever.
+        initial: of which so many are drawn, before the Gaussian process has a say.
+        seed: of all draws.
+        proposal: ``gp``, or ``random`` draws alone.
+        first: policies to measure before any is drawn, ``(F, P)``; they count among `initial`. What does not fit the
+            budget in any scale, or is an architecture measured before, is left out.
+        alone: whether no other process works on the study. What is found unfinished was then left by one that was
+            killed, and is measured again at once; otherwise only after nothing was heard for long.
+        told: receives every trial that this process measured.
+
+    Raises:
+        BudgetError: if no policy is within the budget.
+        MethodError: if hardly any policy is, so that none could be drawn, or one measured as not a number.
+    """
+    study.sampler = _Sampler(space, trials, initial, seed, proposal, first)
+    if alone:
+        _drop(study, _of(study, TrialState.RUNNING))
+    longest, heard, known = 0.0, time.monotonic(), 0
+    while True:
+        done, running = len(_of(study, TrialState.COMPLETE)), _of(study, TrialState.RUNNING)
+        if done >= trials:
+            return
+        if done != known:
+            heard, known = time.monotonic(), done
+        if done + len(running) >= trials:
+            if time.monotonic() - heard > max(PATIENCE, 10 * longest):
+                _drop(study, running)
+            time.sleep(0.2)
+            continue
+        start = time.monotonic()
+        if not _step(study, space, objective, trials, told):
+            return
+        longest, heard = max(longest, time.monotonic() - start), time.monotonic()
+
+
+def _step(study: optuna.Study, space: Space, objective: Objective, trials: int, told: Callable[[Trial], None]) -> bool:
+    """Ask, measure, tell; whether there was a policy left to measure."""
+    trial = study.ask()
+    if not trial.relative_params:
+        study.tell(trial, state=TrialState.FAIL)
+        return _place(study.get_trials(deepcopy=False), trial.number) >= trials
+    point = np.array(
+        [trial.suggest_float(name, 0, float(high)) for name, high in zip(space.names, space.upper, strict=True)]
+    )
+    policy = within(space, point[None])[0]
+    try:
+        if np.isnan(policy).any():
+            raise MethodError("a policy that was put into the study must fit the budget, but no factor brings it in")
+        value, notes = objective(policy)
+        if math.isnan(value):
+            raise MethodError("what a policy is measured by must be a number, but is not; check weights and images")
+    except BaseException:
+        study.tell(trial, state=TrialState.FAIL)
+        raise
+    for name, note in notes.items():
+        trial.set_user_attr(name, note)
+    # Another process may have given this trial up meanwhile; then its policy is, or will be, measured there.
+    told_state = study.tell(trial, value, skip_if_finished=True).state
+    if told_state == TrialState.COMPLETE:
+        told(Trial(number=trial.number, policy=policy, value=value, notes=notes))
+    return True
+
+
+def trials_of(study: optuna.Study, space: Space) -> list[Trial]:
+    """Every trial that was measured, in order."""
+    done = _of(study, TrialState.COMPLETE)
+    return [
+        Trial(number=trial.number, policy=policy, value=float(trial.values[0]), notes=dict(trial.user_attrs))
+        for trial, policy in zip(done, within(space, _points(done, space)), strict=True)
+    ]
+
+
+def best_of(trials: Sequence[Trial]) -> Trial:
+    """The best measured (not the best predicted); of equal ones the first.
+
+    Raises:
+        MethodError: if there is none.
+    """
+    if not trials:
+        raise MethodError("a search must have measured a policy, but its study holds none; ask for more trials")
+    return max(trials, key=lambda trial: (trial.value, -trial.number))
+
+
+def _of(study: optuna.Study, state: TrialState) -> list[FrozenTrial]:
+    found = study.get_trials(deepcopy=False, states=(state,))
+    return sorted(found, key=lambda trial: trial.number)
+
+
+def _drop(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
+    """Mark trials as failed, so that their places are taken again."""
+    for trial in trials:
+        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+
+def _place(trials: Sequence[FrozenTrial], number: int) -> int:
+    """Trials before this one that count."""
+    return sum(trial.number < number and trial.state != TrialState.FAIL for trial in trials)
+
+
+class _Sampler(optuna.samplers.BaseSampler):
+    """What a study asks for the next policy; it gives none where enough were given, or no new one can be found."""
+
+    def __init__(
+        self, space: Space, trials: int, initial: int, seed: int, proposal: Proposal, first: Array | None
+    ) -> None:
+        self.space, self.trials, self.initial, self.seed, self.proposal = space, trials, initial, seed, proposal
+        self.first = np.empty((0, len(space.names))) if first is None else project(space, first)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Every ratio."""
+        return {
+            name: FloatDistribution(0, float(high))
+            for name, high in zip(self.space.names, self.space.upper, strict=True)
+        }
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The next policy."""
+        known = study.get_trials(deepcopy=False)
+        place = _place(known, trial.number)
+        if place >= self.trials:
+            return {}
+        point = self._next(study, trial, known, place)
+        return {} if point is None else {n: float(r) for n, r in zip(self.space.names, point, strict=True)}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Never needed: every ratio is proposed together."""
+        raise MethodError(f"{param_name}: a ratio must be of the study's space, but is not; open another study")
+
+    def _next(self, study: optuna.Study, trial: FrozenTrial, known: Sequence[FrozenTrial], place: int) -> Array | None:
+        space, rng = self.space, np.random.default_rng([self.seed, place])
+        counted = [t for t in known if t.state in _MEASURED and len(t.params) == len(space.names)]
+        policies = within(space, _points(counted, space))
+        taken = {_key(row) for row in space.realised(policies[~np.isnan(policies).any(axis=1)])}
+        if place < len(self.first) and len(fresh := _new(space, self.first[place : place + 1], taken)):
+            return np.asarray(fresh[0])
+        done = sum(t.state == TrialState.COMPLETE for t in known)
+        if self.proposal == "gp" and place >= self.initial and done >= 2:
+            point = self._guided(study, trial, rng)
+            policy = within(space, point[None])
+            if not np.isnan(policy).any():
+                if _key(space.realised(policy)[0]) not in taken:
+                    return point
+                near = _new(space, mutate(space, policy[0], _NEAR, rng), taken)
+                if len(near):
+                    return np.asarray(near[0])
+        pool = _new(space, sample(space, _DRAWN + len(taken), rng), taken)
+        if not len(pool):
+            pool = _new(space, sample(space, _MORE, rng), taken)
+        if not len(pool) and not taken:
+            raise MethodError(
+                f"policies must spend at least {1 - space.band:.0%} of the budget, but none drawn does; ask for "
+                "another budget, or raise the bounds"
+            )
+        return np.asarray(pool[0]) if len(pool) else None
+
+    def _guided(self, study: optuna.Study, trial: FrozenTrial, rng: np.random.Generator) -> Array:
+        """What Optuna's sampler asks for; a new one each time, so that nothing but the study is remembered."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of experimental parts, and of fits that end early
+            inner = optuna.samplers.GPSampler(seed=int(rng.integers(2**31)), n_startup_trials=0)
+            found = inner.sample_relative(study, trial, self.infer_relative_search_space(study, trial))
+        return np.array([found[name] for name in self.space.names])
+
+
+def _points(trials: Sequence[FrozenTrial], space: Space) -> Array:
+    rows = [[trial.params[name] for name in space.names] for trial in trials]
+    return np.array(rows, dtype=np.float64).reshape(len(rows), len(space.names))
+
+
+def _key(realised: Array) -> bytes:
+    return np.round(realised, 9).tobytes()
+
+
+def _new(space: Space, policies: Array, taken: set[bytes]) -> Array:
+    """Those whose architecture was not measured yet."""
+    fresh: NDArray[np.bool_] = np.array([_key(row) not in taken for row in space.realised(policies)], dtype=bool)
+    return policies[fresh] if len(policies) else policies

@@ -1,0 +1,149 @@
+"""A policy on a living model: as masks and token steps on shared weights, and as the plan that cuts the same.
+
+P ratios of a policy, H heads, M hidden neurons, N tokens.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vitrim.cut.observe import masked, stepping
+from vitrim.methods.mdc.decode import Frame
+from vitrim.methods.mdc.policy import Array, sample
+from vitrim.nn.tokens import Chosen
+from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import Attention, TopK
+
+__all__ = ["Chooser", "Shared"]
+
+
+class Chooser:
+    """Turns policies into what they keep.
+
+    Rankings are fixed, so what a policy keeps lies within what a milder one keeps.
+
+    Args:
+        frame: the policies.
+        fused: whether the mean of the tokens left out goes on.
+        places: scores of the patches at the first selection, or None.
+    """
+
+    def __init__(self, frame: Frame, fused: bool = True, places: Tensor | None = None) -> None:
+        self.frame, self.fused, self.places = frame, fused, places
+
+    def kept(self, policy: Array) -> dict[str, list[int]]:
+        """By path (``….heads``, ``….hidden``) of what is cut: indices that stay, rising."""
+        blocks, _ = self.frame.counts(policy[None])
+        found = {}
+        for place, (heads, hidden) in zip(self.frame.places, blocks, strict=True):
+            for column, name, count in ((place.heads, "heads", heads), (place.hidden, "hidden", hidden)):
+                best = self.frame.ranking.get(f"{place.path}.{name}")
+                if column is not None and best is not None and int(count[0]) < len(best):
+                    found[f"{place.path}.{name}"] = sorted(best[: int(count[0])].tolist())
+        return found
+
+    def steps(self, policy: Array) -> dict[str, TopK]:
+        """By path of a block: the step that drops tokens there."""
+        _, counts = self.frame.counts(policy[None])
+        arriving, found = self.frame.spec.stages[0].tokens, {}
+        for number, (index, (kept, left)) in enumerate(zip(self.frame.selecting, counts, strict=False)):
+            if int(kept[0]) < arriving:
+                weighed = number == 0 and self.places is not None
+                found[self.frame.places[index].path] = TopK(
+                    kept=int(kept[0]),
+                    fused=self.fused,
+                    by="hsic_attn" if weighed else "cls_attn",
+                    weights=tuple(self.places.tolist()) if weighed and self.places is not None else (),
+                )
+            arriving = int(left[0])
+        return found
+
+    def plan(self, policy: Array) -> Plan:
+        """What to cut."""
+        kept, steps = self.kept(policy), self.steps(policy)
+        blocks = []
+        for path, _, block in self.frame.spec.blocks():
+            fields: dict[str, Any] = {"tokens": steps.get(path), "hidden": kept.get(f"{path}.hidden")}
+            if f"{path}.heads" in kept and isinstance(block.mixer, Attention):
+                living = set(kept[f"{path}.heads"])
+                for name, widths in (("qk", block.mixer.qk), ("v", block.mixer.v)):
+                    fields[name] = tuple(tuple(range(w)) if h in living else () for h, w in enumerate(widths))
+            blocks.append(BlockPlan(**fields))
+        return Plan.of(self.frame.spec, blocks)
+
+    def masks(self, policy: Array, like: Tensor) -> dict[str, Tensor]:
+        """What multiplies the taps; a head that is gone asks for nothing, so that it does not choose tokens either."""
+        masks = {}
+        for path, kept in self.kept(policy).items():
+            block, _, name = path.rpartition(".")
+            node = next(place.block for place in self.frame.places if place.path == block)
+            widths = (1,) * (node.hidden or 0)
+            if name == "hidden":
+                masks[path] = _mask(widths, kept, like)
+            elif isinstance(node.mixer, Attention):
+                masks[f"{block}.v"] = _mask(node.mixer.v, kept, like)
+                masks[f"{block}.qk"] = _mask(node.mixer.qk, kept, like)
+        return masks
+
+    @contextlib.contextmanager
+    def chosen(self, model: nn.Module, policy: Array) -> Iterator[None]:
+        """Let `model` compute what the cut one would, with its own weights and nothing built but the token steps."""
+        like = next(model.parameters())
+        prefix = self.frame.spec.stages[0].prefix
+        steps = {path: Chosen(step, prefix).to(like.device) for path, step in self.steps(policy).items()}
+        with masked(model, self.masks(policy, like)), stepping(model, steps):
+            yield
+
+    def told(self, policy: Array) -> Mapping[str, Any]:
+        """What a policy keeps and costs, as a flat record."""
+        blocks, counts = self.frame.counts(policy[None])
+        cost = self.frame.costs(policy[None])
+        return {
+            "macs": int(cost.macs[0]),
+            "params": int(cost.params[0]),
+            "heads": [int(heads[0]) for heads, _ in blocks],
+            "neurons": [int(hidden[0]) for _, hidden in blocks],
+            "tokens": [int(left[0]) for _, left in counts],
+        }
+
+
+def _mask(widths: tuple[int, ...], kept: list[int], like: Tensor) -> Tensor:
+    mask = torch.zeros(len(widths), dtype=like.dtype, device=like.device)
+    mask[kept] = 1
+    return mask.repeat_interleave(torch.tensor(widths, device=like.device))
+
+
+class Shared(nn.Module):
+    """A model each of whose training steps runs one policy drawn within the budget, on shared weights.
+
+    The policy of a step depends on (seed, step) alone, so processes and resumed runs draw the same.
+
+    Args:
+        model: trained in place.
+        chooser: of the policies.
+        seed: of the draws.
+    """
+
+    step: Tensor
+
+    def __init__(self, model: nn.Module, chooser: Chooser, seed: int) -> None:
+        super().__init__()
+        self.model, self.chooser, self.seed = model, chooser, seed
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Any:
+        """Logits of this step's policy."""
+        rng = np.random.default_rng([self.seed, int(self.step)])
+        space = self.chooser.frame.space
+        drawn = sample(space, 1, rng)
+        policy = drawn[0] if len(drawn) else space.upper
+        with self.chooser.chosen(self.model, policy):
+            return self.model(x)
+
+    def taken(self, _: nn.Module, step: int) -> None:
+        """Count a step that was taken."""
+        self.step.fill_(step + 1)

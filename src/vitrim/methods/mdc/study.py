@@ -1,0 +1,133 @@
+"""Where the trials of a search lie: an Optuna study, in a file of one's own or in a storage that many share."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import optuna
+import sqlalchemy.exc
+
+from vitrim.words.errors import RunError, VitrimError
+
+__all__ = ["kept", "open_study", "reachable"]
+
+_LOCKED = 60
+"""Seconds that a process waits for others to let go of an SQLite file."""
+_TRIES = 5
+
+
+_TOLD = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError)
+_OPENING = (*_TOLD, ImportError, OSError, ValueError, optuna.exceptions.OptunaError)
+
+
+@contextlib.contextmanager
+def reachable(url: str, *, opening: bool = False) -> Iterator[None]:
+    """Tell what a storage says in one sentence.
+
+    Args:
+        url: of the storage.
+        opening: whether the storage is being opened, where a wrong address shows in more ways.
+
+    Raises:
+        RunError: if the storage is locked, unreachable or unknown; what it holds is left alone.
+    """
+    try:
+        yield
+    except VitrimError:
+        raise
+    except _OPENING as problem:
+        if not opening and not isinstance(problem, _TOLD):
+            raise
+        cause = problem.__cause__ or problem
+        first = str(getattr(cause, "orig", None) or cause).strip().splitlines()[:1]
+        raise RunError(
+            f"{_public(url)}: the storage must be reachable and free, but {' '.join(first) or type(problem).__name__}; "
+            "the trials told so far are kept, so mend it and run the same command again"
+        ) from None
+
+
+def _public(url: str) -> str:
+    """The address without its password."""
+    scheme, mark, rest = url.partition("://")
+    _, at, host = rest.rpartition("@")
+    return f"{scheme}{mark}{host}" if at else url
+
+
+def open_study(url: str | None, name: str, identity: Mapping[str, str]) -> optuna.Study:
+    """Open a study, or make it.
+
+    Args:
+        url: of a relational database (``sqlite:///trials.db``, ``mysql://…``, ``postgresql://…``), of a file that many
+            machines append to (``journal:///folder/trials.log``), or of a server (``grpc://host:port``); None keeps it
+            in memory.
+        name: of the study in its storage.
+        identity: what tells the model and the space from others, by name; kept as user attributes of the study.
+
+    Raises:
+        RunError: if the storage cannot be used, or the study is of another model or space.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if url is None:
+        return optuna.create_study(study_name=name, direction="maximize")
+    with reachable(url, opening=True):
+        study = _made(url, name)
+        known = study.user_attrs
+        for key, value in identity.items():
+            if known.get(key, value) != value:
+                raise RunError(
+                    f"{_public(url)}: study {name} must be of the same {key}, but was made for another; "
+                    "name another study or storage"
+                )
+        for key, value in identity.items():
+            if key not in known:
+                study.set_user_attr(key, value)
+    return study
+
+
+def _made(url: str, name: str) -> optuna.Study:
+    """Several processes may make tables and study at the same time; the slower ones find them made."""
+    for attempt in range(_TRIES):
+        try:
+            return optuna.create_study(
+                storage=_storage(url), study_name=name, direction="maximize", load_if_exists=True
+            )
+        except _TOLD as problem:
+            said = f"{problem} {problem.__cause__}".lower()
+            if attempt == _TRIES - 1 or not any(word in said for word in ("already exists", "unique", "duplicate")):
+                raise
+            time.sleep(0.2 * (attempt + 1))
+    raise AssertionError
+
+
+def _storage(url: str) -> Any:
+    scheme, _, rest = url.partition("://")
+    if scheme == "journal":
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        return JournalStorage(JournalFileBackend(rest))
+    if scheme == "grpc":
+        host, _, port = rest.partition(":")
+        return optuna.storages.GrpcStorageProxy(host=host, port=int(port or 13000))
+    wait = {"connect_args": {"timeout": _LOCKED}} if scheme.startswith("sqlite") else {"pool_pre_ping": True}
+    return optuna.storages.RDBStorage(url, engine_kwargs=wait)
+
+
+def kept(study: optuna.Study, values: Callable[[], Mapping[str, Any]], names: Iterable[str]) -> dict[str, Any]:
+    """What the study keeps under `names`; made and put there if it lacks any.
+
+    Processes that share a study so share what the first of them made.
+
+    Args:
+        study: of the search.
+        values: makes plain values, by name.
+        names: what is needed.
+    """
+    wanted = list(names)
+    if any(name not in study.user_attrs for name in wanted):
+        made = values()
+        for name in wanted:
+            study.set_user_attr(name, made[name])
+    known = study.user_attrs
+    return {name: known[name] for name in wanted}

@@ -1,0 +1,173 @@
+"""What one calibration knows of a model: how far each single cut moves its output, and where that is kept.
+
+B images, L blocks, S schedules of merging.
+
+The file is safetensors: losses as tensors, and in its metadata the model's spec and a fingerprint of its weights, so
+that it is refused for another model.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vitrim.data import Input
+from vitrim.families import describe
+from vitrim.words.errors import MethodError
+from vitrim.words.plain import dump, load, writing
+from vitrim.words.spec import Spec
+
+__all__ = ["Calibration", "fingerprint", "read_calibration", "write_calibration"]
+
+FORMAT = 1
+_KEY = "vitrim_calibration"
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Losses of single cuts: divergence from the dense output on images kept apart, nats.
+
+    Attributes:
+        spec: of the dense model.
+        weights: fingerprint of its weights.
+        input: size and normalisation of the images.
+        count: images that the statistics were made of.
+        shares: by path of a cut (``stages.0.blocks.3.hidden``, ``….qk``, ``….v``), removed shares, rising.
+        losses: by the same paths, what was measured there. ``….heads`` holds one loss for each head that goes alone,
+            and behind them that of all together.
+        merges: patches merged in each block, ``(S, L)``, whole numbers; the first schedule merges none. Numbers below 0
+            halve the grid, see `vitrim.methods.post_training.sensitivity.merging`.
+        merged: losses of these schedules, ``(S,)``.
+        seconds: what it took.
+    """
+
+    spec: Spec
+    weights: str
+    input: Input
+    count: int
+    shares: Mapping[str, tuple[float, ...]]
+    losses: Mapping[str, tuple[float, ...]]
+    merges: tuple[tuple[int, ...], ...]
+    merged: tuple[float, ...]
+    seconds: float = 0.0
+
+    @property
+    def merge(self) -> str:
+        """What the schedules merge: ``bipartite``, ``grid`` or ``none``."""
+        numbers = [count for row in self.merges for count in row]
+        return "grid" if min(numbers) < 0 else "bipartite" if max(numbers) else "none"
+
+    def check(self, model: nn.Module, input: Input, at: str) -> None:
+        """Refuse another model, other weights, or images of another size or normalisation.
+
+        Raises:
+            MethodError: naming what differs.
+        """
+        way = "calibrate again, or name the model it was made for"
+        if describe(model) != self.spec:
+            name = self.spec.host.name or self.spec.family
+            raise MethodError(
+                f"{at}: the calibration must be of this model, but is of another structure ({name}); {way}"
+            )
+        if input.size != self.input.size:
+            raise MethodError(
+                f"{at}: images must be of the size {self.input.size} that was calibrated, but are {input.size}; {way}"
+            )
+        if (input.mean, input.std) != (self.input.mean, self.input.std):
+            raise MethodError(f"{at}: images must be normalised as they were at calibration, but are not; {way}")
+        if fingerprint(model) != self.weights:
+            raise MethodError(f"{at}: the calibration must be of this model, but its weights were others; {way}")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short digest of all weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def write_calibration(path: Path, calibration: Calibration) -> None:
+    """Write a calibration in one step.
+
+    Raises:
+        MethodError: if the place cannot be written.
+    """
+    tensors: dict[str, Tensor] = {
+        "merges": torch.tensor(calibration.merges, dtype=torch.int64),
+        "merged": torch.tensor(calibration.merged, dtype=torch.float64),
+    }
+    for name, losses in calibration.losses.items():
+        tensors[f"losses/{name}"] = torch.tensor(losses, dtype=torch.float64)
+        tensors[f"shares/{name}"] = torch.tensor(calibration.shares[name], dtype=torch.float64)
+    sheet = {
+        "format": FORMAT,
+        "spec": dump(calibration.spec),
+        "weights": calibration.weights,
+        "input": dump(calibration.input),
+        "count": calibration.count,
+        "seconds": calibration.seconds,
+    }
+    try:
+        with writing(path) as beside:
+            save_file(tensors, beside, metadata={_KEY: json.dumps(sheet)})
+    except (OSError, SafetensorError) as problem:
+        raise MethodError(
+            f"{path}: the calibration must be written here, but {problem}; choose another place"
+        ) from None
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Read what `write_calibration` wrote.
+
+    Raises:
+        MethodError: if the file is missing, damaged, or holds something else.
+    """
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            if text is not None:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise MethodError(
+            f"{path}: the calibration must exist, but it does not; make one with `vitrim pareto`"
+        ) from None
+    except (OSError, SafetensorError) as problem:
+        raise MethodError(f"{path}: the calibration must be whole safetensors, but {problem}; make it again") from None
+    if text is None:
+        raise MethodError(f"{path}: the file must hold a calibration, but holds something else; see `vitrim pareto`")
+    return _of(path, text, tensors)
+
+
+def _of(path: Path, text: str, tensors: Mapping[str, Tensor]) -> Calibration:
+    try:
+        sheet: dict[str, Any] = json.loads(text)
+        if sheet["format"] != FORMAT:
+            raise ValueError(f"its format is {sheet['format']}, not {FORMAT}")
+        losses = {name[7:]: tuple(value.tolist()) for name, value in tensors.items() if name.startswith("losses/")}
+        return Calibration(
+            spec=load(Spec, sheet["spec"], MethodError, at=f"{path}: spec"),
+            weights=str(sheet["weights"]),
+            input=load(Input, sheet["input"], MethodError, at=f"{path}: input"),
+            count=int(sheet["count"]),
+            shares={name: tuple(tensors[f"shares/{name}"].tolist()) for name in losses},
+            losses=losses,
+            merges=tuple(tuple(row) for row in tensors["merges"].tolist()),
+            merged=tuple(tensors["merged"].tolist()),
+            seconds=float(sheet["seconds"]),
+        )
+    except (ValueError, KeyError, TypeError) as problem:
+        if isinstance(problem, MethodError):
+            raise
+        raise MethodError(
+            f"{path}: the calibration must be one of this version's, but {problem}; make it again"
+        ) from None

@@ -1,0 +1,174 @@
+"""Models that SPViT's authors have released, by the names of their parameters.
+
+d channels of a head, D width.
+
+Three kinds of files are known: of a search (gates beside the weights), of fine-tuning (mixtures beside batch norms),
+and folded ones (plain kernels beside batch norms). Names are those of github.com/ziplab/SPViT at commit ae19b0d; no
+released file was at hand to try.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from vitrim import families
+from vitrim.cut.surgery import apply
+from vitrim.deploy.parent import load_weights_, read_weights
+from vitrim.families import adopt, describe
+from vitrim.methods.spvit import gates
+from vitrim.methods.spvit.planning import planned
+from vitrim.methods.spvit.search import Layout, layout
+from vitrim.words.errors import WeightsError
+from vitrim.words.plan import Plan
+from vitrim.words.spec import Conv, Spec
+
+__all__ = ["open_released"]
+
+_SEARCHED = ("kernel_thresholds", "kernel_thresholds_full")
+_RENAMED = {"head_probs": "mix", "bconv.0": "conv", "bconv.1": "bn", "bconv.3": "proj"}
+_LEFT = ("ffn_thresholds", "assigned_indicator_index", *_SEARCHED)
+
+
+def open_released(
+    model: str | nn.Module,
+    weights: str | Path | Mapping[str, Tensor],
+    *,
+    leaves: Literal["zero", "norm"] = "norm",
+) -> nn.Module:
+    """Open a released search, fine-tuned or folded checkpoint; its own names and shapes tell which it is.
+
+    A search's comes back as the network that its gates choose, with the weights, mixtures and batch norms that the
+    search has trained.
+
+    Args:
+        model: the dense model that it was made of, or its timm name (``deit_tiny_patch16_224``); left as it was.
+        weights: a file, or a state dict.
+        leaves: what a skipped attention leaves. Released Swins are trained with their normed input there (``norm``),
+            searches with nothing (``zero``).
+
+    Returns:
+        An adopted model in evaluation mode, not yet folded; see `vitrim.cut.surgery.fold`.
+
+    Raises:
+        WeightsError: if the file is damaged, or does not fit the model.
+    """
+    source = "weights" if isinstance(weights, Mapping) else str(weights)
+    state = dict(weights) if isinstance(weights, Mapping) else read_weights(Path(weights))
+    if isinstance(model, str):
+        head = state.get("head.weight")
+        guest: nn.Module = timm.create_model(model, **({} if head is None else {"num_classes": len(head)}))
+    else:
+        guest = model
+    dense = adopt(guest).eval()
+    spec, how = describe(dense), layout(describe(dense), leaves=leaves)
+    prefixes = [name for name, module in dense.named_modules() if hasattr(module, "drop_path1")]
+    parts = [
+        {name.removeprefix(f"{at}."): value for name, value in state.items() if name.startswith(f"{at}.")}
+        for at in prefixes
+    ]
+    rest = {name: value for name, value in state.items() if not name.startswith(tuple(f"{at}." for at in prefixes))}
+    paths = [path for path, _, _ in spec.blocks()]
+    plan = _plan(spec, how, dict(zip(paths, parts, strict=True)), source)
+    searched = any(_gate(part) is not None for part in parts)
+    target = dense if searched else apply(dense, plan)
+    for at, part, (_, _, block) in zip(prefixes, parts, describe(target).blocks(), strict=True):
+        rest |= {f"{at}.{name}": value for name, value in _named(part, block.mixer).items()}
+    load_weights_(target, families.convert(target, _known(rest, target)), source)
+    if not searched:
+        return target
+    grafts: dict[str, Tensor] = {}
+    for at, part, (_, _, block) in zip(prefixes, parts, plan.child(spec).blocks(), strict=True):
+        if isinstance(block.mixer, Conv):
+            made = _named(part, block.mixer)
+            grafts |= {
+                f"{at}.{name}": value
+                for name, value in made.items()
+                if name == "attn.mix" or name.startswith("attn.bn.")
+            }
+    return apply(dense, plan, grafts=grafts)
+
+
+def _gate(part: Mapping[str, Tensor]) -> Tensor | None:
+    """The ordered gates of a block, if they are told."""
+    return next((part[f"attn.{name}"] for name in _SEARCHED if f"attn.{name}" in part), None)
+
+
+def _plan(spec: Spec, how: Layout, parts: Mapping[str, Mapping[str, Tensor]], source: str) -> Plan:
+    """What the checkpoint has made of the dense model."""
+    levels = {path: _level(part) for path, part in parts.items()}
+    neurons: dict[str, Tensor] = {}
+    for path, _, block in spec.blocks():
+        part, hidden = parts[path], block.hidden or 0
+        if "mlp.fc1.weight" not in part:
+            raise WeightsError(f"{source}: weights must have an MLP in each block, but {path} has none; name the model")
+        gate = part.get("mlp.ffn_thresholds")
+        count = len(part["mlp.fc1.weight"])
+        keep = torch.arange(hidden) < count if gate is None else gates.hard(gate).bool()
+        if len(keep) != hidden or count > hidden:
+            raise WeightsError(
+                f"{source}: weights must be of the dense model or of a smaller one, but {path} has {count} neurons of "
+                f"{hidden}; name the model that it was searched from"
+            )
+        neurons[f"{path}.hidden"] = keep
+    plan = planned(spec, how, levels, neurons)
+    folded = [any(name.startswith("attn.bconv.") for name in part) for part in parts.values()]
+    # Folded checkpoints hold kernels, but still batch norms.
+    blocks = [
+        block.model_copy(update={"mixer": block.mixer.model_copy(update={"mixture": None})})
+        if plain and isinstance(block.mixer, Conv)
+        else block
+        for block, plain in zip(plan.blocks(), folded, strict=True)
+    ]
+    return Plan.of(spec, blocks)
+
+
+def _level(part: Mapping[str, Tensor]) -> int:
+    """How many of the ordered gates of a block are open."""
+    gate = _gate(part)
+    if gate is not None:
+        return int(gates.opened(gates.hard(gate)).sum())
+    if "attn.bconv.0.weight" in part:
+        return 2 if part["attn.bconv.0.weight"].shape[-1] == 3 else 1
+    if "attn.bn_3x3.weight" in part or "attn.bn_1x1.weight" in part:
+        return 2 if "attn.bn_3x3.weight" in part else 1
+    return 3 if "attn.qk.weight" in part or "attn.qkv.weight" in part else 0
+
+
+def _named(part: Mapping[str, Tensor], mixer: Any) -> dict[str, Tensor]:
+    """The tensors of one block under our names; what its `mixer` has no use for is left for `_known` to drop."""
+    found: dict[str, Tensor] = {}
+    norm = f"bn_{mixer.kernel}x{mixer.kernel}." if isinstance(mixer, Conv) else None
+    for name, value in part.items():
+        inside = name.removeprefix("attn.")
+        if inside == name or (inside.startswith(("qk.", "v.")) and norm is None):
+            found[name] = value
+            continue
+        for theirs, ours in _RENAMED.items():
+            if inside == theirs or inside.startswith(f"{theirs}."):
+                inside = ours + inside[len(theirs) :]
+        if norm is not None and inside.startswith(norm):
+            inside = f"bn.{inside[len(norm) :]}"
+        pointwise = isinstance(mixer, Conv) and mixer.kernel == 1
+        found[f"attn.{inside}"] = value.flatten(1) if pointwise and value.dim() == 4 else value
+    for leaf in ("weight", "bias"):
+        pair = [found.get(f"attn.{name}.{leaf}") for name in ("qk", "v")]
+        if norm is None and pair[0] is not None and pair[1] is not None:
+            found[f"attn.qkv.{leaf}"] = torch.cat([pair[0], pair[1]])
+    return found
+
+
+def _known(state: Mapping[str, Tensor], target: nn.Module) -> dict[str, Tensor]:
+    """Without what a search leaves beside the weights, and what only a part that is gone would need."""
+    mine = set(target.state_dict())
+    gone = ("norm1.", "attn.qk.", "attn.v.", "attn.bn", "attn.mix", "attn.relative_position")
+    counters = {name: value for name, value in target.state_dict().items() if name.endswith("num_batches_tracked")}
+    kept = {
+        name: value
+        for name, value in state.items()
+        if name in mine or not (name.endswith(_LEFT) or any(part in name for part in gone))
+    }
+    return counters | kept

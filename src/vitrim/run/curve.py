@@ -1,0 +1,101 @@
+"""One calibration, and as many smaller models as one likes: the curve of what a model can be had for."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitrim import report
+from vitrim.methods._contract import Data
+from vitrim.methods.post_training.calibration import read_calibration, write_calibration
+from vitrim.run.job import full_disk, prepare
+from vitrim.run.pipeline import Result, run
+from vitrim.run.recipe import Recipe, merged
+from vitrim.words.errors import DataError, RunError
+from vitrim.words.plain import load, write_text
+
+__all__ = ["BUDGETS", "Pareto", "pareto"]
+
+BUDGETS = tuple(f"macs={share}" for share in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4))
+FILE = "calibration.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pareto:
+    """What came of it.
+
+    Attributes:
+        results: one for each budget.
+        calibration: the file that further budgets are read off.
+        folder: where everything lies.
+    """
+
+    results: tuple[Result, ...]
+    calibration: Path
+    folder: Path
+
+
+def pareto(
+    asked: Mapping[str, Any],
+    folder: Path,
+    budgets: Sequence[str] = BUDGETS,
+    *,
+    say: Callable[[str], None] = lambda _: None,
+) -> Pareto:
+    """Calibrate once and make a model for each budget.
+
+    Writes ``calibration.safetensors``, a run folder for each budget, ``pareto.svg`` (top-1 against MACs and latency;
+    agreement with the dense model where there are no labels) and ``report.html``. What lies there already is kept, so a
+    call that was stopped goes on, and one with further budgets adds them in seconds each.
+
+    Args:
+        asked: tables of a `vitrim.run.recipe.Recipe`; method and budget are filled in.
+        folder: where to write.
+        budgets: what the models may cost.
+        say: receives a line about each stage as it starts.
+
+    Raises:
+        VitrimError: one sentence on what must hold, what came, and the way out.
+    """
+    if not budgets:
+        raise RunError("budgets must be given, but there are none; give --budgets macs=0.7")
+    # A share of the validation images would be none where there is one image a class.
+    whole = merged({"method": {"name": "post_training"}, "data": {"validation": 80}, "budget": budgets[0]}, asked)
+    recipes = [load(Recipe, {**whole, "budget": budget}).resolved() for budget in budgets]
+    path = folder / FILE
+    with full_disk(folder):
+        _calibrated(recipes[0], path, say)
+        results = []
+        for recipe in recipes:
+            method = {**recipe.method, "calibration": str(path)}
+            say(f"-- {recipe.budget}")
+            one = recipe.model_copy(update={"method": method})
+            results.append(run(one, folder / recipe.budget.replace(",", "_"), say=say))
+        found = [result.folder for result in results if result.folder is not None]
+        write_text(folder / "pareto.svg", report.curve([result.measured for result in results]))
+        write_text(folder / "report.html", report.html(found))
+    return Pareto(results=tuple(results), calibration=path, folder=folder)
+
+
+def _calibrated(recipe: Recipe, path: Path, say: Callable[[str], None]) -> None:
+    """Write the calibration, or check the one that is there."""
+    method = recipe.found_method()
+    if recipe.data.train is None:
+        raise DataError("data must be given, but there is none and post_training needs images; give --data SRC")
+    job = prepare(recipe, method, None, None, (recipe.data.train, recipe.data.test), say)
+    if path.is_file():
+        read_calibration(path).check(job.parent, job.input, str(path))
+        say(f"reading the calibration {path}")
+        return
+    assert job.splits is not None
+    data = Data(
+        train=job.splits.train,
+        calibration=job.splits.calibration,
+        validation=job.splits.validation,
+        input=job.input,
+    )
+    say("calibrating")
+    images, probe = method.images(data)
+    made = method.calibrated(job.parent, data, images, probe, recipe.seed)
+    write_calibration(path, made)
+    say(f"calibrated in {made.seconds:.0f} s on {made.count} images")

@@ -1,0 +1,379 @@
+"""Open all that a run needs, and refuse what cannot work before the first file is written."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from vitrim.cut.fill import fill
+from vitrim.cut.observe import axes
+from vitrim.data import Images, Input, Splits, check_classes, split
+from vitrim.deploy.parent import open_parent, open_teacher
+from vitrim.deploy.runtimes import check_runtimes
+from vitrim.families import AROUND, describe
+from vitrim.methods._contract import Method
+from vitrim.run.latency_budget import table_for
+from vitrim.run.recipe import ModelRecipe, Recipe
+from vitrim.words.budget import Budget
+from vitrim.words.errors import DataError, RecipeError, RunError, VitrimError
+from vitrim.words.plain import dump, load, read_toml, write_text
+from vitrim.words.spec import Spec
+
+__all__ = ["Job", "check_folder", "device_of", "full_disk", "images_of", "leaving_nothing", "logger", "prepare"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What all stages of one run share."""
+
+    recipe: Recipe
+    budget: Budget
+    parent: nn.Module
+    teacher: nn.Module
+    spec: Spec
+    splits: Splits | None
+    input: Input
+    trains: bool
+    folder: Path | None
+    say: Callable[[str], None]
+
+    def file(self, name: str) -> Path | None:
+        """The path of a file of the run folder, if there is one."""
+        return None if self.folder is None else self.folder / name
+
+    def has(self, name: str) -> bool:
+        """Whether an earlier run left this file."""
+        path = self.file(name)
+        return path is not None and path.is_file()
+
+
+@contextlib.contextmanager
+def full_disk(folder: Path | None) -> Iterator[None]:
+    """Turn what an operating system says of a full or locked disk into one sentence.
+
+    Raises:
+        RunError: in place of the system's own error; the run folder is good to go on.
+    """
+    try:
+        yield
+    except OSError as problem:
+        inside = problem.filename is None or (folder is not None and Path(problem.filename).is_relative_to(folder))
+        if isinstance(problem, VitrimError) or problem.strerror is None or folder is None or not inside:
+            raise
+        raise RunError(
+            f"{folder}: the output folder must be writable and have free space, but {problem.strerror.lower()}; "
+            "make room and run the same command again, it goes on from here"
+        ) from None
+
+
+@contextlib.contextmanager
+def leaving_nothing(folder: Path | None) -> Iterator[None]:
+    """Take a run folder away again that a failure leaves with its recipe alone; nothing is lost with it."""
+    new = folder is not None and not (folder.is_dir() and any(folder.iterdir()))
+    made = [] if folder is None else [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except Exception:
+        if folder is not None and new:
+            with contextlib.suppress(OSError):
+                if [path.name for path in folder.iterdir()] == ["recipe.toml"]:
+                    (folder / "recipe.toml").unlink()
+                for path in made:
+                    path.rmdir()
+        raise
+
+
+def logger(path: Path | None) -> Callable[[Mapping[str, Any]], None] | None:
+    """Give what appends records to `path`.
+
+    A run that was killed may have left half a line, and sends records again that came after its checkpoint; the first
+    record of each stage clears both away.
+    """
+    if path is None:
+        return None
+    known: set[Any] = set()
+
+    def write(record: Mapping[str, Any]) -> None:
+        if record.get("stage") not in known:
+            known.add(record.get("stage"))
+            _rewind(path, record)
+        with path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(dict(record)) + "\n")
+
+    return write
+
+
+def _rewind(path: Path, record: Mapping[str, Any]) -> None:
+    """Drop from a log what comes again from `record` on, and a broken last line."""
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    kept = []
+    for line in before.splitlines(keepends=True):
+        try:
+            known = json.loads(line) if line.endswith("\n") else None
+        except ValueError:
+            continue
+        again = isinstance(known, dict) and known.get("stage") == record.get("stage")
+        if known is not None and not (again and known.get("step", 0) >= record.get("step", 0)):
+            kept.append(line)
+    if "".join(kept) != before:
+        write_text(path, "".join(kept))
+
+
+def check_folder(folder: Path | None, recipe: Any) -> None:
+    """Refuse a run folder that is not new, empty, or of the same recipe (of whatever kind of run).
+
+    Raises:
+        RunError: naming the settings that differ.
+    """
+    if folder is None or not folder.exists():
+        return
+    if not folder.is_dir():
+        raise RunError(f"{folder}: the output must be a folder, but it is a file; choose another")
+    known = folder / "recipe.toml"
+    if known.is_file():
+        written = read_toml(known)
+        if written.get("task") != dump(recipe).get("task"):
+            raise RunError(f"{folder}: the folder must be new or hold the same recipe, but holds another kind of run")
+        before = load(type(recipe), written, RecipeError, at=str(known)).resolved()
+        if before != recipe:
+            raise RunError(
+                f"{folder}: the folder must be new or hold the same recipe, but its recipe differs in "
+                f"{', '.join(_differences(dump(before), dump(recipe)))}; choose another --out"
+            )
+    elif any(not path.name.startswith(".recipe.toml.") for path in folder.iterdir()):
+        raise RunError(
+            f"{folder}: the output folder must be new, empty or a run's, but it holds other files; choose another --out"
+        )
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any], at: str = "") -> list[str]:
+    found: list[str] = []
+    for key in sorted(set(a) | set(b)):
+        one, two = a.get(key), b.get(key)
+        if isinstance(one, Mapping) and isinstance(two, Mapping):
+            found += _differences(one, two, f"{at}{key}.")
+        elif one != two:
+            found.append(f"{at}{key}")
+    return found
+
+
+def prepare(
+    recipe: Recipe,
+    method: Method,
+    folder: Path | None,
+    parent: nn.Module | None,
+    data: tuple[Any, Any],
+    say: Callable[[str], None],
+) -> Job:
+    """Open all that a run needs and refuse what cannot work, before the first file is written."""
+    budget = Budget.parse(recipe.budget)
+    check_runtimes([recipe.measure.runtime])
+    needs = getattr(method, "asks", method.needs)
+    if data[0] is None and (needs != "nothing" or recipe.train.epochs):
+        what = f"{recipe.method['name']} needs {needs}" if needs != "nothing" else "training needs images"
+        raise DataError(f"data must be given, but there is none and {what}; give --data SRC")
+    say(f"opening {recipe.model.name}")
+    if parent is None:
+        parent = open_parent(**dump(recipe.model), seed=recipe.seed)
+    elif recipe.model != ModelRecipe(name=recipe.model.name):
+        raise RecipeError("a model in memory must be taken as it is, but settings of model are given; leave them out")
+    parent = parent.to(device_of(recipe.device)).eval()
+    spec = describe(parent)
+    if spec.family in AROUND and any(source is not None for source in data):
+        raise RecipeError(
+            f"{recipe.model.name}: with images that have classes a classifier must be compressed, but this is a "
+            f"{spec.family}; compress its backbone and transfer that, or cut without data (method magnitude)"
+        )
+    if budget.latency is not None:
+        budget = budget.model_copy(update={"table": table_for(parent, recipe.measure, say=say)})
+    _check_reach(parent, spec, budget, method)
+    _check_parts(recipe, method)
+    chosen = {key: value for key in ("mean", "std") if (value := getattr(recipe.data, key)) is not None}
+    input = Input.of(parent, **chosen)
+    return Job(
+        recipe=recipe,
+        budget=budget,
+        parent=parent,
+        teacher=_teacher(recipe, parent, spec, input, say),
+        spec=spec,
+        splits=_splits(recipe, data, spec, say),
+        input=input,
+        trains=data[0] is not None,
+        folder=folder,
+        say=say,
+    )
+
+
+def _check_reach(parent: nn.Module, spec: Spec, budget: Budget, method: Method) -> None:
+    """Refuse what no scores could reach, before a search spends its hours.
+
+    Raises:
+        BudgetError: naming the least possible.
+    """
+    budget.limits(budget.cost(spec))
+    choice = getattr(method, "choice", None)
+    if choice is not None and (budget.latency is None or getattr(method, "timed", False)):
+        fill(spec, {path: torch.zeros(axis.size) for path, axis in axes(parent).items()}, budget, choice=choice)
+
+
+class _Renormalised(nn.Module):
+    """A teacher of images that are normalised for another model."""
+
+    def __init__(self, teacher: nn.Module, given: Input, wanted: Input) -> None:
+        super().__init__()
+        self.teacher = teacher
+        (mean, std), (its_mean, its_std) = (torch.tensor((i.mean, i.std)).view(2, -1, 1, 1) for i in (given, wanted))
+        like = next(teacher.parameters())
+        self.scale = nn.Buffer((std / its_std).to(like))
+        self.shift = nn.Buffer(((mean - its_mean) / its_std).to(like))
+
+    def forward(self, x: Tensor) -> Any:
+        """What the teacher says of ``(B, C, h, w)``."""
+        return self.teacher(x * self.scale + self.shift)
+
+
+def _check_parts(recipe: Recipe, method: Method) -> None:
+    """Refuse a training that a method's children could not take, before a search spends its hours.
+
+    Raises:
+        RecipeError: if a child with batch norms would be given one image at a time.
+    """
+    settings, least = recipe.train, getattr(method, "least_images", 1)
+    if settings.epochs and settings.batch // settings.accumulate < least:
+        raise RecipeError(
+            f"train.batch must give the batch norms that {recipe.method['name']} makes at least {least} images at a "
+            f"time, but is {settings.batch} in {settings.accumulate} parts; raise it, or lower train.accumulate"
+        )
+
+
+@torch.no_grad()
+def _teacher(recipe: Recipe, parent: nn.Module, spec: Spec, input: Input, say: Callable[[str], None]) -> nn.Module:
+    """The parent, or the model that the recipe names, given images as it knows them.
+
+    Raises:
+        RecipeError: if it takes other images than the parent, or tells other classes apart.
+    """
+    if recipe.teacher is None:
+        return parent
+    say(f"opening {recipe.teacher.name} to teach")
+    teacher = open_teacher(**dump(recipe.teacher), seed=recipe.seed).to(next(parent.parameters()).device)
+    theirs = Input.of(teacher)
+    if (theirs.mean, theirs.std) != (input.mean, input.std):
+        teacher = _Renormalised(teacher, input, theirs)
+    example = torch.zeros(1, input.channels, *input.size, device=next(teacher.parameters()).device)
+    try:
+        classes = teacher(example).shape[-1]
+    except (RuntimeError, ValueError, AssertionError) as problem:
+        raise RecipeError(
+            f"teacher: {recipe.teacher.name} must take images of {input.size[0]} x {input.size[1]}, but says: "
+            f"{str(problem).splitlines()[0]}; choose another"
+        ) from None
+    if classes != spec.classes:
+        raise RecipeError(
+            f"teacher: {recipe.teacher.name} must tell the model's {spec.classes} classes apart, but has {classes}; "
+            "choose another"
+        )
+    return teacher
+
+
+def device_of(name: str) -> torch.device:
+    """The device called `name`; ``auto`` is the first CUDA device, else the CPU.
+
+    Raises:
+        RecipeError: if this machine has none of that name.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise RecipeError(f"device must be one of this machine's, but got '{name}'; use cpu or auto") from None
+    return torch.device(name)
+
+
+def _splits(recipe: Recipe, data: tuple[Any, Any], spec: Spec, say: Callable[[str], None]) -> Splits | None:
+    train, test = (images_of(source, spec.classes) for source in data)
+    first = test if train is None else train
+    if first is None:
+        return None
+    say(f"reading {recipe.data.train or 'images'}")
+    splits = split(
+        first,
+        test,
+        calibration=recipe.data.calibration,
+        validation=recipe.data.validation,
+        seed=recipe.seed,
+        class_map=recipe.data.class_map,
+        classes=spec.classes,
+    )
+    for part in (splits.train, splits.test):
+        if part is not None:
+            check_classes(part, spec.classes)
+    return splits
+
+
+def images_of(source: Any, classes: int = 0) -> str | Images | None:
+    """Bring what a caller may give as data into one form.
+
+    Args:
+        source: a source string, opened images, a dataset of (PIL image or ready tensor ``(C, h, w)``, label), a loader
+            of batches, or None. Of a shuffled or random loader one pass is kept, as it came.
+        classes: outputs of the model; what is in memory may hold some of them only.
+
+    Raises:
+        DataError: if it is none of these.
+    """
+    if source is None or isinstance(source, str | Images):
+        return source
+    if isinstance(source, Path):
+        return str(source)
+    name = type(source).__name__
+    if isinstance(source, DataLoader) or (isinstance(source, Iterable) and not isinstance(source, Dataset)):
+        pictures, labels = _unbatch(source)
+        held: Any = pictures
+        return Images(lambda i: held[i], labels, classes=_count(source, labels, classes), source=name)
+    if isinstance(source, Dataset) and hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        labels = _labels(source)
+        items: Any = source
+        return Images(lambda i: items[i][0], labels, classes=_count(source, labels, classes), source=name)
+    raise DataError(f"data must be a source, a dataset or a loader of (images, labels), but got {name}")
+
+
+def _count(source: Any, labels: Any, classes: int) -> int:
+    """Classes that the labels count over, by their names where there are such."""
+    names = getattr(source, "classes", None)
+    most = int(labels.max(initial=-1)) + 1
+    if not most:
+        return 0
+    return len(names) if isinstance(names, list | tuple) else max(most, classes)
+
+
+def _labels(dataset: Any) -> Any:
+    known = getattr(dataset, "targets", None)
+    try:
+        if known is None or getattr(dataset, "target_transform", None) is not None:
+            known = [int(dataset[i][1]) for i in range(len(dataset))]
+        return np.asarray(known, dtype=np.int64)
+    except (TypeError, ValueError, IndexError, KeyError, RuntimeError) as problem:
+        raise DataError(f"a dataset must give (image, whole number) for each index, but {problem}") from None
+
+
+def _unbatch(batches: Iterable[Any]) -> tuple[list[Tensor], Any]:
+    pictures: list[Tensor] = []
+    labels: list[int] = []
+    for batch in batches:
+        if not isinstance(batch, list | tuple) or len(batch) != 2 or not isinstance(batch[0], Tensor):
+            raise DataError("a loader must give (images, labels), but gave something else; give a dataset instead")
+        pictures += list(batch[0])
+        try:
+            labels += [int(label) for label in batch[1]]
+        except (TypeError, ValueError, RuntimeError) as problem:
+            raise DataError(f"a loader must give one whole number a label, but {problem}") from None
+    return pictures, np.asarray(labels, dtype=np.int64)

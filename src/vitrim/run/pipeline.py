@@ -1,0 +1,325 @@
+"""One straight line from a recipe to a run folder.
+
+    parent -> search -> cut -> train against the parent -> measure -> store -> report
+
+Each stage writes its file beside and renames it, and reads what the one before wrote; so a run resumes at the first
+missing file, also in the middle of a search or of training.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrim import report
+from vitrim.cut.compensate import recovered
+from vitrim.cut.surgery import apply, fold
+from vitrim.data import eval_loader
+from vitrim.deploy import store
+from vitrim.families import adopt, describe
+from vitrim.methods._contract import Data, Found, Method
+from vitrim.run.child import judged
+from vitrim.run.job import Job, check_folder, full_disk, leaving_nothing, logger, prepare
+from vitrim.run.latency_budget import clocked, meet
+from vitrim.run.recipe import Recipe, merged, write_recipe
+from vitrim.train import Start, fit
+from vitrim.words.budget import SLACK, Budget
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import BudgetError, MethodError, RecipeError, RunError
+from vitrim.words.plain import dump, load, write_text
+from vitrim.words.plan import Plan, read_plan, write_plan
+from vitrim.words.spec import Spec, folded
+
+__all__ = ["Result", "compress", "run"]
+
+BEGUN = "start.safetensors"
+"""In the folder of a search: what the training goes on from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What came of a run.
+
+    Attributes:
+        model: the child, in evaluation mode.
+        plan: what was cut from the parent.
+        measured: flat record of ``measured.json``; ``top1`` in percent, None where it could not be measured.
+        parent: the parent, adopted, in evaluation mode.
+        folder: where the files lie, if anywhere.
+    """
+
+    model: nn.Module
+    plan: Plan
+    measured: dict[str, Any]
+    parent: nn.Module
+    folder: Path | None
+
+
+def compress(
+    model: nn.Module | str,
+    data: Any = None,
+    *,
+    method: str = "taylor",
+    budget: str = "macs=0.5",
+    epochs: float = 0,
+    seed: int = 0,
+    test: Any = None,
+    settings: Mapping[str, Any] | None = None,
+    recover: str = "none",
+    train: Mapping[str, Any] | None = None,
+    measure: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+) -> Result:
+    """Make `model` smaller.
+
+    Args:
+        model: a timm model, an adopted model, or the name of one (see `vitrim compress`); left as it was.
+        data: images to search and train on: a source string (``digits``, a folder, a tar, ``torch/cifar10`` …), a
+            dataset of (PIL image or ``(3, height, width)`` tensor, label), a loader of batches, or None for methods
+            that need none.
+        method: name of a method, see `vitrim methods`.
+        budget: what the child may cost: ``macs=0.5``, ``macs=2.3G``, ``params=12M``, or several joined by commas.
+        epochs: how long to train the child with its parent as teacher; 0 cuts only.
+        seed: of everything random.
+        test: images to measure on, in the same forms; no search sees them.
+        settings: the method's own settings.
+        recover: ``ridge`` compensates what was cut in closed form, see `vitrim.run.recipe.Recipe`.
+        train: further settings of training, see `vitrim.train.Train`.
+        measure: how to measure, see `vitrim.run.recipe.Measure`.
+        recipe: any other setting of `vitrim.run.recipe.Recipe`, such as ``{"data": {"mean": [0.5, 0.5, 0.5]}}``.
+        out: a run folder to write; a run that was stopped there goes on.
+
+    Returns:
+        The child, its plan and what was measured.
+
+    Raises:
+        VitrimError: one sentence on what must hold, what came, and the way out.
+    """
+    sources = [str(source) if isinstance(source, str | Path) else None for source in (data, test)]
+    asked = {
+        "model": {"name": model if isinstance(model, str) else _portrait(model)},
+        "data": {"train": sources[0], "test": sources[1]},
+        "method": {"name": method, **(settings or {})},
+        "budget": budget,
+        "recover": recover,
+        "train": {"epochs": epochs, **(train or {})},
+        "measure": dict(measure or {}),
+        "seed": seed,
+    }
+    resolved = load(Recipe, merged(asked, recipe or {}), RecipeError, at="compress")
+    parent = None if isinstance(model, str) else adopt(model)
+    return _run(resolved, None if out is None else Path(out), parent, (data, test), lambda _: None)
+
+
+def _portrait(model: nn.Module) -> str:
+    """A name that tells a model in memory from another, so that no run folder is taken for the other's."""
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return f"({type(model).__name__} in memory, {digest.hexdigest()[:8]})"
+
+
+def run(recipe: Recipe, folder: Path, *, say: Callable[[str], None] = lambda _: None) -> Result:
+    """Carry out a recipe and write its run folder, or go on with a run that was stopped.
+
+    Args:
+        recipe: what to do.
+        folder: where to write; may exist if it holds the same recipe.
+        say: receives a line about each stage as it starts.
+
+    Raises:
+        VitrimError: one sentence on what must hold, what came, and the way out.
+    """
+    return _run(recipe, folder, None, (recipe.data.train, recipe.data.test), say)
+
+
+def _run(
+    recipe: Recipe, folder: Path | None, parent: nn.Module | None, data: tuple[Any, Any], say: Callable[[str], None]
+) -> Result:
+    recipe = recipe.resolved()
+    method = recipe.found_method()
+    with full_disk(folder):
+        check_folder(folder, recipe)
+        job = prepare(recipe, method, folder, parent, data, say)
+        with leaving_nothing(folder):
+            if folder is not None and not job.has("recipe.toml"):
+                write_recipe(folder / "recipe.toml", recipe)
+            plan, child, seconds, begun = _cut(job, method)
+            child, seconds = _train(job, child, seconds, begun)
+            measured = judged(job, child, seconds)
+            _finish(job)
+    return Result(model=child.eval(), plan=plan, measured=measured, parent=job.parent, folder=folder)
+
+
+def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module, float, Start | None]:
+    """Search and cut, or read what an earlier run cut; with the seconds that it took and what training goes on from."""
+    start = time.perf_counter()
+    plan_file, cut_file = job.file("plan.json"), job.file("cut.safetensors")
+    for stored in ("model.safetensors", "cut.safetensors"):
+        path = job.file(stored)
+        if path is not None and path.is_file() and job.has("plan.json") and plan_file is not None:
+            parent, plan = read_plan(plan_file)
+            if parent != job.spec:
+                raise RunError(
+                    f"{plan_file}: the plan must be for {job.recipe.model.name}, but was made for another model; "
+                    "choose another --out"
+                )
+            return plan, *_stored(job, path), _begun(job)
+    job.say(f"searching with {job.recipe.method['name']} for {job.budget}")
+    data = None
+    # Without training images the splits are the test images', which no search sees.
+    if job.splits is not None and job.trains:
+        data = Data(
+            train=job.splits.train,
+            calibration=job.splits.calibration,
+            validation=job.splits.validation,
+            input=job.input,
+        )
+    found, child = _found(job, method, data)
+    _check_budget(job, describe(child))
+    if plan_file is not None and cut_file is not None:
+        lines = "".join(json.dumps(dict(trial)) + "\n" for trial in found.trials)
+        write_text(plan_file.with_name("trials.jsonl"), lines)
+        write_plan(plan_file, job.spec, found.plan)
+        if found.start is not None:
+            found.start.save(plan_file.with_name("search") / BEGUN)
+        store.save(child, cut_file, provenance={"seconds": time.perf_counter() - start})
+        # What a resumed run would read is what this one goes on with, down to which weights are frozen.
+        return found.plan, *_stored(job, cut_file), _begun(job)
+    return found.plan, child, time.perf_counter() - start, found.start
+
+
+def _found(job: Job, method: Method, data: Data | None) -> tuple[Found, nn.Module]:
+    """What the method finds, and the child that is cut by it."""
+    log, searches = logger(job.file("log.jsonl")), 0
+
+    def search(budget: Budget) -> Found:
+        nonlocal searches
+        # A search of another budget must not go on where this one ended.
+        folder = job.file("search" if not searches else f"search/again-{searches}")
+        searches += 1
+        return method.search(
+            job.parent, data, budget, seed=job.recipe.seed, teacher=job.teacher, folder=folder, log=log
+        )
+
+    def cut(found: Found) -> nn.Module:
+        return apply(found.parent, found.plan, grafts=_recovered(job, found, data))
+
+    if job.budget.latency is None:
+        found = search(job.budget)
+        return found, cut(found)
+    met = meet(
+        job.parent,
+        job.budget,
+        search,
+        cut,
+        lambda child: clocked(fold(child.eval()), job.parent, job.recipe.measure),
+        timed=getattr(method, "timed", False),
+        say=job.say,
+    )
+    record = {"stage": "latency", "predicted": met.predicted, "measured": met.ratio, "children": met.measured}
+    if log is not None:
+        log(record)
+    return replace(met.found, trials=(*met.found.trials, record)), met.child
+
+
+def _begun(job: Job) -> Start | None:
+    """What a search left for the training to go on from, if it did."""
+    folder = job.file("search")
+    return Start.load(folder / BEGUN) if folder is not None and (folder / BEGUN).is_file() else None
+
+
+def _recovered(job: Job, found: Found, data: Data | None) -> Mapping[str, Tensor]:
+    """The grafts of the child, with what `recover` makes of the weights that are slices."""
+    if job.recipe.recover == "none":
+        return found.grafts
+    if data is None or data.calibration is None:
+        raise MethodError("recover=ridge must see images, but no data was given; give --data SRC or leave it out")
+    if found.grafts:
+        raise MethodError(
+            "recover=ridge must find weights that are slices of the parent's, but "
+            f"{job.recipe.method['name']} makes its own; leave it out"
+        )
+    job.say("compensating in closed form")
+    images = [x for x, _ in eval_loader(data.calibration, data.input, batch=32)]
+    return recovered(found.parent, found.plan, images, seed=job.recipe.seed)
+
+
+def _stored(job: Job, path: Path) -> tuple[nn.Module, float]:
+    seconds = store.provenance(path).get("given", {}).get("seconds", 0.0)
+    return store.load(path).to(next(job.parent.parameters()).device), float(seconds)
+
+
+def _check_budget(job: Job, child: Spec) -> None:
+    # Convolutions are trained with all they are mixed from, and folded before they are stored.
+    parent, cost = cost_of(job.spec), cost_of(folded(child))
+    if job.budget.latency is not None:
+        # Times were measured; what else is bounded need not be spent.
+        others = job.budget.model_copy(update={"latency": None})
+        if others.bounds() and not others.admits(cost, parent):
+            raise BudgetError(f"what {job.recipe.method['name']} finds must cost at most {others}, but costs {cost}")
+        return
+    if not job.budget.admits(cost, parent):
+        raise BudgetError(f"what {job.recipe.method['name']} finds must cost at most {job.budget}, but costs {cost}")
+    if job.budget.spent(cost, parent) < 1 - SLACK:
+        raise MethodError(
+            f"what {job.recipe.method['name']} finds must spend at least {1 - SLACK:.0%} of {job.budget}, but spends "
+            f"{job.budget.spent(cost, parent):.1%}; choose finer widths with method.choice=free"
+        )
+
+
+def _train(job: Job, child: nn.Module, seconds: float, begun: Start | None) -> tuple[nn.Module, float]:
+    """Train the child, or read what an earlier run trained; `seconds` grow by those of every part of the training."""
+    path = job.file("model.safetensors")
+    if path is not None and path.is_file():
+        return _stored(job, path)
+    start, before = time.perf_counter(), 0.0
+    settings = job.recipe.train
+    if settings.epochs and job.splits is not None:
+        who = "its parent" if job.recipe.teacher is None else job.recipe.teacher.name
+        job.say(f"training the child for epochs={settings.epochs:g} with {who} as teacher")
+        fitted = fit(
+            child,
+            job.splits.train,
+            settings,
+            input=job.input,
+            seed=job.recipe.seed,
+            teacher=job.teacher,
+            folder=job.file("training"),
+            log=logger(job.file("log.jsonl")),
+            stage="train",
+            start=begun,
+        )
+        child = fitted.ema if fitted.ema is not None else fitted.model
+        before = fitted.seconds
+    child = fold(child.eval())
+    seconds += max(time.perf_counter() - start, before)
+    if path is not None:
+        store.save(child, path, provenance={"recipe": dump(job.recipe), "seconds": seconds})
+    return child, seconds
+
+
+def _finish(job: Job) -> None:
+    """Write the report and clear away what only a stopped run would need."""
+    if job.folder is None:
+        return
+    if not job.has("report.html"):
+        write_text(job.folder / "report.html", report.html([job.folder]))
+    (job.folder / "cut.safetensors").unlink(missing_ok=True)
+    for half in job.folder.glob(".*.*.*"):  # what a killed run was writing
+        half.unlink()
+    for name in ("search", "training"):
+        scraps = job.folder / name
+        # A study of trials is a result, which other tools read.
+        for path in sorted(scraps.rglob("*"), reverse=True) if scraps.is_dir() else []:
+            if path.suffix != ".db":
+                path.unlink() if path.is_file() else path.rmdir()
+        if scraps.is_dir() and not any(scraps.iterdir()):
+            scraps.rmdir()

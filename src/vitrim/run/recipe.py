@@ -1,0 +1,197 @@
+"""A recipe: everything that decides a run, as one strict TOML file.
+
+A resolved recipe (`recipe.toml` of a run folder) names every setting, so that it says the same under later defaults.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tomli_w
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+
+from vitrim import methods
+from vitrim.train import Train
+from vitrim.words.budget import Budget
+from vitrim.words.errors import RecipeError
+from vitrim.words.plain import NONE, Node, dump, load, read_toml, write_text
+
+__all__ = ["DataRecipe", "Measure", "ModelRecipe", "Recipe", "merged", "overrides", "read_recipe", "write_recipe"]
+
+
+class ModelRecipe(Node):
+    """Which model.
+
+    Attributes:
+        name: a timm name, an ``hf-hub:`` name, or a file that vitrim stored.
+        weights: a weights file for a timm name; its pretrained weights are fetched otherwise.
+        random_weights: whether to start from random weights instead.
+        arguments: further keyword arguments of ``timm.create_model``.
+    """
+
+    name: str
+    weights: str | None = None
+    random_weights: bool = False
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("arguments")
+    @classmethod
+    def _given(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        # timm takes None for an argument that is not given.
+        return {name: value for name, value in arguments.items() if value is not None}
+
+
+class DataRecipe(Node):
+    """Which images, and who may see them.
+
+    Attributes:
+        train: source of the training images, from which calibration and validation images are taken too.
+        test: source of the test images; None for the test split of `train`, where it has one. No search sees it.
+        class_map: file that gives class names their numbers.
+        calibration: number of calibration images, for scores.
+        validation: share (below 1) or number of training images held out for searches that compare candidates.
+        mean, std: normalisation, where the model's own config is wrong.
+    """
+
+    train: str | None = None
+    test: str | None = None
+    class_map: str = ""
+    calibration: PositiveInt = 256
+    validation: float = Field(default=0.1, ge=0)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+class Measure(Node):
+    """How the child is measured against its parent.
+
+    Attributes:
+        latency: whether to time both.
+        batch: images of one timed call.
+        threads: CPU threads; None for the machine's.
+        seconds: time spent on timing.
+        runtime: what runs both, and what a budget of latency is met in.
+        dtype: floating-point type; None for the model's own.
+    """
+
+    latency: bool = True
+    batch: PositiveInt = 8
+    threads: PositiveInt | None = None
+    seconds: float = Field(default=8.0, gt=0)
+    runtime: Literal["eager", "compile", "onnxruntime", "openvino"] = "eager"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+class Recipe(Node):
+    """A whole run.
+
+    Attributes:
+        model: the parent.
+        data: its images.
+        method: ``name`` and the method's own settings.
+        budget: what the child may cost, as text (`vitrim.words.budget.Budget.parse`).
+        recover: ``ridge`` compensates what was cut in closed form on the calibration images, before any training,
+            whatever the method; ``none`` leaves the weights as they were.
+        teacher: who teaches where search and training distill; None for the parent. Any timm model that takes the
+            parent's images and tells its classes apart, also one that vitrim cannot cut.
+        train: how the child is trained against its teacher; ``epochs = 0`` cuts only.
+        measure: how it is measured.
+        seed: of everything random.
+        device: where to run.
+    """
+
+    model: ModelRecipe
+    data: DataRecipe = DataRecipe()
+    method: dict[str, Any]
+    budget: str
+    recover: Literal["none", "ridge"] = "none"
+    teacher: ModelRecipe | None = None
+    train: Train = Train(epochs=0)
+    measure: Measure = Measure()
+    seed: NonNegativeInt = 0
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+    def resolved(self) -> Self:
+        """The same recipe with every setting of its method written out.
+
+        Raises:
+            MethodError: if the method or one of its settings is unknown.
+            BudgetError: if the budget is malformed.
+        """
+        name = self.method.get("name")
+        if not isinstance(name, str):
+            raise RecipeError(f"method.name: a recipe must name its method, but got {name!r}")
+        settings = {key: value for key, value in self.method.items() if key != "name"}
+        method: Any = methods.get(name, settings)
+        budget = str(Budget.parse(self.budget))
+        return self.model_copy(update={"method": {"name": name, **dump(method)}, "budget": budget})
+
+    def found_method(self) -> Any:
+        """The method that this recipe names."""
+        return methods.get(self.method["name"], {k: v for k, v in self.method.items() if k != "name"})
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a TOML recipe; paths in it are taken from where the command runs, and ``"none"`` stands for None.
+
+    Raises:
+        RecipeError: naming the place and the near key.
+    """
+    return load(Recipe, read_toml(path), RecipeError, at=str(path))
+
+
+def write_recipe(path: Path, recipe: Node) -> None:
+    """Write a recipe as TOML, every setting of it: one that is None but not by default must not come back as such."""
+    write_text(path, tomli_w.dumps(_spoken(dump(recipe))))
+
+
+def _spoken(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _spoken(item) for key, item in value.items()}
+    return NONE if value is None else value
+
+
+def overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """Read ``key=value`` pairs into a nested dictionary; values are JSON where they can be, else text.
+
+    ``none`` stays text, which a setting that may be None takes for it and one with a choice called none does not.
+
+    Raises:
+        RecipeError: if a pair has no ``=``, or a key is both a value and a table.
+    """
+    nested: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not all(key.split(".")):
+            raise RecipeError(f"a setting must look like train.epochs=1, but got '{pair}'")
+        table = nested
+        *outer, last = key.strip().split(".")
+        for name in outer:
+            table = table.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise _both(key)
+        if isinstance(table.get(last), dict):
+            raise _both(key)
+        table[last] = _value(text.strip())
+    return nested
+
+
+def _both(key: str) -> RecipeError:
+    return RecipeError(f"{key}: a setting must be a value or a table, but is given as both; leave one out")
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"None": None, "True": True, "False": False}.get(text, text)
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the tables and values of `over` laid on top."""
+    out = dict(base)
+    for key, value in over.items():
+        mine = out.get(key)
+        out[key] = merged(mine, value) if isinstance(mine, Mapping) and isinstance(value, Mapping) else value
+    return out

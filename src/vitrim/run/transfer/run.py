@@ -1,0 +1,250 @@
+"""One straight line from a transfer recipe to a run folder.
+
+    backbone -> head -> train on scenes -> store -> score on test scenes -> time -> report
+
+As in `vitrim.run.pipeline`, each stage writes its file beside and renames it, so a run resumes at the first missing
+file, also in the middle of training.
+"""
+
+import datetime
+import functools
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import nn
+
+from vitrim import __version__, report
+from vitrim.data import Input, SceneLoader, Scenes, open_scenes, scene_splits
+from vitrim.deploy import store
+from vitrim.deploy.parent import open_parent
+from vitrim.families import describe
+from vitrim.families._segmentor import segmentor
+from vitrim.measure import latency
+from vitrim.run.job import check_folder, device_of, full_disk, leaving_nothing, logger
+from vitrim.run.recipe import write_recipe
+from vitrim.run.transfer.objective import PixelObjective
+from vitrim.run.transfer.picture import colours, side_by_side
+from vitrim.run.transfer.recipe import SceneData, TransferRecipe
+from vitrim.run.transfer.score import by_class, confusion, score
+from vitrim.train import Task, fit
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import DataError, RunError
+from vitrim.words.plain import dump, read_json, write_json, write_text, writing
+from vitrim.words.spec import Host
+
+__all__ = ["Transferred", "transfer"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transferred:
+    """What came of a transfer.
+
+    Attributes:
+        model: the segmentor, images `(B, 3, R, C)` to logits `(B, K, R, C)`, in evaluation mode.
+        measured: record of ``measured.json``; `miou` in percent.
+        classes: records of ``classes.json``: `name colour iou recall pixels` of each class.
+        folder: where the files lie.
+    """
+
+    model: nn.Module
+    measured: dict[str, Any]
+    classes: list[dict[str, Any]]
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    recipe: TransferRecipe
+    model: nn.Module
+    train: Scenes
+    test: Scenes
+    input: Input
+    folder: Path
+    say: Callable[[str], None]
+
+
+def transfer(
+    recipe: TransferRecipe,
+    folder: Path,
+    *,
+    backbone: nn.Module | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Transferred:
+    """Carry out a transfer recipe and write its run folder, or go on with a run that was stopped.
+
+    Args:
+        recipe: what to do.
+        folder: where to write; may exist if it holds the same recipe.
+        backbone: a model in place of the one that the recipe names; left as it was.
+        say: receives a line about each stage as it starts.
+
+    Raises:
+        VitrimError: one sentence on what must hold, what came, and the way out.
+    """
+    with full_disk(folder):
+        check_folder(folder, recipe)
+        job = _prepare(recipe, folder, backbone, say)
+        with leaving_nothing(folder):
+            if not (folder / "recipe.toml").is_file():
+                write_recipe(folder / "recipe.toml", recipe)
+            model = _train(job)
+            measured = _measure(job, model)
+            _finish(folder)
+    classes = read_json(folder / "classes.json", RunError)
+    return Transferred(model=model.eval(), measured=measured, classes=classes, folder=folder)
+
+
+def _prepare(recipe: TransferRecipe, folder: Path, backbone: nn.Module | None, say: Callable[[str], None]) -> _Job:
+    """Open all that is needed and refuse what cannot work, before the first file is written."""
+    train, test = _scenes(recipe.data, say)
+    confusion(test.classes)  # a package that is missing should not be missed after the training
+    say(f"opening {recipe.model.name}")
+    if backbone is None:
+        backbone = open_parent(**dump(recipe.model), seed=recipe.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = segmentor(backbone, train.classes, recipe.head, size=recipe.data.size)
+    chosen = {key: value for key in ("mean", "std") if (value := getattr(recipe.data, key)) is not None}
+    device = device_of(recipe.device)
+    return _Job(
+        recipe=recipe,
+        model=model.to(device).eval(),
+        train=train,
+        test=test,
+        input=Input.of(model, **chosen),
+        folder=folder,
+        say=say,
+    )
+
+
+def _scenes(data: SceneData, say: Callable[[str], None]) -> tuple[Scenes, Scenes]:
+    """Training and test scenes, every mask of them read once.
+
+    Raises:
+        DataError: a mask is not as it must be, or both parts count other classes.
+    """
+    say(f"reading masks of {data.train}")
+    train = open_scenes(data.train, "train", ignore=data.ignore)
+    test = open_scenes(data.test or data.train, _test_split(data), ignore=data.ignore)
+    if train.names != test.names:
+        raise DataError(
+            f"{test.source}: training and test scenes must have one list of classes, but have "
+            f"{', '.join(train.names)} and {', '.join(test.names)}"
+        )
+    train.checked()
+    test.checked()
+    return train, test
+
+
+def _test_split(data: SceneData) -> str | None:
+    divided = scene_splits(data.test or data.train)
+    if not divided and data.test is None:
+        raise DataError(
+            f"{data.train}: must be divided into train and test folders where no test source is given, but is not; "
+            "give --test SRC"
+        )
+    return data.split if divided else None
+
+
+def _train(job: _Job) -> nn.Module:
+    """Train the segmentor, or read what an earlier run trained."""
+    path = job.folder / "model.safetensors"
+    if path.is_file():
+        return store.load(path, device=next(job.model.parameters()).device)
+    model, seconds = job.model, 0.0
+    if job.recipe.train.epochs:
+        job.say(f"training on {len(job.train)} scenes for epochs={job.recipe.train.epochs:g}")
+        fitted = fit(
+            model,
+            job.train,
+            job.recipe.train,
+            input=job.input,
+            seed=job.recipe.seed,
+            folder=job.folder / "training",
+            log=logger(job.folder / "log.jsonl"),
+            stage="train",
+            task=Task(loader=functools.partial(_loader, job), objective=PixelObjective),
+        )
+        model, seconds = fitted.ema if fitted.ema is not None else fitted.model, fitted.seconds
+    given = {"recipe": dump(job.recipe), "classes": list(job.train.names), "seconds": seconds}
+    store.save(model.eval(), path, provenance=given)
+    # What a resumed run would read is what this one goes on with.
+    return store.load(path, device=next(model.parameters()).device)
+
+
+def _loader(job: _Job, scenes: Scenes, input: Input, _: Any, **rest: Any) -> SceneLoader:
+    return SceneLoader(scenes, input, job.recipe.augment, **rest)
+
+
+def _measure(job: _Job, model: nn.Module) -> dict[str, Any]:
+    path = job.folder / "measured.json"
+    if path.is_file():
+        known: dict[str, Any] = read_json(path, RunError)
+        return known
+    job.say(f"evaluating on {len(job.test)} scenes")
+    shown = np.linspace(0, len(job.test) - 1, min(job.recipe.test.pictures, len(job.test))).round().astype(int)
+    scores, kept = score(model, job.test, job.input, job.recipe.test, keep=[int(place) for place in shown])
+    palette = colours(job.test.classes)
+    for place, said in kept.items():
+        picture, mask = job.test[place]
+        sheet = side_by_side(picture, np.asarray(mask), said.numpy(), palette)
+        with writing(job.folder / "pictures" / f"{place:06d}.png") as beside:
+            sheet.save(beside, format="PNG", optimize=True)
+    write_json(job.folder / "classes.json", by_class(scores, job.test.names, palette))
+    spec = describe(model)
+    cost = cost_of(spec)
+    measured = {
+        "task": "segmentation",
+        "model": job.recipe.model.name,
+        "head": job.recipe.head.kind,
+        "epochs": job.recipe.train.epochs,
+        "seed": job.recipe.seed,
+        "miou": scores.miou,
+        "accuracy": scores.accuracy,
+        "test_scenes": scores.scenes,
+        "classes": job.test.classes,
+        "image": f"{spec.image[0]} x {spec.image[1]}",
+        "mode": job.recipe.test.mode,
+        "macs": cost.macs,
+        "macs_head": spec.host.macs - Host(**spec.host.arguments["host"]).macs,
+        "params": cost.params,
+        "seconds": float(store.provenance(job.folder / "model.safetensors")["given"]["seconds"]),
+        **_time(job, model),
+        "vitrim": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    (job.folder / "report.html").unlink(missing_ok=True)
+    write_json(path, measured)
+    return measured
+
+
+def _time(job: _Job, model: nn.Module) -> dict[str, Any]:
+    settings = job.recipe.measure
+    if not settings.latency:
+        return {"latency_ms": None, "device": str(next(model.parameters()).device)}
+    job.say("timing the whole segmentor")
+    taken = latency(model, batch=settings.batch, threads=settings.threads, seconds=settings.seconds)
+    return {
+        "latency_ms": 1e3 * taken.seconds,
+        "device": taken.device,
+        "threads": taken.threads,
+        "batch": taken.batch,
+        "dtype": taken.dtype,
+    }
+
+
+def _finish(folder: Path) -> None:
+    """Write the report and clear away what only a stopped run would need."""
+    if not (folder / "report.html").is_file():
+        write_text(folder / "report.html", report.html([folder]))
+    shutil.rmtree(folder / "training", ignore_errors=True)

@@ -1,0 +1,220 @@
+"""How good a segmentor is: predictions at the size of each scene, and their intersection over union.
+
+K classes, (h, w) height and width of a scene, (R, C) those of what the model takes.
+"""
+
+import copy
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitrim.data import IGNORE, Input, Scenes, to_pixels
+from vitrim.data.augment import normalize
+from vitrim.measure.model import home_of, resting
+from vitrim.run.transfer.recipe import SceneTest
+from vitrim.words.errors import DataError, RecipeError, WeightsError
+from vitrim.words.plain import Node
+from vitrim.words.progress import progress
+
+__all__ = ["Scores", "score"]
+
+Size = tuple[int, int]
+
+
+class Scores(Node):
+    """What was measured.
+
+    Attributes:
+        miou: mean of `iou` over the classes that scenes or predictions have, percent.
+        accuracy: pixels that count whose class is right, percent.
+        iou: intersection over union of each class, percent; None where neither scenes nor predictions have it.
+        recall: pixels of each class that are found, percent; None where scenes have none.
+        pixels: pixels of each class.
+        scenes: their number.
+        seconds: wall-clock time, with loading.
+    """
+
+    miou: float
+    accuracy: float
+    iou: tuple[float | None, ...]
+    recall: tuple[float | None, ...]
+    pixels: tuple[int, ...]
+    scenes: int
+    seconds: float
+
+
+@torch.inference_mode()
+def score(
+    model: nn.Module, scenes: Scenes, input: Input, settings: SceneTest, *, keep: Sequence[int] = ()
+) -> tuple[Scores, dict[int, Tensor]]:
+    """Measure a segmentor; it is left as it was.
+
+    Args:
+        model: a segmentor, images to logits `(B, K, R, C)`.
+        scenes: what to measure on.
+        input: what the model takes.
+        settings: how scenes are met.
+        keep: numbers of scenes whose predictions are wanted.
+
+    Returns:
+        the scores, and the wanted predictions, uint8 `(h, w)`.
+
+    Raises:
+        DataError: a scene is damaged, or its classes are not the model's.
+        RecipeError: the model cannot take scenes as `settings` say, or a package is missing.
+        WeightsError: a logit is not finite.
+    """
+    start = time.perf_counter()
+    count: Any = getattr(model, "num_classes", None)
+    if count != scenes.classes:
+        raise DataError(f"{scenes.source}: must have the {count} classes of the model, but has {scenes.classes}")
+    table = confusion(scenes.classes)
+    kept: dict[int, Tensor] = {}
+    with resting(model), progress("evaluate", len(scenes)) as advance:
+        meet = _whole if settings.mode == "whole" else _slide
+        for index, logits in meet(model, scenes, input, settings):
+            if not torch.isfinite(logits).all():
+                raise WeightsError("logits must be finite, but are not; the model's weights are damaged")
+            mask = _labels(scenes, index)
+            best = _resized(logits, (mask.shape[0], mask.shape[1])).argmax(0).cpu()
+            table.update(best, mask)
+            if index in keep:
+                kept[index] = best.to(torch.uint8)
+            advance(1)
+    return _summary(table.compute().double(), len(scenes), time.perf_counter() - start), kept
+
+
+def confusion(classes: int) -> Any:
+    """What counts pixels by their class and the one that is said, torchmetrics' own.
+
+    Raises:
+        RecipeError: torchmetrics is missing.
+    """
+    try:
+        from torchmetrics.classification import MulticlassConfusionMatrix
+    except ImportError:
+        raise RecipeError(
+            "torchmetrics must be installed to measure segmentation, but is not; run pip install 'vitrim[seg]'"
+        ) from None
+    return MulticlassConfusionMatrix(classes, ignore_index=IGNORE, validate_args=False)
+
+
+def _labels(scenes: Scenes, index: int) -> Tensor:
+    _, mask = scenes[index]
+    return torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(mask.height, mask.width).long()
+
+
+def _resized(logits: Tensor, size: Size) -> Tensor:
+    """Logits `(K, R, C)` at the size of the scene."""
+    if tuple(logits.shape[1:]) == size:
+        return logits
+    return F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+def _pixels(model: nn.Module, scenes: Scenes, index: int, input: Input, size: Size) -> Tensor:
+    """What a model takes, `(C, *size)`, where the model is."""
+    device, dtype = home_of(model)
+    picture, _ = scenes[index]
+    return normalize(to_pixels(picture, input, size)[None], input)[0].to(device, dtype)
+
+
+def _whole(model: nn.Module, scenes: Scenes, input: Input, settings: SceneTest) -> Iterator[tuple[int, Tensor]]:
+    """Logits `(K, R, C)` of each scene; scenes of one size together, since the model must be set to it."""
+    groups: dict[Size, list[int]] = {}
+    for index in range(len(scenes)):
+        groups.setdefault(_aligned(scenes.size(index), input.size, settings.align), []).append(index)
+    for size, members in sorted(groups.items()):
+        twin = _at(model, size, input.size)
+        for first in range(0, len(members), settings.batch):
+            some = members[first : first + settings.batch]
+            logits = twin(torch.stack([_pixels(model, scenes, index, input, size) for index in some]))
+            yield from zip(some, logits, strict=True)
+
+
+def _aligned(size: Size, input: Size, align: int) -> Size:
+    factor = min(input) / min(size)
+    rows, columns = (max(align, -(-round(side * factor) // align) * align) for side in size)
+    return rows, columns
+
+
+def _at(model: Any, size: Size, own: Size) -> nn.Module:
+    """The model, or a copy that takes images of `size`."""
+    if size == own:
+        return model  # type: ignore[no-any-return]
+    twin = copy.deepcopy(model)
+    try:
+        twin.set_input_size(size)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as problem:  # timm's, and ours, which are ValueErrors
+        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        raise RecipeError(
+            f"test.mode=whole must set the model to images of {size}, but {reason}; choose test.mode=slide"
+        ) from None
+    return twin  # type: ignore[no-any-return]
+
+
+def _slide(model: nn.Module, scenes: Scenes, input: Input, settings: SceneTest) -> Iterator[tuple[int, Tensor]]:
+    """Logits of each scene, averaged over windows."""
+    for index in range(len(scenes)):
+        size = scenes.size(index)
+        factor = max(want / have for want, have in zip(input.size, size, strict=True))
+        rows, columns = (max(want, round(have * factor)) for want, have in zip(input.size, size, strict=True))
+        whole = _pixels(model, scenes, index, input, (rows, columns))
+        places = [
+            (row, column)
+            for row in _starts(rows, input.size[0], settings.stride)
+            for column in _starts(columns, input.size[1], settings.stride)
+        ]
+        yield index, _averaged(model, whole, places, input.size, settings.batch)
+
+
+def _starts(length: int, window: int, stride: float) -> list[int]:
+    step = max(1, round(window * stride))
+    return sorted({*range(0, length - window, step), length - window})
+
+
+def _averaged(model: nn.Module, whole: Tensor, places: list[Size], window: Size, batch: int) -> Tensor:
+    total: Tensor | None = None
+    times = torch.zeros(whole.shape[1:], device=whole.device, dtype=whole.dtype)
+    for first in range(0, len(places), batch):
+        some = places[first : first + batch]
+        logits = model(torch.stack([whole[:, r : r + window[0], c : c + window[1]] for r, c in some]))
+        if total is None:
+            total = torch.zeros(logits.shape[1], *whole.shape[1:], device=whole.device, dtype=logits.dtype)
+        for (r, c), each in zip(some, logits, strict=True):
+            total[:, r : r + window[0], c : c + window[1]] += each
+            times[r : r + window[0], c : c + window[1]] += 1
+    assert total is not None
+    return total / times
+
+
+def _summary(table: Tensor, scenes: int, seconds: float) -> Scores:
+    """Scores of a confusion matrix, `(K, K)`, rows the truth."""
+    right, truth, said = table.diagonal(), table.sum(1), table.sum(0)
+    iou = _shares(right, truth + said - right)
+    present = [value for value in iou if value is not None]
+    return Scores(
+        miou=sum(present) / len(present),
+        accuracy=float(100 * right.sum() / truth.sum()),
+        iou=iou,
+        recall=_shares(right, truth),
+        pixels=tuple(int(each) for each in truth),
+        scenes=scenes,
+        seconds=seconds,
+    )
+
+
+def _shares(part: Tensor, whole: Tensor) -> tuple[float | None, ...]:
+    return tuple(100 * a / b if b else None for a, b in zip(part.tolist(), whole.tolist(), strict=True))
+
+
+def by_class(scores: Scores, names: Sequence[str], colours: Sequence[str]) -> list[Mapping[str, Any]]:
+    """One record a class, for ``classes.json``."""
+    rows = zip(names, colours, scores.iou, scores.recall, scores.pixels, strict=True)
+    return [
+        {"name": name, "colour": colour, "iou": iou, "recall": recall, "pixels": pixels}
+        for name, colour, iou, recall, pixels in rows
+    ]

@@ -1,6 +1,0 @@
-"""A model in the runtimes that people deploy, each one call and each checked against eager PyTorch."""
-
-from vitrim.runtimes.peak import peak_bytes
-from vitrim.runtimes.ready import RUNTIMES, Ready, check_runtimes, ready, weights_bytes
-
-__all__ = ["RUNTIMES", "Ready", "check_runtimes", "peak_bytes", "ready", "weights_bytes"]

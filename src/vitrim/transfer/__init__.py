@@ -1,7 +1,0 @@
-"""From classes of pictures to classes of pixels: a head on any backbone, fine-tuned, measured, stored and reported."""
-
-from vitrim.transfer.recipe import SceneData, SceneTest, TransferRecipe
-from vitrim.transfer.run import Transferred, transfer
-from vitrim.transfer.score import Scores, score
-
-__all__ = ["SceneData", "SceneTest", "Scores", "TransferRecipe", "Transferred", "score", "transfer"]

@@ -1,0 +1,143 @@
+"""How small a model must become: ``macs=0.5``, ``macs=2.3G``, ``params=12M``, ``latency=0.6``, or several of them."""
+
+import math
+import re
+from typing import NamedTuple, Self
+
+from pydantic import Field
+
+from vitrim.words.costs import Cost, block_cost, cost_of
+from vitrim.words.errors import BudgetError
+from vitrim.words.plain import Node, did_you_mean
+from vitrim.words.spec import Block, Spec, Stage
+from vitrim.words.steps import Tokens
+from vitrim.words.table import Table
+
+__all__ = ["BOUNDS", "SLACK", "Budget", "Price"]
+
+SLACK = 0.02
+"""A budget is spent: what a method finds is at most this share below it."""
+
+BOUNDS = ("macs", "params", "latency")
+
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([kmg]?)", re.IGNORECASE)
+
+
+class Price(NamedTuple):
+    """What can be bounded of a model, or of a part of it: arithmetic for one image, and nanoseconds for a batch."""
+
+    macs: int
+    params: int
+    latency: int = 0
+    """0 where the budget has no table."""
+
+
+class Budget(Node):
+    """Upper bounds; each is a share of the parent in (0, 1], or a number above 1.
+
+    It prices, too: whoever plans under a budget asks it what a spec or a block costs, in all that it bounds.
+
+    Attributes:
+        macs: multiply-accumulates for one image.
+        params: parameters.
+        latency: time of a pass, as a share of the parent's in (0, 1].
+        table: measured times, by which latency is priced; a budget without one can bound latency, but not price it.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    latency: float | None = None
+    table: Table | None = Field(default=None, repr=False)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``name=value[, name=value]``.
+
+        A value in (0, 1] is a share of the parent; one with a unit (k, M, G), or a whole number of 1000 and more, is
+        absolute.
+
+        Raises:
+            BudgetError: saying what must hold and what came.
+        """
+        bounds: dict[str, float] = {}
+        for part in text.split(","):
+            name, equals, value = (piece.strip() for piece in part.partition("="))
+            if not equals:
+                raise BudgetError(f"a budget must look like macs=0.5 or params=12M, but got '{text}'")
+            if name not in BOUNDS:
+                raise BudgetError(
+                    f"a budget must bound macs, params or latency, but got '{name}'{did_you_mean(name, BOUNDS)}"
+                )
+            if name in bounds:
+                raise BudgetError(f"a budget must bound {name} once, but got '{text}'")
+            bounds[name] = _value(name, value)
+        return cls(**bounds)
+
+    def __str__(self) -> str:
+        """The text that `parse` reads."""
+        return ",".join(f"{name}={_text(value)}" for name, value in self.bounds().items())
+
+    def bounds(self) -> dict[str, float]:
+        """The bounds given, by name."""
+        return {name: value for name in BOUNDS if (value := getattr(self, name)) is not None}
+
+    def cost(self, spec: Spec) -> Price:
+        """What a spec costs; its latency only where the budget has a table."""
+        return Price(*cost_of(spec), 0 if self.table is None else self.table.latency(spec))
+
+    def block(self, block: Block, stage: Stage, arriving: Tokens | None = None) -> Price:
+        """What one block costs, see `vitrim.words.costs.block_cost`."""
+        macs, params = block_cost(block, stage, arriving)
+        return Price(macs, params, 0 if self.table is None else self.table.block(block, stage, arriving))
+
+    def limits(self, parent: Cost | Price) -> dict[str, int]:
+        """Largest admitted whole numbers, for a model made from `parent`.
+
+        Raises:
+            BudgetError: if an absolute bound is not below the parent.
+        """
+        limits = {}
+        for name, value in self.bounds().items():
+            whole: int = getattr(parent, name, 0)
+            if not whole and name == "latency":
+                raise BudgetError("latency must be planned by a table of times, but there is none; measure one first")
+            if value > whole:
+                raise BudgetError(f"budget of {name} must be at most {whole:,}, the model's own, but got {value:,.0f}")
+            limits[name] = math.floor(value * whole) if value <= 1 else math.floor(value)
+        return limits
+
+    def admits(self, cost: Cost | Price, parent: Cost | Price) -> bool:
+        """Whether `cost` is within every bound."""
+        return all(getattr(cost, name) <= limit for name, limit in self.limits(parent).items())
+
+    def spent(self, cost: Cost | Price, parent: Cost | Price) -> float:
+        """Largest share of a bound that `cost` takes; a budget well spent gives ``1 - SLACK`` to 1."""
+        shares: list[float] = [getattr(cost, name) / max(limit, 1) for name, limit in self.limits(parent).items()]
+        return max(shares)
+
+
+def _value(name: str, text: str) -> float:
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        raise BudgetError(f"budget of {name} must be a number such as 0.5, 2.3G or 12M, but got '{text}'")
+    value = float(match[1]) * _UNITS[match[2].lower()]
+    if match[2] == "" and 1 < value < 1000:
+        raise BudgetError(
+            f"budget of {name} must be a share in (0, 1] or a number with a unit such as 2.3G, but got '{text}'"
+        )
+    if name == "latency" and value > 1:
+        raise BudgetError(f"budget of latency must be a share of the parent's in (0, 1], but got '{text}'")
+    if not 0 < value < math.inf:
+        raise BudgetError(f"budget of {name} must be above 0, but got '{text}'")
+    if match[2] and value <= 1:
+        raise BudgetError(f"budget of {name} must be above 1 where it has a unit, but got '{text}'; a share has none")
+    return value
+
+
+def _text(value: float) -> str:
+    """`value` as `_value` reads it, to the last bit; below 1000 only a unit tells a number from a share."""
+    if not 1 < value < 1000:
+        return repr(value).removesuffix(".0")
+    thousands = value / 1000
+    return f"{thousands!r}k" if thousands * 1000 == value else f"{value / 1e6!r}m"

@@ -1,0 +1,176 @@
+"""Multiply-accumulates and parameters of a spec, by arithmetic.
+
+N tokens, P tokens with padding to whole windows, R queries, A keys of a query, D width, Q and V channels of all heads
+together (queries or keys; values), M hidden neurons, G patches of the grid, d channels inside a convolution, k the side
+of its kernel. Without windows P is N, and where all tokens ask, so are R and A.
+
+`attention_macs`, `conv_macs` and `mlp_macs` take integers for a report and tensors for the differentiable cost of a
+search: the penalty of a search and the table in the README are one formula. Counted are the products of linear layers,
+convolutions and attention, as PyTorch's own counter does; norms, activations, softmax and additions are not.
+"""
+
+from typing import Any, NamedTuple
+
+from vitrim.words.spec import Attention, Block, Conv, Form, Skip, Spec, Stage
+from vitrim.words.steps import Tokens, flow_of
+
+__all__ = ["Cost", "attention_macs", "block_cost", "conv_macs", "cost_of", "mlp_macs"]
+
+
+class Cost(NamedTuple):
+    """What a model costs for one image."""
+
+    macs: int
+    params: int
+
+
+def attention_macs(
+    tokens: int, width: int, qk: Any, v: Any, keys: int | None = None, queries: int | None = None
+) -> Any:
+    """Multiply-accumulates of an attention branch, ``(P D + R D + R A) (Q + V)``.
+
+    Args:
+        tokens: P, of which keys and values are made.
+        width: D.
+        qk: Q.
+        v: V.
+        keys: A; all tokens if None.
+        queries: R, tokens that ask and whose heads are projected; all if None.
+    """
+    asking = tokens if queries is None else queries
+    return (tokens * width + asking * (width + (tokens if keys is None else keys))) * (qk + v)
+
+
+def conv_macs(patches: int, width: int, channels: Any, kernel: int) -> Any:
+    """Multiply-accumulates of a bottleneck convolution, ``G D d (k^2 + 1)``.
+
+    Kernels that are still mixed from an attention are priced as the convolution that they become: mixing is done once a
+    forward pass, however many images there are, and is gone after folding.
+    """
+    return patches * width * channels * (kernel**2 + 1)
+
+
+def mlp_macs(tokens: int, width: int, hidden: Any, factors: int = 1) -> Any:
+    """Multiply-accumulates of an MLP branch, ``N D M (factors + 1)``."""
+    return tokens * width * (factors + 1) * hidden
+
+
+class _Place(NamedTuple):
+    """What all blocks of a stage are priced with."""
+
+    form: Form
+    norm: int
+    """Parameters of the norm before each branch."""
+    width: int
+    tokens: int
+    padded: int
+    keys: int
+    offsets: int
+    enters: Tokens
+
+
+def _place(stage: Stage) -> _Place:
+    tokens, width, form, window = stage.tokens, stage.width, stage.form, stage.window
+    norm = form.norm.params(width)
+    if window is None:
+        return _Place(form, norm, width, tokens, tokens, tokens, 0, stage.enters)
+    rows, columns = window.padded(stage.grid)
+    return _Place(form, norm, width, tokens, rows * columns, window.area, window.offsets, stage.enters)
+
+
+def cost_of(spec: Spec) -> Cost:
+    """Price a spec; 12 blocks take 17 microseconds (benchmarks/speed.py).
+
+    The head is priced for the tokens that leave the last block.
+    """
+    macs, params, leaving = spec.host.macs, spec.host.params, 0
+    for stage in spec.stages:
+        place, here = _place(stage), None
+        for block in stage.blocks:
+            more_macs, more_params, here = _priced(block, place, here)
+            macs += more_macs
+            params += more_params
+        # Where the head reads patches, the last block gives it one token for each that was merged.
+        leaving = place.tokens if here is None or (here.carried and here.patches) else here.total
+    return Cost(macs + leaving * spec.host.macs_per_token, params)
+
+
+def block_cost(block: Block, stage: Stage, arriving: Tokens | None = None) -> tuple[int, int]:
+    """Return (macs, params) of one block of `stage`.
+
+    Args:
+        block: the block.
+        stage: where it stands.
+        arriving: the tokens at its input; those of the whole grid if None.
+    """
+    macs, params, _ = _priced(block, _place(stage), None if stage.window is not None else arriving)
+    return macs, params
+
+
+def _priced(block: Block, place: _Place, arriving: Tokens | None) -> tuple[int, int, Tokens | None]:
+    """(macs, params) of a block, and what it leaves; None stands for the whole grid."""
+    form, norm, width, rows, padded, keys, offsets, enters = place
+    macs, params, leaving, queries = 0, 0, arriving, padded
+    mixer, hidden, step = block.mixer, block.hidden, block.tokens
+    if step is not None or arriving is not None or block.only_prefix:
+        here = enters if arriving is None else arriving
+        padded, queries, keys, rows, leaving = flow_of(step, here, enters.patches, block.only_prefix)
+        if step is not None:
+            macs, params = step.extra(here, width, sum(mixer.qk) if isinstance(mixer, Attention) else 0)
+    if isinstance(mixer, Attention):
+        qk, v = sum(mixer.qk), sum(mixer.v)
+        macs += attention_macs(padded, width, qk, v, keys, queries)
+        params += _attention_params(form, norm, width, qk, v)
+        if offsets:
+            params += offsets * len(mixer.v)
+    elif isinstance(mixer, Conv):
+        macs += conv_macs(enters.patches, width, mixer.width, mixer.kernel)
+        params += _conv_params(form, norm, width, mixer)
+    elif isinstance(mixer, Skip) and mixer.leaves == "norm":
+        params += norm + (width if form.layer_scale else 0)
+    if hidden is not None:
+        macs += mlp_macs(rows, width, hidden, form.factors)
+        params += _mlp_params(form, norm, width, hidden)
+    return macs, params, leaving
+
+
+def _attention_params(form: Form, norm: int, width: int, qk: int, v: int) -> int:
+    params = width if form.out_bias else 0
+    if not v:
+        return params
+    params += 2 * (qk + v) * width + norm
+    if form.qkv_bias:
+        params += 2 * qk + v
+    if form.layer_scale:
+        params += width
+    if form.head_norm is not None:
+        params += 2 * form.head_norm.params(form.head_norm_width)
+    if form.mixed_norm is not None:
+        params += form.mixed_norm.params(v)
+    return params
+
+
+def _conv_params(form: Form, norm: int, width: int, conv: Conv) -> int:
+    params = norm + (width if form.out_bias else 0) + (width if form.layer_scale else 0)
+    if conv.norm:
+        params += 2 * conv.width
+    if conv.mixture is not None:
+        channels = conv.mixture.heads * conv.width
+        return params + 2 * channels * width + (channels if form.qkv_bias else 0) + 9 * conv.mixture.heads
+    return params + (conv.kernel**2 + 1) * conv.width * width + conv.width
+
+
+def _mlp_params(form: Form, norm: int, width: int, hidden: int) -> int:
+    params = width if form.mlp_out_bias else 0
+    if not hidden:
+        return params
+    params += (form.factors + 1) * hidden * width + norm
+    if form.hidden_bias:
+        params += form.factors * hidden
+    if form.layer_scale:
+        params += width
+    if form.hidden_norm is not None:
+        params += form.hidden_norm.params(hidden)
+    if form.inner_norm is not None:
+        params += form.inner_norm.params(width)
+    return params

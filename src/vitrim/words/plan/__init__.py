@@ -1,0 +1,332 @@
+"""What to cut: the same tree as a spec, one decision a block.
+
+H heads, K channels of a head, M hidden neurons. Kept indices count inside the parent, from 0, and rise.
+
+A tree, not a list of edits: there is no order to get wrong. None leaves a part alone. A plan is plain arithmetic:
+`child` says what the smaller model will be before any weight is touched, and `then` makes one plan of two.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field
+
+from vitrim.words.errors import PlanError
+from vitrim.words.plain import Node, dump, load, read_json, write_json
+from vitrim.words.plan.tokens import check_pooled, check_whole, with_steps
+from vitrim.words.spec import Attention, Block, Conv, Form, Skip, Spec
+from vitrim.words.steps import Step
+
+__all__ = ["BlockPlan", "Plan", "StagePlan", "read_plan", "write_plan"]
+
+Kept = tuple[int, ...]
+
+
+class BlockPlan(Node):
+    """What becomes of one block.
+
+    `qk` and `v` list, for each head of the parent, the channels it keeps of queries and keys and of values; a head that
+    keeps none of both is gone. If all heads are gone the output bias stays. `hidden` lists the neurons kept; if none,
+    the output bias of the MLP stays. `mixer` or `mlp` = skip takes the branch away with its bias; both together take
+    the block away (its place remains, so that paths stay true). `mixer` = conv puts a convolution in place of an
+    attention, made of the value channels that `v` keeps, or a later state in place of a convolution. `tokens` names the
+    patches that the block runs on, by their places in the dense grid (blocks after it run on no others), or what
+    becomes of its tokens. `only_prefix` leaves the patches behind in the last block.
+    """
+
+    qk: tuple[Kept, ...] | None = None
+    v: tuple[Kept, ...] | None = None
+    mixer: Annotated[Conv | Skip, Field(discriminator="kind")] | None = None
+    hidden: Kept | None = None
+    mlp: Skip | None = None
+    tokens: Step | None = None
+    only_prefix: bool = False
+
+    def child(self, block: Block, form: Form, at: str) -> Block:
+        """The block that this plan makes of `block`, on the patches that `block` runs on."""
+        update = {"mixer": self._mixer(block, form, at), "hidden": self._hidden(block, form, at)}
+        return block.model_copy(update=update | {"only_prefix": block.only_prefix or self.only_prefix})
+
+    def _mixer(self, block: Block, form: Form, at: str) -> Attention | Conv | Skip:
+        mixer = block.mixer
+        if isinstance(self.mixer, Conv):
+            return self._conv(self.mixer, mixer, form, at)
+        if self.mixer is not None:
+            if self.qk is not None or self.v is not None:
+                raise PlanError(f"{at}: a skipped mixer must keep no channels, but qk or v is given; leave them out")
+            if self.mixer.leaves == "norm" and not _reads(mixer):
+                raise PlanError(f"{at}.mixer: a skip that leaves its norm must have one, but the branch has none")
+            return self.mixer
+        if self.qk is None and self.v is None:
+            return mixer
+        if not isinstance(mixer, Attention):
+            raise PlanError(f"{at}: channels must be kept of an attention, but the block's mixer is {mixer.kind}")
+        return self.attention(mixer, form, at)
+
+    def _conv(self, conv: Conv, mixer: Attention | Conv | Skip, form: Form, at: str) -> Conv:
+        if self.qk is not None:
+            raise PlanError(f"{at}.qk: a convolution has no queries and keys to keep, but qk is given; leave it out")
+        if isinstance(mixer, Conv):
+            state = {"mixture": conv.mixture, "norm": conv.norm}
+            later = (conv.mixture in (mixer.mixture, None), conv.norm <= mixer.norm, self.v is None)
+            if not all(later) or mixer.model_copy(update=state) != conv:
+                raise PlanError(f"{at}.mixer: a convolution must stay as it is or be folded, but another is asked for")
+            return conv
+        if not isinstance(mixer, Attention):
+            raise PlanError(f"{at}.mixer: a convolution must be made of an attention, but the mixer is {mixer.kind}")
+        widths = [n for n in self.attention(mixer, form, at).v if n]
+        if form.mixed_norm is not None:
+            raise PlanError(
+                f"{at}.mixer: a convolution must be made of values that go straight to the output projection, but a "
+                "norm over all heads stands between; keep attention here"
+            )
+        if not widths or set(widths) != {conv.width}:
+            raise PlanError(
+                f"{at}.mixer: a convolution must be as wide as every value head, but is {conv.width} wide for heads of "
+                f"{', '.join(map(str, widths)) or 'no'} channels; keep one width in v"
+            )
+        if conv.mixture is not None and conv.mixture.heads != len(widths):
+            raise PlanError(
+                f"{at}.mixer: a mixture must be one of the {len(widths)} heads, but is of {conv.mixture.heads}"
+            )
+        return conv
+
+    def attention(self, mixer: Attention, form: Form, at: str) -> Attention:
+        """The attention that the kept channels of `mixer` make."""
+        qk, v = self.heads(mixer)
+        for name, kept, widths in (("qk", qk, mixer.qk), ("v", v, mixer.v)):
+            if len(kept) != len(widths):
+                raise PlanError(
+                    f"{at}.{name}: kept channels must be given for each of {len(widths)} heads, but got {len(kept)}"
+                )
+            for head, (indices, width) in enumerate(zip(kept, widths, strict=True)):
+                check_kept(indices, width, f"{at}.heads.{head}.{name}")
+        for head, (a, b) in enumerate(zip(qk, v, strict=True)):
+            if bool(a) != bool(b):
+                raise PlanError(
+                    f"{at}.heads.{head}: a head must keep channels of both qk and v or of neither, "
+                    f"but keeps {len(a)} and {len(b)}"
+                )
+        if not isinstance(self.mixer, Conv):
+            self._tied(form, mixer, qk, v, at)
+        living = [head for head, kept in enumerate(v) if kept]
+        return mixer.model_copy(update={"qk": tuple(len(qk[i]) for i in living), "v": tuple(len(v[i]) for i in living)})
+
+    def _tied(self, form: Form, mixer: Attention, qk: Sequence[Kept], v: Sequence[Kept], at: str) -> None:
+        if form.head_norm is not None:
+            for head, kept in enumerate(qk):
+                if kept and len(kept) < mixer.qk[head]:
+                    raise PlanError(
+                        f"{at}.heads.{head}.qk: channels under a q/k norm must be kept together, "
+                        f"but {len(kept)} of {mixer.qk[head]} are; cut v, or the whole head"
+                    )
+        if form.mixed_norm is not None and tuple(map(len, v)) != mixer.v:
+            raise PlanError(
+                f"{at}.v: channels under a norm over all heads must be kept together, but {sum(map(len, v))} of "
+                f"{sum(mixer.v)} are; cut qk, or skip the mixer"
+            )
+
+    def _hidden(self, block: Block, form: Form, at: str) -> int | None:
+        if self.mlp is not None:
+            if self.mlp.leaves != "zero":
+                raise PlanError(f"{at}.mlp: a skipped MLP must leave nothing, but leaves its {self.mlp.leaves}")
+            if self.hidden is not None:
+                raise PlanError(f"{at}: a skipped MLP must keep no neurons, but hidden is given; leave it out")
+            return None
+        if self.hidden is None:
+            return block.hidden
+        if block.hidden is None:
+            raise PlanError(f"{at}.hidden: neurons must be kept of an MLP, but the block has none")
+        check_kept(self.hidden, block.hidden, f"{at}.hidden")
+        if form.hidden_norm is not None and len(self.hidden) != block.hidden:
+            raise PlanError(
+                f"{at}.hidden: neurons under a norm must be kept together, but {len(self.hidden)} of {block.hidden} "
+                "are; skip the mlp"
+            )
+        return len(self.hidden)
+
+    def heads(self, mixer: Attention) -> tuple[tuple[Kept, ...], tuple[Kept, ...]]:
+        """Kept (qk, v) of every head of `mixer`, with what None leaves alone written out.
+
+        Where only one of the two is given, a head that it empties is gone, and the other follows.
+        """
+        qk = self.qk if self.qk is not None else _follow(mixer.qk, self.v)
+        v = self.v if self.v is not None else _follow(mixer.v, self.qk)
+        return qk, v
+
+    def then(self, later: Self, block: Block, at: str) -> Self:
+        """One decision on channels that equals this one followed by `later`; `block` is the parent's.
+
+        Patches depend on the blocks before, so `Plan.then` decides on them.
+        """
+        update: dict[str, Any] = {"only_prefix": self.only_prefix or later.only_prefix}
+        if isinstance(later.mixer, Skip) or isinstance(self.mixer, Skip):
+            update |= {"mixer": later.mixer or self.mixer, "qk": None, "v": None}
+        elif isinstance(self.mixer, Conv):
+            update |= {"mixer": later.mixer or self.mixer}
+        elif isinstance(later.mixer, Conv) and isinstance(block.mixer, Attention):
+            v, cut = self.heads(block.mixer)[1], self.qk is not None or self.v is not None
+            living = [head for head, kept in enumerate(v) if kept]
+            chosen = later.v if later.v is not None else tuple(tuple(range(len(v[i]))) for i in living)
+            composed = _compose(v, living, chosen, f"{at}.v") if cut else later.v
+            update |= {"mixer": later.mixer, "qk": None, "v": composed}
+        elif later.mixer is not None:
+            update |= {"mixer": later.mixer}
+        elif (later.qk is not None or later.v is not None) and isinstance(block.mixer, Attention):
+            qk, v = self.heads(block.mixer)
+            living = [head for head, kept in enumerate(v) if kept]
+            small = Attention(
+                qk=tuple(len(qk[i]) for i in living), v=tuple(len(v[i]) for i in living), scale=block.mixer.scale
+            )
+            later_qk, later_v = later.heads(small)
+            update["qk"] = _compose(qk, living, later_qk, f"{at}.qk")
+            update["v"] = _compose(v, living, later_v, f"{at}.v")
+        if later.mlp is not None or self.mlp is not None:
+            update |= {"mlp": Skip(), "hidden": None}
+        elif later.hidden is not None:
+            mine = self.hidden if self.hidden is not None else tuple(range(block.hidden or 0))
+            check_kept(later.hidden, len(mine), f"{at}.hidden")
+            update["hidden"] = tuple(mine[i] for i in later.hidden)
+        return self.model_copy(update=update)
+
+
+class StagePlan(Node):
+    """The blocks of one stage."""
+
+    blocks: tuple[BlockPlan, ...]
+
+
+class Plan(Node):
+    """What to cut from one model."""
+
+    stages: tuple[StagePlan, ...]
+
+    @classmethod
+    def keep(cls, spec: Spec) -> Self:
+        """The plan that leaves everything alone."""
+        return cls(stages=tuple(StagePlan(blocks=(BlockPlan(),) * len(stage.blocks)) for stage in spec.stages))
+
+    @classmethod
+    def of(cls, spec: Spec, blocks: Sequence[BlockPlan]) -> Self:
+        """The plan with one decision for each block of `spec`, all stages in one row."""
+        if len(blocks) != len(spec.blocks()):
+            raise PlanError(
+                f"a plan must decide for each of {len(spec.blocks())} blocks, but decides for {len(blocks)}"
+            )
+        rest = iter(blocks)
+        return cls(stages=tuple(StagePlan(blocks=tuple(next(rest) for _ in s.blocks)) for s in spec.stages))
+
+    def blocks(self) -> list[BlockPlan]:
+        """Every decision in order, all stages in one row."""
+        return [block for stage in self.stages for block in stage.blocks]
+
+    def check_shape(self, spec: Spec) -> None:
+        """Refuse a `spec` with other stages or another number of blocks.
+
+        Raises:
+            PlanError: naming both shapes.
+        """
+        mine, theirs = [len(s.blocks) for s in self.stages], [len(s.blocks) for s in spec.stages]
+        if mine != theirs:
+            raise PlanError(
+                f"stages: the plan must decide for the model's blocks {theirs}, but decides for {mine}; "
+                "it was made for another model"
+            )
+
+    def child(self, spec: Spec) -> Spec:
+        """The spec of the smaller model, by arithmetic alone.
+
+        Raises:
+            PlanError: naming the path, if the plan does not fit `spec` or asks for what cannot be cut.
+        """
+        self.check_shape(spec)
+        stages = []
+        for i, (mine, stage) in enumerate(zip(self.stages, spec.stages, strict=True)):
+            blocks = tuple(
+                plan.child(block, stage.form, f"stages.{i}.blocks.{j}")
+                for j, (plan, block) in enumerate(zip(mine.blocks, stage.blocks, strict=True))
+            )
+            blocks = with_steps(blocks, mine.blocks, stage, f"stages.{i}.blocks")
+            check_whole(blocks, stage, spec, f"stages.{i}.blocks")
+            stages.append(stage.model_copy(update={"blocks": blocks}))
+        check_pooled(stages, spec)
+        return spec.model_copy(update={"stages": tuple(stages)})
+
+    def then(self, later: Self, spec: Spec) -> Self:
+        """One plan that equals this one followed by `later`.
+
+        Args:
+            later: a plan for the child of this one.
+            spec: the parent of this plan, needed where it leaves parts alone that `later` cuts.
+        """
+        small = self.child(spec)
+        final = later.child(small)
+        stages: list[StagePlan] = []
+        for i, (mine, next_, stage) in enumerate(zip(self.stages, later.stages, spec.stages, strict=True)):
+            blocks = tuple(
+                a.then(b, block, f"stages.{i}.blocks.{j}").model_copy(
+                    update={"tokens": None if last.tokens == block.tokens else last.tokens}
+                )
+                for j, (a, b, block, last) in enumerate(
+                    zip(mine.blocks, next_.blocks, stage.blocks, final.stages[i].blocks, strict=True)
+                )
+            )
+            stages.append(StagePlan(blocks=blocks))
+        return self.model_copy(update={"stages": tuple(stages)})
+
+
+def check_kept(indices: Kept, size: int, at: str) -> None:
+    """Refuse indices that do not rise within ``[0, size)``.
+
+    Raises:
+        PlanError: naming the path and the indices.
+    """
+    previous = -1
+    for index in indices:
+        if not previous < index < size:
+            shown = indices if len(indices) <= 8 else (*indices[:8], "...")
+            raise PlanError(f"{at}: kept indices must rise within [0, {size}), but got {shown}")
+        previous = index
+
+
+def _reads(mixer: Attention | Conv | Skip) -> bool:
+    """Whether a branch has a norm before it."""
+    return bool(mixer.v) if isinstance(mixer, Attention) else isinstance(mixer, Conv) or mixer.leaves == "norm"
+
+
+def _follow(widths: tuple[int, ...], other: tuple[Kept, ...] | None) -> tuple[Kept, ...]:
+    if other is None or len(other) != len(widths):
+        return tuple(tuple(range(width)) for width in widths)
+    return tuple(tuple(range(width)) if kept else () for width, kept in zip(widths, other, strict=True))
+
+
+def _compose(first: Sequence[Kept], living: Sequence[int], later: Sequence[Kept], at: str) -> tuple[Kept, ...]:
+    composed: list[Kept] = [()] * len(first)
+    for head, kept in zip(living, later, strict=True):
+        check_kept(kept, len(first[head]), at)
+        composed[head] = tuple(first[head][i] for i in kept)
+    return tuple(composed)
+
+
+class _Sheet(Node):
+    """A plan with the model it is for, as it lies in ``plan.json``."""
+
+    parent: Spec
+    plan: Plan
+
+
+def write_plan(path: Path, parent: Spec, plan: Plan) -> None:
+    """Write a plan together with the spec it is for."""
+    write_json(path, dump(_Sheet(parent=parent, plan=plan)))
+
+
+def read_plan(path: Path) -> tuple[Spec, Plan]:
+    """Read what `write_plan` wrote; the plan is checked against its parent.
+
+    Raises:
+        PlanError: if the file is missing, malformed, or its plan does not fit its parent.
+    """
+    sheet = load(_Sheet, read_json(path, PlanError), PlanError, at=str(path))
+    sheet.plan.child(sheet.parent)
+    return sheet.parent, sheet.plan

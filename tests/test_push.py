@@ -1,0 +1,213 @@
+"""A model goes to the Hub with a card that tells what is known, and comes back the same."""
+
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+import yaml
+
+import vitrim.deploy.hub
+from vitrim import cli, families
+from vitrim.deploy import push
+from vitrim.deploy import store
+from vitrim.families import describe
+from vitrim.families._segmentor import segmentor
+from vitrim.measure import cost
+from vitrim.nn.segment import Head
+from vitrim.run.pipeline import compress
+from vitrim.words.errors import StoreError, WeightsError
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder whose recipe names folders of this machine."""
+    root = tmp_path_factory.mktemp("runs")
+    torch.manual_seed(0)
+    net = timm.create_model("test_vit", **TINY)
+    compress(net, "digits", method="magnitude", budget="macs=0.7", out=root / "half", measure={"seconds": 0.1})
+    return root / "half"
+
+
+def described(folder):
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    _, front, body = text.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_the_card_tells_what_is_known(run, tmp_path):
+    done = push.push(run, "owner/small", licence="mit", folder=tmp_path / "out")
+    assert sorted(done.files) == ["README.md", "config.json", "model.safetensors"]
+    measured = json.loads((run / "measured.json").read_text())
+    front, body = described(tmp_path / "out")
+    assert (front["license"], front["library_name"]) == ("mit", "timm")
+    (entry,) = front["model-index"]
+    (result,) = entry["results"]
+    assert result["metrics"] == [{"type": "accuracy", "value": round(measured["top1"], 3)}]
+    assert result["dataset"]["name"] == "digits"
+    for text in ("# small", "macs=0.7", "magnitude", "digits", "mit", 'vitrim.load("hf-hub:owner/small")'):
+        assert text in body
+    for text in (
+        f"{measured['top1']:.1f} %",
+        f"{measured['latency_ratio']:.3f}",
+        measured["device"],
+        measured["torch"],
+    ):
+        assert text in body
+    assert body.count("stages.0.blocks.") == 2, "a line for each block"
+    assert "Top-1 on 450 images of digits." in body
+
+
+def test_what_was_pushed_loads(run, tmp_path):
+    push.push(run, "owner/small", licence="mit", folder=tmp_path / "out")
+    mine, theirs = store.load(run), store.load(tmp_path / "out")
+    named = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(theirs(x), mine(x))
+        assert torch.equal(named(x), mine(x))
+    assert describe(named) == describe(mine)
+    config = timm.data.resolve_model_data_config(named)
+    assert config == timm.data.resolve_model_data_config(mine)
+    head = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=3)
+    assert head(x).shape == (2, 3)
+    with pytest.raises(StoreError, match="must be opened as it is, but got embed_dim"):
+        timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, embed_dim=16)
+    with pytest.raises(StoreError, match="but has no structure"):
+        timm.create_model(vitrim.deploy.hub.ARCHITECTURE)
+
+
+def test_no_folder_of_this_machine_is_pushed(tmp_path):
+    torch.manual_seed(0)
+    net = families.adopt(timm.create_model("test_vit", **TINY).eval())
+    recipe = {
+        "model": {"name": "/home/me/secret/parent.safetensors", "weights": "~/secret/w.pth"},
+        "data": {"train": "/data/secret/birds.tar", "test": "wds//data/secret/shards"},
+        "seed": 0,
+    }
+    store.save(net, tmp_path / "m.safetensors", provenance={"recipe": recipe})
+    push.push(tmp_path / "m.safetensors", "owner/small", licence="cc0-1.0", folder=tmp_path / "out")
+    for path in (tmp_path / "out").iterdir():
+        assert b"secret" not in path.read_bytes(), path.name
+    _, body = described(tmp_path / "out")
+    assert "birds.tar" in body
+    assert "parent.safetensors" in body
+
+
+def test_a_segmentor_has_its_own_words(tmp_path):
+    torch.manual_seed(0)
+    net = segmentor(timm.create_model("test_vit", **TINY).eval(), 4, Head(width=32, channels=32)).eval()
+    recipe = {"model": {"name": "mine"}, "data": {"train": "scenes", "test": "scenes"}}
+    store.save(net, tmp_path / "run" / "model.safetensors", provenance={"recipe": recipe})
+    measured = {"task": "segmentation", "macs": cost(net).macs, "miou": 51.2, "batch": 8, "latency_ms": 12.5}
+    (tmp_path / "run" / "measured.json").write_text(json.dumps(measured))
+    push.push(tmp_path / "run", "owner/roads", licence="mit", folder=tmp_path / "out")
+    front, body = described(tmp_path / "out")
+    assert front["pipeline_tag"] == "image-segmentation"
+    assert front["model-index"][0]["results"][0]["metrics"] == [{"type": "mean_iou", "value": 51.2}]
+    assert "mean intersection over union | 51.20 % |" in body
+    again, x = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(x), net(x))
+
+
+class Hub:
+    """As much of the Hub's client as a push needs: repositories are folders."""
+
+    def __init__(self, root, fault=None):
+        self.root, self.fault, self.calls = root, fault, []
+
+    def __call__(self):
+        return self
+
+    def create_repo(self, name, *, exist_ok, private):
+        assert exist_ok
+        self.calls.append(("create", name, private))
+        (self.root / name).mkdir(parents=True, exist_ok=True)
+
+    def upload_folder(self, *, folder_path, repo_id, revision, commit_message):
+        if self.fault:
+            raise self.fault
+        self.calls.append(("upload", repo_id, revision))
+        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
+
+
+def test_a_push_makes_the_repository_and_fills_it(run, tmp_path, monkeypatch):
+    hub = Hub(tmp_path)
+    monkeypatch.setattr(deliver, "HfApi", hub)
+    done = push.push(run, "owner/small", licence="mit", private=True, revision="v1")
+    assert hub.calls == [("create", "owner/small", True), ("upload", "owner/small", "v1")]
+    assert done.folder is None
+    assert {path.name: path.stat().st_size for path in (tmp_path / "owner" / "small").iterdir()} == done.files
+    with torch.no_grad():
+        x = torch.randn(1, 3, 32, 32)
+        assert torch.equal(store.load(tmp_path / "owner" / "small")(x), store.load(run)(x))
+
+
+def test_what_the_hub_says_is_told(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(deliver, "HfApi", Hub(tmp_path, OSError("no route to host")))
+    with pytest.raises(
+        StoreError, match=r"owner/small: the repository must be there to write, but no route to host; see"
+    ):
+        push.push(run, "owner/small", licence="mit")
+
+
+def test_the_licence_is_timms_or_asked_for(run, tmp_path):
+    known = {"name": "vit_tiny_patch16_224", "weights": None, "random_weights": False}
+    assert push._licence_of(known, tmp_path) == "apache-2.0"
+    for other in ({"weights": "mine.pth"}, {"random_weights": True}, {"name": "mine"}):
+        with pytest.raises(StoreError, match=r"licence of the parent's weights must be known.* give --license"):
+            push._licence_of({**known, **other}, tmp_path)
+    with pytest.raises(StoreError, match="give --license"):
+        push.push(run, "owner/small", folder=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_requests(run, tmp_path):
+    for name in ("small", "a/b/c", "/small", "owner/"):
+        with pytest.raises(StoreError, match="must be named owner/name"):
+            push.push(run, name, licence="mit")
+    with pytest.raises(StoreError, match="must be a run folder or a file that vitrim stored, but it is neither"):
+        push.push(tmp_path / "no", "owner/small", licence="mit")
+    with pytest.raises(StoreError, match="must be new or empty"):
+        push.push(run, "owner/small", licence="mit", folder=run)
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="must be writable, but is not"):
+        push.push(run, "owner/small", licence="mit", folder=tmp_path / "file" / "out")
+
+
+def test_numbers_of_another_model_are_refused(run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    torch.manual_seed(0)
+    store.save(families.adopt(timm.create_model("test_vit", **TINY).eval()), other / "model.safetensors")
+    with pytest.raises(
+        StoreError, match=r"measured\.json: what was measured must be of this model .* but is of another"
+    ):
+        push.push(other, "owner/small", licence="mit", folder=tmp_path / "out")
+
+
+def test_a_damaged_model_is_not_pushed(run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    data = (other / "model.safetensors").read_bytes()
+    (other / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises((StoreError, WeightsError)):
+        push.push(other, "owner/small", licence="mit", folder=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_from_the_command_line(run, tmp_path, monkeypatch, capsys):
+    asked = ["vitrim", "push", str(run), "owner/small", "--license", "mit"]
+    for extra, told in ((["--dry-run"], "license: "), (["--folder", str(tmp_path / "out")], "")):
+        monkeypatch.setattr("sys.argv", [*asked, *extra])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert not end.value.code
+        out = capsys.readouterr()
+        assert told in out.out
+        assert "would push README.md" in out.err
+    assert (tmp_path / "out" / "model.safetensors").is_file()
