@@ -14,8 +14,7 @@ import torch
 from tests.conformance.method import digits
 from vitrim import families
 from vitrim.cut import surgery
-from vitrim.deploy import push
-from vitrim.deploy import store
+from vitrim.deploy import push, store
 from vitrim.families import describe
 from vitrim.words.budget import SLACK, Budget
 from vitrim.words.costs import cost_of

@@ -8,10 +8,9 @@ import timm
 import torch
 import yaml
 
-import vitrim.deploy.hub
+import vitrim.hub
 from vitrim import cli, families
-from vitrim.deploy import push
-from vitrim.deploy import store
+from vitrim.deploy import push, store
 from vitrim.families import describe
 from vitrim.families._segmentor import segmentor
 from vitrim.measure import cost
@@ -77,7 +76,7 @@ def test_what_was_pushed_loads(run, tmp_path):
     with pytest.raises(StoreError, match="must be opened as it is, but got embed_dim"):
         timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, embed_dim=16)
     with pytest.raises(StoreError, match="but has no structure"):
-        timm.create_model(vitrim.deploy.hub.ARCHITECTURE)
+        timm.create_model(vitrim.hub.ARCHITECTURE)
 
 
 def test_no_folder_of_this_machine_is_pushed(tmp_path):
@@ -137,7 +136,7 @@ class Hub:
 
 def test_a_push_makes_the_repository_and_fills_it(run, tmp_path, monkeypatch):
     hub = Hub(tmp_path)
-    monkeypatch.setattr(deliver, "HfApi", hub)
+    monkeypatch.setattr(push, "HfApi", hub)
     done = push.push(run, "owner/small", licence="mit", private=True, revision="v1")
     assert hub.calls == [("create", "owner/small", True), ("upload", "owner/small", "v1")]
     assert done.folder is None
@@ -148,7 +147,7 @@ def test_a_push_makes_the_repository_and_fills_it(run, tmp_path, monkeypatch):
 
 
 def test_what_the_hub_says_is_told(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(deliver, "HfApi", Hub(tmp_path, OSError("no route to host")))
+    monkeypatch.setattr(push, "HfApi", Hub(tmp_path, OSError("no route to host")))
     with pytest.raises(
         StoreError, match=r"owner/small: the repository must be there to write, but no route to host; see"
     ):

@@ -14,7 +14,7 @@ import vitrim
 import vitrim.words.errors
 
 SOURCE = Path(vitrim.__file__).parent
-ROOMS = "words report nn families cut data train measure deploy methods run testing cli demo".split()
+ROOMS = "words report nn families cut data train measure deploy methods run testing cli demo hub".split()
 WORDS = frozenset({"words"})
 DOORS = frozenset({"", "__main__"})
 STRANGERS = frozenset({"methods", "families"})

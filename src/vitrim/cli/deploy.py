@@ -143,12 +143,12 @@ def push(
     revision: Annotated[str | None, typer.Option("--revision", help="Branch to push to.")] = None,
 ) -> None:
     """Push a model to the Hub, with a card written from its run."""
+    from vitrim.deploy import push
     from vitrim.deploy.push import CARD
-    from vitrim.deploy.push import push as deliver
 
     with tempfile.TemporaryDirectory(prefix="vitrim-push-") as scratch:
         place = Path(scratch) / "dry" if dry_run and folder is None else folder
-        done = deliver(
+        done = push.push(
             model, repository, licence=licence, folder=place, private=private, revision=revision, say=say
         )  # fmt: skip
         if dry_run and done.folder is not None:

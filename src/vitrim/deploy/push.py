@@ -281,7 +281,7 @@ def _use(known: _Known) -> str:
             f"logits = model(torch.randn(1, 3, {height}, {width}))",
             "```",
             "",
-            "Or with timm, after `import vitrim.deploy.hub`: "
+            "Or with timm, after `import vitrim.hub`: "
             f'`timm.create_model("hf-hub:{known.repository}", pretrained=True)`. It is a timm model: '
             "`forward_intermediates`, `reset_classifier` and `timm.data.resolve_model_data_config` work.",
         ]
