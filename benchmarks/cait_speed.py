@@ -26,7 +26,7 @@ from vitrim.families import describe
 from vitrim.measure import latency
 from vitrim.methods.cait.masks import merge_plan
 from vitrim.nn import fold_merges_
-from vitrim.nn.grid import GridMerged
+from vitrim.nn.steps.grid_merge import GridMerged
 from vitrim.words.costs import cost_of
 from vitrim.words.plan import BlockPlan, Plan
 

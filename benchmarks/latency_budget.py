@@ -32,7 +32,9 @@ from vitrim.measure import latency
 from vitrim.measure.parts import make_table
 from vitrim.words.budget import Budget
 from vitrim.words.plan import BlockPlan, Plan
-from vitrim.words.steps import Drop, GridMerge, Merge
+from vitrim.words.steps.drop import Drop
+from vitrim.words.steps.grid_merge import GridMerge
+from vitrim.words.steps.merge import Merge
 from vitrim.words.table import Table
 
 SHARES = (0.8, 0.65, 0.5, 0.35)

@@ -8,7 +8,8 @@ import torch
 
 from vitrim import families
 from vitrim.words.plan import BlockPlan, Plan
-from vitrim.words.spec import Attention, Conv, Drop, Mixture, Skip, Spec
+from vitrim.words.spec import Attention, Conv, Mixture, Skip, Spec
+from vitrim.words.steps.drop import Drop
 
 PRESETS = [(family, name) for family in families.names() for name in families.get(family).TEST_PRESETS]
 IDS = [f"{family}-{name}" for family, name in PRESETS]
@@ -56,7 +57,7 @@ def random_plan(spec: Spec, seed: int, skips: bool = True, drops: str = "", conv
     """
     rng = random.Random(seed)
     blocks = [_random_block(rng, stage.form, block, skips) for _, stage, block in spec.blocks()]
-    if drops and spec.stages[0].window is None:
+    if drops and spec.stages[0].window is None and not spec.host.arguments.get("dynamic_img_size"):
         steps = _random_drops(random.Random(seed + 1000), spec, drops == "exact")
         blocks = [block.model_copy(update={"tokens": step}) for block, step in zip(blocks, steps, strict=True)]
     if convs:

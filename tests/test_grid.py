@@ -21,14 +21,17 @@ from vitrim.families import adopt, describe
 from vitrim.families.vit import example
 from vitrim.measure import counted
 from vitrim.methods.cait.masks import merge_plan, thirds
-from vitrim.nn import fold_merges_, unmerge
-from vitrim.nn.grid import GridMerged
+from vitrim.nn import fold_steps_, unmerge
+from vitrim.nn.steps.grid_merge import GridMerged
 from vitrim.report.blocks import sheet, total
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import DataError, MethodError, PlanError
 from vitrim.words.plain import dump, load
 from vitrim.words.plan import BlockPlan, Plan
-from vitrim.words.spec import Drop, GridMerge, Spec, Stage, Tokens
+from vitrim.words.spec import Spec, Stage
+from vitrim.words.steps import Tokens
+from vitrim.words.steps.drop import Drop
+from vitrim.words.steps.grid_merge import GridMerge
 
 BOTH = ((1, "w"), (2, "h"))
 FORMS = ["linear", "mean", "channel"]
@@ -292,11 +295,11 @@ def test_merge_weights_are_kept_by_cuts_after():
 def test_folded_is_the_same():
     child = merged(adopted("vit", "plain"), seed=2)
     x, count = images(describe(child)), sum(p.numel() for p in child.parameters())
-    folded = fold_merges_(copy.deepcopy(child)).eval()
+    folded = fold_steps_(copy.deepcopy(child)).eval()
     assert sum(p.numel() for p in folded.parameters()) == count == cost_of(describe(child)).params
     with torch.no_grad():
         assert apart(folded(x), child(x)) < EXACT
-    assert sum(p.numel() for p in fold_merges_(folded).parameters()) == count
+    assert sum(p.numel() for p in fold_steps_(folded).parameters()) == count
 
 
 @pytest.mark.parametrize("size_bias", [True, False])
@@ -424,12 +427,12 @@ class TestRefused:
         with pytest.raises(PlanError, match="before others are merged or chosen"):
             Plan.of(spec, [BlockPlan(tokens=step) for step in steps[1:] + steps[:1]]).child(spec)
         small = merge_plan(spec, [(1, "w")]).child(spec)
-        with pytest.raises(PlanError, match="can have one token step, but it has 'grid' already"):
+        with pytest.raises(PlanError, match="can have one token step, but it already has 'grid'"):
             merge_plan(small, [(1, "h")])
 
     def test_moving_grids(self):
         spec = describe(adopted("vit", "dynamic"))
-        with pytest.raises(PlanError, match="must stay where neighbours are merged, but dynamic_img_size is on"):
+        with pytest.raises(PlanError, match="must stay where neighbors are merged, but dynamic_img_size is on"):
             merge_plan(spec, [(1, "w")])
 
     def test_other_tokens(self):

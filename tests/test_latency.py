@@ -25,7 +25,7 @@ from vitrim.words.costs import attention_macs, cost_of, mlp_macs
 from vitrim.words.errors import BudgetError, ExportError
 from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.spec import Attention, Skip, folded
-from vitrim.words.steps import Drop
+from vitrim.words.steps.drop import Drop
 from vitrim.words.table import StageTimes, Table
 
 
@@ -107,7 +107,7 @@ def test_times_between_points_lie_on_lines_and_never_below_zero():
 
 def test_heads_of_several_widths_take_longer():
     spec = describe(small_vit())
-    stage = proportional(spec).stages[0].model_copy(update={"run": 5e-6, "unequal": 1.5, "sized": 2.0})
+    stage = proportional(spec).stages[0].model_copy(update={"run": 5e-6, "unequal": 1.5, "with_sizes": 2.0})
     flow = spec.flows()[0]
     even = Attention(qk=(8,) * 4, v=(8,) * 4, scale=1.0)
     mixed = Attention(qk=(4, 12, 8, 8), v=(4, 12, 8, 8), scale=1.0)

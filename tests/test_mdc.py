@@ -22,7 +22,7 @@ from vitrim.methods.mdc.share import Chooser, Shared
 from vitrim.words.budget import Budget
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import BudgetError, MethodError, RunError
-from vitrim.words.spec import TopK
+from vitrim.words.steps.top_k import TopK
 
 WAYS = ("unbiased_median", "biased_multi")
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
+from vitrim.nn.stream import Stream
 
 from tests.samples import PRESETS, adopted, apart, images, random_plan
 from tests.tolerance import EXACT
@@ -13,12 +14,14 @@ from vitrim.cut import surgery
 from vitrim.deploy import export, store
 from vitrim.families import blocks_of, describe
 from vitrim.measure import counted
-from vitrim.nn.tokens import Merged, Seen, spread
+from vitrim.nn.attention import Heard
+from vitrim.nn.steps.merge import Merged
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import DataError, PlanError
 from vitrim.words.plain import dump, load
 from vitrim.words.plan import BlockPlan, Plan
-from vitrim.words.spec import Merge, Spec
+from vitrim.words.spec import Spec
+from vitrim.words.steps.merge import Merge
 
 WITHOUT_WINDOWS = [
     (family, preset) for family, preset in PRESETS if describe(adopted(family, preset)).stages[0].window is None
@@ -109,9 +112,9 @@ def test_what_a_merge_computes():
     """Against the sets, pairs and means made one by one."""
     draw = torch.Generator().manual_seed(2)
     x, keys = (torch.randn(1, 9, 4, generator=draw, dtype=torch.float64) for _ in range(2))
-    sizes = torch.tensor([1, 3, 1, 1, 2, 1, 1, 4, 1], dtype=torch.float64)[None, :, None]
+    sizes = torch.tensor([1, 3, 1, 1, 2, 1, 1, 4, 1], dtype=torch.float32)[None, :, None]
     step = Merged(prefix=1, count=2)
-    out, after = step.merge(x, sizes, Seen(None, keys, keys, keys))
+    out, after, _ = step.after_attention(Stream(x, sizes, 14), Heard(keys, keys, (4,), 1.0))
     first, second = [1, 3, 5, 7], [2, 4, 6, 8]
     alike = {(a, b): float(F.cosine_similarity(keys[0, a], keys[0, b], dim=0)) for a in first for b in second}
     partner = {a: max(second, key=lambda b: alike[a, b]) for a in first}
@@ -125,10 +128,10 @@ def test_what_a_merge_computes():
     assert float(after.sum()) == float(sizes.sum())
 
 
-def test_spread_repeats_each_token_by_its_size():
+def test_each_token_is_repeated_by_its_size():
     x = torch.arange(5.0)[None, :, None]
     sizes = torch.tensor([1.0, 2.0, 1.0, 3.0, 1.0])[None, :, None]
-    assert spread(x, sizes, 1, 7).flatten().tolist() == [0, 1, 1, 2, 3, 3, 3, 4]
+    assert Stream(x, sizes, 7).repeated(1).flatten().tolist() == [0, 1, 1, 2, 3, 3, 3, 4]
 
 
 def test_what_cannot_be_merged_is_refused():

@@ -30,7 +30,9 @@ from vitrim.words.budget import Budget
 from vitrim.words.costs import block_cost, cost_of
 from vitrim.words.errors import BudgetError, MethodError
 from vitrim.words.plan import BlockPlan, Plan
-from vitrim.words.spec import Attention, Drop, GridMerge
+from vitrim.words.spec import Attention
+from vitrim.words.steps.drop import Drop
+from vitrim.words.steps.grid_merge import GridMerge
 
 LOW_RANK = 1e-10
 """Full rank on a whole model: several decompositions a layer."""

@@ -33,8 +33,9 @@ from vitrim.words.costs import cost_of
 from vitrim.words.errors import AdoptError, BudgetError, DataError, MethodError, PlanError, RecipeError, WeightsError
 from vitrim.words.plain import dump, load
 from vitrim.words.plan import BlockPlan, Plan
-from vitrim.words.spec import Attention, Drop, Form, Mixture, Norm, Skip, Stage, folded
+from vitrim.words.spec import Attention, Form, Mixture, Norm, Skip, Stage, folded
 from vitrim.words.spec import Conv as ConvSpec
+from vitrim.words.steps.drop import Drop
 
 # Every preset whose attention can become both convolutions.
 FREE = [(f, p) for f, p in PRESETS if p not in ("scale_norms",) and not (f == "vit" and p == "dynamic")]

@@ -19,7 +19,8 @@ from vitrim.report.tables import plan_table
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import DataError, PlanError
 from vitrim.words.plan import BlockPlan, Plan
-from vitrim.words.spec import Drop, Stage
+from vitrim.words.spec import Stage
+from vitrim.words.steps.drop import Drop
 
 
 def dropping(spec, *kept, exact=False):
@@ -127,8 +128,12 @@ def test_nothing_left_where_nothing_may_be():
     for exact in (False, True):
         child = surgery.apply(parent, dropping(spec, None, (), exact=exact))
         assert torch.isfinite(child(images(spec))).all()
-    for preset, words in (("average", "must keep a patch, but none is left"), ("dynamic", r"pools patches \(avg\)")):
-        spec = describe(adopted("vit", preset))
+    for model, words in (
+        (adopted("vit", "average"), "must keep a patch, but none is left"),
+        (example(global_pool="avg"), r"pools patches \(avg\)"),
+        (adopted("vit", "dynamic"), "must be dropped on one grid, but dynamic_img_size is on"),
+    ):
+        spec = describe(model)
         with pytest.raises(PlanError, match=words):
             dropping(spec, ()).child(spec)
 
@@ -184,7 +189,7 @@ class TestTimmIsToldTheTruth:
             again.forward_intermediates(x, output_fmt="NCHW")
 
     def test_size_and_masks_are_refused(self, child):
-        with pytest.raises(DataError, match=r"input size must stay where tokens are dropped .* \(4, 4\); set it on"):
+        with pytest.raises(DataError, match=r"must stay as it is, for patches are dropped at places of the grid; set the input size on the dense"):
             child.set_input_size(img_size=64)
         mask = torch.ones(19, 19, dtype=torch.bool)
         with pytest.raises(DataError, match="must be run without attention masks"):
@@ -200,11 +205,10 @@ class TestTimmIsToldTheTruth:
 
 
 def test_other_grids_are_refused_when_they_come():
-    parent = adopted("vit", "dynamic")
-    spec = describe(parent)
-    child = surgery.apply(parent, dropping(spec, EVEN))
+    parent = adopted("vit", "plain")
+    child = surgery.apply(parent, dropping(describe(parent), EVEN))
     with pytest.raises(DataError, match="must be given 17, but got 26; the places are tied to the grid"):
-        child(torch.zeros(1, 3, 40, 40, dtype=torch.float64))
+        child.blocks[0](torch.zeros(1, 26, 48, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("family", "preset"), [("vit", "distilled"), ("vit", "map"), ("t2t", "performer")])

@@ -14,12 +14,15 @@ from vitrim.deploy import store
 from vitrim.families import describe
 from vitrim.measure import counted
 from vitrim.nn import Attention
-from vitrim.nn.tokens import Chosen, Seen
+from vitrim.nn.attention import Heard
+from vitrim.nn.steps.top_k import Chosen
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import PlanError
 from vitrim.words.plain import dump, load
 from vitrim.words.plan import BlockPlan, Plan
-from vitrim.words.spec import Drop, Skip, Spec, TopK
+from vitrim.words.spec import Skip, Spec
+from vitrim.words.steps.drop import Drop
+from vitrim.words.steps.top_k import TopK
 
 PLAIN = [(family, preset) for family, preset in PRESETS if family in ("vit", "t2t")]
 
@@ -111,9 +114,10 @@ def test_images_keep_different_patches():
     chosen = Chosen(step_of(spec, 0.4), 1)
     x = torch.randn(2, 17, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        q, k, v = block.attn.qkv(block.norm1(x)).chunk(3, dim=-1)
-        scores = chosen.scores(Seen(block.attn, q, k, v))
-        out = chosen.settle(x, Seen(block.attn, q, k, v))
+        q, k, _ = block.attn.qkv(block.norm1(x)).chunk(3, dim=-1)
+        heard = Heard(q, k, block.attn.qk, block.attn.scale)
+        scores = chosen.scores(heard)
+        out = chosen.after_attention(x, heard)
     first, second = (set(row.topk(7).indices.tolist()) for row in scores)
     assert first != second
     assert torch.equal(out[:, 0], x[:, 0])

@@ -39,7 +39,8 @@ from vitrim.train import Distill, Task, fit, learning_rate
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import AdoptError, DataError, RecipeError, RunError, VitrimError
 from vitrim.words.plan import BlockPlan, Plan
-from vitrim.words.spec import Drop, Merge
+from vitrim.words.steps.drop import Drop
+from vitrim.words.steps.merge import Merge
 
 SMALL = Head(width=32, channels=64)
 FOUR = {"img_size": 64, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2)}

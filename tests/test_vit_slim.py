@@ -22,7 +22,7 @@ from vitrim.words.budget import Budget
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import MethodError
 from vitrim.words.plan import BlockPlan, Plan
-from vitrim.words.spec import Drop
+from vitrim.words.steps.drop import Drop
 
 # P0, F0, dense parameters and MACs of DeiT-T, -S and -B: section 6.1.
 NAMES = {

@@ -29,7 +29,7 @@ from vitrim.measure.turns import spread, turns
 from vitrim.train import evaluate
 from vitrim.words.costs import cost_of
 from vitrim.words.plan import BlockPlan, Plan
-from vitrim.words.spec import Merge
+from vitrim.words.steps.merge import Merge
 
 OURS = ("taylor", "post_training")
 PEERS = ("torch-pruning width", "torch-pruning inner", "torch-pruning heads", "tome")

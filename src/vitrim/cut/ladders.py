@@ -14,7 +14,8 @@ import numpy as np
 
 from vitrim.words.budget import Budget
 from vitrim.words.costs import block_cost
-from vitrim.words.spec import Attention, Block, Skip, Spec, Stage, Tokens
+from vitrim.words.spec import Attention, Block, Skip, Spec, Stage
+from vitrim.words.steps import Tokens
 
 __all__ = ["ALIGN", "Array", "Choice", "Ladder", "Rate", "hidden_rate", "ladders_of"]
 

@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from vitrim.families import blocks_of
 from vitrim.nn import Attention, Axis, Block
-from vitrim.nn.tokens import Step
+from vitrim.nn.steps import StepModule
 from vitrim.words.errors import MethodError
 from vitrim.words.plain import did_you_mean
 
@@ -96,7 +96,7 @@ def listening(model: nn.Module, hear: Mapping[str, Callable[[Tensor], Any]]) -> 
 
 
 @contextlib.contextmanager
-def stepping(model: nn.Module, steps: Mapping[str, Step]) -> Iterator[None]:
+def stepping(model: nn.Module, steps: Mapping[str, StepModule]) -> Iterator[None]:
     """Put token steps into blocks for a while; weights and structure stay as they are.
 
     Args:

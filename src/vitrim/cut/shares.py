@@ -15,7 +15,8 @@ from torch import Tensor
 from vitrim.words.budget import SLACK, Budget
 from vitrim.words.errors import BudgetError, MethodError
 from vitrim.words.plan import BlockPlan, Plan
-from vitrim.words.spec import Attention, Drop, Spec
+from vitrim.words.spec import Attention, Spec
+from vitrim.words.steps import Step
 
 __all__ = [
     "Rule",
@@ -144,7 +145,7 @@ def _by_head(keep: Tensor, widths: tuple[int, ...]) -> tuple[tuple[int, ...], ..
     return tuple(tuple(head.nonzero().flatten().tolist()) for head in torch.split(keep, list(widths)))
 
 
-def with_tokens(spec: Spec, plan: Plan, steps: Mapping[str, Drop]) -> Plan:
+def with_tokens(spec: Spec, plan: Plan, steps: Mapping[str, Step]) -> Plan:
     """`plan` with token steps, by path (``stages.0.blocks.3.tokens``)."""
     decided = [
         block.model_copy(update={"tokens": steps.get(f"{path}.tokens")})

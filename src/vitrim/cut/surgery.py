@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.families import blocks_of, describe, host
-from vitrim.nn import Axis, Block, Constant, make_block, settled
+from vitrim.nn import Axis, Block, Constant, computed, keep_settings, make_block
 from vitrim.nn.conv import state_of
 from vitrim.words.errors import PlanError
 from vitrim.words.plan import BlockPlan, Plan
-from vitrim.words.spec import Attention, Conv, Skip, Stage, Tokens, folded
+from vitrim.words.spec import Attention, Conv, Skip, Stage, folded
 from vitrim.words.spec import Block as BlockSpec
+from vitrim.words.steps import Tokens
 
 __all__ = ["apply", "cut_tensors", "fold", "kept_entries"]
 
@@ -152,12 +153,11 @@ def _cut(old: Block, spec: BlockSpec, stage: Stage, plan: BlockPlan, arriving: T
         block = make_block(stage, spec, arriving)
     source = _kept(old, spec, plan)
     constants = {"attn.bias": (old.attn, old.ls1), "mlp.bias": (old.mlp, old.ls2)}
-    frozen = {name for name, parameter in old.named_parameters() if not parameter.requires_grad}
     for name, empty in block.state_dict(keep_vars=True).items():
         if name in source:
             value = source[name]
         elif block.step is not None and name.startswith("step."):
-            value = block.step.fresh(name.removeprefix("step."), like)
+            value = block.step.initial(name.removeprefix("step."), like)
         else:
             value = _constant(*constants[name])
         if value.shape != empty.shape:
@@ -165,9 +165,9 @@ def _cut(old: Block, spec: BlockSpec, stage: Stage, plan: BlockPlan, arriving: T
         owner, _, leaf = name.rpartition(".")
         value = value.detach().clone(memory_format=torch.contiguous_format)
         if isinstance(empty, nn.Parameter):
-            value = nn.Parameter(value, requires_grad=name not in frozen)
+            value = nn.Parameter(value, requires_grad=_trained(name, old))
         setattr(block.get_submodule(owner), leaf, value)
-    return settled(block)
+    return keep_settings(computed(block), old)
 
 
 def _kept(old: Block, spec: BlockSpec, plan: BlockPlan) -> dict[str, Tensor]:
@@ -183,6 +183,19 @@ def _kept(old: Block, spec: BlockSpec, plan: BlockPlan) -> dict[str, Tensor]:
         source = {name: value for name, value in source.items() if not name.startswith("attn.")}
         source |= {f"attn.{name}": value for name, value in state_of(mixer, was, have).items()}
     return source
+
+
+def _trained(name: str, old: Block) -> bool:
+    """Whether a parameter of a child is trained: as the same one of the parent, or as what it is made of.
+
+    What has no parameter of its name in the parent (a constant, a convolution, a step) is frozen where all of the
+    branch is that it comes from, or all of the block.
+    """
+    known = dict(old.named_parameters())
+    if name in known:
+        return known[name].requires_grad
+    branch = [parameter for other, parameter in known.items() if other.startswith(name.partition(".")[0] + ".")]
+    return any(parameter.requires_grad for parameter in branch or known.values()) or not known
 
 
 def _constant(branch: nn.Module | None, scale: nn.Module) -> Tensor:

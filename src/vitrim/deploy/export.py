@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vitrim.cut.surgery import fold
 from vitrim.families import describe
 from vitrim.measure.model import home_of, image_of, resting
-from vitrim.nn import fold_merges_
+from vitrim.nn import fold_steps_
 from vitrim.words.errors import ExportError
 from vitrim.words.plain import Node
 
@@ -84,7 +84,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, opset: int = OPSET
     still = _still(model)
     image = image_of(still)
     with beside(file) as part:
-        program = _traced(fold(fold_merges_(copy.deepcopy(still))).eval(), torch.zeros(3, *image))
+        program = _traced(fold(fold_steps_(copy.deepcopy(still))).eval(), torch.zeros(3, *image))
         runtime, run = (_onnx if kind == "onnx" else _program)(program, part, opset)
         worst = _compare(still, run, image)
         size = part.stat().st_size

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from vitrim.nn import Block, make_block, settled
+from vitrim.nn import Block, computed, keep_settings, make_block
 from vitrim.nn.layers import input_channels
 from vitrim.words.errors import AdoptError, SpecError, WeightsError
 from vitrim.words.plain import did_you_mean
@@ -174,7 +174,7 @@ def adopt(model: nn.Module) -> nn.Module:
         frozen = {name for name, parameter in old.named_parameters() if not parameter.requires_grad}
         for name, parameter in block.named_parameters():
             parameter.requires_grad_(name not in frozen)
-        blocks.append(settled(block))
+        blocks.append(keep_settings(computed(block), old))
     adopted = family.host(model, blocks)
     _prove(model, adopted, spec)
     return adopted

@@ -1,9 +1,9 @@
-"""timm's ways to features and to other image sizes, on a ``VisionTransformer`` whose tokens are cut.
+"""Methods of timm's ``VisionTransformer`` that must know of cut tokens: features, image sizes, heads, pruned layers.
 
 B images, N tokens, D width, (h, w) rows and columns of the patches that leave a block.
 
-timm's class is not changed: a host with such blocks carries these in place of two of its methods, and a `feature_info`
-of its own.
+timm's class is not changed: a model with such blocks has these as attributes of its own, in place of the methods of its
+class, and a `feature_info` of its own.
 """
 
 import copy
@@ -12,18 +12,79 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from timm.models._features import feature_take_indices
 from torch import Tensor
 
-from vitrim.nn import unmerge
-from vitrim.nn.grid import Sized
+from vitrim.nn import Conv, unmerge
 from vitrim.words.errors import DataError
-from vitrim.words.spec import Block, GridMerge, Tokens
-from vitrim.words.steps import flow_of, lost
+from vitrim.words.plan.tokens import why_not_pooled
+from vitrim.words.spec import Block
+from vitrim.words.steps import Tokens, flow_of, why_not_tokens
 
-__all__ = ["InputSize", "Intermediates", "Restore", "tell_reduction_"]
+__all__ = ["Intermediates", "Restore", "give_methods_"]
 
 Restore = Literal["nearest", "bilinear"]
 """How merged patches are laid out on the grid of the dense model, see `vitrim.nn.unmerge`."""
+
+
+def give_methods_(model: Any) -> None:
+    """Mark the last block of a model of ours, and give the model the methods that its blocks ask for."""
+    for name in ("forward_intermediates", "set_input_size", "reset_classifier", "prune_intermediate_layers"):
+        vars(model).pop(name, None)
+    blocks = list(model.blocks)
+    for block in blocks:
+        block.is_last = block is blocks[-1]
+    cut = any(block.spec.tokens is not None or block.spec.only_prefix for block in blocks)
+    if cut:
+        model.forward_intermediates, model.prune_intermediate_layers = Intermediates(model), Prune(model)
+        tell_reduction_(model)
+    if cut or any(isinstance(block.attn, Conv) for block in blocks):
+        model.set_input_size = InputSize(model)
+    if cut and not _leaving(model)[-1].patches:
+        model.reset_classifier = Classifier(model)
+
+
+@dataclass(eq=False)
+class Classifier:
+    """In place of timm's `reset_classifier` on a model whose last block leaves no patches."""
+
+    model: Any
+
+    def __call__(self, num_classes: int, global_pool: str | None = None) -> None:
+        """As timm's, for a head that reads the prefix tokens.
+
+        Raises:
+            DataError: if the new head would pool patches, of which none is left.
+        """
+        pool = self.model.global_pool if global_pool is None else global_pool
+        wrong = why_not_pooled(pool, self.model.blocks[-1].spec.only_prefix)
+        if wrong is not None:
+            raise DataError(f"global_pool: {wrong}; or set the head of the dense model, and cut tokens afterwards")
+        type(self.model).reset_classifier(self.model, num_classes, global_pool)
+
+
+@dataclass(eq=False)
+class Prune:
+    """In place of timm's `prune_intermediate_layers` on a model whose tokens are cut."""
+
+    model: Any
+
+    def __call__(self, indices: Any = 1, *arguments: Any, **options: Any) -> Any:
+        """As timm's.
+
+        Raises:
+            DataError: if the head that is left could not read what the last block leaves; nothing changes then.
+        """
+        model, before = self.model, self.model.blocks
+        _, last = feature_take_indices(len(before), indices)
+        model.blocks = before[: last + 1]
+        give_methods_(model)
+        try:
+            return type(model).prune_intermediate_layers(model, indices, *arguments, **options)
+        except DataError:
+            model.blocks = before
+            give_methods_(model)
+            raise
 
 
 @dataclass(eq=False)
@@ -54,10 +115,10 @@ class Intermediates:
             DataError: if maps are asked for where patches were dropped or no longer fill a grid, or if tokens were
                 merged by likeness.
         """
-        if any(arriving.carried for arriving in _leaving(self.model)):
+        if any(tokens.stands_for is not None for tokens in _leaving(self.model)[:-1]):
             raise DataError(
-                "features of single blocks must be tokens alone, but in a model that merges tokens they carry how many "
-                "patches each stands for; take them from the dense model, or use forward_features"
+                "features of single blocks must be tokens alone, but in a model that merges tokens they come with the "
+                "number of patches that each stands for; take them from the dense model, or use forward_features"
             )
         kind = type(self.model)
         bound = inspect.signature(kind.forward_intermediates).bind(self.model, x, *arguments, **options)
@@ -120,7 +181,7 @@ def _leaving(model: Any, dense: tuple[int, int] | None = None) -> list[Tokens]:
     leaving = []
     for index, block in enumerate(model.blocks):
         spec: Block = block.spec
-        wrong = lost(spec.tokens, here, rows * columns)
+        wrong = why_not_tokens(spec.tokens, here, rows * columns)
         if wrong is not None:
             raise DataError(f"stages.0.blocks.{index}.tokens: {wrong}; choose a larger input size")
         here = flow_of(spec.tokens, here, rows * columns, spec.only_prefix).leaves
@@ -134,9 +195,9 @@ def tell_reduction_(model: Any) -> None:
     timm's field `reduction` is one number and may only rise: it is the larger of both; ``reduction_hw`` has those of
     rows and columns.
     """
-    if not any(isinstance(block.spec.tokens, GridMerge) for block in model.blocks):
-        return
     dense, leaving = _dense(model), _leaving(model)
+    if not leaving or leaving[-1].halved == (0, 0):
+        return
     patch = [side // places for side, places in zip(model.patch_embed.img_size, dense, strict=True)]
     told = []
     for index, tokens in enumerate(leaving):
@@ -154,10 +215,7 @@ def tell_reduction_(model: Any) -> None:
 
 @dataclass(eq=False)
 class InputSize:
-    """In place of timm's `set_input_size` on a model whose tokens are cut.
-
-    Neighbours are merged on whatever grid there is; places of dropped patches are tied to theirs.
-    """
+    """In place of timm's `set_input_size` on a model whose blocks must be told their grid."""
 
     model: Any
 
@@ -165,16 +223,14 @@ class InputSize:
         """As timm's.
 
         Raises:
-            DataError: if patches are dropped, or the new grid is too small for the merges; nothing changes then.
+            DataError: if a step belongs to the present grid, or the new grid is too small for the steps; nothing
+                changes then.
         """
         model: Any = self.model
-        if any(
-            block.spec.tokens is not None and not isinstance(block.spec.tokens, GridMerge) for block in model.blocks
-        ):
-            raise DataError(
-                "the input size must stay where tokens are dropped at places of the grid "
-                f"{tuple(model.patch_embed.grid_size)}; set it on the dense model, and cut tokens after"
-            )
+        for index, block in enumerate(model.blocks):
+            wrong = None if block.spec.tokens is None else block.spec.tokens.why_not_resized()
+            if wrong is not None:
+                raise DataError(f"stages.0.blocks.{index}.tokens: the input size must stay as it is, for {wrong}")
         trial = copy.deepcopy(model.patch_embed)
         trial.set_input_size(*arguments, **options)
         dense = (int(trial.grid_size[0]), int(trial.grid_size[1]))
@@ -182,8 +238,5 @@ class InputSize:
         type(model).set_input_size(model, *arguments, **options)
         enters = Tokens(model.num_prefix_tokens, dense[0] * dense[1], dense)
         for block, here in zip(model.blocks, [enters, *leaving], strict=False):
-            if isinstance(block.step, Sized):
-                device = block.step.counts.device
-                block.step.place(here, dense)
-                block.step.to(device)
+            block.place(here, dense)
         tell_reduction_(model)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from timm.layers import DropPath
 from timm.layers import Mlp as TimmMlp
 from timm.layers.mlp import GluMlp, SwiGLU
@@ -17,19 +18,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitrim.nn.layers import activation_name, make_norm, norm_of
 from vitrim.nn.mlp import LAYERS
 from vitrim.words.errors import AdoptError
-from vitrim.words.spec import Norm
+from vitrim.words.spec import Norm, Rates, Stage
 
 __all__ = [
     "Hole",
     "bare",
     "check_linear",
+    "checked_stage",
     "count",
-    "drop_path_rate",
     "give_pretrained_",
     "norm_maker",
     "optional_norm",
     "pretrained",
     "read_mlp",
+    "read_rates",
     "same_norm",
 ]
 
@@ -100,7 +102,38 @@ def optional_norm(module: nn.Module, at: str) -> Norm | None:
     return None if isinstance(module, nn.Identity) else norm_of(module, at)
 
 
-def drop_path_rate(module: nn.Module) -> float:
+def checked_stage(at: str, **fields: Any) -> Stage:
+    """A stage of a living model.
+
+    Raises:
+        AdoptError: naming the path, if its blocks contradict one another.
+    """
+    try:
+        return Stage(**fields)
+    except ValidationError as problem:
+        text = problem.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise AdoptError(f"{at}: the blocks of a model must fit one another, but {text}") from None
+
+
+def read_rates(block: Any) -> Rates:
+    """What training drops in a block, timm's or ours, as its modules say now."""
+    attention, mlp = block.attn, block.mlp
+    return Rates(
+        attention=_dropout(attention, "attn_drop"),
+        projection=_dropout(attention, "proj_drop"),
+        hidden=_dropout(mlp, "drop1"),
+        output=_dropout(mlp, "drop2"),
+        attention_path=_drop_path(block.drop_path1),
+        mlp_path=_drop_path(block.drop_path2),
+    )
+
+
+def _dropout(part: Any, name: str) -> float:
+    layer = getattr(part, name, None)
+    return float(layer.p) if isinstance(layer, nn.Dropout) else 0.0
+
+
+def _drop_path(module: nn.Module) -> float:
     """How often a branch is dropped in training."""
     return float(module.drop_prob or 0.0) if isinstance(module, DropPath) else 0.0
 

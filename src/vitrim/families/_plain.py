@@ -9,7 +9,6 @@ are read here.
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -17,25 +16,26 @@ import torch
 from timm.models import vision_transformer as timm_vit
 from torch import nn
 
-from vitrim.families._features import InputSize, Intermediates, tell_reduction_
+from vitrim.families._features import give_methods_
 from vitrim.families._parts import (
     Hole,
     bare,
     check_linear,
+    checked_stage,
     count,
-    drop_path_rate,
     give_pretrained_,
     norm_maker,
     optional_norm,
     pretrained,
     read_mlp,
+    read_rates,
     same_norm,
 )
-from vitrim.nn import Block, Conv
+from vitrim.nn import Block
 from vitrim.nn.layers import activation_name, input_channels, make_activation, norm_of
 from vitrim.nn.mlp import LAYERS
-from vitrim.words.errors import AdoptError, DataError, SpecError
-from vitrim.words.spec import Attention, Form, Host, Norm, Spec, Stage
+from vitrim.words.errors import AdoptError, SpecError
+from vitrim.words.spec import Attention, Form, Host, Norm, Spec
 from vitrim.words.spec import Block as BlockSpec
 
 __all__ = ["arguments", "build", "describe", "foreign_blocks", "host", "keywords"]
@@ -60,7 +60,7 @@ def describe(model: Any, family: str, host_arguments: dict[str, Any]) -> Spec:
     blocks: list[BlockSpec] = []
     forms: list[Form] = []
     for index, block in enumerate(model.blocks):
-        spec, form = (block.spec, block.form) if isinstance(block, Block) else _read_block(block, f"blocks.{index}")
+        spec, form = _ours(block) if isinstance(block, Block) else _read_block(block, f"blocks.{index}")
         if forms and form != forms[0]:
             raise AdoptError(f"blocks.{index}: every block must have the form of block 0, but this one differs from it")
         blocks.append(spec)
@@ -68,7 +68,8 @@ def describe(model: Any, family: str, host_arguments: dict[str, Any]) -> Spec:
     if not blocks:
         raise AdoptError("blocks: a model must have at least one block, but it has none")
     image = _image(model)
-    stage = Stage(
+    stage = checked_stage(
+        "stages.0",
         width=model.embed_dim,
         grid=tuple(model.patch_embed.dynamic_feat_size(image)),
         prefix=model.num_prefix_tokens,
@@ -91,51 +92,12 @@ def describe(model: Any, family: str, host_arguments: dict[str, Any]) -> Spec:
 def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
     """A copy of `model` with other blocks; hooks on the old blocks are not taken along."""
     for block in blocks:
-        block.ends = block is blocks[-1]
-    shell = copy.deepcopy(model, {id(model.blocks): nn.Sequential(*blocks).train(model.training)})
-    if any(block.spec.tokens is not None for block in blocks):
-        shell.forward_intermediates, shell.set_input_size = Intermediates(shell), InputSize(shell)
-        tell_reduction_(shell)
-    elif any(isinstance(block.attn, Conv) for block in blocks):
-        shell.set_input_size = Regrid(shell)
-    if any(block.spec.only_prefix for block in blocks):
-        shell.forward_intermediates, shell.reset_classifier = Intermediates(shell), Classifier(shell)
+        block.is_last = block is blocks[-1]
+    run = nn.Sequential(*blocks)
+    run.training = model.blocks.training
+    shell = copy.deepcopy(model, {id(model.blocks): run})
+    give_methods_(shell)
     return shell  # type: ignore[no-any-return]
-
-
-@dataclass(eq=False)
-class Classifier:
-    """In place of timm's `reset_classifier` on a model whose last block leaves the patches behind."""
-
-    model: Any
-
-    def __call__(self, num_classes: int, global_pool: str | None = None) -> None:
-        """As timm's, for a head that reads the prefix tokens.
-
-        Raises:
-            DataError: if the new head would pool patches, of which none is left.
-        """
-        if global_pool not in (None, "token"):
-            raise DataError(
-                f"global_pool must stay 'token' where the last block leaves the patches behind, but got "
-                f"'{global_pool}'; set it on the dense model, and cut after"
-            )
-        type(self.model).reset_classifier(self.model, num_classes, global_pool)
-
-
-@dataclass(eq=False)
-class Regrid:
-    """In place of timm's `set_input_size` on a model with convolutions, which must be told their grid."""
-
-    model: Any
-
-    def __call__(self, *arguments: Any, **options: Any) -> None:
-        """As timm's."""
-        type(self.model).set_input_size(self.model, *arguments, **options)
-        rows, columns = self.model.patch_embed.grid_size
-        for block in self.model.blocks:
-            if isinstance(block.attn, Conv):
-                block.attn.grid = (rows, columns)
 
 
 def build(spec: Spec, construct: Callable[[], Any]) -> Any:
@@ -176,6 +138,10 @@ def keywords(spec: Spec) -> dict[str, Any]:
     }
 
 
+def _ours(block: Block) -> tuple[BlockSpec, Form]:
+    return block.spec.model_copy(update={"rates": read_rates(block)}), block.form
+
+
 def _read_block(block: Any, at: str) -> tuple[BlockSpec, Form]:
     if type(block) is not timm_vit.Block:
         raise AdoptError(f"{at}: a block must be timm's plain pre-norm Block, but got {type(block).__name__}")
@@ -200,12 +166,10 @@ def _read_block(block: Any, at: str) -> tuple[BlockSpec, Form]:
         head_norm=optional_norm(attention.q_norm, f"{at}.attn.q_norm"),
         head_norm_width=0 if isinstance(attention.q_norm, nn.Identity) else width,
         mixed_norm=optional_norm(getattr(attention, "norm", nn.Identity()), f"{at}.attn.norm"),
-        attention_drop=attention.attn_drop.p,
-        drop=attention.proj_drop.p,
         **read_mlp(mlp, f"{at}.mlp"),
     )
     hidden = getattr(mlp, LAYERS[form.mlp][-1]).in_features
-    return BlockSpec(mixer=mixer, hidden=hidden, drop_path=drop_path_rate(block.drop_path1)), form
+    return BlockSpec(mixer=mixer, hidden=hidden, rates=read_rates(block)), form
 
 
 def _layer_scale(block: Any, at: str) -> bool:

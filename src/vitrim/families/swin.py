@@ -22,12 +22,13 @@ from vitrim.families._parts import (
     Hole,
     bare,
     check_linear,
+    checked_stage,
     count,
-    drop_path_rate,
     give_pretrained_,
     norm_maker,
     pretrained,
     read_mlp,
+    read_rates,
     same_norm,
 )
 from vitrim.nn import Block, WindowBlock
@@ -104,11 +105,11 @@ def describe(model: Any) -> Spec:
 def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
     """A copy of `model` with other blocks; hooks on the old blocks are not taken along."""
     rest = iter(blocks)
-    runs = {
-        id(layer.blocks): nn.Sequential(*(next(rest) for _ in layer.blocks)).train(model.training)
-        for layer in model.layers
-    }
-    shell = copy.deepcopy(model, dict(runs))
+    runs: dict[int, Any] = {}
+    for layer in model.layers:
+        runs[id(layer.blocks)] = nn.Sequential(*(next(rest) for _ in layer.blocks))
+        runs[id(layer.blocks)].training = layer.blocks.training
+    shell = copy.deepcopy(model, runs)
     return shell  # type: ignore[no-any-return]
 
 
@@ -187,7 +188,17 @@ def _stages(model: Any) -> tuple[Stage, ...]:
                 raise AdoptError(f"{at}.blocks.{place}: every block must be formed as block 0, but this one differs")
         _, form, window, width = parts[0]
         blocks = tuple(part[0] for part in parts)
-        stages.append(Stage(width=width, grid=(rows, columns), prefix=0, form=form, blocks=blocks, window=window))
+        stages.append(
+            checked_stage(
+                f"stages.{index}",
+                width=width,
+                grid=(rows, columns),
+                prefix=0,
+                form=form,
+                blocks=blocks,
+                window=window,
+            )
+        )
     return tuple(stages)
 
 
@@ -199,7 +210,7 @@ def _block(block: Any, at: str, grid: tuple[int, int]) -> tuple[BlockSpec, Form,
         # Older versions of timm round odd grids down where their merging pads them: masks would be for another grid.
         raise AdoptError(f"{at}: the block must be made for its grid {grid}, but is for {believed}; use a newer timm")
     if ours:
-        return block.spec, block.form, block.window, block.width
+        return block.spec.model_copy(update={"rates": read_rates(block)}), block.form, block.window, block.width
     if type(block) is not SwinTransformerBlock:
         raise AdoptError(f"{at}: a block must be timm's SwinTransformerBlock, but got {type(block).__name__}")
     attention = block.attn
@@ -217,13 +228,10 @@ def _block(block: Any, at: str, grid: tuple[int, int]) -> tuple[BlockSpec, Form,
         norm=same_norm([(f"{at}.norm1", block.norm1), (f"{at}.norm2", block.norm2)]),
         qkv_bias=attention.qkv.bias is not None,
         out_bias=attention.proj.bias is not None,
-        attention_drop=attention.attn_drop.p,
-        drop=attention.proj_drop.p,
         **read_mlp(block.mlp, f"{at}.mlp"),
     )
     mixer = Attention(qk=(width,) * heads, v=(width,) * heads, scale=attention.scale)
-    rate = drop_path_rate(block.drop_path1)
-    spec = BlockSpec(mixer=mixer, hidden=block.mlp.fc2.in_features, drop_path=rate, shifted=shifted)
+    spec = BlockSpec(mixer=mixer, hidden=block.mlp.fc2.in_features, rates=read_rates(block), shifted=shifted)
     return spec, form, window, block.dim
 
 

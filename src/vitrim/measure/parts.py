@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim.families import blocks_of, describe
 from vitrim.measure.model import home_of, image_of, moved, resting
@@ -30,10 +30,11 @@ from vitrim.measure.turns import (
     turns,
     waiting,
 )
-from vitrim.nn.make import make_block, settled
+from vitrim.nn import Stream, computed, make_block
+from vitrim.words.plain import FrozenDict
 from vitrim.words.progress import progress
 from vitrim.words.spec import Attention, Block, Conv, Skip, Spec, Stage
-from vitrim.words.steps import Drop, GridMerge, Merge, Step, Tokens, TopK, flow_of
+from vitrim.words.steps import Step, Tokens, flow_of, kinds
 from vitrim.words.table import TICKS, Machine, StageTimes, Table
 
 __all__ = ["fitted", "halved", "machine_of", "make_table"]
@@ -163,7 +164,7 @@ def _rebuilt(model: nn.Module, spec: Spec) -> nn.Module:
     like = next(model.parameters())
     for (_, block), (_, stage, node), arriving in zip(blocks_of(other), spec.blocks(), spec.arrivals(), strict=True):
         with torch.device(like.device):
-            fresh = settled(make_block(stage, node, arriving)).to(like.dtype).eval()
+            fresh = computed(make_block(stage, node, arriving)).to(like.dtype).eval()
         block.attn, block.mlp = fresh.attn, fresh.mlp
     return other
 
@@ -204,12 +205,13 @@ class _Bench:
     def part(self, stage: Stage, block: Block, arriving: Tokens) -> Timer:
         """A timer of one block of random weights."""
         with torch.device(self.device):
-            net = settled(make_block(stage, block, arriving)).to(self.device, self.dtype).eval()
+            net = computed(make_block(stage, block, arriving)).to(self.device, self.dtype).eval()
         shape = (*stage.grid, stage.width) if stage.window is not None else (arriving.total, stage.width)
-        x = torch.randn(self.batch, *shape, generator=torch.Generator().manual_seed(0))
-        if arriving.carried:
-            x = torch.cat([x, torch.ones(*x.shape[:-1], 1)], dim=-1)
-        return timer(functools.partial(self.ready(net), x.to(self.device, self.dtype)), waiting(self.device))
+        x = torch.randn(self.batch, *shape, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
+        given: Tensor | Stream = x
+        if arriving.stands_for is not None:
+            given = Stream(x, torch.ones(*x.shape[:-1], 1, device=self.device), arriving.stands_for)
+        return timer(functools.partial(self.ready(net), given), waiting(self.device))
 
 
 def _stage(stage: Stage, bench: _Bench, rounds: int) -> StageTimes:
@@ -306,19 +308,13 @@ def _other_parts(stage: Stage, mixer: Attention) -> Iterator[Part]:
     dense = ([width] * count, [width] * count)
     for name, step in _steps(stage).items():
         yield f"step.{name}", (attends(*dense, step), here)
-    yield "sized", (attends(*dense), here._replace(grid=None, carried=True))
+    yield "with_sizes", (attends(*dense), here._replace(grid=None, stands_for=here.patches))
 
 
 def _steps(stage: Stage) -> dict[str, Step]:
-    """One token step of each kind, which takes half of what it can."""
-    patches = stage.patches
-    steps: dict[str, Step] = {
-        "merge": Merge(count=max(1, patches // 4)),
-        "drop": Drop(kept=tuple(range(patches // 2))),
-        "top_k": TopK(kept=stage.prefix + patches // 2),
-    }
-    axis = "w" if stage.grid[1] > 1 else "h"
-    return steps | {"grid": GridMerge(axis=axis)}
+    """One token step of each kind that this stage can have, by its `kind`."""
+    examples = (kind.example(stage.enters) for kind in kinds().values())
+    return {step.kind: step for step in examples if step is not None}
 
 
 def _timed(stage: Stage, parts: dict[Any, tuple[Block, Tokens]], bench: _Bench, rounds: int) -> dict[Any, float]:
@@ -360,19 +356,16 @@ def _others(times: StageTimes, stage: Stage, mixer: Attention, found: Mapping[An
 
     dense = expected(stage.tokens, count * width)
     told: dict[str, Any] = {
-        "conv": {str(kernel): found[f"conv{kernel}"] for kernel in (1, 3) if f"conv{kernel}" in found}
+        "conv": FrozenDict({str(kernel): found[f"conv{kernel}"] for kernel in (1, 3) if f"conv{kernel}" in found})
     }
     if "unequal" in found:
         told["unequal"] = max(1.0, found["unequal"] / expected(stage.tokens, count * (half + width) / 2))
     if "uneven" in found:
         told["run"] = max(0.0, found["uneven"] - expected(stage.tokens, half + (count - 1) * width))
-    if "sized" in found:
-        told["sized"] = max(1.0, found["sized"] / dense)
-        told["steps"] = {
-            name: max(
-                0.0,
-                found[f"step.{name}"] - expected(flow_of(step, stage.enters, stage.patches).projected, count * width),
-            )
-            for name, step in _steps(stage).items()
-        }
+    if "with_sizes" in found:
+        told["with_sizes"] = max(1.0, found["with_sizes"] / dense)
+        attended = {name: flow_of(step, stage.enters, stage.patches).projected for name, step in _steps(stage).items()}
+        told["steps"] = FrozenDict(
+            {name: max(0.0, found[f"step.{name}"] - expected(n, count * width)) for name, n in attended.items()}
+        )
     return told

@@ -59,7 +59,8 @@ from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError, PlanError
 from vitrim.words.plain import Node
 from vitrim.words.plan import Plan
-from vitrim.words.spec import NO_WINDOWS, Drop, Spec
+from vitrim.words.spec import NO_WINDOWS, Spec
+from vitrim.words.steps.drop import Drop
 
 __all__ = ["Method", "TokenGated", "gate_model", "gate_scores", "l1_penalty", "token_scores"]
 

@@ -4,9 +4,10 @@ from vitrim.nn.attention import Attention
 from vitrim.nn.axis import Axis, Member, Tap
 from vitrim.nn.block import Block, Constant
 from vitrim.nn.conv import Conv
-from vitrim.nn.grid import fold_merges_, unmerge
-from vitrim.nn.make import make_block, settled
+from vitrim.nn.make import computed, fold_steps_, keep_settings, make_block
+from vitrim.nn.maps import unmerge
 from vitrim.nn.mlp import Mlp
+from vitrim.nn.stream import Stream
 from vitrim.nn.window import WindowBlock
 
 __all__ = [
@@ -17,10 +18,12 @@ __all__ = [
     "Conv",
     "Member",
     "Mlp",
+    "Stream",
     "Tap",
     "WindowBlock",
-    "fold_merges_",
+    "computed",
+    "fold_steps_",
+    "keep_settings",
     "make_block",
-    "settled",
     "unmerge",
 ]

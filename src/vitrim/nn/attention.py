@@ -6,6 +6,7 @@ Parameters carry timm's names, so a dense block loads timm's weights as they are
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from timm.layers import use_fused_attn
@@ -14,14 +15,26 @@ from torch.nn import functional as F
 
 from vitrim.nn.axis import Axis, Member, Tap
 from vitrim.nn.layers import make_norm
-from vitrim.nn.tokens import Seen
+from vitrim.words.spec import NO_RATES, Form, Rates
 from vitrim.words.spec import Attention as AttentionSpec
-from vitrim.words.spec import Form
 
-__all__ = ["Attention"]
+__all__ = ["Attention", "Heard"]
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Maps queries, keys and values of heads of one width, ``(B, H, N, K)``, and a mask to the heads' outputs."""
+
+
+class Heard(NamedTuple):
+    """What an attention computed, for a token step that needs it: heads' channels in a row, after norms and taps."""
+
+    q: Tensor
+    """``(B, N, Q)``, or of the first tokens alone."""
+    k: Tensor
+    """``(B, N, Q)``."""
+    widths: tuple[int, ...]
+    """Channels of each head, of queries and keys."""
+    scale: float
+    """What multiplies the logits."""
 
 
 class Attention(nn.Module):
@@ -36,10 +49,11 @@ class Attention(nn.Module):
     Args:
         width: D.
         spec: head widths and scale; at least one head.
-        form: biases, norms and dropout.
+        form: biases and norms.
+        rates: dropout.
     """
 
-    def __init__(self, width: int, spec: AttentionSpec, form: Form) -> None:
+    def __init__(self, width: int, spec: AttentionSpec, form: Form, rates: Rates = NO_RATES) -> None:
         super().__init__()
         self.qk, self.v, self.scale = spec.qk, spec.v, spec.scale
         self.sizes = (sum(spec.qk), sum(spec.qk), sum(spec.v))
@@ -53,18 +67,19 @@ class Attention(nn.Module):
         self.q_norm = make_norm(form.head_norm, form.head_norm_width) if form.head_norm else nn.Identity()
         self.k_norm = make_norm(form.head_norm, form.head_norm_width) if form.head_norm else nn.Identity()
         self.q_tap, self.k_tap, self.v_tap = Tap(), Tap(), Tap()
-        self.attn_drop = nn.Dropout(form.attention_drop)
+        self.attn_drop = nn.Dropout(rates.attention)
         self.norm = make_norm(form.mixed_norm, self.sizes[2]) if form.mixed_norm else nn.Identity()
         self.proj = nn.Linear(self.sizes[2], width, bias=form.out_bias)
-        self.proj_drop = nn.Dropout(form.drop)
+        self.proj_drop = nn.Dropout(rates.projection)
 
     def forward(
         self,
         x: Tensor,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        asking: int | None = None,
-        seen: list[Seen] | None = None,
+        n_queries: int | None = None,
+        heard: list[Heard] | None = None,
+        key_bias: Tensor | None = None,
     ) -> Tensor:
         """Mix tokens.
 
@@ -72,28 +87,34 @@ class Attention(nn.Module):
             x: normed tokens, ``(B, N, D)``.
             attn_mask: True where a key may be seen, or a bias added to the logits; broadcasts to ``(B, H, N, N)``.
             is_causal: whether a token sees only itself and those before it.
-            asking: how many tokens, the first, ask; None for all.
-            seen: what queries, keys and values are added to, for a token step that needs them.
+            n_queries: of how many tokens, the first, queries and outputs are computed; None for all.
+            heard: a list that queries and keys are added to, for a token step that needs them.
+            key_bias: finite numbers added to the logits, in place of `attn_mask`; broadcasts as that.
 
         Returns:
-            ``(B, N, D)``, or only the tokens that asked.
+            ``(B, N, D)``, or of the first `n_queries` tokens.
         """
-        return self._run(x, attn_mask, lambda q, k, v, mask: self._attend(q, k, v, mask, is_causal), asking, seen)
+        mask, may_hide_all = (attn_mask, True) if key_bias is None else (key_bias, False)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            return self._attend(q, k, v, mask, is_causal, may_hide_all)
+
+        return self._run(x, mask, attend, n_queries, heard)
 
     def _run(
         self,
         x: Tensor,
         attn_mask: Tensor | None,
         attend: Attend,
-        asking: int | None = None,
-        seen: list[Seen] | None = None,
+        n_queries: int | None = None,
+        heard: list[Heard] | None = None,
     ) -> Tensor:
-        q, k, v = self.qkv(x).split(self.sizes, dim=-1) if asking is None else self._projected(x, asking)
+        q, k, v = self.qkv(x).split(self.sizes, dim=-1) if n_queries is None else self._projected(x, n_queries)
         if self.tied_qk:
             q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
         q, k, v = self.q_tap(q), self.k_tap(k), self.v_tap(v)
-        if seen is not None:
-            seen.append(Seen(self, q, k, v))
+        if heard is not None:
+            heard.append(Heard(q, k, self.qk, self.scale))
         if self.even:
             q, k, v = (self._heads(t).transpose(1, 2) for t in (q, k, v))
             mixed = attend(q, k, v, attn_mask).transpose(1, 2).flatten(2)
@@ -102,10 +123,10 @@ class Attention(nn.Module):
         out: Tensor = self.proj_drop(self.proj(self.norm(mixed)))
         return out
 
-    def _projected(self, x: Tensor, asking: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _projected(self, x: Tensor, n_queries: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the first tokens, keys and values of all."""
         weight, bias, (first, second, _) = self.qkv.weight, self.qkv.bias, self.sizes
-        q = F.linear(x[:, :asking], weight[:first], None if bias is None else bias[:first])
+        q = F.linear(x[:, :n_queries], weight[:first], None if bias is None else bias[:first])
         k, v = F.linear(x, weight[first:], None if bias is None else bias[first:]).tensor_split((second,), dim=-1)
         return q, k, v
 
@@ -126,7 +147,25 @@ class Attention(nn.Module):
                 mixed[i] = head
         return torch.cat(mixed, dim=-1)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool = False,
+        may_hide_all: bool = False,
+    ) -> Tensor:
+        """Attend with heads of one width.
+
+        Args:
+            q: ``(B, H, N, K)``.
+            k: as `q`.
+            v: ``(B, H, N, V)``.
+            attn_mask: see `forward`.
+            is_causal: see `forward`.
+            may_hide_all: whether the mask may hide all keys from a query.
+        """
         if attn_mask is not None and attn_mask.dtype != torch.bool:
             attn_mask = attn_mask.to(q.dtype)
         # On a CPU PyTorch has no fused kernel for values of another width than the queries', and what it falls back to
@@ -138,8 +177,13 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=attn_mask, dropout_p=drop, is_causal=is_causal, scale=self.scale
             )
-        weights: Tensor = self.attn_drop(self._logits(q, k, attn_mask, is_causal).softmax(dim=-1))
-        return weights @ v
+        weights = self._logits(q, k, attn_mask, is_causal).softmax(dim=-1)
+        if attn_mask is not None and may_hide_all:
+            # A query that may see no key gets nothing, as from the fused kernels; its softmax is 0 / 0.
+            hidden = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask.isneginf()
+            weights = weights.masked_fill(hidden.all(dim=-1, keepdim=True), 0.0)
+        dropped: Tensor = self.attn_drop(weights)
+        return dropped @ v
 
     def _logits(self, q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         if attn_mask is not None and attn_mask.dtype != torch.bool and attn_mask.dim() == 4 and not is_causal:

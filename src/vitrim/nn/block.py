@@ -1,6 +1,6 @@
 """The transformer block, built from a spec node.
 
-B images, N tokens, D width.
+B images, N tokens, P prefix tokens, D width.
 """
 
 from collections.abc import Callable
@@ -9,17 +9,19 @@ import torch
 from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 
-from vitrim.nn.attention import Attention
+from vitrim.nn.attention import Attention, Heard
 from vitrim.nn.axis import Axis
 from vitrim.nn.conv import Conv, Same
 from vitrim.nn.layers import make_norm
 from vitrim.nn.mlp import Mlp
-from vitrim.nn.tokens import Merged, Seen, Step, spread
+from vitrim.nn.steps import StepModule, make_step
+from vitrim.nn.stream import Residual, Stream
 from vitrim.words.errors import DataError
 from vitrim.words.spec import Attention as AttentionSpec
 from vitrim.words.spec import Block as BlockSpec
 from vitrim.words.spec import Conv as ConvSpec
-from vitrim.words.spec import Form, Skip
+from vitrim.words.spec import Form, Rates, Skip, Stage
+from vitrim.words.steps import Tokens, flow_of
 
 __all__ = ["Block", "Constant"]
 
@@ -43,43 +45,33 @@ class Constant(nn.Module):
 class Block(nn.Module):
     """A pre-norm block: ``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``.
 
-    It answers to whatever timm passes to its own block. A branch that a plan took away is None; a branch that lost all
-    its channels is a `Constant`, without norm and layer scale. In place of attention may stand a `Conv`.
+    It takes whatever timm passes to its own block. A branch that a plan took away is None; a branch that lost all its
+    channels is a `Constant`, without norm and layer scale. In place of attention there may be a `Conv`.
 
     Args:
-        width: D.
-        spec: mixer, hidden neurons, drop path.
-        form: what the blocks of the stage have in common.
-        attention: what builds the attention from D, the mixer and the form.
-        step: what becomes of its tokens; None keeps all that arrive.
-        asking: how many tokens, the first, ask, go through the MLP and leave; None for all.
-        conv: what builds the convolution from D, the mixer and the form.
-        sized: whether tokens arrive that stand for several patches: then the last channel of the stream, D + 1, says
-            how many.
-        patches: of the dense grid.
-        prefix: tokens before them.
+        stage: width, grid, prefix tokens and form.
+        spec: mixer, hidden neurons, token step, dropout.
+        arriving: the tokens at its input; those of the whole grid if None.
+        attention: what builds the attention from D, the mixer, the form and the rates.
     """
 
     def __init__(
         self,
-        width: int,
+        stage: Stage,
         spec: BlockSpec,
-        form: Form,
-        attention: Callable[[int, AttentionSpec, Form], Attention] = Attention,
-        step: Step | None = None,
-        asking: int | None = None,
-        conv: Callable[[int, ConvSpec, Form], Conv] = Conv,
-        sized: bool = False,
-        patches: int = 0,
-        prefix: int = 0,
+        arriving: Tokens | None = None,
+        attention: Callable[[int, AttentionSpec, Form, Rates], Attention] = Attention,
     ) -> None:
         super().__init__()
-        self.step, self.asking, self.sized = step, asking, sized
-        self.patches, self.prefix = patches, prefix
-        self.ends = False
-        """Whether the host's head reads what leaves: sizes stay behind then. Set by the family that hosts the block."""
-        self.spec, self.form, self.width = spec, form, width
-        mixer, hidden = spec.mixer, spec.hidden
+        here = stage.enters if arriving is None else arriving
+        width, form, mixer, hidden = stage.width, stage.form, spec.mixer, spec.hidden
+        self.spec, self.form, self.width, self.prefix = spec, form, width, stage.prefix
+        self.arriving = here
+        self.step: StepModule | None = None if stage.window is not None else make_step(spec.tokens, stage, here)
+        self.n_queries = stage.prefix if spec.only_prefix else None
+        """Of how many tokens, the first, queries, MLP and output are computed; None for all."""
+        self.is_last = False
+        """Whether the model's head reads what leaves. Set by the family that hosts the block."""
 
         attends = isinstance(mixer, AttentionSpec) and len(mixer.v) > 0
         constant = isinstance(mixer, AttentionSpec) and not attends and form.out_bias
@@ -88,70 +80,97 @@ class Block(nn.Module):
         self.norm1 = make_norm(form.norm, width) if reads else nn.Identity()
         self.attn: Attention | Conv | Constant | Same | None = None
         if attends and isinstance(mixer, AttentionSpec):
-            self.attn = attention(width, mixer, form)
+            self.attn = attention(width, mixer, form, spec.rates)
         elif isinstance(mixer, ConvSpec):
-            self.attn = conv(width, mixer, form)
+            grid = flow_of(spec.tokens, here, stage.patches).mixed.grid or stage.grid
+            self.attn = Conv(width, mixer, form, spec.rates, grid=grid, prefix=stage.prefix)
         elif constant or same:
             self.attn = Same() if same else Constant(width)
         self.ls1 = LayerScale(width) if reads and form.layer_scale else nn.Identity()
-        self.drop_path1 = DropPath(spec.drop_path)
+        self.drop_path1 = DropPath(spec.rates.attention_path)
 
         self.norm2 = make_norm(form.norm, width) if hidden else nn.Identity()
         self.mlp: Mlp | Constant | None = None
         if hidden:
-            self.mlp = Mlp(width, hidden, form)
+            self.mlp = Mlp(width, hidden, form, spec.rates)
         elif hidden == 0 and form.mlp_out_bias:
             self.mlp = Constant(width)
         self.ls2 = LayerScale(width) if hidden and form.layer_scale else nn.Identity()
-        self.drop_path2 = DropPath(spec.drop_path)
+        self.drop_path2 = DropPath(spec.rates.mlp_path)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Map tokens ``(B, N, D)`` to ``(B, n, D)``, where n is N unless the block has a token step or `asking`.
+    def forward(self, x: Residual, attn_mask: Tensor | None = None, is_causal: bool = False) -> Residual:
+        """Map tokens ``(B, N, D)`` to ``(B, n, D)``, where n is N unless the block changes the number of tokens.
 
-        Masks are those of `Attention.forward`.
+        Between blocks whose tokens stand for several patches the tokens come and go as a `Stream`, with their sizes;
+        the last block gives each token as often as it has patches.
+
+        Args:
+            x: tokens.
+            attn_mask: see `Attention.forward`.
+            is_causal: see `Attention.forward`.
 
         Raises:
             DataError: if the number of tokens changes, and others arrive than it was made for, or a mask is given.
         """
-        few = self.step is not None or self.asking is not None or self.sized
-        if few and (attn_mask is not None or is_causal):
+        changes = self.step is not None or self.n_queries is not None or isinstance(x, Stream)
+        if changes and (attn_mask is not None or is_causal):
             raise DataError(
                 "a model whose tokens are dropped or merged must be run without attention masks; leave them out"
             )
-        seen, sizes = None, None
-        if self.sized:
-            x, sizes = x[..., :-1], x[..., -1:]
-            attn_mask = sizes.log().mT[:, None]
+        if isinstance(x, Stream):
+            tokens, sizes, key_bias = x.x, x, x.key_bias()
+        else:
+            tokens, sizes, key_bias = x, None, None
         if self.step is not None:
-            x = self.step.enter(x)
+            tokens = self.step.enter(tokens)
+        heard: list[Heard] = []
         if self.attn is not None:
-            mixed, seen = self._mix(self.norm1(x), attn_mask, is_causal)
-            x = x[:, : self.asking] + self.drop_path1(self.ls1(mixed))
-        elif self.asking is not None:
-            x = x[:, : self.asking]
-        if isinstance(self.step, Merged):
-            x, sizes = self.step.merge(x, sizes, seen)
-        elif self.step is not None:
-            x = self.step.settle(x, seen)
+            mixed = self._mix(self.norm1(tokens), attn_mask, is_causal, key_bias, heard)
+            tokens = tokens[:, : self.n_queries] + self.drop_path1(self.ls1(mixed))
+        elif self.n_queries is not None:
+            tokens = tokens[:, : self.n_queries]
+        if self.n_queries is not None:
+            sizes = None
+        stream = tokens if sizes is None else sizes._replace(x=tokens)
+        if self.step is not None:
+            stream = self.step.after_attention(stream, heard[0] if heard else None)
+        tokens, sizes = (stream.x, stream) if isinstance(stream, Stream) else (stream, None)
         if self.mlp is not None:
-            x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        if sizes is None or self.asking is not None:
-            return x
-        return spread(x, sizes, self.prefix, self.patches) if self.ends else torch.cat([x, sizes], dim=-1)
+            tokens = tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
+        if sizes is None:
+            return tokens
+        sizes = sizes._replace(x=tokens)
+        return sizes.repeated(self.prefix) if self.is_last else sizes
 
-    def _mix(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Seen | None]:
+    def _mix(
+        self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, key_bias: Tensor | None, heard: list[Heard]
+    ) -> Tensor:
+        """What the attention, or what stands in its place, gives the tokens whose output is computed."""
         assert self.attn is not None
         if not isinstance(self.attn, Attention):
-            alone: Tensor = self.attn(x[:, : self.asking], attn_mask=attn_mask, is_causal=is_causal)
-            return alone, None
+            alone: Tensor = self.attn(x[:, : self.n_queries], attn_mask=attn_mask, is_causal=is_causal)
+            return alone
         if self.step is None:
-            mixed: Tensor = self.attn(x, attn_mask=attn_mask, is_causal=is_causal, asking=self.asking)
-            return mixed, None
+            mixed: Tensor = self.attn(x, attn_mask, is_causal, n_queries=self.n_queries, key_bias=key_bias)
+            return mixed
         given, raised = self.step.keys(x)
-        raised = attn_mask if raised is None else raised
-        seen: list[Seen] = []
-        mixed = self.attn(given, attn_mask=raised, asking=self.asking, seen=seen if self.step.looks else None)
-        return mixed[:, : x.shape[1]], seen[0] if seen else None
+        key_bias = key_bias if raised is None else raised
+        wanted = heard if self.step.needs_attention else None
+        mixed = self.attn(given, n_queries=self.n_queries, heard=wanted, key_bias=key_bias)
+        return mixed[:, : x.shape[1]]
+
+    def place(self, arriving: Tokens, grid: tuple[int, int]) -> None:
+        """Adapt to another image size.
+
+        Args:
+            arriving: the tokens at the block's input.
+            grid: rows and columns of the dense grid.
+        """
+        self.arriving = arriving
+        if self.step is not None:
+            self.step.place(arriving, grid)
+        if isinstance(self.attn, Conv):
+            self.attn.grid = flow_of(self.spec.tokens, arriving, grid[0] * grid[1]).mixed.grid or grid
 
     def axes(self) -> tuple[Axis, ...]:
         """Every axis of this block."""

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitrim.words.errors import DataError
+from vitrim.words.spec import NO_RATES, Form, Mixture, Rates
 from vitrim.words.spec import Attention as AttentionSpec
 from vitrim.words.spec import Conv as ConvSpec
-from vitrim.words.spec import Form, Mixture
 
 __all__ = ["EPS", "Conv", "Same", "mixed_back", "mixed_kernel", "state_of", "taps", "votes"]
 
@@ -139,12 +139,22 @@ class Conv(nn.Module):
     Args:
         width: D.
         spec: kernel, d, state.
-        form: biases of the attention that it was made of, and dropout.
+        form: biases of the attention that it was made of.
+        rates: dropout.
         grid: R and C, where tokens come in one row.
         prefix: P.
     """
 
-    def __init__(self, width: int, spec: ConvSpec, form: Form, grid: tuple[int, int] = (0, 0), prefix: int = 0) -> None:
+    def __init__(
+        self,
+        width: int,
+        spec: ConvSpec,
+        form: Form,
+        rates: Rates = NO_RATES,
+        *,
+        grid: tuple[int, int] = (0, 0),
+        prefix: int = 0,
+    ) -> None:
         super().__init__()
         self.spec, self.grid, self.prefix = spec, grid, prefix
         if spec.mixture is not None:
@@ -160,7 +170,7 @@ class Conv(nn.Module):
             self.proj = nn.Conv2d(spec.width, width, 1, bias=form.out_bias)
         if spec.norm:
             self.bn = nn.BatchNorm1d(spec.width, EPS) if spec.kernel == 1 else nn.BatchNorm2d(spec.width, EPS)
-        self.proj_drop = nn.Dropout(form.drop)
+        self.proj_drop = nn.Dropout(rates.projection)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Mix neighbouring patches.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitrim.nn.axis import Axis, Member, Tap
 from vitrim.nn.layers import make_activation, make_norm
-from vitrim.words.spec import Form
+from vitrim.words.spec import NO_RATES, Form, Rates
 
 __all__ = ["LAYERS", "Mlp"]
 
@@ -32,7 +32,8 @@ class Mlp(nn.Module):
     Args:
         width: D.
         hidden: M, at least 1.
-        form: which of the three, biases, activation, norm and dropout.
+        form: which of the kinds, biases, activation and norm.
+        rates: dropout.
     """
 
     fc1: nn.Linear
@@ -43,7 +44,7 @@ class Mlp(nn.Module):
     w2: nn.Linear
     fc2: nn.Linear
 
-    def __init__(self, width: int, hidden: int, form: Form) -> None:
+    def __init__(self, width: int, hidden: int, form: Form, rates: Rates = NO_RATES) -> None:
         super().__init__()
         if form.mlp == "geglu":
             self.norm = make_norm(form.inner_norm, width) if form.inner_norm else nn.Identity()
@@ -54,11 +55,11 @@ class Mlp(nn.Module):
             self.add_module(name, nn.Linear(width, form.factors * hidden // len(self.firsts), bias=form.hidden_bias))
         self.act = make_activation(form.activation)
         self.tap = Tap()
-        self.drop1 = nn.Dropout(form.drop)
+        self.drop1 = nn.Dropout(rates.hidden)
         if form.mlp != "geglu":
             self.norm = make_norm(form.hidden_norm, hidden) if form.hidden_norm else nn.Identity()
         self.add_module(self.last, nn.Linear(hidden, width, bias=form.mlp_out_bias))
-        self.drop2 = nn.Dropout(form.drop)
+        self.drop2 = nn.Dropout(rates.output)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normed tokens ``(B, N, D)`` to ``(B, N, D)``."""

@@ -16,7 +16,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrim.nn.grid import unmerge
+from vitrim.nn.maps import unmerge
 from vitrim.words.errors import AdoptError, RecipeError
 from vitrim.words.plain import Node
 

@@ -19,9 +19,9 @@ from vitrim.nn.attention import Attention
 from vitrim.nn.axis import Axis, Member
 from vitrim.nn.block import Block
 from vitrim.words.errors import DataError, SpecError
+from vitrim.words.spec import NO_RATES, Form, Rates, Stage, Window
 from vitrim.words.spec import Attention as AttentionSpec
 from vitrim.words.spec import Block as BlockSpec
-from vitrim.words.spec import Form, Stage, Window
 
 __all__ = ["WindowAttention", "WindowBlock"]
 
@@ -41,12 +41,15 @@ class WindowAttention(Attention):
     Args:
         width: D.
         spec: head widths and scale; at least one head.
-        form: biases, norms and dropout.
+        form: biases and norms.
+        rates: dropout.
         size: rows and columns of a window.
     """
 
-    def __init__(self, width: int, spec: AttentionSpec, form: Form, size: tuple[int, int]) -> None:
-        super().__init__(width, spec, form)
+    def __init__(
+        self, width: int, spec: AttentionSpec, form: Form, rates: Rates = NO_RATES, *, size: tuple[int, int]
+    ) -> None:
+        super().__init__(width, spec, form, rates)
         self.window_size = size
         offsets = Window(size=size).offsets
         self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets, len(spec.v)))
@@ -85,7 +88,7 @@ class WindowAttention(Attention):
             torch.unflatten(t, 2, split).permute(0, 2, 4, 1, 3, 5, 6).reshape(*lead, area, t.shape[-1])
             for t in (q, k, v)
         )
-        mixed = self._attend(q, k, v, mask.to(q.dtype), is_causal=False)
+        mixed = self._attend(q, k, v, mask.to(q.dtype))
         if torch.compiler.is_exporting():
             # Exporters take attention apart after it was traced, and its parts lie in memory otherwise than the fused
             # kernel's answer: where one window is all of the grid, what was a view of that is none of theirs.
@@ -133,7 +136,7 @@ class WindowBlock(Block):
         if stage.window is None:
             raise SpecError("window: the stage of a block with windows must have one, but has none")
         size = stage.window.size
-        super().__init__(stage.width, spec, stage.form, functools.partial(WindowAttention, size=size))
+        super().__init__(stage, spec, attention=functools.partial(WindowAttention, size=size))
         self.register_buffer("blocked", None, persistent=False)
         self.window, self.grid = stage.window, stage.grid
         self.init_non_persistent_buffers()

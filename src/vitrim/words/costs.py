@@ -90,8 +90,7 @@ def cost_of(spec: Spec) -> Cost:
             more_macs, more_params, here = _priced(block, place, here)
             macs += more_macs
             params += more_params
-        # Where the head reads patches, the last block gives it one token for each that was merged.
-        leaving = place.tokens if here is None or (here.carried and here.patches) else here.total
+        leaving = place.tokens if here is None else here.pooled
     return Cost(macs + leaving * spec.host.macs_per_token, params)
 
 
@@ -110,13 +109,14 @@ def block_cost(block: Block, stage: Stage, arriving: Tokens | None = None) -> tu
 def _priced(block: Block, place: _Place, arriving: Tokens | None) -> tuple[int, int, Tokens | None]:
     """(macs, params) of a block, and what it leaves; None stands for the whole grid."""
     form, norm, width, rows, padded, keys, offsets, enters = place
-    macs, params, leaving, queries = 0, 0, arriving, padded
+    macs, params, leaving, queries, patches = 0, 0, arriving, padded, enters.patches
     mixer, hidden, step = block.mixer, block.hidden, block.tokens
     if step is not None or arriving is not None or block.only_prefix:
         here = enters if arriving is None else arriving
-        padded, queries, keys, rows, leaving = flow_of(step, here, enters.patches, block.only_prefix)
+        padded, queries, keys, rows, mixed, leaving = flow_of(step, here, enters.patches, block.only_prefix)
+        patches = mixed.patches
         if step is not None:
-            macs, params = step.extra(here, width, sum(mixer.qk) if isinstance(mixer, Attention) else 0)
+            macs, params = step.own_cost(here, width, sum(mixer.qk) if isinstance(mixer, Attention) else 0)
     if isinstance(mixer, Attention):
         qk, v = sum(mixer.qk), sum(mixer.v)
         macs += attention_macs(padded, width, qk, v, keys, queries)
@@ -124,7 +124,7 @@ def _priced(block: Block, place: _Place, arriving: Tokens | None) -> tuple[int, 
         if offsets:
             params += offsets * len(mixer.v)
     elif isinstance(mixer, Conv):
-        macs += conv_macs(enters.patches, width, mixer.width, mixer.kernel)
+        macs += conv_macs(patches, width, mixer.width, mixer.kernel)
         params += _conv_params(form, norm, width, mixer)
     elif isinstance(mixer, Skip) and mixer.leaves == "norm":
         params += norm + (width if form.layer_scale else 0)

@@ -9,15 +9,17 @@ import json
 import os
 import tempfile
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, NoReturn, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from vitrim.words.errors import RecipeError, VitrimError
 
 __all__ = [
+    "Frozen",
+    "FrozenDict",
     "Node",
     "check_place",
     "did_you_mean",
@@ -52,6 +54,38 @@ class Node(BaseModel):
     def _may_be_none(cls, name: str) -> bool:
         field = cls.model_fields.get(name)
         return field is not None and type(None) in get_args(field.annotation)
+
+
+class FrozenDict(dict[str, Any]):
+    """A table of names and plain values that cannot be changed, and so can be hashed and shared."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("a frozen table must stay as it is; make a dict of it, change that, and build a new value")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
+
+    def __copy__(self) -> "FrozenDict":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FrozenDict":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FrozenDict, (dict(self),)
+
+
+def _frozen(value: Any) -> Any:
+    """The same plain value with tuples for lists and frozen tables for tables, at every depth."""
+    if isinstance(value, Mapping):
+        return FrozenDict({str(key): _frozen(inner) for key, inner in value.items()})
+    return tuple(_frozen(inner) for inner in value) if isinstance(value, list | tuple) else value
+
+
+Frozen = Annotated[dict[str, Any], AfterValidator(_frozen)]
+"""A field that holds a table of plain values; frozen through and through."""
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

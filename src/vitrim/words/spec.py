@@ -9,30 +9,29 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from vitrim.words.plain import Node
-from vitrim.words.steps import Drop, Flow, GridMerge, Merge, Step, Tokens, TopK, flow_of, lost, spans
+from vitrim.words.plain import Frozen, FrozenDict, Node
+from vitrim.words.steps import Flow, Step, Tokens, flow_of, why_not_tokens
 
 __all__ = [
+    "NO_RATES",
+    "NO_WINDOWS",
     "Attention",
     "Block",
     "Conv",
-    "Drop",
     "Form",
-    "GridMerge",
     "Host",
-    "Merge",
     "Mixer",
     "Mixture",
     "Norm",
+    "Rates",
     "Skip",
     "Spec",
     "Stage",
-    "Step",
-    "Tokens",
-    "TopK",
     "Window",
     "folded",
-    "spans",
+    "why_not_any_size",
+    "why_not_blocks",
+    "why_not_only_prefix",
 ]
 
 
@@ -72,13 +71,46 @@ class Form(Node):
     head_norm_width: NonNegativeInt = 0
     mixed_norm: Norm | None = None
     hidden_norm: Norm | None = None
-    attention_drop: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    drop: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @property
     def factors(self) -> int:
         """Linear layers from the width to the hidden neurons: 2 where a gate multiplies them, else 1."""
         return 1 if self.mlp == "plain" else 2
+
+
+Rate = Annotated[float, Field(ge=0, le=1)]
+
+
+class Rates(Node):
+    """How often training drops something in a block, each in [0, 1].
+
+    Attributes:
+        attention: attention weights.
+        projection: outputs of the projection after attention.
+        hidden: neurons of the MLP.
+        output: outputs of the MLP.
+        attention_path: the whole branch of the attention, for an image (stochastic depth).
+        mlp_path: the whole branch of the MLP, for an image.
+
+    They belong to the training of a model, not to its structure, so all rates compare equal.
+    """
+
+    attention: Rate = 0.0
+    projection: Rate = 0.0
+    hidden: Rate = 0.0
+    output: Rate = 0.0
+    attention_path: Rate = 0.0
+    mlp_path: Rate = 0.0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rates)
+
+    def __hash__(self) -> int:
+        return hash(Rates)
+
+
+NO_RATES = Rates()
+"""Nothing is dropped."""
 
 
 class Attention(Node):
@@ -164,25 +196,18 @@ Mixer = Annotated[Attention | Conv | Skip, Field(discriminator="kind")]
 class Block(Node):
     """One transformer block; `hidden` counts MLP neurons: 0 leaves the output bias, None leaves no branch.
 
-    `shifted`: whether it attends in windows that lie across those of the block before. `tokens`: the patches that it
-    runs on, or what becomes of its tokens, None for all that arrive; from block to block they can only become fewer.
-    `only_prefix`: whether the prefix tokens alone ask, go through the MLP and leave, which the last block of a model
-    whose head reads nothing else may do without changing any logit.
+    `rates`: what training drops in it. `shifted`: whether it attends in windows that lie across those of the block
+    before. `tokens`: the patches that it runs on, or what becomes of its tokens, None for all that arrive; from block
+    to block they can only become fewer. `only_prefix`: whether queries, MLP and output are computed for the prefix
+    tokens alone, which the last block of a model whose head reads nothing else may do without changing any logit.
     """
 
     mixer: Mixer
     hidden: NonNegativeInt | None
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rates: Rates = NO_RATES
     shifted: bool = False
     tokens: Step | None = None
     only_prefix: bool = False
-
-    def unseen(self) -> str | None:
-        """What is wrong with a token step that reads an attention which is not there; None if nothing is."""
-        living = isinstance(self.mixer, Attention) and len(self.mixer.v) > 0
-        if self.tokens is None or not self.tokens.attends or living:
-            return None
-        return "tokens are chosen by the attention of their block, which must keep a head, but it keeps none"
 
 
 class Window(Node):
@@ -240,23 +265,10 @@ class Stage(Node):
         return self
 
     @model_validator(mode="after")
-    def _shrink(self) -> Self:
-        last = len(self.blocks) - 1
-        if self.window is not None:
-            if any(block.tokens or block.only_prefix for block in self.blocks):
-                raise ValueError(f"tokens: {NO_WINDOWS}")
-            return self
-        here = self.enters
-        for index, block in enumerate(self.blocks):
-            wrong = lost(block.tokens, here, self.patches) or torn(block, here, self) or block.unseen()
-            if wrong is not None:
-                raise ValueError(f"blocks.{index}.tokens: {wrong}")
-            if block.only_prefix and (index < last or not self.prefix):
-                raise ValueError(
-                    f"blocks.{index}.only_prefix: only the last block of a stage with prefix tokens may leave the "
-                    f"patches behind, but this is block {index} of {last + 1} with {self.prefix} prefix tokens"
-                )
-            here = flow_of(block.tokens, here, self.patches, block.only_prefix).leaves
+    def _tokens(self) -> Self:
+        wrong = why_not_blocks(self)
+        if wrong is not None:
+            raise ValueError(f"blocks.{wrong[0]}: {wrong[1]}")
         return self
 
     @property
@@ -298,15 +310,64 @@ NO_WINDOWS = (
 )
 
 
-def torn(block: Block, arriving: Tokens, stage: Stage) -> str | None:
-    """What is wrong with a convolution where patches are missing, in words; None if nothing is."""
-    if not isinstance(block.mixer, Conv):
+def why_not_blocks(stage: Stage) -> tuple[str, str] | None:
+    """The first thing that is wrong with the tokens of the blocks of `stage`: where (``3.tokens``), and what."""
+    here = stage.enters
+    for index, block in enumerate(stage.blocks):
+        if stage.window is not None:
+            if block.tokens is not None or block.only_prefix:
+                return f"{index}.tokens", NO_WINDOWS
+            continue
+        wrong = why_not_tokens(block.tokens, here, stage.patches) or _why_not_step(block)
+        if wrong is not None:
+            return f"{index}.tokens", wrong
+        wrong = why_not_only_prefix(block, index, stage)
+        if wrong is not None:
+            return f"{index}.only_prefix", wrong
+        flow = flow_of(block.tokens, here, stage.patches, block.only_prefix)
+        if isinstance(block.mixer, Conv) and (block.only_prefix or flow.mixed.grid is None):
+            return f"{index}.mixer", (
+                "a convolution must have patches that fill a grid, but some were dropped or merged; keep attention "
+                "here, or all patches"
+            )
+        here = flow.leaves
+    return None
+
+
+def why_not_only_prefix(block: Block, index: int, stage: Stage) -> str | None:
+    """Why `block` cannot leave the patches behind, if it is to, as block `index` of `stage`; None if it can."""
+    if not block.only_prefix or (index == len(stage.blocks) - 1 and stage.prefix):
         return None
-    if block.only_prefix or block.tokens is not None or (stage.window is None and arriving.grid != stage.grid):
+    return (
+        "patches can be left behind in the last block of a model with prefix tokens alone, but this is block "
+        f"{index} of {len(stage.blocks)} with {stage.prefix} prefix tokens"
+    )
+
+
+def _why_not_step(block: Block) -> str | None:
+    """What is wrong with the step of a block for the other parts of that block."""
+    if block.tokens is None:
+        return None
+    if block.only_prefix and block.tokens.after_attention:
         return (
-            "a convolution must have the whole grid, but patches were dropped or merged; keep attention here, or all "
-            "patches"
+            f"a block that computes only prefix tokens has no patches after its attention, but a '{block.tokens.kind}' "
+            "step acts there; leave one of both out"
         )
+    if block.tokens.needs_attention and not (isinstance(block.mixer, Attention) and block.mixer.v):
+        return "tokens are chosen by the attention of their block, which must keep a head, but it keeps none"
+    return None
+
+
+def why_not_any_size(stage: Stage) -> tuple[str, str] | None:
+    """The first thing that is wrong where images change their size from call to call: where, and what."""
+    for index, block in enumerate(stage.blocks):
+        wrong = None if block.tokens is None else block.tokens.why_not_any_size()
+        if wrong is not None:
+            return f"{index}.tokens", wrong
+        if isinstance(block.mixer, Conv) and block.mixer.kernel > 1:
+            return f"{index}.mixer", (
+                "a 3 x 3 convolution must know the grid, but dynamic_img_size is on; build the model without it"
+            )
     return None
 
 
@@ -314,15 +375,27 @@ class Host(Node):
     """All that is not a block: whose model it is, how to build it, and what it costs.
 
     `macs` and `params` were counted on the host itself, `macs_per_token` is what its head spends on each token that
-    leaves the last block (attention pooling).
+    leaves the last block (attention pooling). Hosts that differ only in dropout rates or in what is known of their
+    pretrained weights are equal.
     """
 
     name: str
-    arguments: dict[str, Any]
+    arguments: Frozen
     macs: NonNegativeInt
     macs_per_token: NonNegativeInt = 0
     params: NonNegativeInt
-    pretrained: dict[str, Any] = Field(default_factory=dict)
+    pretrained: Frozen = FrozenDict()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Host) and self._structure() == other._structure()
+
+    def __hash__(self) -> int:
+        return hash(self._structure())
+
+    def _structure(self) -> tuple[Any, ...]:
+        """All but what only training or its data used: dropout rates, and what timm knows of pretrained weights."""
+        arguments = FrozenDict({key: value for key, value in self.arguments.items() if not key.endswith("drop_rate")})
+        return self.name, arguments, self.macs, self.macs_per_token, self.params
 
 
 class Spec(Node):

@@ -11,11 +11,9 @@ import bisect
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field
-
 from vitrim.words.costs import attention_macs
 from vitrim.words.errors import BudgetError
-from vitrim.words.plain import Node
+from vitrim.words.plain import Frozen, FrozenDict, Node
 from vitrim.words.spec import Attention, Block, Conv, Spec, Stage
 from vitrim.words.steps import Flow, Tokens, flow_of
 
@@ -60,10 +58,10 @@ class StageTimes(Node):
         attention: seconds by tokens, heads and channels.
         hidden: M that was measured, rising.
         mlp: seconds by tokens and neurons.
-        conv: seconds of a convolution by its kernel, at the whole grid.
+        conv: seconds of a convolution by its kernel, at the whole grid; on a merged grid in proportion to its patches.
         unequal: how many times longer attention takes where values have another width than queries.
         run: seconds for each further width among the heads of a block.
-        sized: how many times longer attention takes where tokens stand for several patches.
+        with_sizes: how many times longer attention takes where tokens stand for several patches.
         steps: seconds of a token step by its kind, at the whole grid, beyond what it saves or makes attention take.
     """
 
@@ -75,13 +73,13 @@ class StageTimes(Node):
     attention: tuple[tuple[tuple[float, ...], ...], ...]
     hidden: tuple[int, ...]
     mlp: tuple[tuple[float, ...], ...]
-    conv: dict[str, float] = Field(default_factory=dict)
+    conv: Frozen = FrozenDict()
     unequal: float = 1.0
     run: float = 0.0
-    sized: float = 1.0
-    steps: dict[str, float] = Field(default_factory=dict)
+    with_sizes: float = 1.0
+    steps: Frozen = FrozenDict()
 
-    def attends(self, mixer: Attention, flow: Flow, sized: bool) -> float:
+    def attends(self, mixer: Attention, flow: Flow, with_sizes: bool) -> float:
         """Seconds of an attention branch."""
         heads, qk, v = len(mixer.v), sum(mixer.qk), sum(mixer.v)
         if not heads:
@@ -94,7 +92,7 @@ class StageTimes(Node):
         if mixer.qk != mixer.v:
             seconds *= self.unequal
         seconds += self.run * (len(set(zip(mixer.qk, mixer.v, strict=True))) - 1)
-        return seconds * (self.sized if sized else 1.0)
+        return seconds * (self.with_sizes if with_sizes else 1.0)
 
     def attends_evenly(self, rows: int, heads: int, channels: float) -> float:
         """Seconds of attention among `rows` tokens, with heads of one width."""
@@ -158,9 +156,10 @@ class Table(Node):
         flow = flow_of(block.tokens, here, stage.patches, block.only_prefix)
         mixed = fed = 0.0
         if isinstance(block.mixer, Attention):
-            mixed = times.attends(block.mixer, flow, here.carried or here.sized)
+            mixed = times.attends(block.mixer, flow, flow.mixed.stands_for is not None or flow.mixed.constant_sizes)
         elif isinstance(block.mixer, Conv):
             mixed = times.conv[str(block.mixer.kernel)] if times.conv else 0.0
+            mixed *= flow.mixed.patches / stage.patches
         if block.hidden:
             fed = times.feeds(flow.rows, block.hidden)
         seconds = mixed + fed + self.branch * (bool(mixed) + bool(fed))
@@ -175,9 +174,9 @@ class Table(Node):
                 update={
                     "attention": tuple(tuple(tuple(t * factor for t in a) for a in b) for b in times.attention),
                     "mlp": tuple(tuple(t * factor for t in row) for row in times.mlp),
-                    "conv": {kernel: t * factor for kernel, t in times.conv.items()},
+                    "conv": FrozenDict({kernel: t * factor for kernel, t in times.conv.items()}),
                     "run": times.run * factor,
-                    "steps": {kind: t * factor for kind, t in times.steps.items()},
+                    "steps": FrozenDict({kind: t * factor for kind, t in times.steps.items()}),
                 }
             )
             for times in self.stages

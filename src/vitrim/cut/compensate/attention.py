@@ -14,6 +14,7 @@ from vitrim.cut.compensate.heads import Heads
 from vitrim.cut.compensate.hear import attended
 from vitrim.cut.compensate.place import Choice, Kept, Place, Widths, part, unscaled
 from vitrim.nn import Attention
+from vitrim.nn.stream import tokens_of
 from vitrim.words.errors import MethodError
 from vitrim.words.spec import Attention as AttentionSpec
 
@@ -75,7 +76,8 @@ class AttentionCut:
         scale = place.scale("ls1")
         theirs = [attended(place.block, batch).out for batch in place.dense]
         return [
-            mine + place.alpha * (unscaled((there - here)[:, : mine.shape[1]], scale) + other - mine)
+            mine
+            + place.alpha * (unscaled((tokens_of(there) - tokens_of(here))[:, : mine.shape[1]], scale) + other - mine)
             for mine, other, here, there in zip(own, theirs, place.streams, place.dense, strict=True)
         ]
 

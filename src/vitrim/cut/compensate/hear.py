@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.nn import Attention, Block, Mlp
+from vitrim.nn.stream import Residual
 
 __all__ = ["Attended", "arriving", "attended", "hidden", "passed", "resumed"]
 
@@ -49,7 +50,7 @@ def _hooked(*handles: Any) -> Iterator[None]:
             handle.remove()
 
 
-def attended(block: Block, x: Tensor, weights: Tensor | None = None) -> Attended:
+def attended(block: Block, x: Residual, weights: Tensor | None = None) -> Attended:
     """Run `block` on `x` up to the projection of its attention.
 
     Args:
@@ -99,7 +100,7 @@ def attended(block: Block, x: Tensor, weights: Tensor | None = None) -> Attended
 
 
 @torch.no_grad()
-def hidden(block: Block, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def hidden(block: Block, x: Residual) -> tuple[Tensor, Tensor, Tensor]:
     """Run `block` on `x` up to the end of its MLP.
 
     Returns:
@@ -127,24 +128,24 @@ def hidden(block: Block, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def passed(block: Block, streams: Sequence[Tensor]) -> list[Tensor]:
+def passed(block: Block, streams: Sequence[Residual]) -> list[Residual]:
     """What `block` makes of each batch."""
     return [block(x) for x in streams]
 
 
 @torch.no_grad()
 def arriving(
-    model: nn.Module, blocks: Sequence[Block], index: int, images: Sequence[Tensor], before: Sequence[Tensor] | None
-) -> list[Tensor]:
+    model: nn.Module, blocks: Sequence[Block], index: int, images: Sequence[Tensor], before: Sequence[Residual] | None
+) -> list[Residual]:
     """What enters block `index`, batch by batch, where `before` leaves the block before it.
 
     What stands between the two (stem, merging of patches) is the host's own. `blocks` are those of `model`, which knows
     them too, but takes milliseconds to say them.
     """
-    found: list[Tensor] = []
+    found: list[Residual] = []
     device = next(model.parameters()).device
 
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def hook(_module: nn.Module, inputs: tuple[Residual, ...]) -> None:
         found.append(inputs[0])
         raise _Enough
 
@@ -156,14 +157,14 @@ def arriving(
 
 
 @contextlib.contextmanager
-def resumed(blocks: Sequence[Block], index: int, before: Tensor | None) -> Iterator[None]:
+def resumed(blocks: Sequence[Block], index: int, before: Residual | None) -> Iterator[None]:
     """While this lasts, the blocks before `index` do nothing, and the last of them gives `before`."""
     skipped = blocks[:index] if before is not None else []
 
-    def same(x: Tensor, *_arguments: Any, **_options: Any) -> Tensor:
+    def same(x: Residual, *_arguments: Any, **_options: Any) -> Residual:
         return x
 
-    def given(_x: Tensor, *_arguments: Any, **_options: Any) -> Tensor:
+    def given(_x: Residual, *_arguments: Any, **_options: Any) -> Residual:
         assert before is not None
         return before
 

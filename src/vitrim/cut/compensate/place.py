@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.cut.compensate.importance import Importance
-from vitrim.nn import Block, make_block, settled
-from vitrim.words.spec import Stage, Tokens
+from vitrim.nn import Block, computed, make_block
+from vitrim.nn.stream import Residual, tokens_of
+from vitrim.words.spec import Stage
+from vitrim.words.steps import Tokens
 
 __all__ = ["Choice", "Kept", "Place", "Widths", "part", "unscaled"]
 
@@ -58,8 +60,8 @@ class Place:
     stage: Stage
     arrives: Tokens
     worth: Mapping[str, Importance]
-    streams: Sequence[Tensor]
-    dense: Sequence[Tensor] | None
+    streams: Sequence[Residual]
+    dense: Sequence[Residual] | None
     strength: float
     alpha: float
 
@@ -68,14 +70,14 @@ class Place:
         node = self.block.spec.model_copy(update={"mixer": mixer, "hidden": hidden})
         with torch.device("meta"):
             block = make_block(self.stage, node, self.arrives)
-        block.ends = self.block.ends
+        block.is_last = self.block.is_last
         own = dict(self.block.named_parameters())
         like = next(iter(own.values()))
         for name, _ in list(block.named_parameters()):
             value = state[name].to(like.device, like.dtype) if name in state else own[name].detach()
             owner, _, leaf = name.rpartition(".")
             setattr(block.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-        return settled(block).eval()
+        return computed(block).eval()
 
     def scale(self, name: str) -> Tensor | None:
         """Layer scale after a branch (``ls1`` or ``ls2``), ``(D,)``."""
@@ -88,10 +90,11 @@ class Place:
         return mean if gamma is None else mean * gamma.cpu().double()
 
 
-def part(worth: Importance, batches: Sequence[Tensor], number: int) -> Tensor:
+def part(worth: Importance, batches: Sequence[Residual], number: int) -> Tensor:
     """Token weights of batch `number`, ``(B, N)``."""
-    start = sum(len(batch) for batch in batches[:number])
-    return worth.weights[start : start + len(batches[number])].to(batches[number].device)
+    start = sum(len(tokens_of(batch)) for batch in batches[:number])
+    batch = tokens_of(batches[number])
+    return worth.weights[start : start + len(batch)].to(batch.device)
 
 
 def unscaled(stream: Tensor, scale: Tensor | None) -> Tensor:

@@ -22,10 +22,10 @@ from vitrim.cut.compensate.place import Choice, Place, Widths
 from vitrim.cut.surgery import apply
 from vitrim.families import blocks_of, describe
 from vitrim.nn import Attention, Block
+from vitrim.nn.stream import Residual
 from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.spec import Attention as AttentionSpec
 from vitrim.words.spec import Block as BlockSpec
-from vitrim.words.spec import Drop
 
 __all__ = ["Walk", "compensated", "recovered"]
 
@@ -95,17 +95,17 @@ class Walk:
         self.rows = list(zip(blocks_of(model), spec.blocks(), spec.arrivals(), strict=True))
         self.blocks = [block for (_, block), _, _ in self.rows]
         self.at = -1
-        self.dense: Sequence[Tensor] | None = None
+        self.dense: Sequence[Residual] | None = None
 
     def first(self) -> Place:
         """The first block."""
         return self._step(None)
 
-    def send(self, streams: Sequence[Tensor]) -> Place:
+    def send(self, streams: Sequence[Residual]) -> Place:
         """The next block, where `streams` leave the one before."""
         return self._step(streams)
 
-    def _step(self, streams: Sequence[Tensor] | None) -> Place:
+    def _step(self, streams: Sequence[Residual] | None) -> Place:
         before = self.rows[self.at][1][1] if self.at >= 0 else None
         if self.alpha and self.dense is not None:
             self.dense = passed(self.rows[self.at][0][1], self.dense)
@@ -165,7 +165,7 @@ def recovered(
     nodes = [block for _, _, block in describe(base).blocks()]
     choices = [_choice(decision, node) for decision, node in zip(plan.blocks(), nodes, strict=True)]
     worth = importances(base, images, seed=seed)
-    few = any(node.tokens is not None and not isinstance(node.tokens, Drop) for node in nodes)
+    few = any(node.tokens is not None and not node.tokens.keeps_stream for node in nodes)
     return compensated(base, choices, images, worth, strength=strength, alpha=0.0 if few else alpha)[1]
 
 

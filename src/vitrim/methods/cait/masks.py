@@ -9,7 +9,8 @@ from torch import Tensor, distributed, nn
 from vitrim.cut.observe import Gated, axes
 from vitrim.words.errors import MethodError
 from vitrim.words.plan import BlockPlan, Plan
-from vitrim.words.spec import NO_WINDOWS, GridMerge, Spec
+from vitrim.words.spec import NO_WINDOWS, Spec
+from vitrim.words.steps.grid_merge import GridMerge
 
 __all__ = ["Channels", "Merge", "free_axes", "merge_plan", "ramped", "thirds"]
 

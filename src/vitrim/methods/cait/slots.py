@@ -23,7 +23,8 @@ from vitrim.words.budget import SLACK
 from vitrim.words.costs import Cost, block_cost, cost_of
 from vitrim.words.errors import BudgetError, MethodError
 from vitrim.words.plan import BlockPlan, Kept, Plan
-from vitrim.words.spec import Attention, Block, Spec, Stage, Tokens
+from vitrim.words.spec import Attention, Block, Spec, Stage
+from vitrim.words.steps import Tokens
 
 __all__ = ["Ladder", "Rules", "allocate", "ladders_of", "masks_of", "plan_of", "row_of", "spend", "top_up"]
 

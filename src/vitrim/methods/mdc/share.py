@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from vitrim.cut.observe import masked, stepping
 from vitrim.methods.mdc.decode import Frame
 from vitrim.methods.mdc.policy import Array, sample
-from vitrim.nn.tokens import Chosen
+from vitrim.nn.steps.top_k import Chosen
 from vitrim.words.plan import BlockPlan, Plan
-from vitrim.words.spec import Attention, TopK
+from vitrim.words.spec import Attention
+from vitrim.words.steps.top_k import TopK
 
 __all__ = ["Chooser", "Shared"]
 

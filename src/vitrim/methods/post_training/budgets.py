@@ -14,7 +14,8 @@ from vitrim.methods.post_training.sensitivity import merging
 from vitrim.words.budget import SLACK, Budget, Price
 from vitrim.words.costs import block_cost
 from vitrim.words.errors import BudgetError
-from vitrim.words.spec import Attention, Block, Spec, Stage, Tokens
+from vitrim.words.spec import Attention, Block, Spec, Stage
+from vitrim.words.steps import Tokens
 
 __all__ = ["Found", "least", "read_off"]
 

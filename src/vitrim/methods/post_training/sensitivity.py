@@ -28,11 +28,14 @@ from vitrim.data import Input
 from vitrim.families import describe
 from vitrim.methods.post_training.calibration import Calibration, fingerprint
 from vitrim.nn import Attention, Block
+from vitrim.nn.stream import Residual
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import MethodError
 from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.spec import Attention as AttentionSpec
-from vitrim.words.spec import GridMerge, Merge, Spec
+from vitrim.words.spec import Spec
+from vitrim.words.steps.grid_merge import GridMerge
+from vitrim.words.steps.merge import Merge
 
 __all__ = ["Kind", "calibrate", "divergence", "last_exact", "logits_of", "merging", "needed", "schedules"]
 
@@ -207,7 +210,7 @@ class _Row:
         model: nn.Module,
         blocks: Sequence[Block],
         place: Place,
-        entering: Sequence[Tensor],
+        entering: Sequence[Residual],
         probe: Sequence[Tensor],
         dense: Tensor,
     ) -> None:

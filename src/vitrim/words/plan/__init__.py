@@ -14,7 +14,7 @@ from pydantic import Field
 
 from vitrim.words.errors import PlanError
 from vitrim.words.plain import Node, dump, load, read_json, write_json
-from vitrim.words.plan.tokens import check_pooled, check_whole, with_steps
+from vitrim.words.plan.tokens import check_head, check_stage, with_steps
 from vitrim.words.spec import Attention, Block, Conv, Form, Skip, Spec
 from vitrim.words.steps import Step
 
@@ -248,9 +248,9 @@ class Plan(Node):
                 for j, (plan, block) in enumerate(zip(mine.blocks, stage.blocks, strict=True))
             )
             blocks = with_steps(blocks, mine.blocks, stage, f"stages.{i}.blocks")
-            check_whole(blocks, stage, spec, f"stages.{i}.blocks")
             stages.append(stage.model_copy(update={"blocks": blocks}))
-        check_pooled(stages, spec)
+            check_stage(stages[-1], spec, f"stages.{i}.blocks")
+        check_head(stages, spec)
         return spec.model_copy(update={"stages": tuple(stages)})
 
     def then(self, later: Self, spec: Spec) -> Self:

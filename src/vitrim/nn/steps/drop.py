@@ -1,0 +1,73 @@
+"""Keep the tokens at fixed places, the same for all images.
+
+B images, N tokens that arrive, n tokens that stay, D width.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from vitrim.nn.steps._base import StepModule
+from vitrim.words.errors import DataError
+from vitrim.words.spec import Stage
+from vitrim.words.steps import Tokens
+from vitrim.words.steps.drop import Drop
+
+__all__ = ["Dropped", "make"]
+
+
+class Dropped(StepModule):
+    """Keeps the tokens at fixed places; prefix tokens come first and always stay.
+
+    Args:
+        arriving: N.
+        places: those of the n tokens that stay, among the N, rising; None if all stay.
+        missing: patches of the dense grid that one key stands for in attention, see `Drop`; 0 for none.
+    """
+
+    places: Tensor
+
+    def __init__(self, arriving: int, places: tuple[int, ...] | None, missing: int = 0) -> None:
+        super().__init__()
+        self.arriving, self.kept, self.missing = arriving, places, missing
+        self.register_buffer("places", torch.tensor(places or (), dtype=torch.long), persistent=False)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Map ``(B, N, D)`` to ``(B, n, D)``.
+
+        Raises:
+            DataError: if another number of tokens comes.
+        """
+        if x.shape[1] != self.arriving:
+            raise DataError(
+                f"a block that drops tokens must be given {self.arriving}, but got {x.shape[1]}; the places are tied "
+                "to the grid, so resize the images, or cut tokens after the input size is set"
+            )
+        return x if self.kept is None else x.index_select(1, self.places.to(x.device))
+
+    def keys(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Add the token that stands for all missing ones, if any are and the step is exact.
+
+        Its query, key and value are the biases (zero without), as those of a masked token are. Its logit is raised by
+        the logarithm of their number, for that many equal keys share one softmax.
+        """
+        if not self.missing:
+            return x, None
+        raised = x.new_zeros(1, 1, 1, x.shape[1] + 1)
+        raised[..., -1] = math.log(self.missing)
+        return torch.cat([x, x.new_zeros(x.shape[0], 1, x.shape[2])], dim=1), raised
+
+    def init_non_persistent_buffers(self) -> None:
+        """Compute what is not stored."""
+        self.places = torch.tensor(self.kept or (), dtype=torch.long, device="cpu")
+
+
+def make(step: Drop, stage: Stage, arriving: Tokens) -> Dropped:
+    """See `vitrim.nn.steps.make_step`."""
+    before = range(stage.patches) if arriving.places is None else arriving.places
+    rank = {place: stage.prefix + number for number, place in enumerate(before)}
+    places = (*range(stage.prefix), *(rank[place] for place in step.kept))
+    same = len(step.kept) == len(before)
+    missing = stage.patches - len(step.kept) if step.exact else 0
+    return Dropped(stage.prefix + len(before), None if same else places, missing)

@@ -1,0 +1,106 @@
+"""Merge neighboring patches along one axis of the grid.
+
+B images, P prefix tokens, (H, W) rows and columns of the patches that arrive, D width.
+
+Source: "CAIT: Triple-Win Compression towards High Accuracy, Fast Inference, and Favorable Transferability For ViTs",
+Wang et al., arXiv 2309.15755. Its method section could not be read, so form and places are our reading of the abstracts
+("CAIT-style"): pairs of neighbors along one axis, one matrix for each of the two, the mean at the start.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitrim.nn.steps._constant_sizes import ConstantSizes
+from vitrim.words.errors import DataError
+from vitrim.words.spec import Stage
+from vitrim.words.steps import Tokens
+from vitrim.words.steps.grid_merge import GridMerge
+
+__all__ = ["GridMerged", "make"]
+
+
+class GridMerged(ConstantSizes):
+    """Merges pairs of neighbors along one axis of the grid; prefix tokens pass unchanged.
+
+    ``y = A a + B b + c`` for neighbors a and b. Stored is the difference of A and B from half the identity, and c, all
+    zero at the start; so weight decay leads back to the mean. The mean itself is added in the type of the residual
+    stream: under autocast, half the identity would round small differences away. `fold_` makes one linear layer of it.
+
+    Args:
+        step: axis, form, and whether attention counts merged patches.
+        arriving: the tokens before the merge; they fill a grid.
+        stage: width and dense grid.
+    """
+
+    def __init__(self, step: GridMerge, arriving: Tokens, stage: Stage) -> None:
+        self.spec = step  # before the tokens are placed, which asks for it
+        super().__init__(arriving, stage.grid)
+        width = stage.width
+        self.folded: nn.Linear | None = None
+        if step.form != "mean":
+            self.delta = nn.Parameter(torch.zeros((width, 2 * width) if step.form == "linear" else (2, width)))
+            self.bias = nn.Parameter(torch.zeros(width))
+
+    def mixed(self, arriving: Tokens) -> Tokens:
+        """See `ConstantSizes.mixed`."""
+        return self.spec.flow(arriving, arriving.patches).mixed
+
+    def initial(self, name: str, like: Tensor) -> Tensor:
+        """See `StepModule.initial`: the step is the mean."""
+        return torch.zeros(getattr(self, name).shape, dtype=like.dtype, device=like.device)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Map ``(B, P + H W, D)`` to ``(B, P + ceil(H W / 2), D)``, or what odd sides make of it.
+
+        Raises:
+            DataError: if another number of tokens comes.
+        """
+        prefix, grid = self.arriving.prefix, self.arriving.grid
+        assert grid is not None
+        if x.shape[1] != self.arriving.total:
+            raise DataError(
+                f"a block that merges neighbors must be given {prefix} + {grid[0]} x {grid[1]} tokens, but got "
+                f"{x.shape[1]}; give images of the model's size, or change that with set_input_size"
+            )
+        merged = self._merge(torch.unflatten(x[:, prefix:], 1, grid)).flatten(1, 2)
+        return torch.cat([x[:, :prefix], merged], dim=1) if prefix else merged
+
+    def _merge(self, patches: Tensor) -> Tensor:
+        """Map ``(B, H, W, D)`` to ``(B, ceil(H / 2), W, D)`` or ``(B, H, ceil(W / 2), D)``."""
+        dim = 1 if self.spec.axis == "h" else 2
+        if patches.shape[dim] % 2:
+            patches = torch.cat([patches, patches.narrow(dim, patches.shape[dim] - 1, 1)], dim=dim)
+        pairs = torch.unflatten(patches, dim, (-1, 2))
+        a, b = pairs.unbind(dim + 1)
+        if self.spec.form == "mean":
+            return (a + b) * 0.5
+        if self.spec.form == "channel":
+            return a * (self.delta[0] + 0.5) + b * (self.delta[1] + 0.5) + self.bias
+        # Neighbors along a row are contiguous in memory: no copy.
+        both = pairs.flatten(3) if dim == 2 else torch.cat([a, b], dim=-1)
+        if self.folded is not None:
+            merged: Tensor = self.folded(both)
+            return merged
+        return (a + b) * 0.5 + F.linear(both, self.delta, self.bias)
+
+    def keys(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `ConstantSizes.keys`, if the patches are to be counted."""
+        return super().keys(x) if self.attended.constant_sizes else (x, None)
+
+    @torch.no_grad()
+    def fold_(self) -> None:
+        """Make one linear layer of a linear merge, for inference: the same numbers in one product."""
+        if self.spec.form != "linear" or self.folded is not None:
+            return
+        width = len(self.bias)
+        half = 0.5 * torch.eye(width, dtype=self.delta.dtype, device=self.delta.device)
+        self.folded = nn.Linear(2 * width, width).to(self.delta)
+        self.folded.weight.copy_(self.delta + half.repeat(1, 2))
+        self.folded.bias.copy_(self.bias)
+        del self.delta, self.bias
+
+
+def make(step: GridMerge, stage: Stage, arriving: Tokens) -> GridMerged:
+    """See `vitrim.nn.steps.make_step`."""
+    return GridMerged(step, arriving, stage)
