@@ -11,8 +11,8 @@ from timm.models._builder import load_pretrained
 from torch import nn
 
 from vitrim.families import build
-from vitrim.words import plain
 from vitrim.words.errors import StoreError
+from vitrim.words.formats import parse_spec
 from vitrim.words.plain import dump
 from vitrim.words.spec import Spec
 
@@ -68,7 +68,7 @@ def _create(
         raise StoreError(
             f"a stored model must be opened as it is, but got {', '.join(asked)}; set it on the model then"
         )
-    known = plain.load(Spec, spec, StoreError, at="config.json: spec")
+    known = parse_spec(spec, StoreError, "config.json: spec")
     model = build(known)
     if pretrained:
         found = dict(pretrained_cfg or {})

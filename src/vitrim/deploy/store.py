@@ -24,14 +24,13 @@ from vitrim import __version__
 from vitrim.families import blocks_of, build, check_finite, describe
 from vitrim.measure.model import home_of, resting
 from vitrim.nn.layers import input_channels
-from vitrim.words import plain
 from vitrim.words.errors import AdoptError, StoreError, WeightsError
+from vitrim.words.formats import FORMAT, check_format, parse_spec
 from vitrim.words.plain import dump, writing
 from vitrim.words.spec import Spec
 
 __all__ = ["FILE", "HUB", "HUB_FAULTS", "hub_file", "is_stored", "load", "provenance", "read_spec", "reason", "save"]
 
-FORMAT = 1
 FILE = "model.safetensors"
 HUB = "hf-hub:"
 
@@ -316,16 +315,12 @@ def _sheet(path: Path) -> dict[str, Any]:
         sheet = json.loads(text)
     except json.JSONDecodeError as problem:
         raise StoreError(f"{path}: the spec must be JSON, but {problem.msg}; the file was changed by hand") from None
-    version = sheet.get("format") if isinstance(sheet, dict) else None
-    if not isinstance(version, int) or version < 1:
-        raise StoreError(f"{path}: the format must be a whole number, but is {version!r}; the file was changed by hand")
-    if version > FORMAT:
-        raise StoreError(f"{path}: the format must be at most {FORMAT}, but is {version}; install a newer vitrim")
+    check_format(sheet.get("format") if isinstance(sheet, dict) else None, str(path), StoreError)
     return dict(sheet)
 
 
 def _spec(path: Path) -> Spec:
-    return plain.load(Spec, _sheet(path).get("spec"), StoreError, at=f"{path}: spec")
+    return parse_spec(_sheet(path).get("spec"), StoreError, f"{path}: spec")
 
 
 def _read(path: Path) -> nn.Module:

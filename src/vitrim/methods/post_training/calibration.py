@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vitrim.data import Input
 from vitrim.families import describe
 from vitrim.words.errors import MethodError
+from vitrim.words.formats import parse_spec
 from vitrim.words.plain import dump, load, writing
 from vitrim.words.spec import Spec
 
@@ -155,7 +156,7 @@ def _of(path: Path, text: str, tensors: Mapping[str, Tensor]) -> Calibration:
             raise ValueError(f"its format is {sheet['format']}, not {FORMAT}")
         losses = {name[7:]: tuple(value.tolist()) for name, value in tensors.items() if name.startswith("losses/")}
         return Calibration(
-            spec=load(Spec, sheet["spec"], MethodError, at=f"{path}: spec"),
+            spec=parse_spec(sheet["spec"], MethodError, f"{path}: spec"),
             weights=str(sheet["weights"]),
             input=load(Input, sheet["input"], MethodError, at=f"{path}: input"),
             count=int(sheet["count"]),

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field
 
 from vitrim.words.errors import PlanError
+from vitrim.words.formats import FORMAT, check_format, parse_spec
 from vitrim.words.plain import Node, dump, load, read_json, write_json
 from vitrim.words.plan.tokens import check_head, check_stage, with_steps
 from vitrim.words.spec import Attention, Block, Conv, Form, Skip, Spec
@@ -309,24 +310,25 @@ def _compose(first: Sequence[Kept], living: Sequence[int], later: Sequence[Kept]
     return tuple(composed)
 
 
-class _Sheet(Node):
-    """A plan with the model it is for, as it lies in ``plan.json``."""
-
-    parent: Spec
-    plan: Plan
-
-
 def write_plan(path: Path, parent: Spec, plan: Plan) -> None:
     """Write a plan together with the spec it is for."""
-    write_json(path, dump(_Sheet(parent=parent, plan=plan)))
+    write_json(path, {"format": FORMAT, "parent": dump(parent), "plan": dump(plan)})
 
 
 def read_plan(path: Path) -> tuple[Spec, Plan]:
-    """Read what `write_plan` wrote; the plan is checked against its parent.
+    """Read what `write_plan` wrote, also in the version before; the plan is checked against its parent.
 
     Raises:
-        PlanError: if the file is missing, malformed, or its plan does not fit its parent.
+        PlanError: if the file is missing, malformed, of a newer version, or its plan does not fit its parent.
     """
-    sheet = load(_Sheet, read_json(path, PlanError), PlanError, at=str(path))
-    sheet.plan.child(sheet.parent)
-    return sheet.parent, sheet.plan
+    sheet = read_json(path, PlanError)
+    if not isinstance(sheet, dict):
+        raise PlanError(f"{path}: a plan must be a table with 'parent' and 'plan', but got {type(sheet).__name__}")
+    check_format(sheet.pop("format", 1), str(path), PlanError)
+    odd = sorted(sheet.keys() ^ {"parent", "plan"})
+    if odd:
+        raise PlanError(f"{path}: a plan must have 'parent' and 'plan' alone, but '{odd[0]}' is missing or too much")
+    parent = parse_spec(sheet["parent"], PlanError, f"{path}.parent")
+    plan = load(Plan, sheet["plan"], PlanError, at=f"{path}.plan")
+    plan.child(parent)
+    return parent, plan

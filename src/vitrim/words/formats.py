@@ -1,0 +1,78 @@
+"""Versions of what is stored: model files, ``plan.json``, calibrations, ``config.json`` on the Hub.
+
+docs/formats.md lists what each version held. A newer version is refused; the versions before are read.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vitrim.words.errors import VitrimError
+from vitrim.words.plain import load
+from vitrim.words.spec import Spec
+
+__all__ = ["FORMAT", "check_format", "parse_spec"]
+
+FORMAT = 2
+"""The version that is written.
+
+1: specs had one dropout rate for all blocks of a stage (``form.drop``, ``form.attention_drop``) and one drop path for
+both branches of a block (``drop_path``); ``plan.json`` had no version.
+2: every block has its own ``rates``.
+"""
+
+
+def check_format(found: object, at: str, error: type[VitrimError]) -> int:
+    """The version of stored words.
+
+    Args:
+        found: what stands in the file.
+        at: the file, for messages.
+        error: the class of error to raise.
+
+    Raises:
+        error: if it is no whole number above 0, or newer than this version of vitrim writes.
+    """
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise error(f"{at}: the format must be a whole number above 0, but is {found!r}; the file was changed by hand")
+    if found > FORMAT:
+        raise error(f"{at}: the format must be at most {FORMAT}, but is {found}; install a newer vitrim")
+    return found
+
+
+def parse_spec(data: Any, error: type[VitrimError], at: str) -> Spec:
+    """A stored spec of this version or one before.
+
+    Args:
+        data: plain values.
+        error: the class of error to raise.
+        at: path of `data` inside its file, for messages.
+
+    Raises:
+        error: naming the path and what is wrong there.
+    """
+    return load(Spec, _with_rates(data), error, at=at)
+
+
+def _with_rates(data: Any) -> Any:
+    """A spec of version 1 in the form of version 2; anything else as it is."""
+    if not isinstance(data, Mapping) or not isinstance(data.get("stages"), list):
+        return data
+    return {**data, "stages": [_stage_with_rates(stage) for stage in data["stages"]]}
+
+
+def _stage_with_rates(stage: Any) -> Any:
+    if not isinstance(stage, Mapping) or not isinstance(stage.get("form"), Mapping):
+        return stage
+    form, blocks = dict(stage["form"]), stage.get("blocks")
+    if not isinstance(blocks, list) or not ("drop" in form or "attention_drop" in form):
+        return stage
+    attention, rest = form.pop("attention_drop", 0.0), form.pop("drop", 0.0)
+    made = []
+    for block in blocks:
+        if isinstance(block, Mapping) and "rates" not in block:
+            path = block.get("drop_path", 0.0)
+            rates = {"attention": attention, "projection": rest, "hidden": rest, "output": rest}
+            rates |= {"attention_path": path, "mlp_path": path}
+            block = {key: value for key, value in block.items() if key != "drop_path"} | {"rates": rates}
+        made.append(block)
+    return {**stage, "form": form, "blocks": made}

@@ -1,0 +1,154 @@
+"""Law 13: a plan is refused with a sentence where it meets the spec, or the model that it makes works in every way."""
+
+import collections
+import copy
+import functools
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.samples import IDS, PRESETS, images, timm_model
+from vitrim import families
+from vitrim.cut import surgery
+from vitrim.deploy import store
+from vitrim.families import describe
+from vitrim.measure import counted
+from vitrim.testing.plans import kinds_in, plans
+from vitrim.words.costs import cost_of
+from vitrim.words.errors import PlanError, VitrimError
+from vitrim.words.plain import dump, load
+from vitrim.words.plan import Plan
+from vitrim.words.steps import kinds
+
+OTHERS = {
+    "conv1",
+    "conv3",
+    "mixture",
+    "skip",
+    "skip_norm",
+    "dead_attention",
+    "dead_mlp",
+    "skipped_mlp",
+    "only_prefix",
+}
+EXAMPLES = 240
+FEW = settings(
+    max_examples=EXAMPLES, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+
+
+@functools.cache
+def parent(family: str, preset: str) -> torch.nn.Module:
+    return families.adopt(timm_model(family, preset, torch.float32))
+
+
+def accepted(plan: Plan, spec):
+    """The child's spec, or None where the plan is refused; nothing else may happen."""
+    try:
+        return plan.child(spec)
+    except PlanError as problem:
+        said = str(problem)
+    assert "\n" not in said
+    assert len(said) > 20
+    return None
+
+
+def test_what_a_plan_accepts_runs(tmp_path):
+    seen: collections.Counter[str] = collections.Counter()
+
+    @FEW
+    @given(st.data())
+    def check(data):
+        family, preset = data.draw(st.sampled_from(PRESETS), label="preset")
+        model = parent(family, preset)
+        spec = describe(model)
+        for number in range(2):
+            plan = data.draw(plans(spec), label=f"plan {number}")
+            wanted = accepted(plan, spec)
+            if wanted is None:
+                seen["refused"] += 1
+                break
+            assert load(Plan, dump(plan)) == plan
+            child = surgery.apply(model, plan)
+            runs(child, wanted, tmp_path)
+            seen.update(kinds_in(wanted))
+            seen["second"] += number
+            model, spec = child, wanted
+
+    check()
+    missing = (set(OTHERS) | {kind.model_fields["kind"].default for kind in kinds().values()}) - set(seen)
+    assert not missing, f"never drawn and accepted: {missing}; {seen}"
+    assert seen["second"] > EXAMPLES // 20
+    assert seen["refused"] < EXAMPLES * 0.9
+
+
+@torch.no_grad()
+def runs(child: torch.nn.Module, wanted, folder) -> None:
+    """Every way to use `child` works, or is refused with a sentence."""
+    child.eval()
+    spec = describe(child)
+    assert spec == wanted
+    assert hash(spec) == hash(wanted)
+    x = images(spec, dtype=torch.float32)
+    logits = child(x)
+    assert torch.isfinite(logits).all()
+    assert cost_of(spec) == counted(child)
+    assert torch.isfinite(copy.deepcopy(child).bfloat16()(x.bfloat16())).all()
+    path = folder / "model.safetensors"
+    store.save(child, path)
+    again = store.load(path)
+    assert describe(again) == wanted
+    assert torch.equal(again(x), logits)
+    rows, columns = spec.image
+    larger = (2 * rows, 2 * columns)
+    works_or_says(child, lambda model: model.reset_classifier(5))
+    works_or_says(child, lambda model: model.reset_classifier(5, "avg"))
+    works_or_says(child, lambda model: model.set_input_size(img_size=larger), larger)
+    works_or_says(child, lambda model: model.prune_intermediate_layers([0], prune_head=True))
+    works_or_says(child, lambda model: None, larger)
+
+
+def works_or_says(child: torch.nn.Module, change, size=None) -> None:
+    """A change and a forward pass work, or one of both is refused with a sentence of ours or of timm's assertions."""
+    model = copy.deepcopy(child)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # timm's own, where it resizes tables of biases
+            change(model)
+            out = model(torch.randn(2, 3, *(size or describe(child).image)))
+    except (VitrimError, AssertionError) as problem:
+        said = str(problem)
+    else:
+        assert torch.isfinite(out).all()
+        return
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("family", "preset"), PRESETS, ids=IDS)
+def test_plans_compose_over_every_kind(family, preset):
+    """Two plans in a row are one plan, bit for bit, and both are refused together."""
+    model = parent(family, preset)
+    spec = describe(model)
+
+    @settings(FEW, max_examples=12)
+    @given(st.data())
+    def check(data):
+        first = data.draw(plans(spec), label="first")
+        small = accepted(first, spec)
+        if small is None:
+            return
+        second = data.draw(plans(small), label="second")
+        if accepted(second, small) is None:
+            return
+        once = first.then(second, spec)
+        steps = surgery.apply(surgery.apply(model, first), second)
+        whole = surgery.apply(model, once)
+        assert describe(steps) == describe(whole) == once.child(spec)
+        x = images(spec, dtype=torch.float32)
+        with torch.no_grad():
+            assert torch.equal(steps(x), whole(x))
+
+    check()
