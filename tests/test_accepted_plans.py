@@ -34,7 +34,7 @@ OTHERS = {
     "skipped_mlp",
     "only_prefix",
 }
-EXAMPLES = 240
+EXAMPLES = 100
 FEW = settings(
     max_examples=EXAMPLES, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )

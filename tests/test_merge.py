@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
-from vitrim.nn.stream import Stream
 
 from tests.samples import PRESETS, adopted, apart, images, random_plan
 from tests.tolerance import EXACT
@@ -16,6 +15,7 @@ from vitrim.families import blocks_of, describe
 from vitrim.measure import counted
 from vitrim.nn.attention import Heard
 from vitrim.nn.steps.merge import Merged
+from vitrim.nn.stream import Stream
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import DataError, PlanError
 from vitrim.words.plain import dump, load

@@ -132,6 +132,41 @@ def test_a_circle_is_seen():
     assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
 
 
+def step_names() -> set[str]:
+    """Classes of every kind of token step: words and modules."""
+    files = [path for folder in ("words", "nn") for path in (SOURCE / folder / "steps").glob("[!_]*.py")]
+    return {node.name for path in files for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)}
+
+
+def named(source: str, names: set[str]) -> set[str]:
+    """Which of `names` a source uses as identifiers, in imports, expressions or annotations."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.alias):
+            found |= set(node.name.split("."))
+    return found & names
+
+
+@pytest.mark.parametrize("module", [module for module in modules() if room_of(module) != "methods"])
+def test_only_its_two_files_and_methods_name_a_step(module: str):
+    if ".steps." not in module:
+        assert named(file_of(module).read_text(encoding="utf-8"), step_names()) == set()
+
+
+def test_every_word_of_a_step_has_its_module():
+    words, modules_ = ({path.name for path in (SOURCE / a / "steps").glob("[!_]*.py")} for a in ("words", "nn"))
+    assert words == modules_
+    assert len(step_names()) == 2 * len(words)
+
+
+def test_a_named_step_is_seen():
+    assert named("from vitrim.words.steps.drop import Drop\nx = steps.Merge", {"Drop", "Merge"}) == {"Drop", "Merge"}
+
+
 def too_long(source: str) -> bool:
     return len(source.splitlines()) > LONGEST
 

@@ -364,7 +364,8 @@ def test_no_disk_space(file: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_file_that_may_not_grow(tmp_path: Path):
     """The operating system itself refuses in the middle of writing."""
     code = (
-        "import resource, sys, vitrim; from pathlib import Path; from vitrim import families, store; "
+        "import resource, sys, vitrim; from pathlib import Path; from vitrim import families; "
+        "from vitrim.deploy import store; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
         "model = vitrim.adopt(families.get('vit').example())\n"
         "try: store.save(model, Path(sys.argv[1]) / 'm.safetensors')\n"
@@ -400,7 +401,7 @@ def hub() -> Iterator[str]:
 
 VISIT = """
 import sys, vitrim
-from vitrim import store
+from vitrim.deploy import store
 
 def attempt(name, call):
     try:

@@ -1,7 +1,7 @@
 """Hypothesis strategies that draw plans over every kind of cut: widths, branches, convolutions, token steps.
 
 Nothing here knows how many kinds of token steps there are: a step is drawn from the fields of its class, so a kind that
-is added is drawn because its file exists. Many of the plans that are drawn cannot be carried out; a test asks
+is added is drawn because its file exists. Some of the plans that are drawn cannot be carried out; a test asks
 ``plan.child(spec)`` and expects a `vitrim.words.errors.PlanError` or a model that works.
 """
 
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from vitrim.words.errors import PlanError
 from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.spec import Attention, Block, Conv, Form, Mixture, Skip, Spec, Stage
 from vitrim.words.steps import StepBase, kinds
@@ -28,18 +29,31 @@ def plans(draw: st.DrawFn, spec: Spec, *, tokens: bool = True, convolutions: boo
         tokens: whether token steps and `only_prefix` are drawn.
         convolutions: whether convolutions are drawn.
     """
-    decisions = []
+    decisions: list[BlockPlan] = []
     rows = spec.blocks()
     for index, (_, stage, block) in enumerate(rows):
-        fields: dict[str, Any] = {}
-        fields |= draw(_mixers(stage, block, convolutions))
-        fields |= draw(_mlps(stage.form, block))
-        if tokens and draw(st.integers(0, 2)) == 0:
-            fields["tokens"] = draw(steps(stage))
+        parts: list[dict[str, Any]] = [draw(_mlps(stage.form, block)), draw(_mixers(stage, block, convolutions))]
+        if tokens and draw(st.booleans()):
+            parts.append({"tokens": draw(steps(stage))})
         if tokens and index == len(rows) - 1:
-            fields["only_prefix"] = draw(st.integers(0, 3)) == 0
+            parts.append({"only_prefix": draw(st.integers(0, 3)) == 0})
+        careless = draw(st.integers(0, 15)) == 0
+        fields: dict[str, Any] = {}
+        for part in draw(st.permutations(parts)):
+            if careless or _accepted(spec, [*decisions, BlockPlan(**fields, **part)]):
+                fields |= part
         decisions.append(BlockPlan(**fields))
     return Plan.of(spec, decisions)
+
+
+def _accepted(spec: Spec, decisions: list[BlockPlan]) -> bool:
+    """Whether the first blocks can be cut so; most plans drawn without looking would be refused."""
+    rest = [BlockPlan()] * (len(spec.blocks()) - len(decisions))
+    try:
+        Plan.of(spec, [*decisions, *rest]).child(spec)
+    except PlanError:
+        return False
+    return True
 
 
 def steps(stage: Stage) -> st.SearchStrategy[StepBase | None]:
