@@ -271,4 +271,4 @@ class _Planner:
     def _of_macs(self, macs: float) -> Budget:
         limits = self.budget.limits(self.dense)
         most = limits.get("macs", self.dense.macs) / self.dense.macs
-        return Budget(macs=min(macs, most), params=self.budget.params)
+        return self.budget.model_copy(update={"macs": min(macs, most), "latency": None, "table": None})

@@ -66,7 +66,7 @@ def compress(
     data: Any = None,
     *,
     method: str = "taylor",
-    budget: str = "macs=0.5",
+    budget: str | Budget = "macs=0.5",
     epochs: float = 0,
     seed: int = 0,
     test: Any = None,
@@ -85,7 +85,8 @@ def compress(
             dataset of (PIL image or ``(3, height, width)`` tensor, label), a loader of batches, or None for methods
             that need none.
         method: name of a method, see `vitrim methods`.
-        budget: what the child may cost: ``macs=0.5``, ``macs=2.3G``, ``params=12M``, or several joined by commas.
+        budget: what the child may cost: ``macs=0.5``, ``macs=2.3G``, ``params=12M``, or several joined by commas; or a
+            `Budget` of the same bounds, without a table, for a run measures its own.
         epochs: how long to train the child with its parent as teacher; 0 cuts only.
         seed: of everything random.
         test: images to measure on, in the same forms; no search sees them.
@@ -107,7 +108,7 @@ def compress(
         "model": {"name": model if isinstance(model, str) else _portrait(model)},
         "data": {"train": sources[0], "test": sources[1]},
         "method": {"name": method, **(settings or {})},
-        "budget": budget,
+        "budget": _budget_text(budget),
         "recover": recover,
         "train": {"epochs": epochs, **(train or {})},
         "measure": dict(measure or {}),
@@ -116,6 +117,21 @@ def compress(
     resolved = load(Recipe, merged(asked, recipe or {}), RecipeError, at="compress")
     parent = None if isinstance(model, str) else adopt(model)
     return _run(resolved, None if out is None else Path(out), parent, (data, test), lambda _: None)
+
+
+def _budget_text(budget: str | Budget) -> str:
+    """A budget as a recipe writes it.
+
+    Raises:
+        BudgetError: if it bounds nothing, or has a table of its own.
+    """
+    if not isinstance(budget, Budget):
+        return budget
+    if not budget.bounds():
+        raise BudgetError("a budget must bound macs, params or latency, but bounds nothing; give macs=0.5")
+    if budget.table is not None:
+        raise BudgetError("a budget for compress must have no table, for a run measures its own; leave table out")
+    return str(budget)
 
 
 def _portrait(model: nn.Module) -> str:
