@@ -92,7 +92,7 @@ def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
     [
         ("model.tflite", {}, "must end in .onnx or .pt2, but got 'model.tflite'"),
         ("model.onnx", {"opset": 17}, "opset must be at least 18, but got 17"),
-        ("nowhere/model.pt2", {}, "must be writable, but is not: No such file"),
+        ("nowhere/model.pt2", {}, "must be writable, but is not: no such file"),
     ],
 )
 def test_wrong_requests(name, options, words, tmp_path):

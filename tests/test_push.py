@@ -10,7 +10,7 @@ import yaml
 
 import vitrim.hub
 from vitrim import cli, families
-from vitrim.deploy import push, store
+from vitrim.deploy import push, remote, store
 from vitrim.families import describe
 from vitrim.families._segmentor import segmentor
 from vitrim.measure import cost
@@ -136,7 +136,7 @@ class Hub:
 
 def test_a_push_makes_the_repository_and_fills_it(run, tmp_path, monkeypatch):
     hub = Hub(tmp_path)
-    monkeypatch.setattr(push, "HfApi", hub)
+    monkeypatch.setattr(remote, "HfApi", hub)
     done = push.push(run, "owner/small", licence="mit", private=True, revision="v1")
     assert hub.calls == [("create", "owner/small", True), ("upload", "owner/small", "v1")]
     assert done.folder is None
@@ -147,7 +147,7 @@ def test_a_push_makes_the_repository_and_fills_it(run, tmp_path, monkeypatch):
 
 
 def test_what_the_hub_says_is_told(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(push, "HfApi", Hub(tmp_path, OSError("no route to host")))
+    monkeypatch.setattr(remote, "HfApi", Hub(tmp_path, OSError("no route to host")))
     with pytest.raises(
         StoreError, match=r"owner/small: the repository must be there to write, but no route to host; see"
     ):

@@ -91,7 +91,7 @@ def test_a_segmentor_answers_for_each_pixel_and_without_a_test_split_the_calibra
         ("m.pt2", {}, "an int8 file must end in .onnx, but got 'm.pt2'"),
         ("m.onnx", {"percentile": 101}, "percentile must be above 50 and at most 100, but got 101"),
         ("m.onnx", {"opset": 13}, "opset must be at least 18, but got 13"),
-        ("no/m.onnx", {}, "must be writable, but is not: No such file"),
+        ("no/m.onnx", {}, "must be writable, but is not: no such file"),
         ("", {}, "must end in .onnx"),
     ],
 )

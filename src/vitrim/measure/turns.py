@@ -166,16 +166,24 @@ def at_least(name: str, value: int, least: int) -> None:
     Raises:
         RecipeError: naming it.
     """
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise RecipeError(f"{name} must be a whole number of at least {least}, but got {value}")
 
 
 def place_of(device: torch.device | str) -> torch.device:
-    """The device with its number, as parameters name it: ``cuda`` alone would equal none of theirs."""
-    place = torch.device(device)
-    if place.type == "cuda" and place.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return place
+    """The device with its number, as parameters name it: ``cuda`` alone would equal none of theirs.
+
+    Raises:
+        RecipeError: if this machine has no such device, or none that computes (``meta``).
+    """
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+        if place.type != "meta":
+            return torch.device("cuda", torch.cuda.current_device()) if str(place) == "cuda" else place
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError):
+        pass
+    raise RecipeError(f"device must be one of this machine's, but got '{device}'; use cpu, or leave it out")
 
 
 def name_of(device: torch.device) -> str:

@@ -6,7 +6,6 @@ Each stage writes its file beside and renames it, and reads what the one before 
 missing file, also in the middle of a search or of training.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vitrim import report
@@ -24,6 +22,7 @@ from vitrim.data import eval_loader
 from vitrim.deploy import store
 from vitrim.families import adopt, describe
 from vitrim.methods._contract import Data, Found, Method
+from vitrim.nn.weights import check_weights, fingerprint
 from vitrim.run.child import judged
 from vitrim.run.job import Job, check_folder, full_disk, leaving_nothing, logger, prepare
 from vitrim.run.latency_budget import clocked, meet
@@ -135,11 +134,13 @@ def _budget_text(budget: str | Budget) -> str:
 
 
 def _portrait(model: nn.Module) -> str:
-    """A name that tells a model in memory from another, so that no run folder is taken for the other's."""
-    digest = hashlib.sha256()
-    for value in model.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return f"({type(model).__name__} in memory, {digest.hexdigest()[:8]})"
+    """A name that tells a model in memory from another, so that no run folder is taken for the other's.
+
+    Raises:
+        WeightsError: naming the tensor, if it is without data or cannot be computed with.
+    """
+    check_weights(model)
+    return f"({type(model).__name__} in memory, {fingerprint(model)[:8]})"
 
 
 def run(recipe: Recipe, folder: Path, *, say: Callable[[str], None] = lambda _: None) -> Result:

@@ -29,6 +29,7 @@ __all__ = [
     "load",
     "read_json",
     "read_toml",
+    "reason",
     "why_not_valid",
     "write_json",
     "write_text",
@@ -57,6 +58,17 @@ class Node(BaseModel):
     def _may_be_none(cls, name: str) -> bool:
         field = cls.model_fields.get(name)
         return field is not None and type(None) in get_args(field.annotation)
+
+
+def reason(problem: BaseException) -> str:
+    """What went wrong, in a few words for the middle of a sentence: the first line of an error, at most 200 characters.
+
+    Of what the operating system refuses it is the cause alone, for the sentence names the file.
+    """
+    if isinstance(problem, OSError) and problem.strerror:
+        return problem.strerror.lower()
+    lines = (line.strip().rstrip(".") for line in str(problem).splitlines())
+    return next((line[:200] for line in lines if line), type(problem).__name__)
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
@@ -202,8 +214,8 @@ def check_place(path: Path, error: type[VitrimError] = RecipeError) -> None:
             with tempfile.TemporaryFile(dir=next(above for above in place.parents if above.exists())):
                 pass
     except OSError as problem:
-        reason = (problem.strerror or str(problem)).lower()
-        raise error(f"{path}: the place must be writable, but is not: {reason}; choose another place") from None
+        said = reason(problem)
+        raise error(f"{path}: the place must be writable, but is not: {said}; choose another place") from None
     if folder:
         raise error(f"{path}: a file must be named to write to, but this is a folder; name a file in it")
 
