@@ -189,6 +189,26 @@ def test_numbers_of_another_model_are_refused(run, tmp_path):
         push.push(other, "owner/small", licence="mit", folder=tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"recipe": "x.toml"},
+        {"recipe": {"model": "a name", "data": ["train"]}},
+        {"recipe": None},
+        {"recipe": {"model": {"name": 3}, "data": {"test": 5}}},
+    ],
+)
+def test_a_provenance_of_ones_own_is_no_recipe(given, tmp_path):
+    torch.manual_seed(0)
+    net = families.adopt(timm.create_model("test_vit", **TINY).eval())
+    store.save(net, tmp_path / "m.safetensors", provenance=given)
+    push.push(tmp_path / "m.safetensors", "owner/small", licence="mit", folder=tmp_path / "out")
+    front, _ = described(tmp_path / "out")
+    assert front["license"] == "mit"
+    with pytest.raises(StoreError, match=r"licence of the parent's weights must be known.* give --license"):
+        push.push(tmp_path / "m.safetensors", "owner/small", folder=tmp_path / "two")
+
+
 def test_a_damaged_model_is_not_pushed(run, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(run, other)

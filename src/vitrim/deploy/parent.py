@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitrim import families
 from vitrim.deploy import store
 from vitrim.families import adopt
-from vitrim.nn.weights import why_not_like
+from vitrim.nn.weights import why_not_weight
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import AdoptError, RecipeError, WeightsError
 from vitrim.words.plain import did_you_mean, reason
@@ -172,9 +172,10 @@ def load_weights_(model: nn.Module, state: dict[str, Tensor], source: str) -> No
     ]
     if parts:
         raise WeightsError(f"{source}: weights must fit {type(model).__name__}, but the file {'; '.join(parts)}")
-    wrong = why_not_like(state, mine)
-    if wrong is not None:
-        raise WeightsError(f"{source}: {wrong}")
+    for name, value in state.items():
+        wrong = why_not_weight(name, value) if mine[name].is_floating_point() else None
+        if wrong is not None:
+            raise WeightsError(f"{source}: {wrong}")
     model.load_state_dict(state)
 
 

@@ -25,7 +25,11 @@ def image_of(model: nn.Module, image: Image | None = None) -> Image:
         RecipeError: if `image` is malformed, or the model does not say what it takes.
     """
     if image is not None:
-        if len(image) != 3 or any(not _whole(size) or size < 1 for size in image):
+        if (
+            not isinstance(image, tuple | list)
+            or len(image) != 3
+            or any(not _whole(size) or size < 1 for size in image)
+        ):
             raise RecipeError(f"image must be (channels, height, width), each at least 1, but got {image}")
         return image
     stem: Any = getattr(model, "patch_embed", None)

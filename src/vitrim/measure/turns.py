@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +72,7 @@ def turns(
     """
     at_least("runs", runs, 2)
     at_least("warmup", warmup, 1)
-    if not 0 < seconds < math.inf:
+    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds < math.inf:
         raise RecipeError(f"seconds must be above 0 and finite, but got {seconds}")
     with keeping_memory():
         return _taken([timer(call, wait) for call in calls], seconds, runs, warmup)
