@@ -8,7 +8,6 @@ import difflib
 import errno
 import json
 import os
-import secrets
 import stat
 import tempfile
 import tomllib
@@ -168,7 +167,7 @@ def writing(path: Path) -> Iterator[Path]:
     """
     path = followed(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     # The operating system applies the umask; to ask for it here would set it for all threads for a moment.
     handle = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
