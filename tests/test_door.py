@@ -280,6 +280,30 @@ def test_weights_that_are_not_finite_are_refused_by_name(name: str, value: float
         adopt(model)
 
 
+def test_weights_without_data_are_refused():
+    model = small().to("meta")
+    describe(model)
+    with pytest.raises(
+        WeightsError, match=r"^cls_token: weights must hold data, but these are on the meta device; load"
+    ):
+        adopt(model)
+    model = small()
+    model.head.weight = nn.Parameter(model.head.weight.to("meta"))
+    with pytest.raises(WeightsError, match=r"^head.weight: weights must hold data"):
+        adopt(model)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.int32, torch.float8_e4m3fn, torch.complex64], ids=str)
+@pytest.mark.parametrize("name", ["blocks.1.attn.qkv.weight", "head.weight"])
+def test_weights_that_are_not_computed_in_are_refused(name: str, kind: torch.dtype):
+    model = small()
+    owner, _, last = name.rpartition(".")
+    weight = nn.Parameter(model.get_parameter(name).detach().to(kind), requires_grad=False)
+    setattr(model.get_submodule(owner), last, weight)
+    with pytest.raises(WeightsError, match=f"^{re.escape(name)}: weights must be float16, .* but are"):
+        adopt(model)
+
+
 def test_adopting_twice_is_adopting_once():
     once = adopt(small())
     twice = adopt(once)

@@ -1,5 +1,7 @@
 """Cut, stored, loaded and written for another runtime: the logits are eager PyTorch's, or nothing is written."""
 
+import errno
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from vitrim.cut import surgery
 from vitrim.deploy import export, store
 from vitrim.families import describe
 from vitrim.words.costs import cost_of
-from vitrim.words.errors import ExportError
+from vitrim.words.errors import ExportError, StoreError
 from vitrim.words.plan import BlockPlan, Plan
 
 CASES = [("vit", "registers"), ("t2t", "performer"), ("swin", "windows")]
@@ -92,7 +94,7 @@ def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
     [
         ("model.tflite", {}, "must end in .onnx or .pt2, but got 'model.tflite'"),
         ("model.onnx", {"opset": 17}, "opset must be at least 18, but got 17"),
-        ("nowhere/model.pt2", {}, "must be writable, but is not: No such file"),
+        ("nowhere/model.pt2", {}, "must be writable, but is not: no such file"),
     ],
 )
 def test_wrong_requests(name, options, words, tmp_path):
@@ -105,6 +107,53 @@ def test_a_missing_package_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxruntime" else object())
     with pytest.raises(ExportError, match=r"onnxruntime must be installed for this, but is not; run pip install"):
         export.export(child("vit", "plain"), tmp_path / "model.onnx")
+
+
+def fail(path, problem):
+    with export.beside(path) as part:
+        part.write_text("half")
+        raise problem(part)
+
+
+@pytest.mark.parametrize(
+    ("problem", "kind", "words"),
+    [
+        (
+            lambda part: OSError(errno.ENOSPC, "No space left on device"),
+            ExportError,
+            "m.onnx: must be writable, but is not",
+        ),
+        (
+            lambda part: OSError(errno.EACCES, "Permission denied", str(part)),
+            ExportError,
+            "but is not: permission denied",
+        ),
+        (
+            lambda part: FileNotFoundError(errno.ENOENT, "No such file", "/other/a.png"),
+            FileNotFoundError,
+            "/other/a.png",
+        ),
+        (lambda part: OSError("image file is truncated"), OSError, "^image file is truncated$"),
+        (lambda part: StoreError("a sentence"), StoreError, "^a sentence$"),
+    ],
+)
+def test_only_a_fault_of_the_place_is_told_as_one(problem, kind, words, tmp_path):
+    (tmp_path / "m.onnx").write_text("what was there")
+    with pytest.raises(kind, match=words) as caught:
+        fail(tmp_path / "m.onnx", problem)
+    assert type(caught.value) is kind
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["what was there"]
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "m.onnx"
+    link.symlink_to(tmp_path / "real" / "n.onnx")
+    with export.beside(link) as part:
+        part.write_text("new")
+    assert link.is_symlink()
+    assert (tmp_path / "real" / "n.onnx").read_text() == "new"
+    assert {path.name for path in tmp_path.rglob("*")} == {"real", "m.onnx", "n.onnx"}
 
 
 def test_weights_must_be_there(tmp_path):

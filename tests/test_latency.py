@@ -22,7 +22,7 @@ from vitrim.run import latency_budget
 from vitrim.run.recipe import Measure
 from vitrim.words.budget import Budget
 from vitrim.words.costs import attention_macs, cost_of, mlp_macs
-from vitrim.words.errors import BudgetError, ExportError
+from vitrim.words.errors import BudgetError, ExportError, RecipeError, WeightsError
 from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.spec import Attention, Skip, folded
 from vitrim.words.steps.drop import Drop
@@ -374,3 +374,59 @@ def test_tables_of_other_settings_are_other_files(monkeypatch, tmp_path):
     latency_budget.table_for(small_vit(global_pool="avg"), Measure())
     latency_budget.table_for(model, Measure())
     assert len(list((tmp_path / "latency").iterdir())) == 6
+
+
+def test_a_table_of_another_version_is_another_file(monkeypatch, tmp_path):
+    model, made = small_vit(), []
+
+    def make(model, **_):
+        made.append(model)
+        return proportional(describe(model))
+
+    monkeypatch.setenv("VITRIM_CACHE", str(tmp_path))
+    monkeypatch.setattr(latency_budget, "make_table", make)
+    for _ in range(2):
+        latency_budget.table_for(model, Measure())
+    assert len(made) == 1
+    for name, value in (("__version__", "0.0.1"), ("FORMAT", 0)):
+        with monkeypatch.context() as other:
+            other.setattr(latency_budget, name, value)
+            latency_budget.table_for(model, Measure())
+    assert len(made) == len(list((tmp_path / "latency").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"batch": True}, "batch must be a whole number of at least 1, but got True"),
+        ({"batch": 0}, "batch must be a whole number of at least 1, but got 0"),
+        ({"batch": 1.5}, "batch must be a whole number of at least 1, but got 1.5"),
+        ({"batch": "8"}, "batch must be a whole number of at least 1, but got 8"),
+        ({"threads": True}, "threads must be a whole number of at least 1, but got True"),
+        ({"threads": 0}, "threads must be a whole number of at least 1, but got 0"),
+        ({"runs": True}, "runs must be a whole number of at least 2, but got True"),
+        ({"warmup": 0}, "warmup must be a whole number of at least 1, but got 0"),
+        ({"seconds": float("nan")}, "seconds must be above 0 and finite, but got nan"),
+        ({"seconds": "long"}, "seconds must be above 0 and finite, but got long"),
+        ({"seconds": True}, "seconds must be above 0 and finite, but got True"),
+        ({"device": "abacus"}, "device must be one of this machine's, but got 'abacus'"),
+        ({"device": "meta"}, "device must be one of this machine's, but got 'meta'"),
+        ({"dtype": torch.int32}, "dtype must be a floating-point type, but got torch.int32"),
+        ({"image": (3, 32)}, "image must be (channels, height, width)"),
+        ({"image": 32}, "image must be (channels, height, width)"),
+    ],
+)
+def test_a_time_is_asked_for_as_it_can_be_measured(asked, told):
+    with pytest.raises(RecipeError) as caught:
+        vitrim.latency(small_vit(), **{"seconds": 0.01, **asked})
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("which", ["model", "reference"])
+def test_a_model_without_data_has_no_time(which):
+    given = {"model": small_vit(), "reference": small_vit()}
+    given[which].to("meta")
+    with pytest.raises(WeightsError, match=r"cls_token: weights must hold data, but these are on the meta device"):
+        vitrim.latency(**given, seconds=0.01)
+    with pytest.raises(WeightsError, match="meta device"):
+        vitrim.compress(given[which], method="magnitude", measure={"latency": False})

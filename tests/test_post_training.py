@@ -24,8 +24,9 @@ from vitrim.families import adopt, blocks_of, describe
 from vitrim.methods._contract import Data
 from vitrim.methods.post_training import budgets as _budgets
 from vitrim.methods.post_training.budgets import read_off
-from vitrim.methods.post_training.calibration import Calibration, fingerprint, read_calibration, write_calibration
+from vitrim.methods.post_training.calibration import Calibration, read_calibration, write_calibration
 from vitrim.methods.post_training.sensitivity import last_exact, merging, needed, schedules
+from vitrim.nn.weights import fingerprint
 from vitrim.words.budget import Budget
 from vitrim.words.costs import block_cost, cost_of
 from vitrim.words.errors import BudgetError, MethodError

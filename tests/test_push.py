@@ -10,7 +10,7 @@ import yaml
 
 import vitrim.hub
 from vitrim import cli, families
-from vitrim.deploy import push, store
+from vitrim.deploy import push, remote, store
 from vitrim.families import describe
 from vitrim.families._segmentor import segmentor
 from vitrim.measure import cost
@@ -136,7 +136,7 @@ class Hub:
 
 def test_a_push_makes_the_repository_and_fills_it(run, tmp_path, monkeypatch):
     hub = Hub(tmp_path)
-    monkeypatch.setattr(push, "HfApi", hub)
+    monkeypatch.setattr(remote, "HfApi", hub)
     done = push.push(run, "owner/small", licence="mit", private=True, revision="v1")
     assert hub.calls == [("create", "owner/small", True), ("upload", "owner/small", "v1")]
     assert done.folder is None
@@ -147,7 +147,7 @@ def test_a_push_makes_the_repository_and_fills_it(run, tmp_path, monkeypatch):
 
 
 def test_what_the_hub_says_is_told(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(push, "HfApi", Hub(tmp_path, OSError("no route to host")))
+    monkeypatch.setattr(remote, "HfApi", Hub(tmp_path, OSError("no route to host")))
     with pytest.raises(
         StoreError, match=r"owner/small: the repository must be there to write, but no route to host; see"
     ):
@@ -187,6 +187,26 @@ def test_numbers_of_another_model_are_refused(run, tmp_path):
         StoreError, match=r"measured\.json: what was measured must be of this model .* but is of another"
     ):
         push.push(other, "owner/small", licence="mit", folder=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"recipe": "x.toml"},
+        {"recipe": {"model": "a name", "data": ["train"]}},
+        {"recipe": None},
+        {"recipe": {"model": {"name": 3}, "data": {"test": 5}}},
+    ],
+)
+def test_a_provenance_of_ones_own_is_no_recipe(given, tmp_path):
+    torch.manual_seed(0)
+    net = families.adopt(timm.create_model("test_vit", **TINY).eval())
+    store.save(net, tmp_path / "m.safetensors", provenance=given)
+    push.push(tmp_path / "m.safetensors", "owner/small", licence="mit", folder=tmp_path / "out")
+    front, _ = described(tmp_path / "out")
+    assert front["license"] == "mit"
+    with pytest.raises(StoreError, match=r"licence of the parent's weights must be known.* give --license"):
+        push.push(tmp_path / "m.safetensors", "owner/small", folder=tmp_path / "two")
 
 
 def test_a_damaged_model_is_not_pushed(run, tmp_path):

@@ -14,7 +14,7 @@ from vitrim.deploy import export, quantize, store
 from vitrim.families import describe
 from vitrim.families._segmentor import segmentor
 from vitrim.nn.segment import Head
-from vitrim.words.errors import ExportError
+from vitrim.words.errors import DataError, ExportError
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 
@@ -91,7 +91,7 @@ def test_a_segmentor_answers_for_each_pixel_and_without_a_test_split_the_calibra
         ("m.pt2", {}, "an int8 file must end in .onnx, but got 'm.pt2'"),
         ("m.onnx", {"percentile": 101}, "percentile must be above 50 and at most 100, but got 101"),
         ("m.onnx", {"opset": 13}, "opset must be at least 18, but got 13"),
-        ("no/m.onnx", {}, "must be writable, but is not: No such file"),
+        ("no/m.onnx", {}, "must be writable, but is not: no such file"),
         ("", {}, "must end in .onnx"),
     ],
 )
@@ -106,6 +106,37 @@ def test_no_images_are_refused(model, tmp_path):
     with pytest.raises(ExportError, match="int8 must be calibrated on images, but there are none"):
         quantize.quantize(model, tmp_path / "m.onnx", [])
     assert not list(tmp_path.iterdir())
+
+
+def with_a_missing_image(loader, missing):
+    """A loader as a caller may write one, of files that it opens as it comes to them."""
+    yield from loader
+    missing.read_bytes()
+
+
+def test_an_image_that_is_missing_is_told(model, loaders, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantize, "export", None)
+    missing = tmp_path / "gone.png"
+    with pytest.raises(DataError, match=r"gone\.png: must be readable, but no such file or directory"):
+        quantize.quantize(model, tmp_path / "m.onnx", with_a_missing_image(loaders[0], missing))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_image_that_goes_missing_later_is_told(model, loaders, tmp_path):
+    missing = tmp_path / "gone.png"
+    (tmp_path / "m.onnx").write_text("what was there")
+    with pytest.raises(DataError, match=r"gone\.png: must be readable, but no such file or directory"):
+        quantize.quantize(model, tmp_path / "m.onnx", loaders[0], test=with_a_missing_image(loaders[1], missing))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["what was there"]
+
+
+def test_a_damaged_image_is_told_as_it_is(model, tmp_path):
+    def damaged():
+        raise DataError("a.png: every image must decode, but it is not an image")
+        yield
+
+    with pytest.raises(DataError, match=r"a\.png: every image must decode"):
+        quantize.quantize(model, tmp_path / "m.onnx", damaged())
 
 
 def run(monkeypatch, *arguments):

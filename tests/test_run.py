@@ -19,6 +19,7 @@ from vitrim.run import job
 from vitrim.run.pipeline import Result, compress, run
 from vitrim.run.recipe import Recipe, read_recipe
 from vitrim.words import plain
+from vitrim.words.budget import Budget
 from vitrim.words.errors import (
     BudgetError,
     DataError,
@@ -32,6 +33,7 @@ from vitrim.words.errors import (
 )
 from vitrim.words.plain import load, read_json
 from vitrim.words.plan import Plan, read_plan, write_plan
+from vitrim.words.table import Machine, Table
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 QUIET = {"latency": False}
@@ -83,6 +85,12 @@ def class_folders(root: Path, classes: int = 10, each: int = 3) -> Path:
         for number in range(each):
             Image.new("RGB", (32, 32), (20 * label, 30 * number, 7)).save(root / f"class{label}" / f"{number}.png")
     return root
+
+
+def umask_of_the_process() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -300,6 +308,22 @@ def test_weights_that_are_not_finite():
 # Run folders.
 
 
+def test_a_budget_may_be_given_as_a_value():
+    text, value = (
+        compress(tiny(), method="magnitude", budget=budget, measure=QUIET)
+        for budget in ("macs=0.6,params=0.9", Budget(macs=0.6, params=0.9))
+    )
+    assert text.plan == value.plan
+    assert text.measured["budget"] == value.measured["budget"] == "macs=0.6,params=0.9"
+    with pytest.raises(BudgetError, match=r"but bounds nothing; give macs=0\.5"):
+        compress(tiny(), method="magnitude", budget=Budget(), measure=QUIET)
+    made = Table(
+        machine=Machine(device="cpu", batch=1, threads=1, dtype="float32", torch="2"), stages=(), host=1.0, dense=1.0
+    )
+    with pytest.raises(BudgetError, match="must have no table"):
+        compress(tiny(), method="magnitude", budget=Budget(latency=0.6, table=made), measure=QUIET)
+
+
 def test_a_run_folder(tmp_path):
     out = tmp_path / "run"
     result = run(asked(train=SHORT), out)
@@ -314,7 +338,7 @@ def test_a_run_folder(tmp_path):
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert {record["stage"] for record in records} == {"train"}
     assert "<svg" in (out / "report.html").read_text()
-    assert {oct(path.stat().st_mode)[-3:] for path in out.iterdir()} == {"644"}
+    assert {oct(path.stat().st_mode)[-3:] for path in out.iterdir()} == {oct(0o666 & ~umask_of_the_process())[-3:]}
     assert result.measured["test_images"] == 40
 
     # Done is done: a second call reads what is there.

@@ -26,6 +26,7 @@ from vitrim import families
 from vitrim.cut import surgery
 from vitrim.deploy import store
 from vitrim.families import describe
+from vitrim.nn.weights import why_not_like
 from vitrim.words.errors import SpecError, StoreError, WeightsError
 from vitrim.words.plain import dump
 
@@ -244,6 +245,45 @@ def test_weights_that_are_not_finite_are_not_stored(file: Path):
     assert not file.exists()
 
 
+@pytest.mark.parametrize("kind", [torch.int32, torch.float8_e4m3fn], ids=str)
+def test_weights_that_are_not_computed_in_are_not_stored(kind: torch.dtype, file: Path):
+    model = copy.deepcopy(child())
+    model.head.weight = nn.Parameter(model.head.weight.detach().to(kind), requires_grad=False)
+    with pytest.raises(WeightsError, match=r"^head.weight: weights must be float16, .* but are (int32|float8_e4m3fn)"):
+        store.save(model, file)
+    assert not file.exists()
+
+
+def test_buffers_keep_their_types():
+    model = nn.BatchNorm1d(3)
+    wanted = model.state_dict()
+    assert why_not_like(wanted, wanted) is None
+    assert why_not_like({**wanted, "running_var": torch.ones(3, dtype=torch.float16)}, wanted) is None
+    told = why_not_like({**wanted, "num_batches_tracked": torch.zeros(())}, wanted)
+    assert told == "num_batches_tracked: must be int64, but is float32; convert it first"
+    told = why_not_like({**wanted, "running_mean": torch.zeros(3, dtype=torch.int64)}, wanted)
+    assert told is not None
+    assert told.startswith("running_mean: weights must be")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes and links are POSIX")
+def test_a_place_is_written_as_by_any_program(tmp_path: Path):
+    link, real = tmp_path / "link.safetensors", tmp_path / "real.safetensors"
+    link.symlink_to(real.name)
+    before = os.umask(0o077)
+    try:
+        store.save(child(), link)
+        store.save(child(), tmp_path / "other.safetensors")
+    finally:
+        os.umask(before)
+    assert link.is_symlink()
+    assert {oct(path.stat().st_mode)[-3:] for path in (real, tmp_path / "other.safetensors")} == {"600"}
+    assert describe(store.load(real)) == describe(child())
+    store.save(child(seed=0), link)
+    assert link.is_symlink()
+    assert describe(store.load(real)) == describe(child(seed=0))
+
+
 def rewrite(
     file: Path, sheet: Callable[[Any], Any] | None = None, weights: Callable[[dict[str, Any]], None] | None = None
 ) -> None:
@@ -338,7 +378,15 @@ def test_a_host_that_cannot_be_built(file: Path, change: Any):
         (lambda s: s.pop("norm.weight") is None, r"it lacks norm.weight"),
         (lambda s: s.update(extra=torch.zeros(2)), r"it has besides extra"),
         (lambda s: s.update({"norm.weight": torch.zeros(3)}), r"norm.weight is \(3,\), not \(48,\)"),
-        (lambda s: s["norm.weight"].fill_(torch.inf), r"weights must be finite, but norm.weight has"),
+        (
+            lambda s: s.update({"norm.weight": s["norm.weight"].to(torch.int32)}),
+            r"norm.weight: weights must be .* int32",
+        ),
+        (
+            lambda s: s.update({"norm.weight": s["norm.weight"].to(torch.float8_e4m3fn)}),
+            r"norm.weight: weights must be float16, .* but are float8_e4m3fn; convert them first",
+        ),
+        (lambda s: s["norm.weight"].fill_(torch.inf), r"norm.weight: weights must be finite, but some are NaN"),
     ],
 )
 def test_weights_that_do_not_fit(file: Path, change: Any, says: str):
@@ -364,8 +412,8 @@ def test_no_disk_space(file: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_file_that_may_not_grow(tmp_path: Path):
     """The operating system itself refuses in the middle of writing."""
     code = (
-        "import resource, sys, vitrim; from pathlib import Path; from vitrim import families; "
-        "from vitrim.deploy import store; "
+        "import resource, sys, vitrim; from pathlib import Path; "
+        "from vitrim import families; from vitrim.deploy import store; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
         "model = vitrim.adopt(families.get('vit').example())\n"
         "try: store.save(model, Path(sys.argv[1]) / 'm.safetensors')\n"

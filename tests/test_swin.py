@@ -58,7 +58,7 @@ def test_every_name_adopts(name: str):
     assert type(guest) is SwinTransformer
     ours = families.adopt(guest)
     assert list(ours.state_dict()) == list(guest.state_dict())
-    assert all(isinstance(block, WindowBlock) for block in swin.foreign_blocks(ours))
+    assert all(isinstance(block, WindowBlock) for _, block in families.blocks_of(ours))
     x = images(describe(guest), 1, torch.float32)
     with torch.no_grad():
         assert apart(ours(x), guest(x)) < SINGLE
@@ -196,7 +196,7 @@ def test_a_dead_head_takes_its_column_of_biases_along():
 
 def test_grid_of_another_size_is_refused():
     ours = families.adopt(tiny())
-    block = swin.foreign_blocks(ours)[0]
+    block = swin.blocks_by_stage(ours)[0][0]
     with pytest.raises(DataError, match=r"must be \(8, 8\), but is \(9, 8\); resize the images, call set_input_size"):
         block(torch.zeros(1, 9, 8, 24))
     with pytest.raises(AssertionError, match="Input height"):
@@ -392,7 +392,7 @@ def test_published_cost_of_a_channel(stage: int):
 def test_pairs_that_do_not_meet_are_timms():
     guest = tiny(img_size=(24, 40)).double()
     ours = families.adopt(guest)
-    block, theirs = swin.foreign_blocks(ours)[1], guest.layers[0].blocks[1]
+    block, theirs = swin.blocks_by_stage(ours)[0][1], guest.layers[0].blocks[1]
     assert torch.equal(block.blocked, theirs.attn_mask != 0)
     assert torch.equal(block.attn.relative_position_index, theirs.attn.relative_position_index)
     x = images(describe(ours))

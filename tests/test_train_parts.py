@@ -9,9 +9,10 @@ from timm.layers import DropPath
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
+from vitrim.nn.weights import check_weights
 from vitrim.train import Distill, Objective, Train, evaluate, learning_rate, parameter_groups, reference_logits
 from vitrim.train.distill import hard_loss, labels_loss, soft_loss, token_loss, two_heads
-from vitrim.train.guard import check_finite, drop_path
+from vitrim.train.guard import drop_path
 from vitrim.train.optim import optimizer, set_learning_rate
 from vitrim.words.errors import DataError, MethodError, RecipeError, WeightsError
 from vitrim.words.plain import dump, load
@@ -160,11 +161,11 @@ def test_drop_path_comes_and_goes():
 
 def test_weights_must_be_finite():
     model = vit()
-    check_finite(model)
+    check_weights(model)
     with torch.no_grad():
         model.blocks[1].mlp.fc1.bias[0] = float("nan")
     with pytest.raises(WeightsError, match=r"blocks\.1\.mlp\.fc1\.bias: weights must be finite"):
-        check_finite(model)
+        check_weights(model)
 
 
 class Table(nn.Module):

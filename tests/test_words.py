@@ -1,15 +1,28 @@
 """The words: budgets, specs, plans and recipes as text, and what they say of text that is wrong."""
 
 import json
+import os
+import stat
 import time
 import tomllib
+from pathlib import Path
 
 import pytest
 
 from vitrim.words.budget import Budget
 from vitrim.words.costs import Cost, cost_of
-from vitrim.words.errors import BudgetError, MethodError, PlanError, RecipeError, SpecError
-from vitrim.words.plain import did_you_mean, dump, load, read_json, read_toml, write_json, write_text, writing
+from vitrim.words.errors import BudgetError, MethodError, PlanError, RecipeError, RunError, SpecError
+from vitrim.words.plain import (
+    check_place,
+    did_you_mean,
+    dump,
+    load,
+    read_json,
+    read_toml,
+    write_json,
+    write_text,
+    writing,
+)
 from vitrim.words.plan import BlockPlan, Plan, read_plan, write_plan
 from vitrim.words.spec import Attention, Block, Form, Host, Norm, Skip, Spec, Stage
 
@@ -51,6 +64,9 @@ def plan(*blocks: dict, depth: int = 2) -> Plan:
         ("macs=0.5k", 500.0, None),
         ("macs=0.3333333333333333", 0.3333333333333333, None),
         ("macs=0.00001", 1e-5, None),
+        ("macs=.5", 0.5, None),
+        ("macs=1.", 1.0, None),
+        ("macs=.5k", 500.0, None),
         ("macs=1.5e15", 1.5e15, None),
         ("macs=2e18", 2e18, None),
     ],
@@ -80,9 +96,9 @@ def test_a_budget_is_read_and_written(text, macs, params):
         ("macs=2.3T", "but got '2.3T'"),
         ("macs=nan", "but got 'nan'"),
         ("macs=inf", "but got 'inf'"),
-        ("macs=.5", "but got '.5'"),
+        ("macs=.", "but got '.'"),
         ("macs=1e999", "must be above 0"),
-        ("macs=0", "must be above 0, but got '0'"),
+        ("macs=0", "must be above 0 and finite, but got '0'"),
         ("macs=0.0", "must be above 0"),
         ("macs=0G", "must be above 0"),
         ("macs=1.5", "must be a share in (0, 1] or a number with a unit"),
@@ -107,6 +123,62 @@ def test_limits_of_a_budget():
     assert budget.spent(Cost(495, 9), parent) == pytest.approx(0.99)
     with pytest.raises(BudgetError, match=r"macs must be at most 1,001, the model's own, but got 1,002"):
         Budget.parse("macs=1002").limits(parent)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "told"),
+    [
+        ({"macs": -1}, "budget of macs must be above 0 and finite, but got -1"),
+        ({"macs": 0}, "must be above 0 and finite, but got 0"),
+        ({"params": float("nan")}, "must be above 0 and finite, but got nan"),
+        ({"params": float("inf")}, "must be above 0 and finite, but got inf"),
+        ({"latency": 3.0}, "budget of latency must be a share of the parent's in (0, 1], but got 3.0"),
+        ({"latency": -0.5}, "must be above 0 and finite, but got -0.5"),
+        ({"macs": 50}, "or a number of at least 1000, but got 50; if that many are meant, give the text '0.05k'"),
+        ({"macs": True}, "must be a number such as 0.5 or 2.3e9, but got True"),
+        ({"macs": [0.5]}, "must be a number such as 0.5 or 2.3e9, but got [0.5]"),
+        ({"macs": "half"}, "must be a number such as 0.5, 2.3G or 12M, but got 'half'"),
+        ({"macs": "50"}, "must be a share in (0, 1] or a number with a unit"),
+        ({"mac": 0.5}, "Budget has no field 'mac'; did you mean 'macs'?"),
+        ({"table": 3}, "budget.table: "),
+    ],
+)
+def test_a_wrong_budget_is_refused_where_it_is_made(bounds, told):
+    with pytest.raises(BudgetError) as caught:
+        Budget(**bounds)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "text"),
+    [
+        ({"macs": 0.5}, "macs=0.5"),
+        ({"macs": 1}, "macs=1"),
+        ({"macs": 2_300_000_000, "latency": 0.5}, "macs=2.3G,latency=0.5"),
+        ({"macs": "2.3G", "params": None}, "macs=2.3G"),
+        ({"params": "0.5k"}, "params=0.5k"),
+        ({"params": 1000}, "params=1000"),
+    ],
+)
+def test_a_budget_of_numbers_is_that_of_their_text(bounds, text):
+    budget = Budget(**bounds)
+    assert budget == Budget.parse(text)
+    assert load(Budget, dump(budget)) == budget
+    assert Budget.model_validate_json(budget.model_dump_json()) == budget
+
+
+def test_a_budget_that_bounds_nothing_cannot_be_spent():
+    parent = Cost(macs=1001, params=5000)
+    assert Budget().bounds() == Budget().limits(parent) == {}
+    with pytest.raises(BudgetError, match="must bound macs, params or latency to be spent, but bounds nothing"):
+        Budget().spent(parent, parent)
+
+
+def test_a_budget_takes_other_bounds():
+    budget = Budget.parse("macs=0.5,params=0.5")
+    assert budget.bounded({"latency": 5_000_000}).bounds() == {"latency": 5_000_000}
+    assert budget.bounded(budget.bounds()) == budget
 
 
 # Plain values.
@@ -190,6 +262,81 @@ def test_writing_is_one_step(tmp_path):
         write_json(path, {"a": float("nan")})
     assert read_json(path) == {"a": 1}
     assert [entry.name for entry in path.parent.iterdir()] == ["file.json"]
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize(("mask", "left"), [(0o077, 0o600), (0o027, 0o640), (0o022, 0o644)])
+def test_writing_respects_the_umask(mask, left, tmp_path):
+    before = os.umask(mask)
+    try:
+        write_text(tmp_path / "new", "text")
+        with writing(tmp_path / "private") as beside:
+            # As a library does that writes a private file of its own and renames it.
+            other = beside.with_name("other")
+            other.touch(mode=0o600)
+            other.replace(beside)
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    assert (mode(tmp_path / "new"), mode(tmp_path / "private")) == (left, left)
+
+
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path):
+    path = tmp_path / "file"
+    path.touch()
+    path.chmod(0o604)
+    write_text(path, "text")
+    assert mode(path) == 0o604
+
+
+@pytest.mark.parametrize("target", ["there", "missing", "deep/missing"])
+def test_writing_follows_a_link(target, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "there").write_text("old")
+    link, second = tmp_path / "link", tmp_path / "second"
+    link.symlink_to(Path("real") / target)
+    second.symlink_to(link)
+    check_place(second)
+    write_text(second, "new")
+    assert second.is_symlink()
+    assert link.is_symlink()
+    assert (tmp_path / "real" / target).read_text() == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {"real", "link", "second"}
+
+
+def test_a_failed_write_through_a_link_leaves_all_as_it_was(tmp_path):
+    (tmp_path / "there").write_text("old")
+    (tmp_path / "link").symlink_to("there")
+
+    def fail():
+        with writing(tmp_path / "link") as beside:
+            beside.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert (tmp_path / "there").read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"there", "link"}
+
+
+def test_links_in_a_circle_are_refused(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(OSError, match="symbolic links"):
+        write_text(tmp_path / "a", "text")
+    with pytest.raises(RunError, match=r"a: the place must be writable, but is not: .*symbolic links"):
+        check_place(tmp_path / "a", RunError)
+    assert all((tmp_path / name).is_symlink() for name in "ab")
+
+
+def test_a_folder_is_no_place_for_a_file(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    for place in (tmp_path, tmp_path / "link"):
+        with pytest.raises(RunError, match="must be named to write to, but this is a folder"):
+            check_place(place, RunError)
 
 
 @pytest.mark.parametrize("reader", [read_json, read_toml])

@@ -56,6 +56,7 @@ def export(
 
 def _int8(net: "nn.Module", name: str, out: Path, opset: int, asked: dict[str, Any]) -> None:
     from vitrim.families import describe
+    from vitrim.report.tables import percent
     from vitrim.run.recipe import DataRecipe
 
     source = read(DataRecipe, asked.pop("data"), at="recipe.data")
@@ -67,10 +68,10 @@ def _int8(net: "nn.Module", name: str, out: Path, opset: int, asked: dict[str, A
     done = (_int8_of_scenes if scenes else _int8_of_images)(net, name, out, opset, source)
     rows = [
         ["size", f"{done.bytes_before / 1e6:.2f} MB", f"{done.bytes / 1e6:.2f} MB"],
-        ["mean IoU", _percent(done.miou_before), _percent(done.miou)]
+        ["mean IoU", percent(done.miou_before, 2), percent(done.miou, 2)]
         if scenes
-        else ["top-1", _percent(done.top1_before), _percent(done.top1)],
-        ["same answer", "", _percent(done.agreement)],
+        else ["top-1", percent(done.top1_before, 2), percent(done.top1, 2)],
+        ["same answer", "", percent(done.agreement, 2)],
     ]
     show_table(done.path, ["", "float32", "int8"], rows)
     where = f"{done.test_images} test images" if done.test_images else "the calibration images, which flatters"
@@ -122,10 +123,6 @@ def _int8_of_scenes(net: "nn.Module", name: str, out: Path, opset: int, source: 
         opset=opset,
         say=say,
     )
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f} %"
 
 
 @app.command()

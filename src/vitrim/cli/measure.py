@@ -29,6 +29,7 @@ def evaluate(
     from vitrim.data import Input, check_classes, eval_loader, open_source, splits_of
     from vitrim.deploy.parent import open_parent
     from vitrim.families import describe
+    from vitrim.report.tables import percent
     from vitrim.run.recipe import DataRecipe, ModelRecipe, merged, overrides
     from vitrim.train import evaluate as evaluate_model
     from vitrim.words.plain import dump
@@ -60,16 +61,12 @@ def evaluate(
             model,
             f"{cost.macs / 1e9:.4f} G",
             f"{cost.params / 1e6:.3f} M",
-            _percent(found.top1),
-            _percent(found.top5),
+            percent(found.top1, 2),
+            percent(found.top5, 2),
             str(found.count),
         ]
     ]
     show_table("", ["model", "MACs", "parameters", "top-1", "top-5", "images"], rows)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f} %"
 
 
 @app.command()

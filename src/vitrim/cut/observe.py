@@ -140,7 +140,7 @@ class Gated(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.gates = nn.ParameterDict({_key(path): nn.Parameter(gate.clone()) for path, gate in gates.items()})
+        self.gates = nn.ParameterDict({key_of(path): nn.Parameter(gate.clone()) for path, gate in gates.items()})
         uses = {path: path for path in gates} | dict(share or {})
         self._scales = _scales(model, uses, once)
 
@@ -170,11 +170,11 @@ class Gated(nn.Module):
 
     def has_gate(self, path: str) -> bool:
         """Whether the axis at `path` has a gate of its own."""
-        return _key(path) in self.gates
+        return key_of(path) in self.gates
 
     def gate(self, path: str) -> nn.Parameter:
         """The gate of an axis."""
-        found: nn.Parameter = self.gates[_key(path)]
+        found: nn.Parameter = self.gates[key_of(path)]
         return found
 
     @torch.no_grad()
@@ -186,7 +186,8 @@ class Gated(nn.Module):
         return self.model
 
 
-def _key(path: str) -> str:
+def key_of(path: str) -> str:
+    """The path of a gate as PyTorch takes it for a name of a parameter or buffer, without dots."""
     return path.replace(".", "/")
 
 
@@ -219,6 +220,6 @@ def _fill(model: nn.Module, name: str, dim: int, pieces: Mapping[int, tuple[str,
         if offset > at:
             filled.append((None, offset - at))
         gate, length = pieces[offset]
-        filled.append((_key(gate), length))
+        filled.append((key_of(gate), length))
         at = offset + length
     return filled + ([(None, size - at)] if at < size else [])

@@ -23,6 +23,7 @@ from timm.utils.misc import natural_key
 
 from vitrim.data.images import Images, decode
 from vitrim.words.errors import DataError
+from vitrim.words.plain import reason
 
 __all__ = ["IMAGENET", "SPLITS", "choose_split", "folder_splits", "open_folder", "tar_ranges"]
 
@@ -44,7 +45,7 @@ class _Files:
         try:
             data = path.read_bytes()
         except OSError as problem:
-            raise DataError(f"{path}: every image must be readable, but {problem.strerror}") from None
+            raise DataError(f"{path}: every image must be readable, but {reason(problem)}") from None
         return decode(data, str(path))
 
 
@@ -58,9 +59,12 @@ class _Members:
 
     def __call__(self, index: int) -> Image.Image:
         start, size = self.ranges[index]
-        with Path(self.tar).open("rb") as stream:
-            stream.seek(start)
-            data = stream.read(size)
+        try:
+            with Path(self.tar).open("rb") as stream:
+                stream.seek(start)
+                data = stream.read(size)
+        except OSError as problem:
+            raise DataError(f"{self.tar}: the tar must be readable, but {reason(problem)}") from None
         return decode(data, f"{self.tar}:{self.names[index]}")
 
 

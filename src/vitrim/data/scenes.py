@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from vitrim.data.folders import SPLITS, choose_split, tar_ranges
 from vitrim.data.images import decode
 from vitrim.words.errors import DataError
+from vitrim.words.plain import reason
 from vitrim.words.progress import progress
 
 __all__ = ["IGNORE", "Scenes", "open_scenes", "scene_splits"]
@@ -46,15 +47,14 @@ class _Store:
         return [path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file()]
 
     def read(self, name: str) -> bytes:
-        if self.ranges is None:
-            try:
-                return (self.root / name).read_bytes()
-            except OSError as problem:
-                raise DataError(f"{self.root / name}: every file must be readable, but {problem.strerror}") from None
-        start, size = self.ranges[name]
-        with self.root.open("rb") as stream:
-            stream.seek(start)
-            return stream.read(size)
+        at = self.root if self.ranges is not None else self.root / name
+        start, size = (0, -1) if self.ranges is None else self.ranges[name]
+        try:
+            with at.open("rb") as stream:
+                stream.seek(start)
+                return stream.read(size)
+        except OSError as problem:
+            raise DataError(f"{at}: every file must be readable, but {reason(problem)}") from None
 
 
 class Scenes(Dataset[tuple[Image.Image, Image.Image]]):

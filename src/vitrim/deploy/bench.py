@@ -23,7 +23,7 @@ from vitrim.measure.model import image_of
 from vitrim.measure.turns import at_least, name_of, place_of, spread, threading, turns, waiting
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import ExportError, RecipeError, RunError
-from vitrim.words.plain import Node, dump, write_json, write_text
+from vitrim.words.plain import Node, dump, reason, write_json, write_text
 
 __all__ = ["Bench", "Timed", "bench", "write"]
 
@@ -176,8 +176,9 @@ def write(found: Bench, path: Path) -> None:
         write_json(path, dump(found))
         write_text(path.with_suffix(".svg"), report.times([dump(line) for line in found.lines]))
     except OSError as problem:
-        reason = (problem.strerror or str(problem)).lower()
-        raise RunError(f"{path}: the place must be writable, but is not: {reason}; choose another place") from None
+        raise RunError(
+            f"{path}: the place must be writable, but is not: {reason(problem)}; choose another place"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -6,10 +6,8 @@ B images. The batch is dynamic; every other size, token counts included, is a co
 import contextlib
 import copy
 import importlib.util
-import logging
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.cut.surgery import fold
+from vitrim.deploy.quiet import quiet
 from vitrim.families import describe
-from vitrim.measure.model import home_of, image_of, resting
+from vitrim.measure.model import home_of, image_of
 from vitrim.nn import fold_steps_
-from vitrim.words.errors import ExportError
-from vitrim.words.plain import Node
+from vitrim.nn.parity import TOLERANCES, features_of, relative, tells_images_apart
+from vitrim.nn.weights import why_not_held
+from vitrim.words.errors import ExportError, VitrimError
+from vitrim.words.plain import Node, followed, reason, writing
 
 __all__ = [
     "KINDS",
@@ -46,10 +47,11 @@ OPSET = 20
 OLDEST_OPSET = 18
 """What PyTorch's exporter translates to; older ones would be converted after, without a check of ours."""
 
-PARITY = 1e-4
-"""Allowed difference of logits, relative to the largest: another runtime fuses, and so rounds, otherwise."""
+PARITY = TOLERANCES["export"][torch.float32]
+"""Allowed difference of logits, relative to the largest."""
 
 _BATCHES = (1, 3, 5)
+_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
 
 class Exported(Node):
@@ -78,15 +80,19 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, opset: int = OPSET
 
     Raises:
         ExportError: if a package is missing, the opset is too old, the place cannot be written to, the model cannot be
-            traced, or the file's logits differ from eager's by more than 1e-4 of the largest. Nothing is written then.
+            traced, or the file's logits differ from eager's by more than 1e-4 of the largest; or, where the logits do
+            not tell images apart, its features. Nothing is written then.
     """
     file, kind = check_target(path, opset)
     still = _still(model)
     image = image_of(still)
+    folded = fold(fold_steps_(copy.deepcopy(still))).eval()
+    write = _onnx if kind == "onnx" else _program
     with beside(file) as part:
-        program = _traced(fold(fold_steps_(copy.deepcopy(still))).eval(), torch.zeros(3, *image))
-        runtime, run = (_onnx if kind == "onnx" else _program)(program, part, opset)
-        worst = _compare(still, run, image)
+        runtime, run = write(_traced(folded, torch.zeros(3, *image)), part, opset)
+        worst, told = _compare("logits", still, run, image)
+        if not told:
+            _check_features(still, folded, write, part.with_name(f"features{part.suffix}"), opset)
         size = part.stat().st_size
     return Exported(
         path=str(file),
@@ -120,7 +126,7 @@ def check_target(path: str | os.PathLike[str], opset: int = OPSET) -> tuple[Path
     if file.is_dir():
         raise ExportError(f"{file}: a file must be named to write to, but this is a folder; name a file in it")
     try:
-        with tempfile.TemporaryFile(dir=file.parent):
+        with tempfile.TemporaryFile(dir=followed(file).parent):
             pass
     except OSError as problem:
         raise _unwritable(file, problem) from None
@@ -128,7 +134,7 @@ def check_target(path: str | os.PathLike[str], opset: int = OPSET) -> tuple[Path
 
 
 def _unwritable(file: Path, problem: OSError) -> ExportError:
-    return ExportError(f"{file}: must be writable, but is not: {problem.strerror or problem}; choose another place")
+    return ExportError(f"{file}: must be writable, but is not: {reason(problem)}; choose another place")
 
 
 def need(*packages: str, extra: str = "export") -> None:
@@ -148,9 +154,10 @@ def need(*packages: str, extra: str = "export") -> None:
 def _still(model: nn.Module) -> nn.Module:
     """A copy to trace: evaluation mode, float32, CPU."""
     describe(model)
+    missing = why_not_held(model)
+    if missing is not None:
+        raise ExportError(missing)
     place, kind = home_of(model)
-    if place.type == "meta":
-        raise ExportError("a model to export must have weights, but this one is on the meta device; load them first")
     twin = copy.deepcopy(model)
     return (twin if (place.type, kind) == ("cpu", torch.float32) else twin.to("cpu", torch.float32)).eval()
 
@@ -158,18 +165,18 @@ def _still(model: nn.Module) -> nn.Module:
 def _traced(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1, max=4096)
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet(*_LOGGERS):
             return torch.export.export(model, (example,), dynamic_shapes=({0: batch},), strict=False)
     except Exception as problem:
         # The exporter raises whatever the operator that it cannot trace raises.
         raise ExportError(
-            f"the model must be traceable with any batch, but torch.export says: {_first(problem)}; please report it"
+            f"the model must be traceable with any batch, but torch.export says: {reason(problem)}; please report it"
         ) from problem
 
 
 def _onnx(program: torch.export.ExportedProgram, part: Path, opset: int) -> tuple[str, Callable[[Tensor], Tensor]]:
     try:
-        with _quiet():
+        with quiet(*_LOGGERS):
             written = torch.onnx.export(
                 program, (), dynamo=True, verbose=False, input_names=["images"], output_names=["logits"],
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},), opset_version=opset,
@@ -178,7 +185,7 @@ def _onnx(program: torch.export.ExportedProgram, part: Path, opset: int) -> tupl
             written.save(part, external_data=False)
     except Exception as problem:
         raise ExportError(
-            f"every operator must have an ONNX form, but the exporter says: {_first(problem)}; please report it"
+            f"every operator must have an ONNX form, but the exporter says: {reason(problem)}; please report it"
         ) from problem
     return onnx_session(part)
 
@@ -217,28 +224,59 @@ def _program(program: torch.export.ExportedProgram, part: Path, opset: int) -> t
 
 
 @torch.no_grad()
-def _compare(model: nn.Module, run: Callable[[Tensor], Tensor], image: tuple[int, int, int]) -> float:
-    """The largest relative difference from eager on random images.
+def _compare(
+    what: str, eager: Callable[[Tensor], Any], run: Callable[[Tensor], Tensor], image: tuple[int, int, int]
+) -> tuple[float, bool]:
+    """Hold what a file gives against eager on random images.
+
+    Returns:
+        The largest relative difference, and whether what eager gives varies from image to image.
 
     Raises:
-        ExportError: if it is too large, or a logit is not finite.
+        ExportError: if the difference is too large, or not finite.
     """
-    generator, worst = torch.Generator().manual_seed(0), 0.0
+    generator, worst, told = torch.Generator().manual_seed(0), 0.0, False
     for count in _BATCHES:
         images = torch.randn(count, *image, generator=generator)
-        with resting(model):
-            want = model(images)
-        got = run(images)
+        want, got = eager(images), run(images)
         if got.shape != want.shape:
-            raise ExportError(f"logits must keep the shape {tuple(want.shape)}, but have {tuple(got.shape)}")
-        apart = float((got - want).abs().max() / want.abs().max().clamp_min(1e-6))
+            raise ExportError(f"{what} must keep the shape {tuple(want.shape)}, but have {tuple(got.shape)}")
+        apart = relative(got, want)
         if not apart <= PARITY:
             raise ExportError(
-                f"logits must stay within {PARITY:.0e} of eager's, but differ by {apart:.1e} in a batch of {count}; "
+                f"{what} must stay within {PARITY:.0e} of eager's, but differ by {apart:.1e} in a batch of {count}; "
                 "please report this model"
             )
-        worst = max(worst, apart)
-    return worst
+        worst, told = max(worst, apart), told or tells_images_apart(want, PARITY)
+    return worst, told
+
+
+class _Features(nn.Module):
+    """A model up to its head."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        """Map images to the features that the head reads."""
+        features = features_of(self.model)
+        assert features is not None
+        return features(x)
+
+
+def _check_features(still: nn.Module, folded: nn.Module, write: Any, part: Path, opset: int) -> None:
+    """Write the features too, and hold them against eager's: behind a head of zeros any features give the same logits.
+
+    Raises:
+        ExportError: if they differ.
+    """
+    wanted = features_of(still)
+    if wanted is None:
+        return
+    image = image_of(still)
+    _, run = write(_traced(_Features(folded).eval(), torch.zeros(3, *image)), part, opset)
+    _compare("features", wanted, run, image)
 
 
 @contextlib.contextmanager
@@ -246,33 +284,24 @@ def beside(file: Path) -> Iterator[Path]:
     """A path to write to; what lies there takes the place of `file` if all goes well.
 
     Raises:
-        ExportError: if the place cannot be written to.
+        ExportError: if the place cannot be written to; other errors pass, those of other files too.
     """
     try:
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
+        with (
+            writing(file) as place,
+            tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{file.name}.") as folder,
+        ):
             part = Path(folder) / file.name
             yield part
-            part.replace(file)
+            part.replace(place)
     except OSError as problem:
+        if isinstance(problem, VitrimError) or not _is_about(problem, file):
+            raise
         raise _unwritable(file, problem) from problem
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporters' own remarks, none of which a user can act on."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _first(problem: Exception) -> str:
-    text = str(problem).strip() or type(problem).__name__
-    return text.splitlines()[0][:200]
+def _is_about(problem: OSError, file: Path) -> bool:
+    """Whether the operating system refused something in the folder of `file`, or did not say where (a full disk)."""
+    if problem.errno is None:
+        return False
+    return problem.filename is None or Path(os.fsdecode(problem.filename)).is_relative_to(followed(file).parent)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from vitrim import families
 from vitrim.deploy import store
 from vitrim.families import adopt
+from vitrim.nn.weights import why_not_weight
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import AdoptError, RecipeError, WeightsError
-from vitrim.words.plain import did_you_mean
+from vitrim.words.plain import did_you_mean, reason
 from vitrim.words.progress import progress
 
 __all__ = ["guests", "load_weights_", "open_parent", "open_teacher", "read_weights"]
@@ -104,12 +105,12 @@ def _create(name: str, **arguments: Any) -> nn.Module:
     except TypeError as problem:
         raise RecipeError(f"model.arguments: {name} must take each of them, but {problem}") from None
     except Exception as problem:  # from timm's asserts to whatever the Hub's client raises
-        reason = (str(problem).splitlines() or [type(problem).__name__])[0]
+        said = reason(problem)
         if arguments.get("pretrained"):
             raise WeightsError(
-                f"{name}: pretrained weights must be found, but {reason}; give --weights FILE or --random-weights"
+                f"{name}: pretrained weights must be found, but {said}; give --weights FILE or --random-weights"
             ) from None
-        raise RecipeError(f"{name}: timm must build this model, but {reason}") from None
+        raise RecipeError(f"{name}: timm must build this model, but {said}") from None
     return model
 
 
@@ -147,8 +148,7 @@ def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _damaged(path: Path, problem: Exception) -> WeightsError:
-    reason = (str(problem).splitlines() or [type(problem).__name__])[0]
-    return WeightsError(f"{path}: the weights file must be whole and readable, but {reason}")
+    return WeightsError(f"{path}: the weights file must be whole and readable, but {reason(problem)}")
 
 
 def load_weights_(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -173,8 +173,9 @@ def load_weights_(model: nn.Module, state: dict[str, Tensor], source: str) -> No
     if parts:
         raise WeightsError(f"{source}: weights must fit {type(model).__name__}, but the file {'; '.join(parts)}")
     for name, value in state.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise WeightsError(f"{source}: weights must be finite, but {name} holds NaN or infinite values")
+        wrong = why_not_weight(name, value) if mine[name].is_floating_point() else None
+        if wrong is not None:
+            raise WeightsError(f"{source}: {wrong}")
     model.load_state_dict(state)
 
 

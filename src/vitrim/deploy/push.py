@@ -13,15 +13,15 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import timm
-from huggingface_hub import HfApi
 
 from vitrim import report
 from vitrim.deploy import store
 from vitrim.deploy.hub import config
+from vitrim.deploy.remote import upload
 from vitrim.nn.layers import input_channels
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import RunError, StoreError
-from vitrim.words.plain import read_json, write_text
+from vitrim.words.plain import read_json, reason, write_text
 from vitrim.words.plan import Plan, read_plan
 from vitrim.words.spec import Spec
 
@@ -100,23 +100,8 @@ def push(
         files = {path.name: path.stat().st_size for path in sorted(place.iterdir())}
         if folder is None:
             say(f"pushing to {repository}")
-            _upload(place, repository, private, revision)
+            upload(place, repository, private=private, revision=revision)
     return Pushed(repository=repository, files=files, folder=folder)
-
-
-def _upload(folder: Path, repository: str, private: bool, revision: str | None) -> None:
-    """The one place that talks to the Hub."""
-    try:
-        hub = HfApi()
-        hub.create_repo(repository, exist_ok=True, private=private)
-        hub.upload_folder(
-            folder_path=folder, repo_id=repository, revision=revision, commit_message="Model and card, by vitrim push"
-        )
-    except store.HUB_FAULTS as problem:
-        raise StoreError(
-            f"{repository}: the repository must be there to write, but {store.reason(problem)}; see `hf auth login`, "
-            "or give --folder DIR to write what would be pushed"
-        ) from None
 
 
 @contextlib.contextmanager
@@ -133,7 +118,7 @@ def _place(folder: Path | None) -> Iterator[Path]:
         if isinstance(problem, StoreError):
             raise
         raise StoreError(
-            f"{folder}: the folder must be writable, but is not: {store.reason(problem)}; choose another"
+            f"{folder}: the folder must be writable, but is not: {reason(problem)}; choose another"
         ) from None
     yield folder
 
@@ -148,18 +133,22 @@ def _file_of(model: Path) -> Path:
 
 
 def _given(file: Path) -> dict[str, Any]:
-    given = store.provenance(file).get("given", {})
-    cleaned = _without_local(given)
-    assert isinstance(cleaned, dict)
-    return cleaned
+    """What was given when the model was stored, without folders of the machine; empty if it is no table."""
+    return _table(_without_local(store.provenance(file).get("given")))
+
+
+def _table(value: Any) -> dict[str, Any]:
+    """A table of names and values; empty where a stored model's owner put anything else in its place."""
+    return dict(value) if isinstance(value, Mapping) else {}
 
 
 def _known(file: Path, repository: str, licence: str | None) -> _Known:
     given, spec = _given(file), store.read_spec(file)
-    recipe = given.get("recipe", {})
+    recipe = _table(given.get("recipe"))
+    recipe |= {part: _table(recipe.get(part)) for part in ("model", "data")}
     plan, measured = file.with_name("plan.json"), file.with_name("measured.json")
     parent, decided = read_plan(plan) if plan.is_file() else (None, None)
-    told = read_json(measured, RunError) if measured.is_file() else {}
+    told = _table(read_json(measured, RunError)) if measured.is_file() else {}
     cost = cost_of(spec)
     if told and told.get("macs") != cost.macs:
         raise StoreError(
@@ -171,10 +160,10 @@ def _known(file: Path, repository: str, licence: str | None) -> _Known:
     return _Known(
         repository=repository,
         spec=spec,
-        recipe=recipe if isinstance(recipe, dict) else {},
+        recipe=recipe,
         measured=told or {"macs": cost.macs, "params": cost.params},
         plan=None if parent is None or decided is None else (parent, decided),
-        licence=licence or _licence_of(recipe.get("model", {}), file),
+        licence=licence or _licence_of(recipe["model"], file),
     )
 
 

@@ -10,9 +10,6 @@ float32: they are few of the multiply-accumulates. The file holds QDQ pairs (Qua
 ONNX Runtime, OpenVINO and TensorRT fuse each in their own way.
 """
 
-import contextlib
-import io
-import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.deploy.export import OPSET, beside, check_target, export, onnx_session
-from vitrim.measure.model import resting
-from vitrim.words.errors import ExportError
-from vitrim.words.plain import Node
+from vitrim.deploy.quiet import quiet
+from vitrim.nn.modes import evaluating
+from vitrim.words.errors import DataError, ExportError, VitrimError
+from vitrim.words.plain import Node, reason
 
 __all__ = ["PERCENTILE", "Quantized", "quantize"]
 
@@ -88,6 +86,7 @@ def quantize(
     Raises:
         ExportError: if a package is missing, the opset is too old, the place cannot be written to, the model cannot be
             exported, or the quantiser refuses it. Nothing is written then.
+        DataError: if an image cannot be read.
     """
     file = Path(path)
     if file.suffix != ".onnx":
@@ -97,17 +96,17 @@ def quantize(
             f"percentile must be above 50 and at most 100, but got {percentile}; leave it out for {PERCENTILE}"
         )
     check_target(file, opset)
+    held = [images.numpy() for images, _ in _readable(calibration)]
+    if not held:
+        raise ExportError("int8 must be calibrated on images, but there are none; give some")
     with beside(file) as part, tempfile.TemporaryDirectory(prefix="vitrim-int8-") as folder:
-        held = [images.numpy() for images, _ in calibration]
-        if not held:
-            raise ExportError("int8 must be calibrated on images, but there are none; give some")
         say("exporting in float32")
         before = export(model, Path(folder) / "float.onnx", opset=opset)
         say("calibrating")
         _quantized(Path(before.path), part, held, percentile)
         runtime, run = onnx_session(part, threads)
         say("measuring both")
-        after = _compared(model, run, calibration if test is None else test)
+        after = _compared(model, run, _readable(calibration if test is None else test))
         found = {} if miou is None else {"miou_before": miou(model), "miou": miou(_Running(run, model))}
         size = part.stat().st_size
     return Quantized(
@@ -124,6 +123,20 @@ def quantize(
         torch=torch.__version__,
         runtime=runtime,
     )
+
+
+def _readable(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, with what the operating system says of a file that cannot be read in one sentence.
+
+    Raises:
+        DataError: naming the file.
+    """
+    try:
+        yield from batches
+    except OSError as problem:
+        if isinstance(problem, VitrimError):
+            raise
+        raise DataError(f"{problem.filename or 'images'}: must be readable, but {reason(problem)}") from None
 
 
 class _Running(nn.Module):
@@ -149,7 +162,7 @@ def _compared(model: nn.Module, run: Callable[[Tensor], Tensor], batches: Batche
     """How both answer; logits are ``(B, classes)``, or ``(B, classes, h, w)`` of a segmentor."""
     images = answers = same = hits = hits_before = 0
     known = True
-    with resting(model):
+    with evaluating(model):
         for pictures, labels in batches:
             before, after = model(pictures).argmax(dim=1), run(pictures).argmax(dim=1)
             images += pictures.shape[0]
@@ -174,7 +187,7 @@ def _quantized(source: Path, target: Path, held: Sequence[Any], percentile: floa
 
     prepared = source.with_name("prepared.onnx")
     try:
-        with _quiet():
+        with quiet("", prints=False):
             quant_pre_process(source, prepared, skip_symbolic_shape=True)
             graph = onnx.load(prepared).graph
             quantize_static(
@@ -194,8 +207,7 @@ def _quantized(source: Path, target: Path, held: Sequence[Any], percentile: floa
     except Exception as problem:  # the quantiser raises whatever its parts raise
         if isinstance(problem, ExportError | OSError):
             raise
-        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-        raise ExportError(f"ONNX Runtime must be able to quantise this model, but says: {reason[:200]}") from problem
+        raise ExportError(f"ONNX Runtime must be able to quantise this model, but says: {reason(problem)}") from problem
 
 
 def _reader(name: str, held: Sequence[Any]) -> Any:
@@ -221,16 +233,3 @@ def _weightless(graph: Any) -> list[str]:
     """Names of the products of two activations."""
     weights = {tensor.name for tensor in graph.initializer}
     return [node.name for node in graph.node if node.op_type == "MatMul" and not weights & set(node.input)]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the quantiser's advice to do what has been done, and its prints."""
-    logger = logging.getLogger()
-    level = logger.level
-    try:
-        logger.setLevel(logging.ERROR)
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)

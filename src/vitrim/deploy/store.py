@@ -14,29 +14,24 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitrim import __version__
-from vitrim.families import blocks_of, build, check_finite, describe
-from vitrim.measure.model import home_of, resting
-from vitrim.nn.layers import input_channels
+from vitrim.deploy.remote import fetch, on_hub, repository_of, upload
+from vitrim.families import blocks_of, build, describe
+from vitrim.measure.model import home_of
+from vitrim.nn.parity import find_difference
+from vitrim.nn.weights import check_weights, home_of, why_not_held, why_not_like
 from vitrim.words.errors import AdoptError, StoreError, WeightsError
 from vitrim.words.formats import FORMAT, check_format, parse_spec
-from vitrim.words.plain import dump, writing
+from vitrim.words.plain import dump, reason, writing
 from vitrim.words.spec import Spec
 
-__all__ = ["FILE", "HUB", "HUB_FAULTS", "hub_file", "is_stored", "load", "provenance", "read_spec", "reason", "save"]
+__all__ = ["FILE", "hub_file", "is_stored", "load", "provenance", "read_spec", "save"]
 
 FILE = "model.safetensors"
-HUB = "hf-hub:"
-
-# The bases bring the errors of the transport, which is another library in each generation of huggingface_hub; a name
-# that is no repository's is a ValueError there, and a missing file need not be an OSError.
-HUB_FAULTS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError, EntryNotFoundError)
 
 
 def save(model: nn.Module, path: str | Path, *, provenance: Mapping[str, Any] | None = None) -> Path:
@@ -44,7 +39,7 @@ def save(model: nn.Module, path: str | Path, *, provenance: Mapping[str, Any] | 
 
     The file is written beside `path`, read back, built from its spec, held against `model` on a random input, and only
     then renamed. So a file that exists loads, and a part that a spec cannot carry (a custom head, a hook that changes
-    the logits) is refused now. Every parameter keeps its type; which of them were frozen is not stored.
+    logits or features) is refused now. Every parameter keeps its type; which of them were frozen is not stored.
 
     Args:
         model: an adopted model, dense or cut, on any device.
@@ -57,17 +52,21 @@ def save(model: nn.Module, path: str | Path, *, provenance: Mapping[str, Any] | 
     Raises:
         StoreError: if the model was not adopted, is more than its spec, or cannot be written; the target is left as it
             was.
-        WeightsError: naming the parameter, if a weight is not finite.
+        WeightsError: naming the tensor, if weights are not finite or of a type that is not computed in.
     """
-    if _is_hub(path):
-        return _push(model, str(path), provenance)
+    if on_hub(path):
+        repository, revision = repository_of(str(path))
+        with tempfile.TemporaryDirectory() as folder:
+            save(model, Path(folder) / FILE, provenance=provenance)
+            upload(Path(folder), repository, revision=revision)
+        return Path(path)
     target = Path(path)
-    spec, state = _portrait(model)
+    spec, state = _contents(model)
     metadata = {"format": "pt", "vitrim": _written(spec, provenance)}
     try:
         with writing(target) as beside:
             save_file(state, beside, metadata=metadata)
-            _prove(model, _read(beside))
+            _prove(model, _read(beside), spec.image)
     except StoreError:
         raise
     except (OSError, SafetensorError) as problem:
@@ -86,7 +85,8 @@ def load(path_or_name: str | Path, *, device: str | torch.device = "cpu") -> nn.
 
     Raises:
         StoreError: if the file is missing, damaged, no vitrim file, or of a newer format.
-        WeightsError: naming the keys, if the weights do not fit the spec or are not finite.
+        WeightsError: naming the keys, if the weights do not fit the spec, are not finite, or of a type that is not
+            computed in.
         SpecError: if the installed timm cannot build the host.
     """
     return _read(_find(path_or_name)).to(device)
@@ -123,7 +123,7 @@ def is_stored(path_or_name: str | Path) -> bool:
     Raises:
         StoreError: if the Hub cannot be asked.
     """
-    if _is_hub(path_or_name):
+    if on_hub(path_or_name):
         return hub_file(str(path_or_name)) is not None
     path = Path(path_or_name)
     return path.suffix == ".safetensors" or path.is_file() or (path / FILE).is_file()
@@ -141,50 +141,23 @@ def hub_file(name: str) -> Path | None:
     Raises:
         StoreError: if there is no such repository, or the Hub cannot be asked.
     """
-    repository, revision = _repository(name)
-    try:
-        path = Path(hf_hub_download(repository, FILE, revision=revision))
-    except HUB_FAULTS as problem:
-        if isinstance(problem, EntryNotFoundError) and not isinstance(problem, LocalEntryNotFoundError):
-            return None
-        raise StoreError(f"{name}: the repository must be there to read, but {reason(problem)}") from None
+    path = fetch(name, FILE)
+    if path is None:
+        return None
     with _opened(path) as file:
         return path if "vitrim" in (file.metadata() or {}) else None
 
 
-def _push(model: nn.Module, name: str, provenance: Mapping[str, Any] | None) -> Path:
-    repository, revision = _repository(name)
-    with tempfile.TemporaryDirectory() as folder:
-        file = save(model, Path(folder) / FILE, provenance=provenance)
-        try:
-            hub = HfApi()
-            hub.create_repo(repository, exist_ok=True)
-            hub.upload_file(path_or_fileobj=file, path_in_repo=FILE, repo_id=repository, revision=revision)
-        except HUB_FAULTS as problem:
-            raise StoreError(
-                f"{name}: the repository must be there to write, but {reason(problem)}; see `hf auth login`"
-            ) from None
-    return Path(name)
-
-
-def _is_hub(path: str | Path) -> bool:
-    return str(path).startswith(HUB)
-
-
-def _repository(name: str) -> tuple[str, str | None]:
-    repository, _, revision = name.removeprefix(HUB).partition("@")
-    return repository, revision or None
-
-
-def _portrait(model: nn.Module) -> tuple[Spec, dict[str, Tensor]]:
+def _contents(model: nn.Module) -> tuple[Spec, dict[str, Tensor]]:
     """Spec and weights of `model`, if the two are all it is made of."""
     try:
         blocks_of(model)
+        spec = describe(model)
     except AdoptError as problem:
         raise StoreError(f"this model cannot be stored: {problem}") from None
     _check_owners(model)
-    check_finite(model)
-    spec, state = describe(model), _state(model)
+    check_weights(model)
+    state = _state(model)
     with torch.device("meta"):
         empty = build(spec)
     misfit = _misfit(empty, state)
@@ -197,11 +170,12 @@ def _portrait(model: nn.Module) -> tuple[Spec, dict[str, Tensor]]:
 
 
 def _check_owners(model: nn.Module) -> None:
-    """Refuse parameters that are one under two names: the file would hold two, and training part them."""
+    """Refuse tensors without data, and parameters that are one under two names: the file would hold two."""
     first: dict[int, str] = {}
+    missing = why_not_held(model)
+    if missing is not None:
+        raise StoreError(missing)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.is_meta:
-            raise StoreError(f"{name}: weights must hold data, but these are on the meta device; load them first")
         twin = first.setdefault(id(parameter), name)
         if twin != name:
             raise StoreError(f"{name}: weights must be a parameter's own, but are those of {twin}; clone them first")
@@ -259,18 +233,12 @@ def _written(spec: Spec, given: Mapping[str, Any] | None) -> str:
         raise StoreError(f"provenance must be plain values, but {reason(problem)}; pass text and numbers") from None
 
 
-@torch.no_grad()
-def _prove(model: nn.Module, stored: nn.Module) -> None:
-    device, dtype = home_of(model)
-    x = torch.randn(2, input_channels(model), *describe(model).image, generator=torch.Generator().manual_seed(0))
-    with resting(model):
-        mine, theirs = (net(x.to(device, dtype)).double() for net in (model, stored.to(device)))
-    # The same numbers in the same order: bit for bit on a CPU, and a few roundings on an accelerator.
-    allowed = 8 * torch.finfo(dtype).eps * max(float(mine.abs().max()), 1e-6)
-    apart = float((mine - theirs).abs().max())
-    if not apart <= allowed:
+def _prove(model: nn.Module, stored: nn.Module, image: tuple[int, int]) -> None:
+    """Refuse a stored model that is not the function of the living one."""
+    found = find_difference(stored.to(home_of(model)[0]), model, image, "store")
+    if found is not None:
         raise StoreError(
-            f"a stored model must give the logits of the living one, but they differ by {apart:.1e}; "
+            f"a stored model must give the {found.what} of the living one, but they differ by {found.apart:.1e}; "
             "remove hooks and changed modules that its spec does not know"
         )
 
@@ -291,7 +259,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _find(path_or_name: str | Path) -> Path:
-    if not _is_hub(path_or_name):
+    if not on_hub(path_or_name):
         path = Path(path_or_name)
         return path / FILE if path.is_dir() else path
     path_or_none = hub_file(str(path_or_name))
@@ -335,20 +303,10 @@ def _read(path: Path) -> nn.Module:
     misfit = _misfit(model, state)
     if misfit is not None:
         raise WeightsError(f"{path}: the weights must fit the spec, but {misfit}; the file was changed by hand")
-    for name, value in state.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise WeightsError(f"{path}: weights must be finite, but {name} has NaN or infinite ones")
+    wrong = why_not_like(state, model.state_dict())
+    if wrong is not None:
+        raise WeightsError(f"{path}: {wrong}")
     if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in state):
         model = build(spec)  # these buffers are computed, not stored, so they need a model that was built with data
     model.load_state_dict(state, assign=True)
     return model.eval()
-
-
-def reason(problem: BaseException) -> str:
-    """What went wrong, in a few words for the middle of a sentence."""
-    if isinstance(problem, OSError) and problem.strerror:
-        return problem.strerror.lower()
-    lines = [line.strip().rstrip(".") for line in str(problem).splitlines() if line.strip()]
-    if isinstance(problem, HfHubHTTPError) and len(lines) > 1:
-        return lines[1]  # the first is the status and a request id
-    return lines[0] if lines else type(problem).__name__

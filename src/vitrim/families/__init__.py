@@ -4,6 +4,7 @@ A family describes a model as a spec, hosts our blocks in it, and builds an empt
 the house asks here and does not know how many families there are.
 """
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.nn import Block, computed, keep_settings, make_block
-from vitrim.nn.layers import input_channels
-from vitrim.words.errors import AdoptError, SpecError, WeightsError
+from vitrim.nn.modes import random_state_kept
+from vitrim.nn.parity import find_difference
+from vitrim.nn.weights import check_weights
+from vitrim.words.errors import AdoptError, SpecError
 from vitrim.words.plain import did_you_mean
 from vitrim.words.spec import Spec
 
@@ -55,8 +58,8 @@ class Family(Protocol):
         """The spec of a living model, timm's or ours."""
         ...
 
-    def foreign_blocks(self, model: nn.Module) -> list[nn.Module]:
-        """Every block in order, whoever made it."""
+    def blocks_by_stage(self, model: nn.Module) -> list[list[nn.Module]]:
+        """The blocks of each stage in order, whoever made them; stages as `describe` has them."""
         ...
 
     def host(self, model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
@@ -70,7 +73,12 @@ class Family(Protocol):
 
 def names() -> list[str]:
     """Names of all families."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    return list(_names())
+
+
+@functools.cache
+def _names() -> tuple[str, ...]:
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
 
 
 def get(name: str) -> Family:
@@ -106,8 +114,13 @@ def name_of(model: nn.Module) -> str | None:
 
     The nearest, for one family may host a subclass of what another hosts.
     """
-    owners = {kind: name for name in [*names(), *AROUND] for kind in get(name).HOSTS}
+    owners = _owners()
     return next((owners[kind] for kind in type(model).__mro__ if kind in owners), None)
+
+
+@functools.cache
+def _owners() -> dict[type[nn.Module], str]:
+    return {kind: name for name in [*names(), *AROUND] for kind in get(name).HOSTS}
 
 
 def convert(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -134,16 +147,19 @@ def blocks_of(model: nn.Module) -> list[tuple[str, Block]]:
     Raises:
         AdoptError: if the model was not adopted.
     """
-    blocks = family_of(model).foreign_blocks(model)
-    paths = [path for path, _, _ in describe(model).blocks()]
-    ours = [(path, block) for path, block in zip(paths, blocks, strict=True) if isinstance(block, Block)]
-    if len(ours) != len(blocks):
-        raise AdoptError("a model must be adopted before it is cut, but its blocks are not ours; call vitrim.adopt")
+    ours = []
+    for stage, blocks in enumerate(family_of(model).blocks_by_stage(model)):
+        for place, block in enumerate(blocks):
+            if not isinstance(block, Block):
+                raise AdoptError(
+                    "a model must be adopted before it is cut, but its blocks are not ours; call vitrim.adopt"
+                )
+            ours.append((f"stages.{stage}.blocks.{place}", block))
     return ours
 
 
 def adopt(model: nn.Module) -> nn.Module:
-    """Take a timm model in: a copy whose blocks are ours, filled with its weights and proved to answer the same.
+    """Take a timm model in: a copy whose blocks are ours, filled with its weights and proved to be the same function.
 
     The argument is left as it was and shares no parameter with the result. Adopting twice is adopting once.
 
@@ -151,18 +167,17 @@ def adopt(model: nn.Module) -> nn.Module:
         model: a timm model of a known family, on any device and of any floating type.
 
     Returns:
-        A model of the same class, with the same parameter names and the same logits.
+        A model of the same class, with the same parameter names, the same logits and the same features.
 
     Raises:
-        AdoptError: naming the path and the reason, if a part cannot be represented, or if the logits differ.
-        WeightsError: naming the parameter, if a weight is not finite.
+        AdoptError: naming the path and the reason, if a part cannot be represented, or if logits or features differ.
+        WeightsError: naming the tensor, if it is without data, of a type that is not computed in, or not finite.
     """
-    check_finite(model)
+    check_weights(model)
     spec, family = describe(model), family_of(model)
+    old_blocks = [block for stage in family.blocks_by_stage(model) for block in stage]
     blocks = []
-    for (path, stage, node), arriving, old in zip(
-        spec.blocks(), spec.arrivals(), family.foreign_blocks(model), strict=True
-    ):
+    for (path, stage, node), arriving, old in zip(spec.blocks(), spec.arrivals(), old_blocks, strict=True):
         with torch.device("meta"):
             block = make_block(stage, node, arriving)
         state = {name: value.detach().clone() for name, value in old.state_dict().items()}
@@ -176,41 +191,13 @@ def adopt(model: nn.Module) -> nn.Module:
             parameter.requires_grad_(name not in frozen)
         blocks.append(keep_settings(computed(block), old))
     adopted = family.host(model, blocks)
-    _prove(model, adopted, spec)
-    return adopted
-
-
-def check_finite(model: nn.Module) -> None:
-    """Refuse weights that are not finite.
-
-    Raises:
-        WeightsError: naming the parameter.
-    """
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise WeightsError(f"{name}: weights must be finite, but some are NaN or infinite; load a sound checkpoint")
-
-
-@torch.no_grad()
-def _prove(model: nn.Module, adopted: nn.Module, spec: Spec) -> None:
-    """Compare logits on random input; relative 1e-5 in float32 and finer, eight roundings in shorter types."""
-    first = next(model.parameters())
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, input_channels(model), *spec.image, generator=generator).to(first.device, first.dtype)
-    modes = [(module, module.training) for net in (model, adopted) for module in net.modules()]
-    try:
-        before, after = (net.eval()(x).double() for net in (model, adopted))
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    scale = float(before.abs().max())
-    apart = float((after - before).abs().max())
-    allowed = max(1e-5, 8 * torch.finfo(first.dtype).eps if first.dtype.itemsize < 4 else 0.0) * max(scale, 1e-6)
-    if not apart <= allowed:
+    found = find_difference(adopted, model, spec.image, "adopt")
+    if found is not None:
         raise AdoptError(
-            f"$: logits must stay within {allowed:.1e} of {type(model).__name__}'s, but differ by {apart:.1e}; "
-            "please report this model"
+            f"$: {found.what} must stay within {found.allowed:.1e} of {type(model).__name__}'s, relative to the "
+            f"largest, but differ by {found.apart:.1e}; remove your own hooks and methods, or please report this model"
         )
+    return adopted
 
 
 def host(model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
@@ -221,15 +208,16 @@ def host(model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
 def build(spec: Spec) -> nn.Module:
     """A model of structure `spec` with unset weights, to be filled by ``load_state_dict``."""
     family = get(spec.family)
-    # timm before 1.0.21 computes with what it builds, which the meta device cannot
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        shell = family.build(spec)
-    shell = shell.to(torch.get_default_device())
-    blocks = [
-        make_block(stage, block, arriving)
-        for (_, stage, block), arriving in zip(spec.blocks(), spec.arrivals(), strict=True)
-    ]
-    return family.host(shell, blocks)
+    place = torch.get_default_device()
+    with random_state_kept(place):
+        # timm before 1.0.21 computes with what it builds, which the meta device cannot
+        with torch.device("cpu"):
+            shell = family.build(spec)
+        blocks = [
+            make_block(stage, block, arriving)
+            for (_, stage, block), arriving in zip(spec.blocks(), spec.arrivals(), strict=True)
+        ]
+    return family.host(shell.to(place), blocks)
 
 
 for _name in names():

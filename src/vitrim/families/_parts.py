@@ -1,9 +1,11 @@
 """How families read a living timm model: its MLPs, norms and drop paths, what its host costs, what timm knows of it."""
 
 import copy
-import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any
+import enum
+import functools
+import types
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -12,12 +14,12 @@ from timm.layers import Mlp as TimmMlp
 from timm.layers.mlp import GluMlp, SwiGLU
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from vitrim.nn.counter import operations
 from vitrim.nn.layers import activation_name, make_norm, norm_of
 from vitrim.nn.mlp import LAYERS
 from vitrim.words.errors import AdoptError
+from vitrim.words.plain import reason
 from vitrim.words.spec import Norm, Rates, Stage
 
 __all__ = [
@@ -29,9 +31,11 @@ __all__ = [
     "give_pretrained_",
     "norm_maker",
     "optional_norm",
+    "params_outside",
     "pretrained",
     "read_mlp",
     "read_rates",
+    "remembered",
     "same_norm",
 ]
 
@@ -170,20 +174,137 @@ def bare(model: nn.Module, without: Iterable[nn.Module]) -> nn.Module:
     return copy.deepcopy(model, memo).eval()
 
 
+def params_outside(model: nn.Module, without: Iterable[nn.Module]) -> int:
+    """Number of parameters that `model` has outside the runs of blocks `without`."""
+    runs = list(without)
+    inside, outside = _parameters(runs, []), _parameters([model], runs)
+    return sum(p.numel() for key, p in outside.items() if key not in inside)
+
+
+def _parameters(modules: Iterable[nn.Module], without: Iterable[nn.Module]) -> dict[int, nn.Parameter]:
+    """All parameters by identity; `named_parameters` takes ten times as long, for the names."""
+    found: dict[int, nn.Parameter] = {}
+    todo, seen = list(modules), {id(run) for run in without}
+    while todo:
+        one = todo.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        for parameter in one._parameters.values():
+            if parameter is not None:
+                found[id(parameter)] = parameter
+        todo += [inner for inner in one._modules.values() if inner is not None]
+    return found
+
+
 def count(call: Any, x: Tensor) -> int:
     """Multiply-accumulates of ``call(x)``, as PyTorch counts them."""
-    with (
-        torch.no_grad(),
-        warnings.catch_warnings(),
-        sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
-    ):
-        warnings.simplefilter("ignore")
-        try:
-            call(x)
-        except RuntimeError as problem:
-            raise AdoptError(
-                f"stem and head must run without data to be counted, but do not: {problem}; "
-                "remove methods and hooks of your own from the model"
-            ) from None
-    return int(counter.get_total_flops()) // 2
+    try:
+        return operations(lambda: call(x)) // 2
+    except RuntimeError as problem:
+        raise AdoptError(
+            f"stem and head must run without data to be counted, but do not: {reason(problem)}; "
+            "remove methods and hooks of your own from the model"
+        ) from None
+
+
+T = TypeVar("T")
+
+_KNOWN: dict[Hashable, Any] = {}
+_MOST = 256
+"""Structures whose numbers are kept; when there are more, all are counted again."""
+
+
+def remembered(model: nn.Module, without: Sequence[nn.Module], question: Hashable, answer: Callable[[], T]) -> T:
+    """Return ``answer()``, which is asked once for each structure of `model` outside the runs of blocks `without`.
+
+    Args:
+        model: what the answer is about; nothing of it may matter but what `_structure` tells.
+        without: modules that do not matter.
+        question: what is asked, with all else that the answer depends on, such as the size of the image.
+        answer: gives it.
+    """
+    known = _structure(model, without)
+    if known is None:
+        return answer()
+    key = (question, known)
+    if key not in _KNOWN:
+        found = answer()
+        if len(_KNOWN) >= _MOST:
+            _KNOWN.clear()
+        _KNOWN[key] = found
+        return found
+    kept: T = _KNOWN[key]
+    return kept
+
+
+class _Unclear(Exception):
+    """A part of a model is nothing that two structures could be told apart by."""
+
+
+_EMPTY = frozenset(vars(nn.Module()))
+"""Attributes that every module has."""
+
+_ASIDE = frozenset(
+    "default_cfg feature_info forward_intermediates pretrained_cfg reset_classifier set_input_size".split()
+)
+"""Attributes that no forward pass reads."""
+
+
+def _structure(model: nn.Module, without: Sequence[nn.Module]) -> Hashable | None:
+    """All that decides what a forward pass computes, but for values of weights: types, shapes and plain attributes.
+
+    None where hooks, methods put on a single module, or attributes of other kinds could decide it as well.
+    """
+    seen: dict[int, int] = {id(run): -1 for run in without}
+    found: list[Any] = []
+    todo: list[tuple[str, nn.Module | None]] = [("", model)]
+    try:
+        while todo:
+            name, module = todo.pop()
+            if module is None or id(module) in seen:
+                found.append((name, None if module is None else seen[id(module)]))
+                continue
+            seen[id(module)] = len(seen)
+            found.append((name, type(module), *_attributes(module)))
+            todo += [(f"{name}.{child}", inner) for child, inner in module._modules.items()]
+    except _Unclear:
+        return None
+    return tuple(found)
+
+
+def _attributes(module: nn.Module) -> list[Hashable]:
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise _Unclear
+    tensors = [*module._parameters.items(), *module._buffers.items()]
+    found: list[Hashable] = [(name, None if t is None else (t.shape, t.dtype)) for name, t in tensors]
+    for name, value in vars(module).items():
+        if name in _EMPTY or name in _ASIDE:
+            continue
+        if callable(getattr(type(module), name, None)):
+            raise _Unclear
+        found.append((name, _plainly(value)))
+    return found
+
+
+def _plainly(value: Any) -> Hashable:
+    """`value` as what is equal for equal values of one type alone; functions and classes stand for themselves.
+
+    Raises:
+        _Unclear: if it may hold what cannot be compared.
+    """
+    kind = type(value)
+    if value is None or kind in (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device):
+        return kind, value
+    if isinstance(value, enum.Enum | type | types.BuiltinFunctionType):
+        return value
+    if isinstance(value, types.FunctionType) and value.__closure__ is None:
+        return value
+    if kind in (list, tuple, set, frozenset):
+        parts = [_plainly(part) for part in value]
+        return kind, tuple(parts) if kind in (list, tuple) else frozenset(parts)
+    if isinstance(value, dict):
+        return kind, tuple((_plainly(key), _plainly(part)) for key, part in value.items())
+    if kind is functools.partial:
+        return kind, _plainly(value.func), _plainly(value.args), _plainly(value.keywords)
+    raise _Unclear

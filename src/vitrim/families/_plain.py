@@ -26,9 +26,11 @@ from vitrim.families._parts import (
     give_pretrained_,
     norm_maker,
     optional_norm,
+    params_outside,
     pretrained,
     read_mlp,
     read_rates,
+    remembered,
     same_norm,
 )
 from vitrim.nn import Block
@@ -38,12 +40,12 @@ from vitrim.words.errors import AdoptError, SpecError
 from vitrim.words.spec import Attention, Form, Host, Norm, Spec
 from vitrim.words.spec import Block as BlockSpec
 
-__all__ = ["arguments", "build", "describe", "foreign_blocks", "host", "keywords"]
+__all__ = ["arguments", "blocks_by_stage", "build", "describe", "host", "keywords"]
 
 
-def foreign_blocks(model: nn.Module) -> list[nn.Module]:
-    """Every block in order, timm's or ours."""
-    return list(model.blocks)  # type: ignore[arg-type]
+def blocks_by_stage(model: Any) -> list[list[nn.Module]]:
+    """The blocks of the one stage there is, timm's or ours."""
+    return [list(model.blocks)]
 
 
 def describe(model: Any, family: str, host_arguments: dict[str, Any]) -> Spec:
@@ -77,13 +79,12 @@ def describe(model: Any, family: str, host_arguments: dict[str, Any]) -> Spec:
         blocks=tuple(blocks),
     )
     macs, per_token = _host_macs(model, image)
-    inside = {id(p) for p in model.blocks.parameters()}
     known = Host(
         name=str(pretrained(model).get("architecture", "")),
         arguments=arguments(model, forms[0]) | host_arguments,
         macs=macs,
         macs_per_token=per_token,
-        params=sum(p.numel() for p in model.parameters() if id(p) not in inside),
+        params=params_outside(model, [model.blocks]),
         pretrained=pretrained(model),
     )
     return Spec(family=family, host=known, image=image, classes=model.num_classes, stages=(stage,))
@@ -215,8 +216,12 @@ def _host_macs(model: Any, image: tuple[int, int]) -> tuple[int, int]:
     """Multiply-accumulates of stem and head on one image, and of the head for each token more.
 
     Counted by PyTorch on a copy without blocks and without data (4 ms for DeiT-B): stem and head are timm's, and a
-    formula for each of them would be ours to keep true.
+    formula for each of them would be ours to keep true. Once for each structure of stem and head.
     """
+    return remembered(model, [model.blocks], ("plain", image), lambda: _counted_host(model, image))
+
+
+def _counted_host(model: Any, image: tuple[int, int]) -> tuple[int, int]:
     shell: Any = bare(model, [model.blocks])
     whole = count(shell, torch.zeros(1, input_channels(model), *image, device="meta"))
     if model.attn_pool is None:

@@ -16,10 +16,10 @@ from vitrim.families._parts import count, pretrained
 from vitrim.nn import Block
 from vitrim.nn.segment import HEADS, LEVELS, Head, Places, Segmentor, check_covered
 from vitrim.words.errors import AdoptError, DataError, RecipeError
-from vitrim.words.plain import dump
+from vitrim.words.plain import dump, reason
 from vitrim.words.spec import Host, Spec
 
-__all__ = ["HOSTS", "build", "describe", "foreign_blocks", "host", "segmentor"]
+__all__ = ["HOSTS", "blocks_by_stage", "build", "describe", "host", "segmentor"]
 
 HOSTS = (Segmentor,)
 
@@ -67,8 +67,9 @@ def _resize_(backbone: Any, size: tuple[int, int]) -> None:
     except (AssertionError, RuntimeError, TypeError, ValueError, AttributeError) as problem:
         if isinstance(problem, DataError):
             raise
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        raise RecipeError(f"size: {type(backbone).__name__} must take images of {size}, but {reason}") from None
+        raise RecipeError(
+            f"size: {type(backbone).__name__} must take images of {size}, but {reason(problem)}"
+        ) from None
 
 
 def _places(spec: Spec, head: Head) -> Places:
@@ -102,9 +103,9 @@ def _places(spec: Spec, head: Head) -> Places:
     return Places(taps, (stage.width,) * LEVELS, tuple(tokens.halved for tokens in leaving), 4)
 
 
-def foreign_blocks(model: Any) -> list[nn.Module]:
-    """Every block of the backbone in order."""
-    return families.family_of(model.backbone).foreign_blocks(model.backbone)
+def blocks_by_stage(model: Any) -> list[list[nn.Module]]:
+    """The blocks of each stage of the backbone in order."""
+    return families.family_of(model.backbone).blocks_by_stage(model.backbone)
 
 
 def describe(model: Any) -> Spec:

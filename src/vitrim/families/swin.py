@@ -26,9 +26,11 @@ from vitrim.families._parts import (
     count,
     give_pretrained_,
     norm_maker,
+    params_outside,
     pretrained,
     read_mlp,
     read_rates,
+    remembered,
     same_norm,
 )
 from vitrim.nn import Block, WindowBlock
@@ -37,7 +39,7 @@ from vitrim.words.errors import AdoptError, SpecError
 from vitrim.words.spec import Attention, Form, Host, Norm, Spec, Stage, Window
 from vitrim.words.spec import Block as BlockSpec
 
-__all__ = ["HOSTS", "TEST_PRESETS", "build", "convert", "describe", "example", "foreign_blocks", "host"]
+__all__ = ["HOSTS", "TEST_PRESETS", "blocks_by_stage", "build", "convert", "describe", "example", "host"]
 
 _SMALL = {
     "img_size": 32,
@@ -74,9 +76,9 @@ def example(**arguments: Any) -> nn.Module:
     return SwinTransformer(**{**_SMALL, **arguments})  # type: ignore[no-any-return]
 
 
-def foreign_blocks(model: Any) -> list[nn.Module]:
-    """Every block in order, timm's or ours."""
-    return [block for layer in model.layers for block in layer.blocks]
+def blocks_by_stage(model: Any) -> list[list[nn.Module]]:
+    """The blocks of each stage in order, timm's or ours."""
+    return [list(layer.blocks) for layer in model.layers]
 
 
 def describe(model: Any) -> Spec:
@@ -96,7 +98,7 @@ def describe(model: Any) -> Spec:
         name=str(pretrained(model).get("architecture", "")),
         arguments=_arguments(model),
         macs=_host_macs(model, image),
-        params=_host_params(model),
+        params=params_outside(model, [layer.blocks for layer in model.layers]),
         pretrained=pretrained(model),
     )
     return Spec(family="swin", host=known, image=image, classes=model.num_classes, stages=_stages(model))
@@ -265,12 +267,11 @@ def _arguments(model: Any) -> dict[str, Any]:
     }
 
 
-def _host_params(model: Any) -> int:
-    inside = {id(p) for layer in model.layers for p in layer.blocks.parameters()}
-    return sum(p.numel() for p in model.parameters() if id(p) not in inside)
-
-
 def _host_macs(model: Any, image: tuple[int, int]) -> int:
     """Multiply-accumulates of patch embedding, merging and head on one image, counted on a copy without blocks."""
-    shell = bare(model, [layer.blocks for layer in model.layers])
-    return count(shell, torch.zeros(1, input_channels(model), *image, device="meta"))
+    runs = [layer.blocks for layer in model.layers]
+
+    def counted() -> int:
+        return count(bare(model, runs), torch.zeros(1, input_channels(model), *image, device="meta"))
+
+    return remembered(model, runs, ("swin", image), counted)

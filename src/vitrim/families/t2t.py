@@ -17,11 +17,11 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from vitrim.families import _plain
-from vitrim.families._plain import foreign_blocks, host
+from vitrim.families._plain import blocks_by_stage, host
 from vitrim.families._t2t import T2TVisionTransformer
 from vitrim.words.spec import Spec
 
-__all__ = ["HOSTS", "TEST_PRESETS", "build", "convert", "describe", "example", "foreign_blocks", "host"]
+__all__ = ["HOSTS", "TEST_PRESETS", "blocks_by_stage", "build", "convert", "describe", "example", "host"]
 
 HOSTS = (T2TVisionTransformer,)
 

@@ -19,11 +19,11 @@ from torch import nn
 
 from vitrim.families import _plain
 from vitrim.families._parts import norm_maker
-from vitrim.families._plain import foreign_blocks, host
+from vitrim.families._plain import blocks_by_stage, host
 from vitrim.nn.layers import norm_of
 from vitrim.words.spec import Norm, Spec
 
-__all__ = ["HOSTS", "TEST_PRESETS", "build", "describe", "example", "foreign_blocks", "host"]
+__all__ = ["HOSTS", "TEST_PRESETS", "blocks_by_stage", "build", "describe", "example", "host"]
 
 _SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}
 

@@ -13,8 +13,11 @@ import timm
 import torch
 from torch import nn
 
-from vitrim.measure.model import Image, compiled_copy, home_of, image_of, moved, resting
+from vitrim.measure.model import Image, compiled_copy, home_of, image_of, moved
 from vitrim.measure.turns import at_least, name_of, place_of, spread, threading, turns, waiting
+from vitrim.nn.modes import evaluating
+from vitrim.nn.weights import why_not_held
+from vitrim.words.errors import RecipeError, WeightsError
 from vitrim.words.plain import Node
 
 __all__ = ["Latency", "latency"]
@@ -114,10 +117,17 @@ def latency(
 
     Raises:
         RecipeError: if a setting is out of its range, or the image size is not known.
+        WeightsError: if a model is on the meta device.
     """
     at_least("batch", batch, 1)
     if threads is not None:
         at_least("threads", threads, 1)
+    for one in (model, reference):
+        missing = None if one is None else why_not_held(one)
+        if missing is not None:
+            raise WeightsError(missing)
+    if dtype is not None and not dtype.is_floating_point:
+        raise RecipeError(f"dtype must be a floating-point type, but got {dtype}; leave it out for the model's own")
     home, kind = home_of(model)
     place = place_of(device) if device is not None else home
     kind = dtype if dtype is not None else kind
@@ -126,7 +136,7 @@ def latency(
     if compiled:
         models = [compiled_copy(m) for m in models]
     inputs = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(place, kind)
-    with resting(*models), torch.inference_mode(), threading(threads):
+    with evaluating(*models), torch.inference_mode(), threading(threads):
         calls = [functools.partial(m, inputs) for m in models]
         taken = turns(calls, wait=waiting(place), seconds=seconds, runs=runs, warmup=warmup)
         return Latency.of(

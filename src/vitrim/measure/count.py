@@ -1,15 +1,12 @@
 """Multiply-accumulates and parameters of a model: ours by arithmetic, and PyTorch's own count to hold it against."""
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from vitrim.families import describe
-from vitrim.measure.model import Image, home_of, image_of, resting
+from vitrim.measure.model import Image, home_of, image_of
+from vitrim.nn.counter import operations
+from vitrim.nn.modes import evaluating
 from vitrim.words.costs import Cost, cost_of
 from vitrim.words.errors import AdoptError
 from vitrim.words.spec import Spec
@@ -43,28 +40,11 @@ def counted(model: nn.Module, image: Image | None = None) -> Cost:
     """
     device, dtype = home_of(model)
     inputs = torch.zeros(1, *image_of(model, image), device=device, dtype=dtype)
-    counter = FlopCounterMode(display=False)
-    # The plain path of attention is made of products that every version of the counter knows; of the fused kernels
-    # each version knows others, and one that it does not know counts as nothing.
-    with resting(model), _frozen(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(inputs)
-    operations = counter.get_total_flops()
-    if operations % 2:
+    with evaluating(model):
+        found = operations(lambda: model(inputs))
+    if found % 2:
         raise AdoptError(
-            f"PyTorch must count two operations for each multiply-accumulate, but counted {operations:,}; "
+            f"PyTorch must count two operations for each multiply-accumulate, but counted {found:,}; "
             "the model runs something that is no product"
         )
-    return Cost(operations // 2, sum(parameter.numel() for parameter in model.parameters()))
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter ask for a gradient: the counter fails where a module returns a view of one that does."""
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+    return Cost(found // 2, sum(parameter.numel() for parameter in model.parameters()))

@@ -1,17 +1,16 @@
 """What both measurements need from a model: its input, and a way to run it and leave it as it was."""
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from vitrim.nn.layers import input_channels
+from vitrim.nn.weights import home_of
 from vitrim.words.errors import RecipeError
 
-__all__ = ["Image", "compiled_copy", "home_of", "image_of", "moved", "resting"]
+__all__ = ["Image", "compiled_copy", "home_of", "image_of", "moved"]
 
 Image = tuple[int, int, int]
 """Channels, height and width of one image."""
@@ -26,7 +25,11 @@ def image_of(model: nn.Module, image: Image | None = None) -> Image:
         RecipeError: if `image` is malformed, or the model does not say what it takes.
     """
     if image is not None:
-        if len(image) != 3 or any(not _whole(size) or size < 1 for size in image):
+        if (
+            not isinstance(image, tuple | list)
+            or len(image) != 3
+            or any(not _whole(size) or size < 1 for size in image)
+        ):
             raise RecipeError(f"image must be (channels, height, width), each at least 1, but got {image}")
         return image
     stem: Any = getattr(model, "patch_embed", None)
@@ -37,14 +40,6 @@ def image_of(model: nn.Module, image: Image | None = None) -> Image:
             "pass image=(channels, height, width)"
         )
     return input_channels(model), int(size[0]), int(size[1])
-
-
-def home_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and floating-point type of `model`, those of its first parameter."""
-    for tensor in model.parameters():
-        if tensor.is_floating_point():
-            return tensor.device, tensor.dtype
-    return torch.device("cpu"), torch.get_default_dtype()
 
 
 def moved(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -59,19 +54,6 @@ def compiled_copy(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model)
     twin.compile()
     return twin
-
-
-@contextlib.contextmanager
-def resting(*models: nn.Module) -> Iterator[None]:
-    """Put `models` in eval mode, and give each of their modules its own mode back afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _whole(value: object) -> bool:

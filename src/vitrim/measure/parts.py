@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.families import blocks_of, describe
-from vitrim.measure.model import home_of, image_of, moved, resting
+from vitrim.measure.model import home_of, image_of, moved
 from vitrim.measure.turns import (
     TICK,
     Timer,
@@ -31,6 +31,7 @@ from vitrim.measure.turns import (
     waiting,
 )
 from vitrim.nn import Stream, computed, make_block
+from vitrim.nn.modes import evaluating, random_state_kept
 from vitrim.words.plain import FrozenDict
 from vitrim.words.progress import progress
 from vitrim.words.spec import Attention, Block, Conv, Skip, Spec, Stage
@@ -104,7 +105,7 @@ def make_table(
     bench = _Bench(batch, place, dtype or kind, compiled)
     dense, half = moved(model, place, bench.dtype), halved(spec)
     inputs = torch.randn(batch, *image_of(model), generator=torch.Generator().manual_seed(0)).to(place, bench.dtype)
-    with resting(dense), torch.inference_mode(), threading(threads):
+    with evaluating(dense), torch.inference_mode(), threading(threads), random_state_kept(place):
         nets = [copy.deepcopy(dense) if compiled else dense, _hollow(dense), _rebuilt(dense, half)]
         calls = [functools.partial(bench.ready(net), inputs) for net in nets]
         full, bare, less = turns(calls, wait=waiting(place), seconds=seconds).samples

@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +72,7 @@ def turns(
     """
     at_least("runs", runs, 2)
     at_least("warmup", warmup, 1)
-    if not 0 < seconds < math.inf:
+    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds < math.inf:
         raise RecipeError(f"seconds must be above 0 and finite, but got {seconds}")
     with keeping_memory():
         return _taken([timer(call, wait) for call in calls], seconds, runs, warmup)
@@ -166,16 +167,24 @@ def at_least(name: str, value: int, least: int) -> None:
     Raises:
         RecipeError: naming it.
     """
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise RecipeError(f"{name} must be a whole number of at least {least}, but got {value}")
 
 
 def place_of(device: torch.device | str) -> torch.device:
-    """The device with its number, as parameters name it: ``cuda`` alone would equal none of theirs."""
-    place = torch.device(device)
-    if place.type == "cuda" and place.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return place
+    """The device with its number, as parameters name it: ``cuda`` alone would equal none of theirs.
+
+    Raises:
+        RecipeError: if this machine has no such device, or none that computes (``meta``).
+    """
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+        if place.type != "meta":
+            return torch.device("cuda", torch.cuda.current_device()) if str(place) == "cuda" else place
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError):
+        pass
+    raise RecipeError(f"device must be one of this machine's, but got '{device}'; use cpu, or leave it out")
 
 
 def name_of(device: torch.device) -> str:

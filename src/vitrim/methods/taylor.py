@@ -12,7 +12,7 @@ second-order term is the same mean of squares with labels drawn from the model's
 ``target = "output"`` draws them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -26,10 +26,11 @@ from vitrim.cut.observe import axes, listening
 from vitrim.data import eval_loader
 from vitrim.families import describe
 from vitrim.methods._contract import Data, Found
+from vitrim.nn.modes import evaluating
 from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError
 from vitrim.words.plain import Node
-from vitrim.words.progress import progress
+from vitrim.words.progress import counted, progress
 
 __all__ = ["Method", "taylor_scores"]
 
@@ -70,20 +71,12 @@ class Method(Node):
             raise MethodError("taylor must see images, but no data was given; give data or use magnitude")
         batches = eval_loader(data.calibration, data.input, batch=self.batch)
         with progress("scores", len(batches)) as advance:
-            scores = taylor_scores(model, _counted(batches, advance), target=self.target, seed=seed)
+            scores = taylor_scores(model, counted(batches, advance), target=self.target, seed=seed)
 
         def read(budget: Budget) -> Found:
             return Found(plan=fill(describe(model), scores, budget, choice=self.choice), parent=model, again=read)
 
         return read(budget)
-
-
-def _counted(
-    batches: Iterable[tuple[Tensor, Tensor]], advance: Callable[[float], None]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    for batch in batches:
-        yield batch
-        advance(1)
 
 
 def taylor_scores(
@@ -109,19 +102,10 @@ def taylor_scores(
     scores = {path: torch.zeros(axis.size, dtype=torch.float64) for path, axis in axes(model).items()}
     draw = torch.Generator().manual_seed(seed)
     seen = 0
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        model.requires_grad_(False)
+    with evaluating(model, frozen=True):
         for x, y in batches:
             seen += len(x)
             _add(model, x.to(device), y, target, draw, scores)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, grad in wanted:
-            parameter.requires_grad_(grad)
     return {path: score / seen for path, score in scores.items()}
 
 

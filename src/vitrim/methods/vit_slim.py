@@ -217,7 +217,7 @@ class Method(Node):
         over = {name: float(limit) for name, limit in limits.items() if limit < getattr(budget.cost(small), name)}
         if over and rest:
             ranks = quantiles({path: scores[path] for path in scores if path in rest}, kinds)
-            rests = fill(small, ranks, Budget(**over, table=budget.table), choice=self.choice, by="score")
+            rests = fill(small, ranks, budget.bounded(over), choice=self.choice, by="score")
             plan = plan.then(rests, spec)
         child = plan.child(spec)
         check_spent(child, spec, budget)

@@ -4,6 +4,7 @@ A name says the library and the class: ``timm.LayerNorm``, ``torch.GELU``. Only 
 needs are on the lists: norms over the last dimension, activations that work on each element by itself.
 """
 
+import functools
 from typing import Any
 
 import timm.layers
@@ -106,11 +107,20 @@ def activation_name(module: nn.Module, at: str) -> str:
     name = _name(module)
     if name not in _ACTIVATIONS:
         raise AdoptError(f"{at}: an activation must be one of {', '.join(sorted(_ACTIVATIONS))}, but got {name}")
-    plain, mine = vars(_class(name, _ACTIVATIONS)()), vars(module)
-    for key, value in plain.items():
-        if not key.startswith("_") and key not in ("training", "inplace") and mine.get(key) != value:
+    mine = vars(module)
+    for key, value in _defaults(name):
+        if mine.get(key) != value:
             raise AdoptError(f"{at}: {name} must have its default {key} = {value}, but has {mine.get(key)}")
     return name
+
+
+@functools.cache
+def _defaults(name: str) -> tuple[tuple[str, Any], ...]:
+    """Attributes of an activation that is built without arguments."""
+    plain = vars(_class(name, _ACTIVATIONS)())
+    return tuple(
+        (key, value) for key, value in plain.items() if not key.startswith("_") and key not in ("training", "inplace")
+    )
 
 
 def make_activation(name: str) -> nn.Module:

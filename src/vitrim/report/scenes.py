@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrim.report.folder import Record, Run, number
-from vitrim.report.tables import DASH, Table, short
+from vitrim.report.tables import DASH, Table, percent, short
 from vitrim.words.errors import RunError
 
 __all__ = ["class_table", "gallery", "segmented", "spoken"]
@@ -21,8 +21,8 @@ def segmented(measured: Record) -> Table:
     batch = number(measured, "batch")
     time = number(measured, "latency_ms")
     rows = [
-        ("mean intersection over union", _percent(number(measured, "miou"))),
-        ("pixel accuracy", _percent(number(measured, "accuracy"))),
+        ("mean intersection over union", percent(number(measured, "miou"), 2)),
+        ("pixel accuracy", percent(number(measured, "accuracy"), 2)),
         ("multiply-accumulates", short(number(measured, "macs"))),
         ("of these in the head", short(number(measured, "macs_head"))),
         ("parameters", short(number(measured, "params"))),
@@ -34,10 +34,6 @@ def segmented(measured: Record) -> Table:
     return Table("Segmentor", ("", "value"), rows)
 
 
-def _percent(value: float | None) -> str:
-    return DASH if value is None else f"{value:.2f} %"
-
-
 def class_table(classes: Sequence[Mapping[str, Any]]) -> Table:
     """Every class: intersection over union, share of its pixels that are found, share of all pixels."""
     total = sum(number(dict(each), "pixels") or 0 for each in classes)
@@ -47,7 +43,7 @@ def class_table(classes: Sequence[Mapping[str, Any]]) -> Table:
         share = None if pixels is None or not total else 100 * pixels / total
         name = str(each.get("name", ""))
         rows.append(
-            (name, _percent(number(dict(each), "iou")), _percent(number(dict(each), "recall")), _percent(share))
+            (name, percent(number(dict(each), "iou"), 2), percent(number(dict(each), "recall"), 2), percent(share, 2))
         )
     return Table("Every class", ("class", "IoU", "found", "of all pixels"), rows)
 
@@ -58,7 +54,9 @@ def spoken(measured: Record) -> str:
     score, time = number(measured, "miou"), number(measured, "latency_ms")
     parts = [f"{head} on {model} segments {measured.get('test_scenes', DASH)} test scenes"]
     if score is not None:
-        parts.append(f"mean intersection over union is {_percent(score)} over {measured.get('classes', DASH)} classes")
+        parts.append(
+            f"mean intersection over union is {percent(score, 2)} over {measured.get('classes', DASH)} classes"
+        )
     if time is not None:
         parts.append(f"a batch takes {time:.1f} ms" + (f" on {device}" if device else ""))
     return "; ".join(parts) + "."

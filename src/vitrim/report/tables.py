@@ -48,8 +48,9 @@ def short(value: float | None) -> str:
     return f"{value:g}"
 
 
-def _percent(value: float | None) -> str:
-    return DASH if value is None else f"{value:.1f} %"
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share in percent: ``71.3 %``."""
+    return DASH if value is None else f"{value:.{digits}f} %"
 
 
 def _ratio(value: float | None) -> str:
@@ -76,14 +77,14 @@ def result(measured: Record) -> Table:
     ]
     mine, theirs = number(measured, "top1"), number(measured, "top1_parent")
     change = _points(mine - theirs) if mine is not None and theirs is not None else DASH
-    rows.insert(2, ("top-1", _percent(theirs), _percent(mine), change))
+    rows.insert(2, ("top-1", percent(theirs), percent(mine), change))
     if number(measured, "miou") is not None:
         mine, theirs = number(measured, "miou"), number(measured, "miou_parent")
         change = _points(mine - theirs) if mine is not None and theirs is not None else DASH
-        rows.insert(3, ("mean IoU", _percent(theirs), _percent(mine), change))
+        rows.insert(3, ("mean IoU", percent(theirs), percent(mine), change))
     agreement = number(measured, "agreement")
     if agreement is not None:
-        rows.insert(3, ("same answer as the parent", DASH, _percent(agreement), DASH))
+        rows.insert(3, ("same answer as the parent", DASH, percent(agreement), DASH))
     return Table("Parent and child", ("", "parent", "child", "child / parent"), rows)
 
 
@@ -107,7 +108,7 @@ def comparison(runs: Sequence[Run]) -> Table:
     rows: list[tuple[str, ...]] = [_compared(run) for run in runs]
     if any(number(run.measured, "miou") is not None for run in runs):
         head = (*head, "mean IoU")
-        rows = [(*row, _percent(number(run.measured, "miou"))) for row, run in zip(rows, runs, strict=True)]
+        rows = [(*row, percent(number(run.measured, "miou"))) for row, run in zip(rows, runs, strict=True)]
     return Table("All runs", head, rows)
 
 
@@ -120,8 +121,8 @@ def _compared(run: Run) -> tuple[str, ...]:
         _ratio(number(measured, "macs_ratio")),
         short(number(measured, "params")),
         _ratio(number(measured, "params_ratio")),
-        _percent(number(measured, "top1")),
-        _percent(number(measured, "top1_parent")),
+        percent(number(measured, "top1")),
+        percent(number(measured, "top1_parent")),
         _ratio(number(measured, "latency_ratio")),
     )
 
@@ -178,7 +179,7 @@ def outcome(measured: Record) -> str:
     mine, theirs = number(measured, "top1"), number(measured, "top1_parent")
     if mine is not None:
         against = "" if theirs is None else f", {_points(mine - theirs)} against its parent"
-        parts.append(f"top-1 is {_percent(mine)}{against}")
+        parts.append(f"top-1 is {percent(mine)}{against}")
     ratio = number(measured, "latency_ratio")
     if ratio is not None:
         device = measured.get("device")

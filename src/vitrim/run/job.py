@@ -23,7 +23,7 @@ from vitrim.run.latency_budget import table_for
 from vitrim.run.recipe import ModelRecipe, Recipe
 from vitrim.words.budget import Budget
 from vitrim.words.errors import DataError, RecipeError, RunError, VitrimError
-from vitrim.words.plain import dump, load, read_toml, write_text
+from vitrim.words.plain import dump, load, read_toml, reason, write_text
 from vitrim.words.spec import Spec
 
 __all__ = ["Job", "check_folder", "device_of", "full_disk", "images_of", "leaving_nothing", "logger", "prepare"]
@@ -68,7 +68,7 @@ def full_disk(folder: Path | None) -> Iterator[None]:
         if isinstance(problem, VitrimError) or problem.strerror is None or folder is None or not inside:
             raise
         raise RunError(
-            f"{folder}: the output folder must be writable and have free space, but {problem.strerror.lower()}; "
+            f"{folder}: the output folder must be writable and have free space, but {reason(problem)}; "
             "make room and run the same command again, it goes on from here"
         ) from None
 
@@ -273,7 +273,7 @@ def _teacher(recipe: Recipe, parent: nn.Module, spec: Spec, input: Input, say: C
     except (RuntimeError, ValueError, AssertionError) as problem:
         raise RecipeError(
             f"teacher: {recipe.teacher.name} must take images of {input.size[0]} x {input.size[1]}, but says: "
-            f"{str(problem).splitlines()[0]}; choose another"
+            f"{reason(problem)}; choose another"
         ) from None
     if classes != spec.classes:
         raise RecipeError(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitrim import __version__
 from vitrim.cut.fill import fill
 from vitrim.cut.observe import axes
 from vitrim.deploy.runtimes import ready
@@ -25,7 +26,7 @@ from vitrim.run.recipe import Measure
 from vitrim.words.budget import Budget
 from vitrim.words.errors import BudgetError, ExportError, VitrimError
 from vitrim.words.plain import load, read_json, write_text
-from vitrim.words.table import Table
+from vitrim.words.table import FORMAT, Table
 
 __all__ = ["CLOSE", "Met", "clocked", "meet", "table_for"]
 
@@ -46,7 +47,8 @@ def table_for(model: nn.Module, settings: Measure, *, say: Callable[[str], None]
     there, and what is measured in the runtime itself corrects it (`meet`).
 
     The cache is ``$VITRIM_CACHE``, else ``~/.cache/vitrim``; a file of it is named by the structure of the model, the
-    device, batch, threads, type, runtime and PyTorch's version, so that none of them is taken for another.
+    device, batch, threads, type, runtime, the versions of PyTorch and vitrim and the format of the table, so that none
+    of them is taken for another.
 
     Args:
         model: an adopted dense model.
@@ -60,7 +62,8 @@ def table_for(model: nn.Module, settings: Measure, *, say: Callable[[str], None]
         "compiled": settings.runtime == "compile",
     }
     machine = machine_of(model, **given)
-    key = hashlib.sha256((describe(model).model_dump_json() + machine.model_dump_json()).encode()).hexdigest()[:20]
+    about = [f"vitrim {__version__}, format {FORMAT}", describe(model).model_dump_json(), machine.model_dump_json()]
+    key = hashlib.sha256("\n".join(about).encode()).hexdigest()[:20]
     folder = Path(os.environ.get("VITRIM_CACHE") or Path.home() / ".cache" / "vitrim")
     path = folder / "latency" / f"{key}.json"
     if path.is_file():
@@ -271,4 +274,4 @@ class _Planner:
     def _of_macs(self, macs: float) -> Budget:
         limits = self.budget.limits(self.dense)
         most = limits.get("macs", self.dense.macs) / self.dense.macs
-        return Budget(macs=min(macs, most), params=self.budget.params)
+        return self.budget.model_copy(update={"macs": min(macs, most), "latency": None, "table": None})

@@ -6,7 +6,6 @@ Each stage writes its file beside and renames it, and reads what the one before 
 missing file, also in the middle of a search or of training.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vitrim import report
@@ -24,6 +22,7 @@ from vitrim.data import eval_loader
 from vitrim.deploy import store
 from vitrim.families import adopt, describe
 from vitrim.methods._contract import Data, Found, Method
+from vitrim.nn.weights import check_weights, fingerprint
 from vitrim.run.child import judged
 from vitrim.run.job import Job, check_folder, full_disk, leaving_nothing, logger, prepare
 from vitrim.run.latency_budget import clocked, meet
@@ -66,7 +65,7 @@ def compress(
     data: Any = None,
     *,
     method: str = "taylor",
-    budget: str = "macs=0.5",
+    budget: str | Budget = "macs=0.5",
     epochs: float = 0,
     seed: int = 0,
     test: Any = None,
@@ -85,7 +84,8 @@ def compress(
             dataset of (PIL image or ``(3, height, width)`` tensor, label), a loader of batches, or None for methods
             that need none.
         method: name of a method, see `vitrim methods`.
-        budget: what the child may cost: ``macs=0.5``, ``macs=2.3G``, ``params=12M``, or several joined by commas.
+        budget: what the child may cost: ``macs=0.5``, ``macs=2.3G``, ``params=12M``, or several joined by commas; or a
+            `Budget` of the same bounds, without a table, for a run measures its own.
         epochs: how long to train the child with its parent as teacher; 0 cuts only.
         seed: of everything random.
         test: images to measure on, in the same forms; no search sees them.
@@ -107,7 +107,7 @@ def compress(
         "model": {"name": model if isinstance(model, str) else _portrait(model)},
         "data": {"train": sources[0], "test": sources[1]},
         "method": {"name": method, **(settings or {})},
-        "budget": budget,
+        "budget": _budget_text(budget),
         "recover": recover,
         "train": {"epochs": epochs, **(train or {})},
         "measure": dict(measure or {}),
@@ -118,12 +118,29 @@ def compress(
     return _run(resolved, None if out is None else Path(out), parent, (data, test), lambda _: None)
 
 
+def _budget_text(budget: str | Budget) -> str:
+    """A budget as a recipe writes it.
+
+    Raises:
+        BudgetError: if it bounds nothing, or has a table of its own.
+    """
+    if not isinstance(budget, Budget):
+        return budget
+    if not budget.bounds():
+        raise BudgetError("a budget must bound macs, params or latency, but bounds nothing; give macs=0.5")
+    if budget.table is not None:
+        raise BudgetError("a budget for compress must have no table, for a run measures its own; leave table out")
+    return str(budget)
+
+
 def _portrait(model: nn.Module) -> str:
-    """A name that tells a model in memory from another, so that no run folder is taken for the other's."""
-    digest = hashlib.sha256()
-    for value in model.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return f"({type(model).__name__} in memory, {digest.hexdigest()[:8]})"
+    """A name that tells a model in memory from another, so that no run folder is taken for the other's.
+
+    Raises:
+        WeightsError: naming the tensor, if it is without data or cannot be computed with.
+    """
+    check_weights(model)
+    return f"({type(model).__name__} in memory, {fingerprint(model)[:8]})"
 
 
 def run(recipe: Recipe, folder: Path, *, say: Callable[[str], None] = lambda _: None) -> Result:

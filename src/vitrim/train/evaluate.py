@@ -3,19 +3,19 @@
 B images of a batch, P pictures in all, K classes.
 """
 
-import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Sized
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrim.nn.modes import evaluating
 from vitrim.words.errors import DataError, WeightsError
 from vitrim.words.plain import Node
 from vitrim.words.progress import progress
 
-__all__ = ["Evaluated", "evaluate", "put_back", "reference_logits"]
+__all__ = ["Evaluated", "evaluate", "reference_logits"]
 
 
 class Evaluated(Node):
@@ -38,17 +38,6 @@ class Evaluated(Node):
     seconds: float
 
 
-@contextlib.contextmanager
-def put_back(*models: nn.Module | None) -> Iterator[None]:
-    """Put every module's training flag back at the end."""
-    flags = [(module, module.training) for model in models if model is not None for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
 def reference_logits(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """Run a model once over a loader, to compare many others with.
 
@@ -63,8 +52,7 @@ def reference_logits(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) 
         WeightsError: a logit is not finite.
     """
     found = []
-    with put_back(model), progress("reference", _length(loader)) as advance:
-        model.eval()
+    with evaluating(model), progress("reference", _length(loader)) as advance:
         for pictures, _ in loader:
             found.append(_forward(model, pictures).cpu())
             advance(1)
@@ -95,10 +83,7 @@ def evaluate(
     hits = torch.zeros(4, dtype=torch.float64)
     count = 0
     unlabelled = False
-    with put_back(model, other), progress("evaluate", _length(loader)) as advance:
-        model.eval()
-        if other is not None:
-            other.eval()
+    with evaluating(model, other), progress("evaluate", _length(loader)) as advance:
         for pictures, labels in loader:
             logits = _forward(model, pictures)
             _check_batch(logits, labels, classes)

@@ -18,10 +18,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from vitrim.data import Input, TrainLoader, check_classes, train_loader
+from vitrim.nn.modes import evaluating, modes_kept
+from vitrim.nn.weights import check_weights
 from vitrim.train.checkpoint import Progressed, compare, newest, read, unpack
 from vitrim.train.distill import Objective, two_heads
-from vitrim.train.evaluate import put_back
-from vitrim.train.guard import check_finite, drop_path
+from vitrim.train.guard import drop_path
 from vitrim.train.loop import AfterStep, Log, Loop, Penalty
 from vitrim.train.optim import Groups, optimizer
 from vitrim.train.settings import Train
@@ -127,14 +128,14 @@ def fit(
         RecipeError: settings do not fit model or teacher.
         RunError: a checkpoint is of another run, damaged, or cannot be written.
         TrainError: a loss or gradient is not finite.
-        WeightsError: a weight is not finite to begin with.
+        WeightsError: a weight is not finite to begin with, or cannot be computed with.
     """
     accelerator = _accelerator(settings)
-    check_finite(model)
+    check_weights(model)
     generator = torch.get_rng_state()
     try:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(put_back(model, teacher))
+            stack.enter_context(modes_kept(model, teacher))
             task = task or Task()
             loop = _prepare(model, dataset, settings, accelerator, input, seed, teacher, groups, stage, stack, task)
             loop = dataclasses.replace(
@@ -267,8 +268,7 @@ def _classes(model: nn.Module, input: Input) -> int:
     """Run one blank picture: what a model really gives out, whatever its attributes say."""
     first = next(model.parameters())
     blank = torch.zeros(1, input.channels, *input.size, device=first.device, dtype=first.dtype)
-    with put_back(model), torch.no_grad():
-        model.eval()
+    with evaluating(model), torch.no_grad():
         try:
             logits = model(blank)
         except (AssertionError, RuntimeError) as problem:

@@ -1,4 +1,4 @@
-"""What keeps a run safe: finite weights, whole steps, a stochastic depth that is taken off again."""
+"""What keeps a run safe: whole steps, a stochastic depth that is taken off again."""
 
 import contextlib
 import signal
@@ -7,24 +7,12 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
-import torch
 from timm.layers import DropPath
 from torch import nn
 
-from vitrim.words.errors import RecipeError, WeightsError
+from vitrim.words.errors import RecipeError
 
-__all__ = ["Interrupts", "check_finite", "drop_path"]
-
-
-def check_finite(model: nn.Module) -> None:
-    """Check that all weights are finite.
-
-    Raises:
-        WeightsError: naming the first parameter or buffer that is not.
-    """
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise WeightsError(f"{name}: weights must be finite, but hold NaN or inf; load them again")
+__all__ = ["Interrupts", "drop_path"]
 
 
 class Interrupts:

@@ -2,13 +2,15 @@
 
 import math
 import re
-from typing import NamedTuple, Self
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any, NamedTuple, Self
 
-from pydantic import Field
+from pydantic import Field, ValidationError, field_serializer
 
 from vitrim.words.costs import Cost, block_cost, cost_of
 from vitrim.words.errors import BudgetError
-from vitrim.words.plain import Node, did_you_mean
+from vitrim.words.plain import NONE, Node, did_you_mean, why_not_valid
 from vitrim.words.spec import Block, Spec, Stage
 from vitrim.words.steps import Tokens
 from vitrim.words.table import Table
@@ -20,8 +22,11 @@ SLACK = 0.02
 
 BOUNDS = ("macs", "params", "latency")
 
+_LEAST = 1000
+"""The least number that needs no unit."""
+
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
-_NUMBER = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([kmg]?)", re.IGNORECASE)
+_NUMBER = re.compile(r"((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([kmg]?)", re.IGNORECASE)
 
 
 class Price(NamedTuple):
@@ -34,21 +39,38 @@ class Price(NamedTuple):
 
 
 class Budget(Node):
-    """Upper bounds; each is a share of the parent in (0, 1], or a number above 1.
+    """Upper bounds; each is a share of the parent in (0, 1], or a number of at least 1000.
 
-    It prices, too: whoever plans under a budget asks it what a spec or a block costs, in all that it bounds.
+    It prices, too: whoever plans under a budget asks it what a spec or a block costs, in all that it bounds. A budget
+    without bounds prices, but cannot be spent.
 
     Attributes:
         macs: multiply-accumulates for one image.
         params: parameters.
         latency: time of a pass, as a share of the parent's in (0, 1].
         table: measured times, by which latency is priced; a budget without one can bound latency, but not price it.
+
+    Raises:
+        BudgetError: if a bound is none of these; ``50`` could be meant in percent, so numbers between 1 and 1000 are
+            given as text with a unit (``"0.05k"``), as `parse` reads them.
     """
 
     macs: float | None = None
     params: float | None = None
     latency: float | None = None
     table: Table | None = Field(default=None, repr=False)
+
+    def __init__(self, **fields: Any) -> None:
+        given = {name: _bound(name, value) if name in BOUNDS else value for name, value in fields.items()}
+        try:
+            super().__init__(**given)
+        except ValidationError as problem:
+            raise BudgetError(why_not_valid(type(self), problem, "budget")) from None
+
+    @field_serializer("macs", "params", when_used="json-unless-none")
+    def _written(self, value: float) -> float | str:
+        """Where only a unit tells a number from a share, the text that has one."""
+        return _text(value) if 1 < value < _LEAST else value
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -72,7 +94,7 @@ class Budget(Node):
             if name in bounds:
                 raise BudgetError(f"a budget must bound {name} once, but got '{text}'")
             bounds[name] = _value(name, value)
-        return cls(**bounds)
+        return cls().bounded(bounds)
 
     def __str__(self) -> str:
         """The text that `parse` reads."""
@@ -81,6 +103,14 @@ class Budget(Node):
     def bounds(self) -> dict[str, float]:
         """The bounds given, by name."""
         return {name: value for name in BOUNDS if (value := getattr(self, name)) is not None}
+
+    def bounded(self, bounds: Mapping[str, float]) -> Self:
+        """The same budget with these bounds and no others, which are not checked again.
+
+        Args:
+            bounds: what `bounds` or `limits` gave; limits are whole numbers, those of latency nanoseconds.
+        """
+        return self.model_copy(update={name: bounds.get(name) for name in BOUNDS})
 
     def cost(self, spec: Spec) -> Price:
         """What a spec costs; its latency only where the budget has a table."""
@@ -112,9 +142,35 @@ class Budget(Node):
         return all(getattr(cost, name) <= limit for name, limit in self.limits(parent).items())
 
     def spent(self, cost: Cost | Price, parent: Cost | Price) -> float:
-        """Largest share of a bound that `cost` takes; a budget well spent gives ``1 - SLACK`` to 1."""
+        """Largest share of a bound that `cost` takes; a budget well spent gives ``1 - SLACK`` to 1.
+
+        Raises:
+            BudgetError: if nothing is bounded.
+        """
         shares: list[float] = [getattr(cost, name) / max(limit, 1) for name, limit in self.limits(parent).items()]
+        if not shares:
+            raise BudgetError(
+                "a budget must bound macs, params or latency to be spent, but bounds nothing; give macs=0.5"
+            )
         return max(shares)
+
+
+def _bound(name: str, given: Any) -> float | None:
+    """A bound as Python gives it: None, text as in `Budget.parse`, or a number."""
+    if given is None or given == NONE:
+        return None
+    if isinstance(given, str):
+        return _value(name, given.strip())
+    if isinstance(given, bool) or not isinstance(given, Real):
+        raise BudgetError(f"budget of {name} must be a number such as 0.5 or 2.3e9, but got {given!r}")
+    value = float(given)
+    _check(name, value, f"{given}")
+    if 1 < value < _LEAST:
+        raise BudgetError(
+            f"budget of {name} must be a share in (0, 1] or a number of at least {_LEAST}, but got {given}; if that "
+            f"many are meant, give the text '{_text(value)}'"
+        )
+    return value
 
 
 def _value(name: str, text: str) -> float:
@@ -122,22 +178,27 @@ def _value(name: str, text: str) -> float:
     if match is None:
         raise BudgetError(f"budget of {name} must be a number such as 0.5, 2.3G or 12M, but got '{text}'")
     value = float(match[1]) * _UNITS[match[2].lower()]
-    if match[2] == "" and 1 < value < 1000:
+    if match[2] == "" and 1 < value < _LEAST:
         raise BudgetError(
             f"budget of {name} must be a share in (0, 1] or a number with a unit such as 2.3G, but got '{text}'"
         )
-    if name == "latency" and value > 1:
-        raise BudgetError(f"budget of latency must be a share of the parent's in (0, 1], but got '{text}'")
-    if not 0 < value < math.inf:
-        raise BudgetError(f"budget of {name} must be above 0, but got '{text}'")
+    _check(name, value, f"'{text}'")
     if match[2] and value <= 1:
         raise BudgetError(f"budget of {name} must be above 1 where it has a unit, but got '{text}'; a share has none")
     return value
 
 
+def _check(name: str, value: float, given: str) -> None:
+    """Refuse what can be no bound, however it is given."""
+    if name == "latency" and value > 1:
+        raise BudgetError(f"budget of latency must be a share of the parent's in (0, 1], but got {given}")
+    if not 0 < value < math.inf:
+        raise BudgetError(f"budget of {name} must be above 0 and finite, but got {given}")
+
+
 def _text(value: float) -> str:
     """`value` as `_value` reads it, to the last bit; below 1000 only a unit tells a number from a share."""
-    if not 1 < value < 1000:
+    if not 1 < value < _LEAST:
         return repr(value).removesuffix(".0")
     thousands = value / 1000
     return f"{thousands!r}k" if thousands * 1000 == value else f"{value / 1e6!r}m"

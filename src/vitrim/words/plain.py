@@ -5,8 +5,10 @@ All words of the house (spec, plan, budget, settings) are a `Node`. No torch her
 
 import contextlib
 import difflib
+import errno
 import json
 import os
+import stat
 import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,9 +26,12 @@ __all__ = [
     "check_place",
     "did_you_mean",
     "dump",
+    "followed",
     "load",
     "read_json",
     "read_toml",
+    "reason",
+    "why_not_valid",
     "write_json",
     "write_text",
     "writing",
@@ -88,6 +93,17 @@ Frozen = Annotated[dict[str, Any], AfterValidator(_frozen)]
 """A field that holds a table of plain values; frozen through and through."""
 
 
+def reason(problem: BaseException) -> str:
+    """What went wrong, in a few words for the middle of a sentence: the first line of an error, at most 200 characters.
+
+    Of what the operating system refuses it is the cause alone, for the sentence names the file.
+    """
+    if isinstance(problem, OSError) and problem.strerror:
+        return problem.strerror.lower()
+    lines = (line.strip().rstrip(".") for line in str(problem).splitlines())
+    return next((line[:200] for line in lines if line), type(problem).__name__)
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return ``"; did you mean 'near'?"``, or the list of options where none is near."""
     known = sorted(options)
@@ -117,10 +133,17 @@ def load(kind: type[T], data: Any, error: type[VitrimError] = RecipeError, at: s
     try:
         return kind.model_validate(data)
     except ValidationError as problem:
-        raise error(_sentence(kind, problem, at)) from None
+        raise error(why_not_valid(kind, problem, at)) from None
 
 
-def _sentence(kind: type[Node], problem: ValidationError, at: str) -> str:
+def why_not_valid(kind: type[Node], problem: ValidationError, at: str) -> str:
+    """One sentence about the first thing that pydantic found wrong with the fields of a `kind`.
+
+    Args:
+        kind: the class that was to be made.
+        problem: what pydantic raised.
+        at: path of the value inside its file, for the sentence.
+    """
     first = problem.errors(include_url=False)[0]
     *outer, last = [str(part) for part in first["loc"]] or [""]
     owner, way = _owner(kind, outer)
@@ -169,20 +192,44 @@ def _types(annotation: Any) -> Iterator[Any]:
 def writing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, and rename it to `path` when the block ends well.
 
-    A reader therefore sees the old file or the new one, never half of one; a failed block leaves nothing behind.
+    A reader therefore sees the old file or the new one, never half of one; a failed block leaves nothing behind. As
+    with `open`, a symbolic link is followed, a new file has the mode that the umask of the process leaves, and a file
+    that is replaced keeps its mode.
+
+    Raises:
+        OSError: if the place cannot be written to.
     """
+    path = followed(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    beside = Path(name)
+    beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    # The operating system applies the umask; to ask for it here would set it for all threads for a moment.
+    handle = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            mode = stat.S_IMODE(path.stat().st_mode)
         yield beside
         # Last, for a writer may have put a private file of its own in place.
-        beside.chmod(0o644)
+        beside.chmod(mode)
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def followed(path: Path) -> Path:
+    """Return the path that a symbolic link at `path` leads to, which need not exist yet; `path` if it is none.
+
+    Raises:
+        OSError: if links lead in a circle.
+    """
+    if not path.is_symlink():
+        return path
+    end = Path(os.path.realpath(path))
+    if end.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return end
 
 
 def check_place(path: Path, error: type[VitrimError] = RecipeError) -> None:
@@ -193,16 +240,17 @@ def check_place(path: Path, error: type[VitrimError] = RecipeError) -> None:
     Raises:
         error: naming the place.
     """
-    place = path.absolute()
-    if place.is_dir():
-        raise error(f"{path}: a file must be named to write to, but this is a folder; name a file in it")
-    above = next(folder for folder in place.parents if folder.exists())
     try:
-        with tempfile.TemporaryFile(dir=above):
-            pass
+        place = followed(path.absolute())
+        folder = place.is_dir()
+        if not folder:
+            with tempfile.TemporaryFile(dir=next(above for above in place.parents if above.exists())):
+                pass
     except OSError as problem:
-        reason = (problem.strerror or str(problem)).lower()
-        raise error(f"{path}: the place must be writable, but is not: {reason}; choose another place") from None
+        said = reason(problem)
+        raise error(f"{path}: the place must be writable, but is not: {said}; choose another place") from None
+    if folder:
+        raise error(f"{path}: a file must be named to write to, but this is a folder; name a file in it")
 
 
 def write_text(path: Path, text: str) -> None:

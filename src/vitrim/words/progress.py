@@ -2,9 +2,24 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
-__all__ = ["progress"]
+__all__ = ["counted", "progress"]
+
+T = TypeVar("T")
+
+
+def counted(items: Iterable[T], advance: Callable[[float], None]) -> Iterator[T]:
+    """Give `items`, and move a bar on by one step after each.
+
+    Args:
+        items: what is worked through.
+        advance: what `progress` gives.
+    """
+    for item in items:
+        yield item
+        advance(1)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,10 @@ from vitrim.words.plain import Frozen, FrozenDict, Node
 from vitrim.words.spec import Attention, Block, Conv, Spec, Stage
 from vitrim.words.steps import Flow, Tokens, flow_of
 
-__all__ = ["Machine", "StageTimes", "Table"]
+__all__ = ["FORMAT", "Machine", "StageTimes", "Table"]
+
+FORMAT = 1
+"""Of a table as it is stored; raised when what its numbers mean changes."""
 
 TICKS = 10**9
 """Times are whole nanoseconds where they are priced, so that sums are exact."""

@@ -2,7 +2,7 @@
 
 from vitrim.cut.compensate.attention import AttentionCut
 from vitrim.cut.compensate.hear import arriving, passed, resumed
-from vitrim.cut.compensate.importance import Importance, frozen, importances
+from vitrim.cut.compensate.importance import Importance, importances
 from vitrim.cut.compensate.neurons import NeuronCut
 from vitrim.cut.compensate.place import Choice, Place
 from vitrim.cut.compensate.walk import Walk, compensated, recovered
@@ -16,7 +16,6 @@ __all__ = [
     "Walk",
     "arriving",
     "compensated",
-    "frozen",
     "importances",
     "passed",
     "recovered",

@@ -4,7 +4,7 @@ B images, N tokens, D width.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from vitrim.families import blocks_of
 from vitrim.nn import Attention, Block, Mlp
+from vitrim.nn.modes import evaluating
 from vitrim.words.errors import MethodError
 
-__all__ = ["Importance", "frozen", "importances", "last_layers"]
+__all__ = ["Importance", "importances", "last_layers"]
 
 _FLOOR = 0.1
 """Least weight of a token, in units of the mean: gradients of some hundred images say no token matters nothing."""
@@ -43,21 +44,6 @@ def last_layers(block: Block) -> dict[str, nn.Linear]:
     return found  # type: ignore[return-value]
 
 
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no gradients of weights; all put back at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval().requires_grad_(False)
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, grad in wanted:
-            parameter.requires_grad_(grad)
-
-
 def importances(model: nn.Module, batches: Iterable[Tensor], *, seed: int) -> dict[str, Importance]:
     """Weigh tokens by one backward pass, without labels.
 
@@ -82,7 +68,7 @@ def importances(model: nn.Module, batches: Iterable[Tensor], *, seed: int) -> di
     squares: dict[str, list[Tensor]] = {}
     metrics: dict[str, Tensor] = {}
     seen = 0
-    with frozen(model), contextlib.ExitStack() as stack, torch.enable_grad():
+    with evaluating(model, frozen=True), contextlib.ExitStack() as stack, torch.enable_grad():
         blocks = blocks_of(model)
         stack.callback(blocks[0][1].register_forward_pre_hook(_leaf).remove)
         for path, block in blocks:

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from vitrim.cut.compensate.attention import AttentionCut
 from vitrim.cut.compensate.hear import arriving, passed
-from vitrim.cut.compensate.importance import Importance, frozen, importances
+from vitrim.cut.compensate.importance import Importance, importances
 from vitrim.cut.compensate.neurons import NeuronCut
 from vitrim.cut.compensate.place import Choice, Place, Widths
 from vitrim.cut.surgery import apply
 from vitrim.families import blocks_of, describe
 from vitrim.nn import Attention, Block
+from vitrim.nn.modes import evaluating
 from vitrim.nn.stream import Residual
 from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.spec import Attention as AttentionSpec
@@ -61,7 +62,7 @@ def compensated(
     names = {id(module): name for name, module in model.named_modules()}
     plans: list[BlockPlan] = []
     grafts: dict[str, Tensor] = {}
-    with frozen(model):
+    with evaluating(model, frozen=True):
         walk = Walk(model, images, worth, strength, alpha)
         place = walk.first()
         for choice in choices:

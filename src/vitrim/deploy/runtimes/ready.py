@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim.deploy.export import PARITY, export, need, onnx_session
-from vitrim.measure.model import home_of
+from vitrim.deploy.export import export, need, onnx_session
+from vitrim.nn.parity import TOLERANCES, relative
+from vitrim.nn.weights import why_not_held
 from vitrim.words.errors import ExportError
-from vitrim.words.plain import did_you_mean
+from vitrim.words.plain import did_you_mean, reason
 
 __all__ = ["RUNTIMES", "Ready", "check_runtimes", "ready", "weights_bytes"]
 
@@ -122,8 +123,9 @@ def _torch(runtime: str) -> str:
 
 def _still(model: nn.Module, images: Tensor) -> nn.Module:
     """A copy in evaluation mode, where and in the type in which `images` are."""
-    if home_of(model)[0].type == "meta":
-        raise ExportError("a model to run must have weights, but this one is on the meta device; load them first")
+    missing = why_not_held(model)
+    if missing is not None:
+        raise ExportError(missing)
     return copy.deepcopy(model).to(images.device, images.dtype).eval()
 
 
@@ -158,8 +160,7 @@ def _of_file(file: Path, runtime: str, threads: int | None) -> Ready:
     try:
         version, run = (onnx_session if runtime == "onnxruntime" else _openvino)(file, threads)
     except Exception as problem:  # each runtime raises a class of its own for a file that it cannot read
-        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-        raise ExportError(f"{file}: {runtime} must be able to read the file, but says: {reason[:200]}") from None
+        raise ExportError(f"{file}: {runtime} must be able to read the file, but says: {reason(problem)}") from None
     return Ready(runtime=runtime, version=version, run=run, bytes=file.stat().st_size, apart=None)
 
 
@@ -183,14 +184,15 @@ def _openvino(path: Path, threads: int | None) -> tuple[str, Callable[[Tensor], 
 
 def _checked(found: Ready, still: nn.Module, images: Tensor) -> Ready:
     with torch.inference_mode():
-        want = still(images).double()
+        want = still(images)
     try:
-        got = found.run(images).double()
+        got = found.run(images)
     except Exception as problem:  # a compiler that is missing, an operator that cannot be compiled
-        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-        raise ExportError(f"{found.runtime} must be able to run this model here, but says: {reason[:200]}") from problem
-    allowed = PARITY if images.dtype == torch.float32 else 0.1
-    apart = float((got - want).abs().max() / want.abs().max().clamp_min(1e-6))
+        raise ExportError(
+            f"{found.runtime} must be able to run this model here, but says: {reason(problem)}"
+        ) from problem
+    allowed = TOLERANCES["runtime"][images.dtype]
+    apart = relative(got, want)
     if not apart <= allowed:
         raise ExportError(
             f"{found.runtime} must give eager's logits within {allowed:g} of the largest, but they differ by "

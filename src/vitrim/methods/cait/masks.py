@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, distributed, nn
 
-from vitrim.cut.observe import Gated, axes
+from vitrim.cut.observe import Gated, axes, key_of
 from vitrim.words.errors import MethodError
 from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.spec import NO_WINDOWS, Spec
@@ -99,7 +99,7 @@ class Channels(Gated):
         for path in self.paths:
             for name, value in (("gate", 1.0), ("mask", 1.0), ("seen", 0.0)):
                 buffer = torch.full((known[path].size,), value, device=like.device, dtype=like.dtype)
-                self.register_buffer(f"{name}/{_key(path)}", buffer)
+                self.register_buffer(f"{name}/{key_of(path)}", buffer)
         self.register_buffer("count", torch.zeros((), dtype=torch.long, device=like.device))
         self.register_buffer("revived", torch.zeros((), dtype=torch.long, device=like.device))
         self.leaves: dict[str, Tensor] = {}
@@ -116,7 +116,7 @@ class Channels(Gated):
 
     def mask(self, path: str) -> Tensor:
         """1 for each channel of an axis that is kept, 0 for the others."""
-        return self.get_buffer(f"mask/{_key(path)}")
+        return self.get_buffer(f"mask/{key_of(path)}")
 
     def masks(self) -> dict[str, Tensor]:
         """All masks by path, on the CPU."""
@@ -131,7 +131,7 @@ class Channels(Gated):
         """
         self.count += 1
         for path in self.paths:
-            key = _key(path)
+            key = key_of(path)
             leaf = self.leaves.get(key)
             grad = None if leaf is None else leaf.grad
             gate, mask, seen = (self.get_buffer(f"{name}/{key}") for name in ("gate", "mask", "seen"))
@@ -159,7 +159,7 @@ class Channels(Gated):
             )
         found = {}
         for path in self.paths:
-            gate, seen = (self.get_buffer(f"{name}/{_key(path)}") for name in ("gate", "seen"))
+            gate, seen = (self.get_buffer(f"{name}/{key_of(path)}") for name in ("gate", "seen"))
             # In float64, for squares of small gradients leave the range of shorter types.
             score = seen.double() / (1 - self.average ** int(self.count)) if self.scorer == "taylor" else gate.abs()
             found[path] = torch.where(self.mask(path).bool(), score.double(), hysteresis * score.double()).cpu()
@@ -174,7 +174,7 @@ class Channels(Gated):
             self.revived += ((new > 0) & (mask == 0)).sum()
             mask.copy_(new)
             if self.scorer == "taylor":
-                self.get_buffer(f"gate/{_key(path)}").copy_(new)
+                self.get_buffer(f"gate/{key_of(path)}").copy_(new)
 
     @torch.no_grad()
     def settle(self) -> nn.Module:
@@ -183,10 +183,6 @@ class Channels(Gated):
         Those of ``taylor`` are masks: what they switch off is cut, so they stay out.
         """
         return self.fold_() if self.scorer == "resrep" else self.model
-
-
-def _key(path: str) -> str:
-    return path.replace(".", "/")
 
 
 def free_axes(model: nn.Module, attention: bool, mlp: bool) -> tuple[str, ...]:

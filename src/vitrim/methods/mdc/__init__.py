@@ -24,10 +24,9 @@ Where we differ from the authors' published code, on purpose:
 
 import copy
 import functools
-import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Mapping, Sized
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -45,12 +44,13 @@ from vitrim.methods.mdc.policy import Array, even
 from vitrim.methods.mdc.scores import Settings, score
 from vitrim.methods.mdc.share import Chooser, Shared
 from vitrim.methods.mdc.study import kept, open_study, reachable
+from vitrim.nn.weights import fingerprint
 from vitrim.train import Distill, Train, evaluate, fit, reference_logits
 from vitrim.train.evaluate import Evaluated
 from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError
 from vitrim.words.plain import Node, dump
-from vitrim.words.progress import progress
+from vitrim.words.progress import counted, progress
 from vitrim.words.spec import Spec
 
 __all__ = ["Method"]
@@ -209,7 +209,7 @@ class Method(Node):
             count = len(images) if isinstance(images, Sized) else self.batch
             batches = eval_loader(images, data.input, batch=_even(count, self.batch))
             with progress("scores", len(batches)) as advance:
-                found = score(model, _counted(batches, advance), settings)
+                found = score(model, counted(batches, advance), settings)
             values: dict[str, Any] = {f"ranking.{path}": best.tolist() for path, best in found.ranking.items()}
             return values | {"places": None if found.places is None else found.places.tolist()}
 
@@ -290,20 +290,9 @@ def _even(count: int, batch: int) -> int:
     return max(size, 1)
 
 
-def _counted(
-    batches: Iterable[tuple[Tensor, Tensor]], advance: Callable[[float], None]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    for batch in batches:
-        yield batch
-        advance(1)
-
-
 def _portrait(model: nn.Module) -> str:
     """What tells a model from others, down to its weights."""
-    digest = hashlib.sha256(json.dumps(dump(describe(model)), sort_keys=True).encode())
-    for value in model.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    return fingerprint(model, json.dumps(dump(describe(model)), sort_keys=True).encode())[:16]
 
 
 def _tell(log: Callable[[Mapping[str, Any]], None] | None, advance: Callable[[float], None], trial: Trial) -> None:

@@ -212,7 +212,7 @@ class _Sampler(optuna.samplers.BaseSampler):
         space, rng = self.space, np.random.default_rng([self.seed, place])
         counted = [t for t in known if t.state in _MEASURED and len(t.params) == len(space.names)]
         policies = within(space, _points(counted, space))
-        taken = {_key(row) for row in space.realised(policies[~np.isnan(policies).any(axis=1)])}
+        taken = {_bits(row) for row in space.realised(policies[~np.isnan(policies).any(axis=1)])}
         if place < len(self.first) and len(fresh := _new(space, self.first[place : place + 1], taken)):
             return np.asarray(fresh[0])
         done = sum(t.state == TrialState.COMPLETE for t in known)
@@ -220,7 +220,7 @@ class _Sampler(optuna.samplers.BaseSampler):
             point = self._guided(study, trial, rng)
             policy = within(space, point[None])
             if not np.isnan(policy).any():
-                if _key(space.realised(policy)[0]) not in taken:
+                if _bits(space.realised(policy)[0]) not in taken:
                     return point
                 near = _new(space, mutate(space, policy[0], _NEAR, rng), taken)
                 if len(near):
@@ -249,11 +249,11 @@ def _points(trials: Sequence[FrozenTrial], space: Space) -> Array:
     return np.array(rows, dtype=np.float64).reshape(len(rows), len(space.names))
 
 
-def _key(realised: Array) -> bytes:
+def _bits(realised: Array) -> bytes:
     return np.round(realised, 9).tobytes()
 
 
 def _new(space: Space, policies: Array, taken: set[bytes]) -> Array:
     """Those whose architecture was not measured yet."""
-    fresh: NDArray[np.bool_] = np.array([_key(row) not in taken for row in space.realised(policies)], dtype=bool)
+    fresh: NDArray[np.bool_] = np.array([_bits(row) not in taken for row in space.realised(policies)], dtype=bool)
     return policies[fresh] if len(policies) else policies

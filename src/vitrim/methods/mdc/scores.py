@@ -20,6 +20,7 @@ from vitrim.cut.observe import axes, listening
 from vitrim.families import blocks_of, describe
 from vitrim.methods.mdc import hsic
 from vitrim.nn import Axis
+from vitrim.nn.modes import evaluating
 from vitrim.words.errors import MethodError
 
 __all__ = ["Scores", "Settings", "greedy", "minmax", "order", "score"]
@@ -107,11 +108,9 @@ def score(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], settings: 
             labels are asked for and missing or all of one class.
     """
     known, sums = axes(model), _Sums()
-    modes = [(module, module.training) for module in model.modules()]
     labels_seen: set[int] = set()
     count, varied = 0, False
-    try:
-        model.eval()
+    with evaluating(model):
         for x, y in batches:
             x = x.to(next(model.parameters()).device)
             outputs = _outputs(model, x, y, settings, labels_seen)
@@ -121,9 +120,6 @@ def score(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], settings: 
             with listening(model, hear):
                 model(x)
             count += 1
-    finally:
-        for module, mode in modes:
-            module.training = mode
     if not count:
         raise MethodError("dependence must be estimated on at least 4 images, but got none; give more")
     if settings.target == "labels" and len(labels_seen) < 2:

@@ -9,6 +9,7 @@ import optuna
 import sqlalchemy.exc
 
 from vitrim.words.errors import RunError, VitrimError
+from vitrim.words.plain import reason
 
 __all__ = ["kept", "open_study", "reachable"]
 
@@ -40,9 +41,9 @@ def reachable(url: str, *, opening: bool = False) -> Iterator[None]:
         if not opening and not isinstance(problem, _TOLD):
             raise
         cause = problem.__cause__ or problem
-        first = str(getattr(cause, "orig", None) or cause).strip().splitlines()[:1]
+        said = reason(getattr(cause, "orig", None) or cause)
         raise RunError(
-            f"{_public(url)}: the storage must be reachable and free, but {' '.join(first) or type(problem).__name__}; "
+            f"{_public(url)}: the storage must be reachable and free, but {said}; "
             "the trials told so far are kept, so mend it and run the same command again"
         ) from None
 

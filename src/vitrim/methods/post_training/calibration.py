@@ -6,7 +6,6 @@ The file is safetensors: losses as tensors, and in its metadata the model's spec
 that it is refused for another model.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,14 +19,16 @@ from torch import Tensor, nn
 
 from vitrim.data import Input
 from vitrim.families import describe
+from vitrim.nn.weights import fingerprint
 from vitrim.words.errors import MethodError
 from vitrim.words.formats import parse_spec
 from vitrim.words.plain import dump, load, writing
 from vitrim.words.spec import Spec
 
-__all__ = ["Calibration", "fingerprint", "read_calibration", "write_calibration"]
+__all__ = ["Calibration", "read_calibration", "write_calibration"]
 
-FORMAT = 1
+FORMAT = 2
+"""1 had another hash of the weights."""
 _KEY = "vitrim_calibration"
 
 
@@ -37,7 +38,7 @@ class Calibration:
 
     Attributes:
         spec: of the dense model.
-        weights: fingerprint of its weights.
+        weights: hash of its weights (`vitrim.nn.weights.fingerprint`).
         input: size and normalisation of the images.
         count: images that the statistics were made of.
         shares: by path of a cut (``stages.0.blocks.3.hidden``, ``….qk``, ``….v``), removed shares, rising.
@@ -85,15 +86,6 @@ class Calibration:
             raise MethodError(f"{at}: images must be normalised as they were at calibration, but are not; {way}")
         if fingerprint(model) != self.weights:
             raise MethodError(f"{at}: the calibration must be of this model, but its weights were others; {way}")
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A short digest of all weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 def write_calibration(path: Path, calibration: Calibration) -> None:

@@ -18,7 +18,6 @@ from vitrim.cut.compensate import (
     Place,
     Walk,
     arriving,
-    frozen,
     importances,
     passed,
     resumed,
@@ -26,9 +25,11 @@ from vitrim.cut.compensate import (
 from vitrim.cut.surgery import apply
 from vitrim.data import Input
 from vitrim.families import describe
-from vitrim.methods.post_training.calibration import Calibration, fingerprint
+from vitrim.methods.post_training.calibration import Calibration
 from vitrim.nn import Attention, Block
+from vitrim.nn.modes import evaluating
 from vitrim.nn.stream import Residual
+from vitrim.nn.weights import fingerprint
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import MethodError
 from vitrim.words.plan import BlockPlan, Plan
@@ -169,7 +170,7 @@ def calibrate(
     worth = importances(base, images, seed=seed)
     shares: dict[str, tuple[float, ...]] = {}
     losses: dict[str, tuple[float, ...]] = {}
-    with frozen(base), torch.no_grad():
+    with evaluating(base, frozen=True), torch.no_grad():
         walk = Walk(base, images, worth, strength, 0.0)
         place, entering = walk.first(), arriving(base, walk.blocks, 0, probe, None)
         for index in range(len(walk.rows)):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vitrim.cut.observe import Gated, axes
+from vitrim.cut.observe import Gated, axes, key_of
 from vitrim.families import blocks_of, describe
 from vitrim.methods.spvit import gates
 from vitrim.methods.spvit.paths import Paths
@@ -124,11 +124,11 @@ class SinglePath(Gated):
         blocks = dict(blocks_of(model))
         self.names = {path: names[id(blocks[path])] for path in how.mixtures}
         self.steps = nn.ParameterDict(
-            {_key(path): torch.full((3,), gates.START, dtype=like.dtype, device=like.device) for path in how.mixtures}
+            {key_of(path): torch.full((3,), gates.START, dtype=like.dtype, device=like.device) for path in how.mixtures}
         )
         self.paths = nn.ModuleDict(
             {
-                _key(path): Paths(_attention(blocks[path]).v[0], mixture, how.prefix).to(like)
+                key_of(path): Paths(_attention(blocks[path]).v[0], mixture, how.prefix).to(like)
                 for path, mixture in how.mixtures.items()
             }
         )
@@ -138,7 +138,7 @@ class SinglePath(Gated):
         """Logits under the gates of this pass."""
         self._drawn = self._draw()
         try:
-            open_ = {path: gates.weights(gates.opened(self._drawn[_key(path)])) for path in self.names}
+            open_ = {path: gates.weights(gates.opened(self._drawn[key_of(path)])) for path in self.names}
             scaled = self.scaled()
             for path, (_, _, attention) in open_.items():
                 out = _attention(self.model.get_submodule(self.names[path])).proj
@@ -166,7 +166,7 @@ class SinglePath(Gated):
 
         They need the attention's input and values, and are added before layer scale: three hooks.
         """
-        block, beside = self.model.get_submodule(self.names[path]), self.paths[_key(path)]
+        block, beside = self.model.get_submodule(self.names[path]), self.paths[key_of(path)]
         assert isinstance(block, Block)
         assert isinstance(beside, Paths)
         attention = _attention(block)
@@ -215,22 +215,18 @@ class SinglePath(Gated):
 
     def step(self, path: str) -> nn.Parameter:
         """The three gate logits of the attention at `path`."""
-        found: nn.Parameter = self.steps[_key(path)]
+        found: nn.Parameter = self.steps[key_of(path)]
         return found
 
     def beside(self, path: str) -> Paths:
         """The convolutions beside the attention at `path`."""
-        found = self.paths[_key(path)]
+        found = self.paths[key_of(path)]
         assert isinstance(found, Paths)
         return found
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """Logits of all gates; of everything else none."""
         return [*self.gates.values(), *self.steps.values()]
-
-
-def _key(path: str) -> str:
-    return path.replace(".", "/")
 
 
 def _attention(block: nn.Module) -> Attention:

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 
 from vitrim.data import IGNORE, Input, Scenes, to_pixels
 from vitrim.data.augment import normalize
-from vitrim.measure.model import home_of, resting
+from vitrim.measure.model import home_of
+from vitrim.nn.modes import evaluating
 from vitrim.run.transfer.recipe import SceneTest
 from vitrim.words.errors import DataError, RecipeError, WeightsError
-from vitrim.words.plain import Node
+from vitrim.words.plain import Node, reason
 from vitrim.words.progress import progress
 
 __all__ = ["Scores", "score"]
@@ -74,7 +75,7 @@ def score(
         raise DataError(f"{scenes.source}: must have the {count} classes of the model, but has {scenes.classes}")
     table = confusion(scenes.classes)
     kept: dict[int, Tensor] = {}
-    with resting(model), progress("evaluate", len(scenes)) as advance:
+    with evaluating(model), progress("evaluate", len(scenes)) as advance:
         meet = _whole if settings.mode == "whole" else _slide
         for index, logits in meet(model, scenes, input, settings):
             if not torch.isfinite(logits).all():
@@ -149,9 +150,8 @@ def _at(model: Any, size: Size, own: Size) -> nn.Module:
     try:
         twin.set_input_size(size)
     except (AssertionError, RuntimeError, TypeError, ValueError) as problem:  # timm's, and ours, which are ValueErrors
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         raise RecipeError(
-            f"test.mode=whole must set the model to images of {size}, but {reason}; choose test.mode=slide"
+            f"test.mode=whole must set the model to images of {size}, but {reason(problem)}; choose test.mode=slide"
         ) from None
     return twin  # type: ignore[no-any-return]
 

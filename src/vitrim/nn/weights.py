@@ -1,0 +1,95 @@
+"""Weights of a model: whether they can be computed with, where they lie, and a hash that tells them from others."""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.words.errors import WeightsError
+
+__all__ = ["FLOATS", "check_weights", "fingerprint", "home_of", "why_not_held", "why_not_like", "why_not_weight"]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types that weights may have: every layer computes in these."""
+
+
+def home_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and floating-point type of `model`, those of its first floating parameter."""
+    for tensor in model.parameters():
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    return torch.device("cpu"), torch.get_default_dtype()
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse weights that cannot be computed with: on the meta device, of another type than `FLOATS`, or not finite.
+
+    Raises:
+        WeightsError: naming the first parameter or stored buffer.
+    """
+    missing = why_not_held(model)
+    if missing is not None:
+        raise WeightsError(missing)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, value in model.state_dict().items():
+        if name in parameters or value.is_floating_point():
+            wrong = why_not_weight(name, value)
+            if wrong is not None:
+                raise WeightsError(wrong)
+
+
+def why_not_held(model: nn.Module) -> str | None:
+    """One sentence that names a tensor of `model` without data; None if there is none."""
+    for tensors in (model.named_parameters(), model.named_buffers()):
+        for name, value in tensors:
+            if value.is_meta:
+                return f"{name}: weights must hold data, but these are on the meta device; load them first"
+    return None
+
+
+def why_not_weight(name: str, value: Tensor) -> str | None:
+    """One sentence on why a layer could not compute with `value`; None if it can."""
+    if value.dtype not in FLOATS:
+        kinds = ", ".join(map(_short, FLOATS[:-1]))
+        return (
+            f"{name}: weights must be {kinds} or {_short(FLOATS[-1])}, but are {_short(value.dtype)}; "
+            "convert them first"
+        )
+    if not bool(torch.isfinite(value).all()):
+        return f"{name}: weights must be finite, but some are NaN or infinite; load a sound checkpoint"
+    return None
+
+
+def why_not_like(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
+    """One sentence on why `state` cannot be the weights of a model; None if it can.
+
+    Args:
+        state: tensors by name, of the names and shapes of `wanted`.
+        wanted: state dict of the model; its values may be without data.
+    """
+    for name, value in state.items():
+        if wanted[name].is_floating_point():
+            wrong = why_not_weight(name, value)
+            if wrong is not None:
+                return wrong
+        elif value.dtype != wanted[name].dtype:
+            return f"{name}: must be {_short(wanted[name].dtype)}, but is {_short(value.dtype)}; convert it first"
+    return None
+
+
+def fingerprint(model: nn.Module, about: bytes = b"") -> str:
+    """Hash of all weights and stored buffers, in their order, 64 hexadecimal digits; equal bits give equal hashes.
+
+    Args:
+        model: any model.
+        about: what else is to be hashed with them; names and shapes are not.
+    """
+    digest = hashlib.sha256(about)
+    for value in model.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _short(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")
