@@ -230,7 +230,7 @@ class TestWhatTheOwnerSet:
     @pytest.mark.parametrize("build", [small_vit, small_swin])
     def test_rates_modes_and_paths_of_attention(self, build, tmp_path):
         model = build()
-        first = next(block for block in families.family_of(model).foreign_blocks(model))
+        first = families.family_of(model).blocks_by_stage(model)[0][0]
         first.mlp.drop1.p, first.drop_path2, first.attn.fused_attn = 0.3, DropPath(0.25), False
         first.attn.eval()
         ours = families.adopt(model)

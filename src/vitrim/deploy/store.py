@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from vitrim import __version__
 from vitrim.deploy.remote import fetch, on_hub, repository_of, upload
 from vitrim.families import blocks_of, build, describe
-from vitrim.measure.model import home_of
 from vitrim.nn.parity import find_difference
 from vitrim.nn.weights import check_weights, home_of, why_not_held, why_not_like
 from vitrim.words.errors import AdoptError, StoreError, WeightsError
