@@ -24,7 +24,7 @@ from vitrim.words.errors import BudgetError, MethodError
 from vitrim.words.plan import Plan
 
 RULES = ["suffix_or", "prefix_and"]
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*vit_slim*.toml"))
+RECIPES = sorted((Path(methods.__file__).parents[1] / "recipes").glob("*vit_slim*.toml"))
 
 
 def joint(**settings):

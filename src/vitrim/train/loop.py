@@ -260,13 +260,14 @@ class Loop:
         if self.pending is None:
             return
         (loss, norm, step), self.pending = self.pending, None
+        table = "train" if self.stage == "train" else "method.train"
         # fp16 overflows now and then; its scaler skips such a step.
         kinds = {"loss": loss} if self.scaler.is_enabled() else {"loss": loss, "gradient": norm}
         for kind, value in kinds.items():
             if not torch.isfinite(value):
                 raise TrainError(
                     f"{self.stage}: the {kind} must be finite, but is {value.item():g} at step {step}; "
-                    f"lower train.lr, set train.clip or lengthen the warm-up; {self._kept()}"
+                    f"lower {table}.lr, set {table}.clip or lengthen the warm-up; {self._kept()}"
                 )
 
     def _kept(self) -> str:

@@ -41,8 +41,8 @@ class Node(BaseModel):
     Where the default of a field is itself a node, a table given for that field is laid over this default, at every
     depth: what the table does not name keeps the value of the field's default, not that of the inner class. A table
     that names another kind of a union than the default's (field `kind`) is taken by itself. Lists are never merged, nor
-    are tables of free keys (``dict`` fields). A whole dump names every key, so that it reads as itself. Where a field may
-    be None, ``"none"`` stands for it.
+    are tables of free keys (``dict`` fields). A whole dump names every key, so that it reads as itself. Where a field
+    may be None, ``"none"`` stands for it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)

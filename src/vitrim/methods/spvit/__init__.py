@@ -160,6 +160,7 @@ class Method(Node):
             groups=lambda _: [{"params": single.gate_parameters(), "lr": gate_lr, "weight_decay": 0.0}],
             folder=folder,
             log=log,
+            validation=data.validation,
             stage="search",
             after_step=self._stopper(spec, how, budget, data),
         )
