@@ -99,7 +99,7 @@ def layout(
 class SinglePath(Gated):
     """A model all of whose attentions and neurons have gates, and whose weights serve every choice.
 
-    In training gates are drawn at each forward pass, one draw for all images of a process; in evaluation they are open
+    In training gates are drawn at each forward pass, one draw for all images of a part on a process; in evaluation they are open
     where their logits are above 0. Output projections of attentions and of MLPs are multiplied by their gates, which is
     the same as multiplying what they give.
 
