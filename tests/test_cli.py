@@ -289,7 +289,8 @@ def test_recipes(call):
     refused(call("run", "deit_small_spvt"), "did you mean 'deit_small_spvit'?")
     refused(call("run", "recipes/deit_small_spvit.toml"), "vitrim comes with one, `vitrim run deit_small_spvit`")
     refused(call("run", "ade20k_fpn_deit_small", "--preset", "imagenet"), "this is a segmentation")
-    code = "import sys; from vitrim import cli; cli.app(['recipes'], standalone_mode=False); exit('torch' in sys.modules)"
+    listing = "import sys; from vitrim import cli; cli.app(['recipes'], standalone_mode=False)"
+    code = f"{listing}; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
 
