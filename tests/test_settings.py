@@ -1,6 +1,7 @@
 """Settings say what they do: a key that is named changes that key alone, at every depth and wherever it is named."""
 
 import copy
+import dataclasses
 import json
 import re
 import tomllib
@@ -24,6 +25,8 @@ from vitrim import methods
 from vitrim.cut.shares import check_shares, kept_count, share_plan
 from vitrim.families import adopt, describe
 from vitrim.methods import vit_slim
+from vitrim.methods.spvit.paths import Paths
+from vitrim.methods.spvit.search import SinglePath
 from vitrim.run import shipped
 from vitrim.run.pipeline import _check_budget
 from vitrim.run.presets import laid_under, preset, remark
@@ -554,6 +557,34 @@ def _smaller(spec):
     """A child of half the neurons."""
     blocks = [BlockPlan(hidden=tuple(range(block.hidden // 2))) for _, _, block in spec.blocks()]
     return Plan.of(spec, blocks).child(spec)
+
+
+class TestParts:
+    """What the pages say of `accumulate` where gates are drawn and batch norms see one part."""
+
+    @pytest.mark.parametrize("parts", [1, 4])
+    def test_spvit_draws_its_gates_once_a_part(self, parts, monkeypatch):
+        drawn, seen = [], []
+        draw, forward = SinglePath._draw, Paths.forward
+
+        def counted(single):
+            drawn.append(single.training)
+            return draw(single)
+
+        def heard(beside, inner, *rest):
+            if beside.training:
+                seen.append(len(inner[0]))
+            return forward(beside, inner, *rest)
+
+        monkeypatch.setattr(SinglePath, "_draw", counted)
+        monkeypatch.setattr(Paths, "forward", heard)
+        model = adopt(timm_model("vit", "plain", torch.float32))
+        data = digits(model)
+        steps = {"epochs": 0.25, "batch": 16, "accumulate": parts}  # one step of the 64 images
+        method = methods.get("spvit", {"train": {**SHORT, **steps}})
+        method.search(model, dataclasses.replace(data, validation=None), Budget.parse("macs=0.9"), seed=0)
+        assert sum(drawn) == parts
+        assert set(seen) == {16 // parts}
 
 
 class TestShipped:

@@ -72,12 +72,13 @@ def recipes_(
     name: Annotated[str | None, typer.Argument(help="Print this one, as TOML.")] = None,
 ) -> None:
     """List the recipes and presets that come with vitrim, or print one of them."""
-    from vitrim.run.shipped import about, names, text_of
+    from vitrim.run.shipped import Kind, about, names, text_of
 
     if name is not None:
         sys.stdout.write(text_of(name))
         return
-    for kind, how in (("recipes", "vitrim run NAME"), ("presets", "--preset NAME")):
+    uses: dict[Kind, str] = {"recipes": "vitrim run NAME", "presets": "--preset NAME"}
+    for kind, how in uses.items():
         table = Table(title=f"{kind}: {how}", title_justify="left", box=None, pad_edge=False, show_header=False)
         for each in names(kind):
             table.add_row(Text(each), Text(about(kind, each)))

@@ -309,7 +309,9 @@ class Loop:
     def _measure(self, last: bool) -> dict[str, float | None]:
         if self.validation is None:
             return {}
-        loader = eval_loader(self.validation, self.input, batch=2 * self.settings.batch, workers=self.settings.workers)
+        # Twice the images of a part fit where training does: no gradients are kept.
+        part = self.settings.batch // (self.settings.accumulate * self.accelerator.num_processes)
+        loader = eval_loader(self.validation, self.input, batch=max(1, 2 * part), workers=self.settings.workers)
         found = {"top1": evaluate(self.model, self._typed(loader)).top1}
         if last and self.ema is not None:
             found["top1_ema"] = evaluate(self.ema.module, self._typed(loader)).top1
