@@ -51,7 +51,8 @@ def backbone(row: str, args: argparse.Namespace) -> Path:
     if row == "merged":
         return store.save(apply(parent, merge_plan(describe(parent), [(4, "w"), (8, "h")], "linear", False)), path)
     common = {
-        "batch": 16, "lr": 1e-4, "min_lr": 1e-6, "weight_decay": 0.05, "schedule": "cosine",
+        "batch": 16, "lr": 1e-4, "min_lr": 1e-6, "weight_decay": 0.05, "schedule": "cosine", "warmup_epochs": 0,
+        "mixup": 0, "cutmix": 0, "smoothing": 0,
         "augment": {"kind": "light", "hflip": 0.5}, "distill": {"kind": "hard", "alpha": 0.5},
     }  # fmt: skip
     merges = [[4, "w"], [8, "h"]] if row == "joint" else []

@@ -497,7 +497,7 @@ class TestGoingOn:
         assert not (tmp_path / "parts" / "search").exists()
 
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("deit_*cait*.toml"))
+RECIPES = sorted((Path(methods.__file__).parents[1] / "recipes").glob("deit_*cait*.toml"))
 
 
 def test_all_six_recipes_are_there():

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 import vitrim
 from vitrim import cli, methods
+from vitrim.run import shipped
 from vitrim.run.recipe import read_recipe
 from vitrim.words.plain import read_json, read_toml
 
@@ -27,11 +28,12 @@ QUICK = ["--set", "measure.latency=false", "--set", "device=cpu", "--set", "data
 CLASSES = 4
 
 OPTIONS = {
-    "compress": "model out method budget data test weights random-weights epochs minutes recover calibration seed set",
+    "compress": "model out method budget data test weights random-weights epochs minutes recover calibration seed "
+    "preset set",
     "pareto": "model data out test budgets weights random-weights seed set",
-    "search": "model storage budget method trials data weights random-weights seed out set",
+    "search": "model storage budget method trials data weights random-weights seed out preset set",
     "transfer": "",
-    "run": "recipe out set",
+    "run": "recipe out preset set",
     "export": "model out opset int8 data test weights random-weights set",
     "push": "model repository license folder dry-run private revision",
     "evaluate": "model data weights random-weights set",
@@ -39,6 +41,7 @@ OPTIONS = {
     "bench": "models reference runtimes batch threads dtype device seconds memory out",
     "report": "folders out csv",
     "methods": "",
+    "recipes": "name",
     "models": "pattern json",
 }
 
@@ -273,6 +276,38 @@ def test_methods(call):
     code, out, error = call("methods")
     assert (code, error) == (0, "")
     assert all(name in out for name in methods.names())
+
+
+def test_recipes(call):
+    code, out, error = call("recipes")
+    assert (code, error) == (0, "")
+    listed = [line.split()[0] for line in out.splitlines()]
+    assert {*shipped.names("recipes"), *shipped.names("presets")} <= set(listed)
+    for name in ("deit_small_cait_046_short", "imagenet"):
+        assert call("recipes", name) == (0, shipped.text_of(name), "")
+    refused(call("recipes", "imagnet"), "`vitrim recipes` lists, but got 'imagnet'; did you mean 'imagenet'?")
+    refused(call("run", "deit_small_spvt"), "did you mean 'deit_small_spvit'?")
+    refused(call("run", "recipes/deit_small_spvit.toml"), "vitrim comes with one, `vitrim run deit_small_spvit`")
+    refused(call("run", "ade20k_fpn_deit_small", "--preset", "imagenet"), "this is a segmentation")
+    listing = "import sys; from vitrim import cli; cli.app(['recipes'], standalone_mode=False)"
+    code = f"{listing}; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+def test_a_preset_lies_under_what_is_asked(compress, tmp_path):
+    own = ["--epochs", "0.5", "--set", "train.batch=4", "--set", "train.warmup_epochs=0"]
+    code, _, error = compress("--method", "random", "--preset", "finetune", *own)
+    assert code == 0
+    assert "train.batch is 4 as asked, not 64 as in preset finetune" in error
+    train = read_recipe(tmp_path / "run" / "recipe.toml").train
+    assert (train.epochs, train.batch, train.lr, train.augment.hflip) == (0.5, 4, 2e-4, 0.5)
+    again = {"out": tmp_path / "again"}
+    refused(
+        compress("--preset", "imagenet", "--preset", "finetune", **again), "presets must agree, but train.batch is 1024"
+    )
+    refused(compress("--minutes", "1", "--preset", "finetune", **again), "presets must agree", "in --minutes and 64 in")
+    refused(compress("--preset", "small", **again), "a preset must be one that `vitrim recipes` lists, but got 'small'")
+    assert not (tmp_path / "again").exists()
 
 
 def test_models(call):

@@ -20,7 +20,7 @@ from vitrim.run.recipe import read_recipe
 from vitrim.words.budget import SLACK, Budget
 from vitrim.words.costs import cost_of
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*_mdc_*.toml"))
+RECIPES = sorted((Path(methods.__file__).parents[1] / "recipes").glob("*_mdc_*.toml"))
 
 
 def test_all_five_recipes_are_there():

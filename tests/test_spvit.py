@@ -806,7 +806,7 @@ def test_an_export_is_folded(family, levels, tmp_path):
     assert any(name.endswith("attn.mix") for name in child.state_dict())
 
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*spvit*.toml"))
+RECIPES = sorted((Path(methods.__file__).parents[1] / "recipes").glob("*spvit*.toml"))
 STARTS = {"deit_tiny": 1.26, "deit_small": 5.77, "deit_base": 10.60, "swin_tiny": 4.69, "swin_small": 4.22}
 """What the published penalties start at (section 3.1 of the specification)."""
 

@@ -679,7 +679,7 @@ class TestCommands:
 def test_recipes_of_ade20k_are_strict_and_as_specified():
     from vitrim.words.plain import read_toml
 
-    paths = sorted((Path(__file__).parents[1] / "recipes").glob("*ade20k*.toml"))
+    paths = sorted((Path(vitrim.__file__).parent / "recipes").glob("*ade20k*.toml"))
     assert paths
     for path in paths:
         text = path.read_text()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitrim.cli.shared import Random, Settings, Source, Weights, app, read, say, show_table
+from vitrim.cli.shared import Presets, Random, Settings, Source, Weights, app, laid, read, say, show_table
 from vitrim.cli.transfer import transferred
 from vitrim.words.errors import RecipeError
 
@@ -36,6 +36,7 @@ def compress(
         Path | None, typer.Option("--calibration", help="A file of `vitrim pareto`; takes method post_training.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
+    preset: Presets = None,
     set_: Settings = None,
 ) -> None:
     """Make a model smaller and write a run folder."""
@@ -48,10 +49,11 @@ def compress(
         "method": _method(method, calibration),
         "budget": budget,
         "recover": recover,
-        "train": {"epochs": epochs} if minutes is None else _distilled(epochs, minutes),
+        "train": {"epochs": epochs} if minutes is None else {"minutes": minutes},
         "seed": seed,
     }
-    recipe = read(Recipe, merged(asked, overrides(set_ or [])))
+    more = {} if minutes is None else {"--minutes": _distilled(epochs)}
+    recipe = read(Recipe, laid(merged(asked, overrides(set_ or [])), preset, more))
     _show(run(recipe, out, say=say))
 
 
@@ -63,36 +65,41 @@ def _method(name: str | None, calibration: Path | None) -> dict[str, str]:
     return {"name": "post_training", "calibration": str(calibration)}
 
 
-def _distilled(epochs: float, minutes: float) -> dict[str, Any]:
-    """Label-free distillation for some minutes: divergence from the dense output, on images and their mirror images."""
+def _distilled(epochs: float) -> dict[str, Any]:
+    """Settings of label-free distillation: divergence from the dense output, on images and their mirror images."""
     if epochs:
         raise RecipeError("training must be bounded by --epochs or by --minutes, but both are given; leave one out")
     from vitrim.train import DISTILLED
 
-    return {**DISTILLED, "minutes": minutes}
+    return {"train": DISTILLED}
 
 
 @app.command("run")
 def run_(
-    recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")],
+    recipe: Annotated[Path, typer.Argument(help="A TOML recipe, or the name of one that `vitrim recipes` lists.")],
     out: Annotated[
         Path | None, typer.Option("--out", help="Run folder; runs/NAME by default, or the recipe's own.")
     ] = None,
+    preset: Presets = None,
     set_: Settings = None,
 ) -> None:
     """Carry out a recipe."""
     from vitrim.run.pipeline import run
     from vitrim.run.recipe import Recipe, merged, overrides
+    from vitrim.run.shipped import recipe_file
     from vitrim.words.plain import read_toml
 
+    recipe = recipe_file(recipe)
     written = read_toml(recipe)
     if written.get("task") == "segmentation":
         from vitrim.run.transfer import TransferRecipe
 
+        if preset:
+            raise RecipeError(f"{recipe}: a preset must be laid under a compression, but this is a segmentation")
         whole = set(written) == set(TransferRecipe.model_fields)
         transferred(merged(written, overrides(set_ or [])), out or _folder(recipe, whole), at=str(recipe))
         return
-    asked = read(Recipe, merged(written, overrides(set_ or [])), at=str(recipe))
+    asked = read(Recipe, laid(merged(written, overrides(set_ or [])), preset), at=str(recipe))
     _show(run(asked, out or _folder(recipe, set(written) == set(Recipe.model_fields)), say=say))
 
 

@@ -67,6 +67,24 @@ def methods_() -> None:
     print_table(table)
 
 
+@app.command("recipes")
+def recipes_(
+    name: Annotated[str | None, typer.Argument(help="Print this one, as TOML.")] = None,
+) -> None:
+    """List the recipes and presets that come with vitrim, or print one of them."""
+    from vitrim.run.shipped import Kind, about, names, text_of
+
+    if name is not None:
+        sys.stdout.write(text_of(name))
+        return
+    uses: dict[Kind, str] = {"recipes": "vitrim run NAME", "presets": "--preset NAME"}
+    for kind, how in uses.items():
+        table = Table(title=f"{kind}: {how}", title_justify="left", box=None, pad_edge=False, show_header=False)
+        for each in names(kind):
+            table.add_row(Text(each), Text(about(kind, each)))
+        print_table(table)
+
+
 @app.command("models")
 def models_(
     pattern: Annotated[str, typer.Argument(help="A timm name or a pattern such as 'deit*'.")] = "*",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitrim.cli.shared import Random, Settings, Source, Weights, app, read, say, show_table
+from vitrim.cli.shared import Presets, Random, Settings, Source, Weights, app, laid, read, say, show_table
 from vitrim.words.errors import MethodError, RecipeError
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def search(
-    model: Annotated[str, typer.Argument(help="A recipe (.toml), or a model as `vitrim compress` takes it.")],
+    model: Annotated[str, typer.Argument(help="A recipe (a .toml or a name), or a model as for `vitrim compress`.")],
     storage: Annotated[
         str, typer.Option("--storage", help="sqlite:///FILE, mysql://..., postgresql://..., journal:///FILE.")
     ],
@@ -27,6 +27,7 @@ def search(
     random_weights: Random = False,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     out: Annotated[Path | None, typer.Option("--out", help="Write the best plan here, as plan.json.")] = None,
+    preset: Presets = None,
     set_: Settings = None,
 ) -> None:
     """Search with as many processes as you like: each one that runs this joins the study in the storage.
@@ -35,10 +36,11 @@ def search(
     """
     from vitrim import methods
     from vitrim.run.recipe import Recipe, merged, overrides
+    from vitrim.run.shipped import names, recipe_file
     from vitrim.words.plain import read_toml
 
-    if model.endswith(".toml"):
-        asked = read_toml(Path(model))
+    if model.endswith(".toml") or model in names("recipes"):
+        asked = read_toml(recipe_file(Path(model)))
     else:
         asked = {
             "model": {"name": model, "weights": weights, "random_weights": random_weights},
@@ -52,7 +54,7 @@ def search(
     name = asked.get("method", {}).get("name")
     if isinstance(name, str) and "storage" not in methods.settings_of(name).model_fields:
         raise MethodError(f"a shared search must be of a method with trials, but {name} has none; take mdc")
-    recipe = read(Recipe, merged(asked, {"method": shared})).resolved()
+    recipe = read(Recipe, laid(merged(asked, {"method": shared}), preset)).resolved()
     _run(recipe, out)
 
 

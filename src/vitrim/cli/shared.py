@@ -1,6 +1,6 @@
 """What all commands share: the app, options that return, and how tables and remarks are printed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +10,19 @@ from rich.text import Text
 
 from vitrim.words.errors import RecipeError
 
-__all__ = ["Random", "Settings", "Source", "Weights", "app", "print_table", "read", "say", "show_table"]
+__all__ = [
+    "Presets",
+    "Random",
+    "Settings",
+    "Source",
+    "Weights",
+    "app",
+    "laid",
+    "print_table",
+    "read",
+    "say",
+    "show_table",
+]
 
 app = typer.Typer(
     name="vitrim",
@@ -26,6 +38,10 @@ Weights = Annotated[
 Random = Annotated[bool, typer.Option("--random-weights", help="Leave a timm model's weights random.")]
 Source = Annotated[
     str | None, typer.Option("--data", help="digits, a folder, a tar, torch/NAME, hfds/NAME or wds/NAME.")
+]
+Presets = Annotated[
+    list[str] | None,
+    typer.Option("--preset", metavar="NAME", help="imagenet or finetune, see `vitrim recipes`; your own settings win."),
 ]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting of a recipe.")]
 
@@ -50,6 +66,19 @@ def print_table(table: Table) -> None:
     console = Console()
     # A file or pipe has no width, and what reads it wants rows whole.
     (console if console.is_terminal else Console(width=10_000)).print(table)
+
+
+def laid(
+    asked: Mapping[str, Any], names: Sequence[str] | None, more: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """`asked` on top of the presets called `names` and of `more`, see `vitrim.run.presets.laid_under`."""
+    from vitrim.run.presets import laid_under, preset, remark
+
+    presets = {**(more or {}), **{f"preset {name}": preset(name) for name in names or []}}
+    told = remark(asked, {name: table for name, table in presets.items() if name not in (more or {})})
+    if told is not None:
+        say(told)
+    return laid_under(asked, presets)
 
 
 def read(kind: Any, data: Any, at: str = "recipe") -> Any:

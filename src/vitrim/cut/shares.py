@@ -9,17 +9,20 @@ consistency), and the authors' code where the two differ.
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vitrim.words.budget import SLACK, Budget
+from vitrim.words.costs import Cost, block_cost, cost_of
 from vitrim.words.errors import BudgetError, MethodError
 from vitrim.words.plan import BlockPlan, Plan
-from vitrim.words.spec import Attention, Spec
+from vitrim.words.spec import Attention, Block, Spec
 from vitrim.words.steps import Step
 
 __all__ = [
     "Rule",
+    "check_shares",
     "check_spent",
     "consistent",
     "give_back",
@@ -177,8 +180,91 @@ def remains(spec: Spec, child: Spec, nominal: Mapping[str, float]) -> tuple[dict
     return tuple(records)
 
 
-def check_spent(child: Spec, spec: Spec, budget: Budget) -> None:
-    """Refuse a child of `spec` that is over `budget`, or more than the slack under it.
+def check_shares(
+    spec: Spec, kinds: Mapping[str, str], shares: Mapping[str, float], budget: Budget, tokens: bool = False
+) -> None:
+    """Refuse shares that miss `budget` whatever is ranked first, before a search spends its hours.
+
+    In a plain ViT every channel of a kind costs the same, so this is the cost itself; where stages differ, it is judged
+    by the cheapest and by the dearest channels. A budget of latency is not judged.
+
+    Args:
+        spec: the parent.
+        kinds: by path of an axis, ``attention`` or ``mlp``; axes that are not there are not cut.
+        shares: by kind, what is kept; a kind without one may keep all or nothing.
+        budget: what the child may cost.
+        tokens: whether tokens may go too, of which any number may.
+
+    Raises:
+        BudgetError: if the shares cost more than the budget.
+        MethodError: if they leave more than the slack of it.
+    """
+    if budget.latency is not None or not shares:
+        return
+    parent = budget.cost(spec)
+    limits = budget.limits(parent)
+    least, most = _reach(spec, kinds, shares, tokens)
+    said = ", ".join(f"{kind}={share:g}" for kind, share in shares.items())
+    for name, limit in limits.items():
+        if getattr(least, name) > limit:
+            raise BudgetError(
+                f"budget of {name} must be at least {getattr(least, name):,}, what the shares {said} keep, but is "
+                f"{limit:,}; raise it, lower a share, or leave one out"
+            )
+    if budget.spent(most, parent) < 1 - SLACK:
+        raise MethodError(
+            f"the shares {said} must spend at least {1 - SLACK:.0%} of {budget}, but can spend no more than "
+            f"{budget.spent(most, parent):.1%}; raise a share, leave one out, or lower the budget"
+        )
+
+
+def _reach(spec: Spec, kinds: Mapping[str, str], shares: Mapping[str, float], tokens: bool) -> tuple[Cost, Cost]:
+    """The least and the most that children with these shares cost."""
+    rates: dict[str, list[np.ndarray[Any, np.dtype[np.int64]]]] = {}
+    whole = np.array(cost_of(spec))
+    gone = np.zeros(2, dtype=np.int64)
+    for (path, stage, block), arriving in zip(spec.blocks(), spec.arrivals(), strict=True):
+        cost = np.array(block_cost(block, stage, arriving))
+        both = f"{path}.qk" in kinds and stage.form.head_norm is None
+        for axis, size in ((f"{path}.v", _channels(block)), (f"{path}.hidden", block.hidden or 0)):
+            if axis in kinds and size:
+                rate = np.array(block_cost(_wider(block, axis, both), stage, arriving)) - cost
+                rates.setdefault(kinds[axis], []).append(np.tile(rate, (size, 1)))
+                # With its last channel a branch loses its norm and what else it has.
+                gone += cost - size * rate - np.array(block_cost(_without(block, axis), stage, arriving))
+    least, most = whole - gone, whole
+    for kind, parts in rates.items():
+        each = np.sort(np.concatenate(parts), axis=0)
+        count = kept_count(len(each), shares.get(kind, 0.0))
+        least = least - each[count:].sum(axis=0)
+        if kind in shares:
+            most = most - each[: len(each) - count].sum(axis=0)
+    return Cost(spec.host.macs if tokens else int(least[0]), int(least[1])), Cost(int(most[0]), int(most[1]))
+
+
+def _channels(block: Block) -> int:
+    return sum(block.mixer.v) if isinstance(block.mixer, Attention) else 0
+
+
+def _wider(block: Block, axis: str, both: bool) -> Block:
+    """`block` with one channel more, of values alone or of queries and keys as well."""
+    if axis.endswith(".hidden"):
+        return block.model_copy(update={"hidden": (block.hidden or 0) + 1})
+    assert isinstance(block.mixer, Attention)
+    (qk, *queries), (v, *values) = block.mixer.qk, block.mixer.v
+    mixer = block.mixer.model_copy(update={"qk": (qk + both, *queries), "v": (v + 1, *values)})
+    return block.model_copy(update={"mixer": mixer})
+
+
+def _without(block: Block, axis: str) -> Block:
+    """`block` with no channel of an axis left."""
+    if axis.endswith(".hidden"):
+        return block.model_copy(update={"hidden": 0})
+    return block.model_copy(update={"mixer": block.mixer.model_copy(update={"qk": (), "v": ()})})
+
+
+def check_spent(child: Spec, spec: Spec, budget: Budget, choice: str) -> None:
+    """Refuse a child of `spec` that is over `budget`, or more than the slack under it; `choice` is that of widths.
 
     Raises:
         BudgetError: saying which bound would do.
@@ -195,5 +281,6 @@ def check_spent(child: Spec, spec: Spec, budget: Budget) -> None:
     if budget.latency is None and budget.spent(cost, parent) < 1 - SLACK:
         raise MethodError(
             f"what is kept must spend at least {1 - SLACK:.0%} of {budget}, but spends "
-            f"{budget.spent(cost, parent):.1%}; leave out a share, or choose finer widths with method.choice=free"
+            f"{budget.spent(cost, parent):.1%}; leave out a share"
+            + ("" if choice == "free" else ", or choose finer widths with method.choice=free")
         )

@@ -65,6 +65,14 @@ class Method(Protocol):
         needs: ``"nothing"``, ``"images"`` or ``"labels"``; what data `search` cannot do without.
         sentence: what the method does, for ``vitrim methods``.
 
+    What a method may say besides:
+
+    - ``held_out``: how many training images its search compares candidates on, or what share of them (below 1). Without
+      it `DataRecipe.validation` is 0 where nobody says otherwise.
+    - ``shared``: names of settings of `vitrim.train.Train` that the child's training must have in common with the
+      search's (``train`` of the method), because both share one cycle of the learning rate. What a recipe's ``train``
+      leaves out is then the search's, and another value is refused.
+
     A method whose search prices specs by `Budget.cost` alone, and so by measured times too, says so with ``timed =
     True``. For the others a budget of latency is turned into one of macs, see `vitrim.run.latency_budget`.
     """

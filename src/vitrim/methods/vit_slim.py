@@ -25,7 +25,7 @@ Where we differ from the authors' code, on purpose:
 - The code masks tokens, and its costs are as if they were gone. Ours are gone (`dropping = "drop"`), which is another
   function: masked tokens still answer as keys, with their biases. ``"drop_exact"`` keeps one key in their place.
 - A token's gate cannot be folded into weights that all tokens share; those of kept tokens become 1 in either export.
-- Shares count before sets are made to shrink with depth; what comes of them is told in ``Found.trials``.
+- Shares count before sets shrink with depth; what comes of them is told in ``Found.trials``.
 """
 
 import copy
@@ -41,6 +41,7 @@ from vitrim.cut.fill import Choice, fill, quantiles
 from vitrim.cut.observe import Gated, axes, masked
 from vitrim.cut.shares import (
     Rule,
+    check_shares,
     check_spent,
     consistent,
     give_back,
@@ -74,22 +75,18 @@ class Method(Node):
     """Train gates with an l1 penalty and keep the largest.
 
     Attributes:
-        train: the search's own training; the default is the published one (50 epochs, AdamW, constant 5e-4).
+        train: the search's own training; what is not given is the published one (50 epochs, AdamW, constant 5e-4).
         attention_l1: weight of the sum of attention gates; 0 leaves attention alone.
         mlp_l1: weight of the sum of MLP gates; 0 leaves MLPs alone.
-        token_l1: weight of the sum of token gates; 0, the default, leaves tokens alone. The published joint search
-            names 1e-4, of which four processes make 2.5e-5.
+        token_l1: weight of the sum of token gates; 0 leaves tokens alone. Published: 2.5e-5 (1e-4 over four processes).
         attention: share of head channels to keep; None to spend the budget with them.
         mlp: share of neurons to keep; None to spend the budget with them.
         tokens: share of (block, patch) pairs to keep; None to spend the budget with them.
-        meet: what the share of tokens counts: ``nominal`` pairs before sets are made to shrink with depth, as
-            published, or ``realised`` pairs after.
+        meet: what the share of tokens counts: ``nominal`` pairs before sets shrink (published), or ``realised`` after.
         consistency: how sets are made to shrink, see `vitrim.cut.shares.Rule`.
         prefix: ``included`` gates, penalises and counts prefix tokens as the authors' code does; they stay even so.
-        dropping: ``drop`` takes tokens out; ``drop_exact`` leaves one key for those missing, which is the masked model
-            for verification.
-        gate_lr: learning rate of the gates; None for that of the weights, as published. A search of a few hundred steps
-            needs a larger one for gates to move at all.
+        dropping: ``drop`` takes tokens out; ``drop_exact`` leaves one key for those missing: the masked model.
+        gate_lr: learning rate of the gates; None for that of the weights (published), too small for hundreds of steps.
         ranking: ``signed`` cuts the most negative gate first, as published; ``absolute`` the one nearest to 0.
         export: ``fold`` multiplies the gates into the weights, ``binarize`` drops them.
         choice: which widths are allowed, see `vitrim.cut.fill.Choice`; ``free`` is the published one.
@@ -164,6 +161,8 @@ class Method(Node):
             tokens=self.token_l1 > 0,
             prefix=self.prefix == "included",
         )
+        kinds = gate_scores(gated, self.ranking)[1]
+        check_shares(describe(model), kinds, self._fixed(set(kinds.values())), budget, bool(gated.tokens))
         fit(
             gated,
             data.train,
@@ -175,6 +174,7 @@ class Method(Node):
             groups=self._groups,
             folder=folder,
             log=log,
+            validation=data.validation,
             stage="search",
         )
         gates, parent = (copy.deepcopy(gated), gated.fold_()) if self.export == "fold" else (gated, gated.model)
@@ -220,7 +220,7 @@ class Method(Node):
             rests = fill(small, ranks, budget.bounded(over), choice=self.choice, by="score")
             plan = plan.then(rests, spec)
         child = plan.child(spec)
-        check_spent(child, spec, budget)
+        check_spent(child, spec, budget, self.choice)
         return plan, remains(spec, child, {path: float(keep.double().mean()) for path, keep in best.items()})
 
     def _fixed(self, searched: set[str]) -> dict[str, float]:

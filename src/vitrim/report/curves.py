@@ -122,6 +122,7 @@ def _losses(axes: Any, name: str, lines: Sequence[Record]) -> None:
 
 def _scores(axes: Any, name: str, lines: Sequence[Record]) -> None:
     axes.set_title(f"top-1 in percent, {name}")
+    axes.set_ylabel("held-out images")
     axes.plot(*thinned(series(lines, "top1")), color=SERIES[2], marker="o", markersize=3)
 
 

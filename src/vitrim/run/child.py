@@ -69,7 +69,8 @@ def _accuracy(job: Job, child: nn.Module) -> dict[str, Any]:
     images = job.splits.test or job.splits.validation or job.splits.calibration
     if images is None:
         return unknown
-    job.say(f"evaluating parent and child on {len(images)} images")
+    what = "test" if images is job.splits.test else "held-out" if images is job.splits.validation else "calibration"
+    job.say(f"evaluating parent and child on {len(images)} {what} images")
     loader = eval_loader(images, job.input)
     theirs = reference_logits(job.parent, loader)
     after = evaluate(child, loader, reference=theirs)

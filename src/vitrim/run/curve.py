@@ -59,8 +59,7 @@ def pareto(
     """
     if not budgets:
         raise RunError("budgets must be given, but there are none; give --budgets macs=0.7")
-    # A share of the validation images would be none where there is one image a class.
-    whole = merged({"method": {"name": "post_training"}, "data": {"validation": 80}, "budget": budgets[0]}, asked)
+    whole = merged({"method": {"name": "post_training"}, "budget": budgets[0]}, asked)
     recipes = [load(Recipe, {**whole, "budget": budget}).resolved() for budget in budgets]
     path = folder / FILE
     with full_disk(folder):

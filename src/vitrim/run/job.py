@@ -308,7 +308,7 @@ def _splits(recipe: Recipe, data: tuple[Any, Any], spec: Spec, say: Callable[[st
         first,
         test,
         calibration=recipe.data.calibration,
-        validation=recipe.data.validation,
+        validation=recipe.data.validation or 0,
         seed=recipe.seed,
         class_map=recipe.data.class_map,
         classes=spec.classes,

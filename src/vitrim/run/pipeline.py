@@ -8,7 +8,7 @@ missing file, also in the middle of a search or of training.
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,12 @@ from vitrim.nn.weights import check_weights, fingerprint
 from vitrim.run.child import judged
 from vitrim.run.job import Job, check_folder, full_disk, leaving_nothing, logger, prepare
 from vitrim.run.latency_budget import clocked, meet
+from vitrim.run.presets import laid_under
+from vitrim.run.presets import preset as read_preset
 from vitrim.run.recipe import Recipe, merged, write_recipe
 from vitrim.train import Start, fit
 from vitrim.words.budget import SLACK, Budget
-from vitrim.words.costs import cost_of
+from vitrim.words.costs import Cost, cost_of
 from vitrim.words.errors import BudgetError, MethodError, RecipeError, RunError
 from vitrim.words.plain import dump, load, write_text
 from vitrim.words.plan import Plan, read_plan, write_plan
@@ -69,6 +71,7 @@ def compress(
     epochs: float = 0,
     seed: int = 0,
     test: Any = None,
+    preset: str | Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
     recover: str = "none",
     train: Mapping[str, Any] | None = None,
@@ -89,6 +92,7 @@ def compress(
         epochs: how long to train the child with its parent as teacher; 0 cuts only.
         seed: of everything random.
         test: images to measure on, in the same forms; no search sees them.
+        preset: a preset or several that come with the package, laid under all that is said here (`vitrim recipes`).
         settings: the method's own settings.
         recover: ``ridge`` compensates what was cut in closed form, see `vitrim.run.recipe.Recipe`.
         train: further settings of training, see `vitrim.train.Train`.
@@ -113,7 +117,9 @@ def compress(
         "measure": dict(measure or {}),
         "seed": seed,
     }
-    resolved = load(Recipe, merged(asked, recipe or {}), RecipeError, at="compress")
+    names = [preset] if isinstance(preset, str) else preset
+    whole = laid_under(merged(asked, recipe or {}), {f"preset {name}": read_preset(name) for name in names})
+    resolved = load(Recipe, whole, RecipeError, at="compress")
     parent = None if isinstance(model, str) else adopt(model)
     return _run(resolved, None if out is None else Path(out), parent, (data, test), lambda _: None)
 
@@ -288,8 +294,16 @@ def _check_budget(job: Job, child: Spec) -> None:
     if job.budget.spent(cost, parent) < 1 - SLACK:
         raise MethodError(
             f"what {job.recipe.method['name']} finds must spend at least {1 - SLACK:.0%} of {job.budget}, but spends "
-            f"{job.budget.spent(cost, parent):.1%}; choose finer widths with method.choice=free"
+            f"{job.budget.spent(cost, parent):.1%}; {_way_out(job, cost, parent)}"
         )
+
+
+def _way_out(job: Job, cost: Cost, parent: Cost) -> str:
+    """What to do where a budget is left unspent: finer widths where the method has a choice, else a lower budget."""
+    if job.recipe.method.get("choice", "free") != "free":
+        return "choose finer widths with method.choice=free"
+    reached = ",".join(f"{name}={getattr(cost, name) / getattr(parent, name):.3f}" for name in job.budget.bounds())
+    return f"ask for what it reaches, --budget {reached}"
 
 
 def _train(job: Job, child: nn.Module, seconds: float, begun: Start | None) -> tuple[nn.Module, float]:
@@ -311,6 +325,7 @@ def _train(job: Job, child: nn.Module, seconds: float, begun: Start | None) -> t
             teacher=job.teacher,
             folder=job.file("training"),
             log=logger(job.file("log.jsonl")),
+            validation=job.splits.validation,
             stage="train",
             start=begun,
         )

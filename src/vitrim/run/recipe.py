@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import tomli_w
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from vitrim import methods
 from vitrim.train import Train
 from vitrim.words.budget import Budget
-from vitrim.words.errors import RecipeError
+from vitrim.words.errors import RecipeError, VitrimError
 from vitrim.words.plain import NONE, Node, dump, load, read_toml, write_text
 
 __all__ = ["DataRecipe", "Measure", "ModelRecipe", "Recipe", "merged", "overrides", "read_recipe", "write_recipe"]
@@ -50,7 +50,9 @@ class DataRecipe(Node):
         test: source of the test images; None for the test split of `train`, where it has one. No search sees it.
         class_map: file that gives class names their numbers.
         calibration: number of calibration images, for scores.
-        validation: share (below 1) or number of training images held out for searches that compare candidates.
+        validation: share (below 1) or number of training images that nothing is trained on. Searches that compare
+            candidates do it on them, and accuracy on them after each epoch is logged and drawn. None for as many as the
+            method asks for, which is 0 for most.
         mean, std: normalisation, where the model's own config is wrong.
     """
 
@@ -58,7 +60,7 @@ class DataRecipe(Node):
     test: str | None = None
     class_map: str = ""
     calibration: PositiveInt = 256
-    validation: float = Field(default=0.1, ge=0)
+    validation: float | None = Field(default=None, ge=0)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
@@ -95,7 +97,9 @@ class Recipe(Node):
             whatever the method; ``none`` leaves the weights as they were.
         teacher: who teaches where search and training distill; None for the parent. Any timm model that takes the
             parent's images and tells its classes apart, also one that vitrim cannot cut.
-        train: how the child is trained against its teacher; ``epochs = 0`` cuts only.
+        train: how the child is trained against its teacher; ``epochs = 0``, the default, cuts only. Where a method
+            trains its child on in the search's cycle of the learning rate (`cait`), what this table leaves out of
+            `vitrim.train.RATES` is the search's.
         measure: how it is measured.
         seed: of everything random.
         device: where to run.
@@ -112,24 +116,59 @@ class Recipe(Node):
     seed: NonNegativeInt = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_shared(cls, asked: Any) -> Any:
+        if not isinstance(asked, Mapping) or not isinstance(asked.get("train"), Mapping):
+            return asked
+        try:
+            method = found_method(asked.get("method"))
+        except VitrimError:
+            return asked  # `resolved` says what is wrong
+        shared = {name: getattr(method.train, name) for name in getattr(method, "shared", ())}
+        return {**asked, "train": {**shared, **asked["train"]}}
+
     def resolved(self) -> Self:
         """The same recipe with every setting of its method written out.
 
         Raises:
             MethodError: if the method or one of its settings is unknown.
             BudgetError: if the budget is malformed.
+            RecipeError: if the child is to be trained otherwise than its method needs.
         """
-        name = self.method.get("name")
-        if not isinstance(name, str):
-            raise RecipeError(f"method.name: a recipe must name its method, but got {name!r}")
-        settings = {key: value for key, value in self.method.items() if key != "name"}
-        method: Any = methods.get(name, settings)
-        budget = str(Budget.parse(self.budget))
-        return self.model_copy(update={"method": {"name": name, **dump(method)}, "budget": budget})
+        method = self.found_method()
+        for name in getattr(method, "shared", ()) if self.train.epochs else ():
+            theirs, mine = getattr(method.train, name), getattr(self.train, name)
+            if theirs != mine:
+                raise RecipeError(
+                    f"train.{name} must be {theirs} as in method.train, for {self.method['name']} trains its child on "
+                    f"in the search's cycle of the learning rate, but is {mine}; leave train.{name} out, or set both"
+                )
+        held = self.data.validation if self.data.validation is not None else getattr(method, "held_out", 0)
+        return self.model_copy(
+            update={
+                "data": self.data.model_copy(update={"validation": float(held)}),
+                "method": {"name": self.method["name"], **dump(method)},
+                "budget": str(Budget.parse(self.budget)),
+            }
+        )
 
     def found_method(self) -> Any:
-        """The method that this recipe names."""
-        return methods.get(self.method["name"], {k: v for k, v in self.method.items() if k != "name"})
+        """The method that this recipe names.
+
+        Raises:
+            MethodError: if there is none, or one of its settings is unknown.
+            RecipeError: if the recipe names none.
+        """
+        return found_method(self.method)
+
+
+def found_method(asked: Any) -> Any:
+    """The method that a recipe's table `asked` describes by its ``name`` and settings; see `Recipe.found_method`."""
+    name = asked.get("name") if isinstance(asked, Mapping) else None
+    if not isinstance(name, str):
+        raise RecipeError(f"method.name: a recipe must name its method, but got {name!r}")
+    return methods.get(name, {key: value for key, value in asked.items() if key != "name"})
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -260,13 +260,14 @@ class Loop:
         if self.pending is None:
             return
         (loss, norm, step), self.pending = self.pending, None
+        table = "train" if self.stage == "train" else "method.train"
         # fp16 overflows now and then; its scaler skips such a step.
         kinds = {"loss": loss} if self.scaler.is_enabled() else {"loss": loss, "gradient": norm}
         for kind, value in kinds.items():
             if not torch.isfinite(value):
                 raise TrainError(
                     f"{self.stage}: the {kind} must be finite, but is {value.item():g} at step {step}; "
-                    f"lower train.lr, set train.clip or lengthen the warm-up; {self._kept()}"
+                    f"lower {table}.lr, set {table}.clip or lengthen the warm-up; {self._kept()}"
                 )
 
     def _kept(self) -> str:
@@ -308,7 +309,9 @@ class Loop:
     def _measure(self, last: bool) -> dict[str, float | None]:
         if self.validation is None:
             return {}
-        loader = eval_loader(self.validation, self.input, batch=2 * self.settings.batch, workers=self.settings.workers)
+        # Twice the images of a part fit where training does: no gradients are kept.
+        part = self.settings.batch // (self.settings.accumulate * self.accelerator.num_processes)
+        loader = eval_loader(self.validation, self.input, batch=max(1, 2 * part), workers=self.settings.workers)
         found = {"top1": evaluate(self.model, self._typed(loader)).top1}
         if last and self.ema is not None:
             found["top1_ema"] = evaluate(self.ema.module, self._typed(loader)).top1

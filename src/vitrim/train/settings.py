@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from vitrim.data import Augment
 from vitrim.words.plain import Node
 
-__all__ = ["DISTILLED", "Distill", "Train"]
+__all__ = ["DISTILLED", "RATES", "Distill", "Train"]
 
 
 class Distill(Node):
@@ -33,8 +33,13 @@ class Train(Node):
         minutes: stop after so many minutes of steps, > 0, and let the learning rate fall over them; `epochs` still is
             the most. None for no such bound; with one, what is trained depends on the machine.
         batch: images of one optimiser step, over all processes and accumulated parts, `>= 1`.
-        accumulate: parts a process splits its share of a step into, `>= 1`; saves memory, changes no result.
-        lr: learning rate after warm-up, > 0; not scaled by the batch.
+        accumulate: parts a process splits its share of a step into, `>= 1`; saves memory. The loss stays the mean over
+            the whole batch, but each part of each process draws dropout and drop path anew, and a batch norm sees one
+            part at a time: for a model with batch norms or drawn gates (`spvit`) the ``batch / (accumulate *
+            processes)`` images of a part are a setting of their own.
+        lr: learning rate after warm-up, > 0; see `lr_batch`.
+        lr_batch: number of images that `lr` is meant for, `>= 1`: the rate after warm-up is ``lr * batch / lr_batch``.
+            None for `lr` as it is, whatever the batch.
         weight_decay: AdamW's decoupled decay, `>= 0`; none on one-dimensional parameters.
         betas: AdamW's averages, each in `[0, 1)`.
         warmup_epochs: epochs of linear warm-up, `>= 0`, part of `epochs`.
@@ -62,6 +67,7 @@ class Train(Node):
     batch: int = Field(default=64, ge=1)
     accumulate: int = Field(default=1, ge=1)
     lr: float = Field(default=5e-4, gt=0)
+    lr_batch: int | None = Field(default=None, ge=1)
     weight_decay: float = Field(default=0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_epochs: float = Field(default=0, ge=0)
@@ -89,17 +95,25 @@ class Train(Node):
             raise ValueError(f"betas must lie in [0, 1), but are {self.betas}")
         if self.warmup_epochs > self.epochs > 0:
             raise ValueError(f"warmup_epochs must be at most epochs {self.epochs:g}, but is {self.warmup_epochs:g}")
-        if self.schedule != "constant" and self.min_lr > self.lr:
-            raise ValueError(f"min_lr must be at most lr {self.lr:g}, but is {self.min_lr:g}")
+        if self.schedule != "constant" and self.min_lr > self.rate:
+            raise ValueError(f"min_lr must be at most lr {self.rate:g}, but is {self.min_lr:g}")
         if self.mixes and self.batch % 2:
             raise ValueError(f"batch must be even for mixup and cutmix, but is {self.batch}")
         return self
+
+    @property
+    def rate(self) -> float:
+        """The learning rate after warm-up."""
+        return self.lr if self.lr_batch is None else self.lr * self.batch / self.lr_batch
 
     @property
     def mixes(self) -> bool:
         """Whether mixup or cutmix is on."""
         return self.mixup > 0 or self.cutmix > 0
 
+
+RATES = ("lr", "lr_batch", "batch", "warmup_epochs", "min_lr", "schedule", "power")
+"""Settings that the learning rate of a step after warm-up depends on, besides the length of the cycle."""
 
 DISTILLED: dict[str, Any] = {
     "epochs": 1000,

@@ -43,22 +43,47 @@ NONE = "none"
 
 
 class Node(BaseModel):
-    """A frozen value with named fields; an unknown field is an error."""
+    """A frozen value with named fields; an unknown field is an error.
+
+    Where the default of a field is itself a node, a table given for that field is laid over this default, at every
+    depth: what the table does not name keeps the value of the field's default, not that of the inner class. A table
+    that names another kind of a union than the default's (field `kind`) is taken by itself. Lists are never merged, nor
+    are tables of free keys (``dict`` fields). A whole dump names every key, so that it reads as itself. Where a field
+    may be None, ``"none"`` stands for it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _none(cls, data: Any) -> Any:
-        """TOML has no word for None: where a field may be None, ``"none"`` says it."""
-        if not isinstance(data, dict) or NONE not in data.values():
+    def _lay_over_defaults(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
             return data
-        return {key: None if value == NONE and cls._may_be_none(key) else value for key, value in data.items()}
+        read = {key: _read(cls, key, value) for key, value in data.items() if isinstance(value, str | Mapping)}
+        return {**data, **read} if read else data
 
-    @classmethod
-    def _may_be_none(cls, name: str) -> bool:
-        field = cls.model_fields.get(name)
-        return field is not None and type(None) in get_args(field.annotation)
+
+def _read(kind: type[Node], name: str, value: Any) -> Any:
+    """The value of a field as it was meant: a table over the field's default, ``"none"`` where None may stand."""
+    field = kind.model_fields.get(name)
+    if field is None:
+        return value
+    if isinstance(value, str):
+        # TOML has no word for None.
+        return None if value == NONE and type(None) in get_args(field.annotation) else value
+    return _overlaid(field.default, value) if isinstance(field.default, Node) else value
+
+
+def _overlaid(default: Node, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `default` with those of `given` in their place, at every depth; nothing is validated here."""
+    fields = type(default).model_fields
+    if "kind" in fields and "kind" in given and given["kind"] not in get_args(fields["kind"].annotation):
+        return dict(given)  # another kind of a union
+    whole = {name: getattr(default, name) for name in fields}
+    for name, value in given.items():
+        mine = whole.get(name)
+        whole[name] = _overlaid(mine, value) if isinstance(mine, Node) and isinstance(value, Mapping) else value
+    return whole
 
 
 class FrozenDict(dict[str, Any]):

@@ -19,7 +19,8 @@ The run of T steps is split at the cut (`cut`, 0.6 T). What comes before is this
 ramp, a hold in which masks may still change. What comes after is the run's own training of the child. Both share one
 cycle of the learning rate, and the optimiser's averages and averaged weights of what is kept are handed over
 (``Found.start``). So for a run of 30 epochs ``method.train.epochs = 18`` and ``train.epochs = 12``, with the same
-rates and batch.
+rates and batch: what a recipe's ``train`` leaves out of them is ``method.train``'s, and other values are refused
+(`Method.shared`).
 
 Scores. ``taylor``: the average of the squared gradient of the loss by the mask, also of masked channels, for which it
 is the first-order effect of switching them on. ``resrep`` (Ding et al., ICCV 2021, of the same group): gates that are
@@ -43,7 +44,7 @@ from vitrim.families import describe
 from vitrim.methods._contract import Data, Found
 from vitrim.methods.cait.masks import Channels, Merge, free_axes, merge_plan, ramped, thirds
 from vitrim.methods.cait.slots import Rules, allocate, plan_of
-from vitrim.train import Distill, Fitted, Start, Train, fit, steps_of
+from vitrim.train import RATES, Distill, Fitted, Start, Train, fit, steps_of
 from vitrim.words.budget import SLACK, Budget
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import BudgetError, MethodError
@@ -129,6 +130,11 @@ class Method(Node):
     gate_l1: Annotated[float, Field(ge=0)] = 1e-4
     gate_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
 
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """What search and child have in common: all that the learning rate of a step depends on."""
+        return RATES if self.cut < 1 else ()
+
     @model_validator(mode="after")
     def _phases(self) -> Self:
         if not self.warmup < self.ramp_end <= self.cut:
@@ -181,6 +187,7 @@ class Method(Node):
                 teacher=teacher,
                 folder=folder,
                 log=log,
+                validation=data.validation,
                 stage="search",
                 after_step=after_step,
                 until=self.cut,

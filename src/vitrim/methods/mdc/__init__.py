@@ -118,6 +118,11 @@ class Method(Node):
     storage: str | None = None
     study: str = "mdc"
 
+    @property
+    def held_out(self) -> float:
+        """The share of the training images that policies are compared on; none where nothing is searched."""
+        return 0.0 if self.preset is not None or self.proposal == "even" else 0.1
+
     @model_validator(mode="after")
     def _searched(self) -> Self:
         if not self.heads and not self.neurons and self.tokens == 0:

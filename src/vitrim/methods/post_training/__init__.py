@@ -73,6 +73,11 @@ class Method(Node):
     batch: PositiveInt = 32
     calibration: str | None = None
 
+    @property
+    def held_out(self) -> int:
+        """The number of training images that cuts are judged on; none where a calibration is given."""
+        return 0 if self.calibration is not None else self.probe
+
     def search(
         self,
         model: nn.Module,

@@ -52,7 +52,10 @@ class Method(Node):
     """Learn which attentions a convolution can replace, and which neurons can go.
 
     Attributes:
-        train: the search's training; the published one by default. Its gates are trained with it.
+        train: the search's training; the published one by default. Its gates are trained with it, and drawn once for
+            each part of a step on each process. Batch norms see the images of one part, ``batch / (accumulate *
+            processes)`` of them. So ``accumulate = 4`` is another search (four draws a step, batch norms over a quarter
+            of the images), and so is a number of processes.
         gate_lr: learning rate of the gates. None for the published 1e-3, with which a gate needs 1,500 steps to close,
             or for ``3 / steps`` in a search of less than 3,000, in which gates would hardly move else.
         pressure: weight of the penalty, for a cost in G; None for one that starts at `first`.
@@ -70,7 +73,7 @@ class Method(Node):
         windowed: whether a Swin's 3 x 3 convolutions see a window at a time while searching, as published.
         structure: name of a released structure (``deit_ti``, ``swin_s`` …) to take in place of a search; see
             `vitrim.methods.spvit.published`.
-        least_images: of one part of a training step, for batch norms.
+        least_images: that a part of a training step must have, here and in the child's training, for batch norms.
     """
 
     needs: ClassVar[str] = "images"
@@ -160,6 +163,7 @@ class Method(Node):
             groups=lambda _: [{"params": single.gate_parameters(), "lr": gate_lr, "weight_decay": 0.0}],
             folder=folder,
             log=log,
+            validation=data.validation,
             stage="search",
             after_step=self._stopper(spec, how, budget, data),
         )

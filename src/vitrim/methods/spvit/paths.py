@@ -81,7 +81,7 @@ class Paths(nn.Module):
         if self.training and len(inner[0]) == 1:
             raise DataError(
                 "a search with batch norms must be trained on at least 2 images at a time, but got 1; raise "
-                "train.batch or lower train.accumulate"
+                "method.train.batch or lower method.train.accumulate"
             )
         share = votes(self.mix, self.mixture.temperature)
         (first, narrow), (second, wide) = (mixed_back(share, bias, out[0], k, self.mixture) for k in (1, 3))

@@ -99,9 +99,9 @@ def layout(
 class SinglePath(Gated):
     """A model all of whose attentions and neurons have gates, and whose weights serve every choice.
 
-    In training gates are drawn at each forward pass, one draw for all images of a process; in evaluation they are open
-    where their logits are above 0. Output projections of attentions and of MLPs are multiplied by their gates, which is
-    the same as multiplying what they give.
+    In training gates are drawn at each forward pass, one draw for all images of it: of one part of a step on one
+    process. In evaluation they are open where their logits are above 0. Output projections of attentions and of MLPs
+    are multiplied by their gates, which is the same as multiplying what they give.
 
     Args:
         model: an adopted model; trained in place together with the gates.

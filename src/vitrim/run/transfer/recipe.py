@@ -85,14 +85,6 @@ class TransferRecipe(Node):
     seed: NonNegativeInt = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults(cls, asked: Any) -> Any:
-        """A table that names some settings of training leaves the others as they are for segmentation."""
-        if isinstance(asked, dict) and isinstance(asked.get("train"), dict):
-            return asked | {"train": _TRAIN | asked["train"]}
-        return asked
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.train.mixes:

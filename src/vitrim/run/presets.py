@@ -1,0 +1,95 @@
+"""Presets: settings for a kind of data, laid under what a recipe or a command says itself."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vitrim import methods
+from vitrim.run.recipe import found_method, merged
+from vitrim.run.shipped import path_of
+from vitrim.words.errors import RecipeError, VitrimError
+from vitrim.words.plain import read_toml
+
+__all__ = ["laid_under", "preset", "remark"]
+
+Keys = tuple[str, ...]
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The settings of a preset that comes with the package.
+
+    Raises:
+        RecipeError: if there is none of that name.
+    """
+    return read_toml(path_of("presets", name))
+
+
+def laid_under(asked: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return `asked` on top of `presets`: what it names stays, what it leaves out is theirs.
+
+    Of a method that trains nothing while it searches, their ``method.train`` is left out; and so is, of a method that
+    trains its child on in the search's cycle of the learning rate, what of ``train`` must be the search's.
+
+    Args:
+        asked: tables of a `vitrim.run.recipe.Recipe`.
+        presets: tables of settings, by the name that messages call them.
+
+    Raises:
+        RecipeError: if two presets say different things of one setting.
+    """
+    said: dict[Keys, tuple[str, Any]] = {}
+    under: dict[str, Any] = {}
+    for name, table in presets.items():
+        for path, value in leaves(table):
+            before, known = said.setdefault(path, (name, value))
+            if known != value:
+                raise RecipeError(
+                    f"presets must agree, but {'.'.join(path)} is {known!r} in {before} and {value!r} in {name}; leave "
+                    "one of them out"
+                )
+        under = merged(under, table)
+    if "train" not in _fields(asked):
+        under.pop("method", None)
+    whole = merged(under, asked)
+    for name in _shared(whole):
+        if name in under.get("train", {}) and name not in _table(asked, "train"):
+            del whole["train"][name]
+    return whole
+
+
+def remark(asked: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """A sentence on the settings of `presets` that `asked` has otherwise; None where there are none."""
+    mine = dict(leaves(asked))
+    other = [
+        f"{'.'.join(path)} is {mine[path]!r} as asked, not {value!r} as in {name}"
+        for name, table in presets.items()
+        for path, value in leaves(table)
+        if path in mine and mine[path] != value
+    ]
+    return "; ".join(other) or None
+
+
+def leaves(table: Mapping[str, Any], at: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """Every value of nested tables with the keys that lead to it."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, (*at, key))
+        else:
+            yield (*at, key), value
+
+
+def _table(asked: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    table = asked.get(name)
+    return table if isinstance(table, Mapping) else {}
+
+
+def _fields(asked: Mapping[str, Any]) -> Mapping[str, Any]:
+    name = _table(asked, "method").get("name")
+    return methods.settings_of(name).model_fields if name in methods.names() else {}
+
+
+def _shared(whole: Mapping[str, Any]) -> tuple[str, ...]:
+    try:
+        shared: tuple[str, ...] = getattr(found_method(whole.get("method")), "shared", ())
+    except VitrimError:
+        return ()  # the recipe says what is wrong
+    return shared
