@@ -10,7 +10,7 @@ from rich.text import Text
 
 from vitrim.words.errors import RecipeError
 
-__all__ = ["Random", "Settings", "Source", "Weights", "app", "print_table", "read", "say", "show_table"]
+__all__ = ["Random", "Settings", "Source", "Weights", "app", "print_table", "read", "say", "show_table", "warn"]
 
 app = typer.Typer(
     name="vitrim",
@@ -33,6 +33,11 @@ Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE"
 def say(text: str) -> None:
     """Remark on what happens, beside the results."""
     Console(stderr=True, soft_wrap=True).print(Text(text, style="dim"))
+
+
+def warn(text: str) -> None:
+    """Say loudly, beside the results, what should not be overlooked."""
+    Console(stderr=True, soft_wrap=True).print(Text(f"warning: {text}", style="bold yellow"))
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,4 +1,5 @@
-"""Folders and tars of class folders: which of the folders are splits, which are classes, and what number each class has.
+"""Folders and tars of class folders: which of the folders are splits, which are classes, and what number each class
+has.
 
 timm's own dataset skips a damaged image with a log line and takes its neighbor, drops a class that is missing from a
 class map, follows links in circles and knows three endings of image files. So files are listed and decoded here.
@@ -217,9 +218,7 @@ class Folder:
                 )
 
 
-def _divide(
-    source: str, listing: Listing, parts: list[tuple[str, ...]]
-) -> tuple[list[str | None], int]:
+def _divide(source: str, listing: Listing, parts: list[tuple[str, ...]]) -> tuple[list[str | None], int]:
     """The split of each folder, `(F,)`, and how many parts of its path come before the classes.
 
     None is the split of all folders of an undivided source, and of those beside the splits, which are left out.

@@ -127,7 +127,7 @@ class Images(Dataset[tuple[Image.Image, int]]):
         if good.all():
             return self
         if not good.any():
-            raise DataError(f"{self.source}: a source must have an image that decodes, but all {len(self):,} are damaged")
+            raise DataError(f"{self.source}: a source must have an image that decodes, but none of {len(self):,} does")
         told = (*self.left_out, *left_out.sentences())
         return self._with(index=self._index[good], left_out=told)
 
@@ -170,7 +170,16 @@ class Images(Dataset[tuple[Image.Image, int]]):
             classes = f"{self.classes:,} classes{order} ({', '.join([*told[:_SHOWN], *more])})"
         left = f"left out: {'; '.join(self.left_out)}" if self.left_out else "nothing left out"
         images = "image" if len(self) == 1 else "images"
-        return f"{len(self):,} {images} of {self.source or 'data in memory'}{part}, {classes}; {left}"
+        return f"{len(self):,} {images} of {self.label}{part}, {classes}; {left}"
+
+    @property
+    def label(self) -> str:
+        """The source as reports tell it: without the folders that a path leads through."""
+        kind, slash, _ = self.source.partition("/")
+        if slash and kind.lower() in ("torch", "hfds"):
+            return self.source
+        last = self.source.rstrip("/").rpartition("/")[2]
+        return f"wds/{last}" if slash and kind.lower() == "wds" else last or "data in memory"
 
 
 def labels_of(dataset: Dataset[Any]) -> NDArray[np.int64]:

@@ -116,7 +116,7 @@ class _Walk:
         path = os.path.join(self.root, at)  # noqa: PTH118
         if depth > _DEEPEST:
             raise DataError(
-                f"{path}: folders must be nested at most {_DEEPEST} deep, but these are deeper; name a folder further in"
+                f"{path}: folders must be nested at most {_DEEPEST} deep, but are deeper; name one further in"
             )
         files, folders, others = self._entries(at, path, real)
         found = bool(files)
@@ -140,7 +140,7 @@ class _Walk:
         folders: dict[str, str] = {}
         others = 0
         try:
-            here = os.stat(path)
+            here = Path(path).stat()
             self.seen.add((here.st_dev, here.st_ino))
             with os.scandir(path) as entries:
                 for entry in entries:
@@ -177,9 +177,7 @@ class _Walk:
             return
         folders[entry.name] = real
 
-    def _other(
-        self, files: list[str], folders: dict[str, str], at: str, real: str, entry: os.DirEntry[str]
-    ) -> int:
+    def _other(self, files: list[str], folders: dict[str, str], at: str, real: str, entry: os.DirEntry[str]) -> int:
         """A link, or what is neither file nor folder; returns 1 for what is left out."""
         if entry.is_symlink():
             try:

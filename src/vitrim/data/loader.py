@@ -264,9 +264,9 @@ def train_loader(
 ) -> TrainLoader:
     """Return a loader for training.
 
-    Order and augmentation of a picture, and what the dataset draws for it, depend on `(seed, epoch, picture)` alone: not
-    on the number of workers or processes, nor on what was drawn before. Small datasets that draw nothing are kept in
-    memory after the first epoch.
+    Order and augmentation of a picture, and what the dataset draws for it, depend on `(seed, epoch, picture)` alone:
+    not on the number of workers or processes, nor on what was drawn before. Small datasets that draw nothing are kept
+    in memory after the first epoch.
 
     Args:
         dataset: map-style, of `(picture, label)`, see `vitrim.data.pictures.as_picture`; may draw numbers from the

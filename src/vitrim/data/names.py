@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-__all__ = ["Names", "ORDERS", "natural_key", "sort_classes", "tree_key"]
+__all__ = ["ORDERS", "Names", "natural_key", "sort_classes", "tree_key"]
 
 ORDERS = ("plain", "natural")
 """Both ways in which programs number class folders."""

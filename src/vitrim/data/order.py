@@ -1,7 +1,7 @@
 """Ask a model which numbering of the class folders it was trained with.
 
-timm numbers class folders in natural order, torchvision, Keras and Hugging Face datasets in plain order, and nothing in a
-weights file says which. The model itself does: on images of classes whose numbers differ, it gives the number that it
+timm numbers class folders in natural order, torchvision, Keras and Hugging Face datasets in plain order, and nothing in
+a weights file says which. The model itself does: on images of classes whose numbers differ, it gives the number that it
 was trained with.
 
 P images, K classes.
@@ -35,11 +35,11 @@ _LEAST = 0.5
 class Fit:
     """How well a model fits two numberings of the same images.
 
-    A paired sign test, exact: an image on which the model is right under one numbering is wrong under the other, so under
-    the hypothesis that neither fits better both kinds are equally likely. Images of one class are not independent of
-    one another, so classes are counted where at least 11 have differing numbers: a class votes for the numbering under
-    which more of its images are right. With fewer, images are counted, and at least half of them must be right, for
-    a model that knows nothing of the classes may still give each of a few a number of its own.
+    A paired sign test, exact: an image on which the model is right under one numbering is wrong under the other, so
+    under the hypothesis that neither fits better both kinds are equally likely. Images of one class are not independent
+    of one another, so classes are counted where at least 11 have differing numbers: a class votes for the numbering
+    under which more of its images are right. With fewer, images are counted, and at least half of them must be right,
+    for a model that knows nothing of the classes may still give each of a few a number of its own.
 
     Attributes:
         better: `plain` or `natural`, whichever fits better, or None if neither does significantly.
@@ -144,8 +144,8 @@ def ask_model(
                 return fit.better
             said = f"the model does not tell: {told}"
         raise DataError(
-            f"{one.source}: the numbers of the classes must be known, but {said}; {ways}; give data.class_order=plain or "
-            "natural, or a data.class_map"
+            f"{one.source}: the numbers of the classes must be known, but {said}; {ways}; give "
+            "data.class_order=plain or natural, or a data.class_map"
         )
 
     return ask

@@ -27,9 +27,7 @@ def pair_of(item: Any) -> tuple[Any, int]:
         DataError: it is no such pair, or the label no whole number.
     """
     if not isinstance(item, list | tuple) or len(item) != 2:
-        raise DataError(
-            f"a dataset must give (image, label) for each index, but gave a {type(item).__name__}; wrap it so that it does"
-        )
+        raise DataError(f"a dataset must give (image, label) for each index, but gave a {type(item).__name__}; wrap it")
     return item[0], label_of(item[1])
 
 
@@ -40,8 +38,8 @@ def as_picture(given: Any) -> Image.Image | Tensor:
         given: one of
 
             - a `PIL.Image` of any mode;
-            - 8-bit values, a uint8 array or tensor `(h, w)`, `(h, w, C)` or `(C, h, w)` of 1, 3 or 4 channels: an image,
-              resized and normalized as one;
+            - 8-bit values, a uint8 array or tensor `(h, w)`, `(h, w, C)` or `(C, h, w)` of 1, 3 or 4 channels: an
+              image, resized and normalized as one;
             - 16-bit grey values, a uint16 array `(h, w)`: an image, scaled to 8 bits;
             - floating values `(C, h, w)`, array or tensor of any precision: what the model takes, resized and
               normalized already; it becomes float32.
@@ -71,7 +69,7 @@ def as_picture(given: Any) -> Image.Image | Tensor:
             "convert it"
         )
     raise DataError(
-        f"a picture must be a PIL image, an array or a tensor, but is a {type(given).__name__}; convert it in the dataset"
+        f"a picture must be a PIL image, an array or a tensor, but is a {type(given).__name__}; convert it there"
     )
 
 

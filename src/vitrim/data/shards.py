@@ -1,8 +1,8 @@
 """Webdataset shards: uncompressed tars of samples, read by byte range.
 
 A sample is a run of members with one key (the path up to the first dot of the file's name): an image and its label, a
-whole number in `.cls`, a class name in `.cls` or `.txt` with a class map, or a field of `.json` that `_info.json` names.
-Only headers and labels are read beforehand; images are decoded when they are asked for. P images.
+whole number in `.cls`, a class name in `.cls` or `.txt` with a class map, or a field of `.json` that `_info.json`
+names. Only headers and labels are read beforehand; images are decoded when they are asked for. P images.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitrim.data.class_map import read_map
-from vitrim.data.decode import decode, ending, is_image
+from vitrim.data.decode import ending, is_image
 from vitrim.data.folders import SPLITS, Reading, split_of
 from vitrim.data.images import Images
 from vitrim.data.leftout import LeftOut
@@ -102,7 +102,9 @@ class _Decode:
         name, _, rest = problem.partition(": every image must decode, but ")
         if not rest:
             return problem
-        return f"{name}: every image must decode, but {damaged:,} of the shard's {len(images.names):,} do not, here {rest}"
+        return (
+            f"{name}: every image must decode, but {damaged:,} of the shard's {len(images.names):,} do not, here {rest}"
+        )
 
 
 def _is_damaged(images: TarImages, place: int) -> bool:
@@ -166,8 +168,8 @@ class Shards:
         bare = found == _MISSING
         index = None
         if bare.any() and not bare.all():
-            first = int(bare.argmax())
-            left_out.add("samples without a label beside others that have one", f"number {first}", count=int(bare.sum()))
+            reason, first = "samples without a label beside others that have one", f"number {int(bare.argmax())}"
+            left_out.add(reason, first, count=int(bare.sum()))
             index = np.flatnonzero(~bare)
         found = np.where(bare, -1, found)
         self._check(len(labels), part, left_out, reading.skip_damaged)
@@ -203,8 +205,8 @@ class Shards:
         told = left_out.sentences()
         if told and not skip:
             raise DataError(
-                f"{self.source}: every sample must be whole, but there are {'; '.join(told)}; write these shards again, "
-                "or set data.skip_damaged"
+                f"{self.source}: every sample must be whole, but there are {'; '.join(told)}; write these shards "
+                "again, or set data.skip_damaged"
             )
         if not count:
             raise DataError(f"{self.source}: a source must have at least one image, but has none")

@@ -14,11 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data import create_dataset
 
-from vitrim.data.class_map import read_map
-from vitrim.data.decode import decode
-from vitrim.data.folders import SPLITS, Ask, Folder, Reading, split_of
+from vitrim.data.folders import SPLITS, Ask, Folder, Reading
+from vitrim.data.hub_data import HubData, create
 from vitrim.data.images import Images
 from vitrim.data.labels import labels_array
 from vitrim.data.shards import Shards
@@ -72,26 +70,6 @@ class _Torchvision:
         return picture.convert("RGB")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """The encoded images of a Hugging Face dataset, by number."""
-
-    dataset: Any
-    column: str
-    name: str
-
-    def __call__(self, index: int) -> Image.Image:
-        at = f"{self.name}: image {index}"
-        given = self.dataset[index][self.column]
-        if not isinstance(given, Mapping) or not (given.get("bytes") or given.get("path")):
-            raise DataError(f"{at}: every image must decode, but there is none; set data.skip_damaged")
-        try:
-            data = given["bytes"] or Path(given["path"]).read_bytes()
-        except OSError as problem:
-            raise DataError(f"{at}: every image must be readable, but {problem.strerror}") from None
-        return decode(data, at)
-
-
 def find_source(source: str) -> Source:
     """Find a source of images and list what it holds, once.
 
@@ -110,7 +88,7 @@ def find_source(source: str) -> Source:
     if slash and kind.lower() in ("torch", "hfds", "wds"):
         name, _, pinned = rest.partition(":") if kind.lower() != "wds" or not _exists(rest) else (rest, "", "")
         whole = f"{kind}/{name}"
-        found: Source = {"torch": _Torch, "hfds": _Hfds, "wds": _Wds}[kind.lower()](whole)
+        found: Source = {"torch": _Torch, "hfds": HubData, "wds": _Wds}[kind.lower()](whole)
         return _Pinned(source, found, pinned) if pinned else found
     if source == "digits":
         return _Digits()
@@ -139,7 +117,12 @@ def open_source(
         source: see `find_source`.
         split: `train`, `validation` or `test`; None takes `train` of a divided source, else everything. `hfds` takes
             any split expression of its own.
-        class_map, classes, class_order, ask, depth, skip_damaged: see `vitrim.data.folders.Reading`.
+        class_map: text file with one class name a line, or names with their numbers.
+        classes: outputs of the model; with 1,000 of them, folders named by ImageNet ids find their ImageNet label.
+        class_order: `plain`, `natural` or `auto`, see `vitrim.data.folders.Reading`.
+        ask: asked for the order with `auto`.
+        depth: level of the class folders, from 1.
+        skip_damaged: whether to leave out images that do not decode.
 
     Returns:
         Images in a fixed order.
@@ -278,7 +261,7 @@ class _Torch:
         root = Path(os.environ.get("VITRIM_DATA", "~/.cache/vitrim")).expanduser()
         # torchvision's sets have two parts, which timm calls train and everything else.
         part = "train" if chosen == "train" else "validation"
-        dataset = _create(self.source, root=str(root), split=part, download=True)
+        dataset = create(self.source, root=str(root), split=part, download=True)
         labels = _torch_labels(dataset, self.source)
         names = tuple(str(name) for name in getattr(dataset, "classes", ())) or None
         count = len(names) if names else int(labels.max()) + 1
@@ -291,84 +274,6 @@ def _torch_labels(dataset: Any, source: str) -> NDArray[np.int64]:
         if getattr(dataset, field, None) is not None:
             return labels_array(getattr(dataset, field), source)
     return labels_array((dataset[index][1] for index in range(len(dataset))), source)
-
-
-class _Hfds:
-    """A dataset of the Hugging Face Hub, or of a local folder in its form."""
-
-    by_names = False
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        self._names = _hub_splits(source)
-        kinds = {split_of(name) for name in self._names}
-        self.splits = tuple(split for split in SPLITS if split in kinds)
-
-    def images(self, split: str | None, reading: Reading) -> Images:
-        chosen = self._name(split)
-        reader = _create(self.source, split=chosen).reader
-        columns = reader.dataset.column_names
-        given = reader.dataset[reader.label_key] if reader.label_key in columns else [-1] * len(reader)
-        labels = labels_array(list(given), self.source)
-        names = tuple(sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)) or None
-        order = ""
-        if reading.class_map:
-            names, labels, order = self._mapped(names, labels, reading.class_map)
-        count = len(names) if names and (labels >= 0).any() else int(labels.max()) + 1
-        images = Images(
-            _Rows(reader.dataset, reader.image_key, self.source),
-            labels,
-            classes=count,
-            names=names if count else None,
-            source=self.source,
-            split=split_of(chosen) or chosen,
-            order=order,
-            fixed=True,
-        )
-        return images.without_damaged() if reading.skip_damaged else images
-
-    def _name(self, split: str | None) -> str:
-        """The dataset's own name of a split; an expression is taken as it is."""
-        kinds = {split_of(name): name for name in self._names}
-        wanted = split or ("train" if "train" in kinds or not self._names else self._names[0])
-        if wanted == "test" and "test" not in kinds and "validation" in kinds:
-            wanted = "validation"
-        if wanted in SPLITS and wanted in kinds:
-            return kinds[wanted]
-        plain = wanted.replace("_", "").isalnum()
-        if plain and self._names and wanted not in self._names:
-            raise DataError(f"{self.source}: must have a split '{wanted}', but has {', '.join(self._names)}")
-        return wanted
-
-    def _mapped(
-        self, names: tuple[str, ...] | None, labels: NDArray[np.int64], class_map: str | Mapping[str, int]
-    ) -> tuple[tuple[str, ...], NDArray[np.int64], str]:
-        mapping = read_map(self.source, class_map)
-        if names is None:
-            raise DataError(f"{self.source}: a class map must go with labels that have names, but these have none")
-        used = {int(label) for label in np.unique(labels) if label >= 0}
-        unknown = [names[label] for label in sorted(used) if names[label] not in mapping]
-        if unknown:
-            raise DataError(f"{self.source}: every class must be in the class map, but '{unknown[0]}' is not")
-        numbers = np.asarray([mapping.get(name, -1) for name in names], dtype=np.int64)
-        many = [""] * (max(mapping.values()) + 1)
-        for name, number in mapping.items():
-            many[number] = name
-        return tuple(many), np.where(labels < 0, -1, numbers[labels]), "map"
-
-
-def _hub_splits(source: str) -> tuple[str, ...]:
-    """Names of the splits of a Hugging Face dataset.
-
-    Raises:
-        DataError: the library is missing, or the dataset cannot be found.
-    """
-    try:
-        from datasets import get_dataset_split_names
-
-        return tuple(str(name) for name in get_dataset_split_names(source.partition("/")[2]))
-    except Exception as problem:
-        raise _sentence(source, problem) from problem
 
 
 class _Wds:
@@ -386,18 +291,3 @@ class _Wds:
 def _no_map(source: str, reading: Reading) -> None:
     if reading.class_map:
         raise DataError(f"{source}: a class map must go with folders, tars, hfds or wds, but came with this source")
-
-
-def _create(source: str, **arguments: Any) -> Any:
-    """Call timm's `create_dataset`; whatever its many back ends raise becomes one sentence."""
-    try:
-        return create_dataset(source, **{name: value for name, value in arguments.items() if value is not None})
-    except Exception as problem:
-        raise _sentence(source, problem) from problem
-
-
-def _sentence(source: str, problem: Exception) -> DataError:
-    text = " ".join(str(problem).split()) or type(problem).__name__
-    if isinstance(problem, ImportError):
-        return DataError(f"{source}: its library must be installed, but {text}")
-    return DataError(f"{source}: timm must be able to open this source, but {text}")

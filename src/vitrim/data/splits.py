@@ -60,7 +60,12 @@ def split(
         validation: share of the training images in `[0, 1)`, or a number of them `>= 1`. A share never takes the last
             image of a class (one image a class then gives no validation part); a number does if it must.
         seed: decides the draw.
-        class_map, classes, class_order, ask, depth, skip_damaged: see `vitrim.data.folders.Reading`.
+        class_map: text file with one class name a line, or names with their numbers.
+        classes: outputs of the model; with 1,000 of them, folders named by ImageNet ids find their ImageNet label.
+        class_order: `plain`, `natural` or `auto`, see `vitrim.data.folders.Reading`.
+        ask: asked for the order with `auto`.
+        depth: level of the class folders, from 1.
+        skip_damaged: whether to leave out images that do not decode.
 
     Raises:
         DataError: a source is unfit, or `validation` leaves nothing to train on.
