@@ -48,7 +48,7 @@ def readable_endings() -> frozenset[str]:
     kept = [
         endings
         for name, endings in _FORMATS.items()
-        if name not in _OPTIONAL or features.check(_OPTIONAL[name])  # type: ignore[no-untyped-call]
+        if name not in _OPTIONAL or features.check(_OPTIONAL[name])
     ]
     return frozenset(" ".join(kept).split())
 

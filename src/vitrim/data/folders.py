@@ -1,5 +1,4 @@
-"""Folders and tars of class folders: which of the folders are splits, which are classes, and what number each class
-has.
+"""Folders and tars of class folders: which folders are splits, which are classes, and what number each class has.
 
 timm's own dataset skips a damaged image with a log line and takes its neighbor, drops a class that is missing from a
 class map, follows links in circles and knows three endings of image files. So files are listed and decoded here.

@@ -55,6 +55,7 @@ class HubData:
         self.splits = tuple(split for split in SPLITS if split in kinds)
 
     def images(self, split: str | None, reading: Reading) -> Images:
+        """The images of a split, of which any expression of the library may be given; see `open_source`."""
         chosen = self._name(split)
         reader = create(self.source, split=chosen).reader
         columns = reader.dataset.column_names
@@ -130,6 +131,7 @@ def create(source: str, **arguments: Any) -> Any:
 
 
 def why_not_opened(source: str, problem: Exception) -> DataError:
+    """What to raise for an error of a library that opens a source."""
     text = " ".join(str(problem).split()) or type(problem).__name__
     if isinstance(problem, ImportError):
         return DataError(f"{source}: its library must be installed, but {text}")

@@ -121,7 +121,7 @@ class _Walk:
         files, folders, others = self._entries(at, path, real)
         found = bool(files)
         # One list of both, for `a.png`, `b/` and `c.png` come in this order.
-        entries = [(natural_key(name), name, None) for name in files]
+        entries: list[tuple[str, str, str | None]] = [(natural_key(name), name, None) for name in files]
         entries += [(natural_key(f"{name}/"), name, inside) for name, inside in folders.items()]
         del files
         entries.sort()

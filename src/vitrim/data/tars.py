@@ -114,7 +114,7 @@ def _members(root: Path, start: int = 0, size: int | None = None) -> Iterator[ta
                     raise tarfile.ReadError(f"'{_short(info.path)}' ends after the end of the file")
                 info.offset_data += start
                 yield info
-                tar.members.clear()  # tarfile keeps each member, 1.5 kB of it
+                tar.members.clear()  # type: ignore[attr-defined] # tarfile keeps each member, 1.5 kB of it
         with root.open("rb") as stream:
             stream.seek(start + max(0, size - _END))
             if any(stream.read(min(_END, size))):
@@ -194,8 +194,8 @@ class _Found:
                 self.add(inner, f"{name[:-4]}/", nested=True)
             return
         if not is_image(name):
-            reason, kind = why_left_out(name)
-            self._leave(reason, name, kind)
+            left, kind = why_left_out(name)
+            self._leave(left, name, kind)
             return
         reason = why_not_whole(info.size)
         if reason is not None:
