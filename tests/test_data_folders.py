@@ -16,7 +16,7 @@ from timm.data import create_dataset
 from timm.utils.misc import natural_key as timm_key
 from torchvision.datasets.folder import default_loader
 
-from tests.test_data_sources import DIVIDED, TREE, both, encoded, fill, grey, pack
+from tests.test_data_sources import DIVIDED, TREE, both, encoded, fill, grey
 from vitrim.data import Images, find_source, open_source, split, splits_of
 from vitrim.data.decode import readable_endings
 from vitrim.data.listing import list_folder
@@ -34,7 +34,24 @@ def left_out(images: Images) -> str:
 
 
 def test_natural_order_is_that_of_timm():
-    names = ["10", "9", "1", "2", "apple", "Zebra", "bird", "Cat", "a10b2", "a9b10", "a", "a-", "a1", "n01", "n1x", "x٣"]
+    names = [
+        "10",
+        "9",
+        "1",
+        "2",
+        "apple",
+        "Zebra",
+        "bird",
+        "Cat",
+        "a10b2",
+        "a9b10",
+        "a",
+        "a-",
+        "a1",
+        "n01",
+        "n1x",
+        "x٣",
+    ]
     names += ["".join(random.Random(seed).choices("aB1/.-09 ", k=6)) for seed in range(500)]
     assert sorted(names, key=natural_key) == sorted(names, key=timm_key)
     assert natural_key("9" * 5000) > natural_key("8")
@@ -356,7 +373,10 @@ def test_sizes_that_a_tar_claims_need_no_memory(tmp_path):
         stream.truncate(5 * 2**30 + 4096)
     tracemalloc.start()
     start = time.perf_counter()
-    for file, told in ((path, "the tar must be whole, but a header claims"), (big, "it has 5,368,709,120 bytes and at")):
+    for file, told in (
+        (path, "the tar must be whole, but a header claims"),
+        (big, "it has 5,368,709,120 bytes and at"),
+    ):
         with pytest.raises(DataError, match=told):
             open_source(str(file))
     peak = tracemalloc.get_traced_memory()[1]
@@ -372,7 +392,9 @@ def test_sizes_that_a_tar_claims_need_no_memory(tmp_path):
 
 
 def test_names_that_lead_out_of_a_tar_are_names(tmp_path):
-    images = open_source(write_tar(tmp_path / "a.tar", member("../cat/1.png", encoded(1)), member("/dog/1.png", encoded(2))), depth=1)  # noqa: E501
+    images = open_source(
+        write_tar(tmp_path / "a.tar", member("../cat/1.png", encoded(1)), member("/dog/1.png", encoded(2))), depth=1
+    )
     assert len(images) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"a.tar"}
 
@@ -421,7 +443,9 @@ def test_names_take_little_memory(tmp_path):
 
 def test_names_that_are_not_utf8_are_read(tmp_path):
     folder = fill(tmp_path, TREE)
-    (folder / "cat" / "1.png").rename(os.path.join(os.fsencode(folder), b"cat", b"caf\xe9.png").decode("utf-8", "surrogateescape"))  # noqa: E501, PTH118
+    (folder / "cat" / "1.png").rename(
+        os.path.join(os.fsencode(folder), b"cat", b"caf\xe9.png").decode("utf-8", "surrogateescape")
+    )
     images = open_source(str(folder))
     assert sorted(grey(images, n) for n in range(len(images))) == [10, 20, 30, 40]
 

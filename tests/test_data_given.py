@@ -114,7 +114,9 @@ def test_bytes_are_images(given):
     ((trained, _),) = train_loader(Pairs((given, 0)), SMALL, NONE, batch=1, seed=0).epoch(0)
     assert torch.equal(trained, expected)
     full = Augment(kind="full", auto="")
-    assert [x.dtype for x, _ in train_loader(Pairs((given, 0)), SMALL, full, batch=1, seed=0).epoch(0)] == [torch.float32]
+    assert [x.dtype for x, _ in train_loader(Pairs((given, 0)), SMALL, full, batch=1, seed=0).epoch(0)] == [
+        torch.float32
+    ]
 
 
 def test_grey_arrays_are_images():

@@ -181,7 +181,9 @@ def test_braces():
 
 class Rows(list):
     def __init__(self, labels) -> None:
-        super().__init__({"image": {"bytes": encoded(n + 1), "path": None}, "label": each} for n, each in enumerate(labels))
+        super().__init__(
+            {"image": {"bytes": encoded(n + 1), "path": None}, "label": each} for n, each in enumerate(labels)
+        )
         self.labels = labels
         self.column_names = ("image", "label")
 

@@ -45,11 +45,7 @@ _SIXTEEN = 65535
 @functools.cache
 def readable_endings() -> frozenset[str]:
     """Endings of the files that are read as images by this build of Pillow, in lower case with the dot."""
-    kept = [
-        endings
-        for name, endings in _FORMATS.items()
-        if name not in _OPTIONAL or features.check(_OPTIONAL[name])
-    ]
+    kept = [endings for name, endings in _FORMATS.items() if name not in _OPTIONAL or features.check(_OPTIONAL[name])]
     return frozenset(" ".join(kept).split())
 
 

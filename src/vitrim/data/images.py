@@ -153,8 +153,10 @@ class Images(Dataset[tuple[Image.Image, int]]):
         }
         return Images(self._read, **(same | changes))
 
-    def line(self) -> str:
+    def line(self, more: int = 0) -> str:
         """What was read, in one line: images, classes, the first three class names with their numbers, what was not.
+
+        With `more`, that many images of the source that are not among these are counted, too.
 
         "1,347 images of digits (train), 10 classes (0 '0', 1 '1', 2 '2', ...); nothing left out".
         """
@@ -165,12 +167,12 @@ class Images(Dataset[tuple[Image.Image, int]]):
             classes = f"{self.classes:,} classes without names"
         else:
             told = [f"{number} '{name}'" for number, name in enumerate(self.names) if name]
-            more = ["..."] if len(told) > _SHOWN else []
+            dots = ["..."] if len(told) > _SHOWN else []
             order = f" in {self.order} order" if self.order in ("plain", "natural") else ""
-            classes = f"{self.classes:,} classes{order} ({', '.join([*told[:_SHOWN], *more])})"
+            classes = f"{self.classes:,} classes{order} ({', '.join([*told[:_SHOWN], *dots])})"
         left = f"left out: {'; '.join(self.left_out)}" if self.left_out else "nothing left out"
-        images = "image" if len(self) == 1 else "images"
-        return f"{len(self):,} {images} of {self.label}{part}, {classes}; {left}"
+        count = len(self) + more
+        return f"{count:,} {'image' if count == 1 else 'images'} of {self.label}{part}, {classes}; {left}"
 
     @property
     def label(self) -> str:

@@ -125,7 +125,7 @@ def line_of(parts: Splits) -> str:
     for name, part in (("calibration", parts.calibration), ("validation", parts.validation)):
         if part is not None:
             told.append(f"{len(part):,} for {name}" + (" among them" if name == "calibration" else ""))
-    line = f"{parts.train.line()}; {', '.join(told)}"
+    line = f"{parts.train.line(0 if parts.validation is None else len(parts.validation))}; {', '.join(told)}"
     if parts.test is not None and parts.test is not parts.train:
         line += f"; test: {parts.test.line()}"
     return line
