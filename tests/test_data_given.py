@@ -174,9 +174,9 @@ def test_items_that_are_no_pairs_are_one_sentence():
 
 def test_loaders_of_arrays_are_read():
     images = images_of([(values(2, 12, 10, 3), [0, 1])])
-    assert len(list(eval_loader(images, SMALL))[0][0]) == 2
+    assert len(next(iter(eval_loader(images, SMALL)))[0]) == 2
     images = images_of(DataLoader(TensorDataset(torch.from_numpy(values(4, 3, 8, 8)), torch.arange(4)), batch_size=2))
-    assert list(eval_loader(images, SMALL))[0][0].dtype == torch.float32
+    assert next(iter(eval_loader(images, SMALL)))[0].dtype == torch.float32
 
 
 # Datasets that draw.

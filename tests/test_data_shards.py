@@ -70,7 +70,7 @@ def test_training_takes_its_own_test_split(shards):
 def test_measuring_never_takes_training_images(shards):
     assert len(test_images(find_source(f"wds/{shards}"), Reading())) == 2
     (shards / "things-val-000.tar").unlink()
-    with pytest.raises(DataError, match="must be no training images, but there is only a train split; .*:train"):
+    with pytest.raises(DataError, match=r"must be no training images, but there is only a train split; .*:train"):
         test_images(find_source(f"wds/{shards}"), Reading())
     assert len(test_images(find_source(f"wds/{shards}:train"), Reading())) == 7
 

@@ -177,11 +177,12 @@ class Images(Dataset[tuple[Image.Image, int]]):
     @property
     def label(self) -> str:
         """The source as reports tell it: without the folders that a path leads through."""
-        kind, slash, _ = self.source.partition("/")
-        if slash and kind.lower() in ("torch", "hfds"):
+        kind, slash, rest = self.source.partition("/")
+        # Names of the Hub are owner/name; anything longer is a path.
+        if slash and kind.lower() in ("torch", "hfds") and rest.count("/") < 2 and not rest.startswith(("/", ".")):
             return self.source
         last = self.source.rstrip("/").rpartition("/")[2]
-        return f"wds/{last}" if slash and kind.lower() == "wds" else last or "data in memory"
+        return f"{kind}/{last}" if slash and kind.lower() in ("wds", "hfds") else last or "data in memory"
 
 
 def labels_of(dataset: Dataset[Any]) -> NDArray[np.int64]:

@@ -94,6 +94,14 @@ class Scenes(Dataset[tuple[Image.Image, Image.Image]]):
         picture = decode(self._store.read(name), f"{self.source}: {name}")
         return picture, Image.fromarray(self._mask(mask, picture.size))
 
+    def line(self) -> str:
+        """What was read, in one line: scenes, classes, the first three class names with their numbers."""
+        told = [f"{number} '{name}'" for number, name in enumerate(self.names)]
+        first = ", ".join([*told[:3], *(["..."] if len(told) > 3 else [])])
+        part = f" ({self.split})" if self.split else ""
+        source = self.source.rstrip("/").rpartition("/")[2]
+        return f"{len(self):,} scenes of {source}{part}, {self.classes:,} classes ({first})"
+
     def name(self, index: int) -> str:
         """The file of a picture, relative to the source."""
         return self._pairs[index][0]
