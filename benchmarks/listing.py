@@ -1,9 +1,9 @@
-"""List a folder of many empty image files: seconds and memory, beside timm's reader; extrapolated to ImageNet.
+"""List a folder of many empty image files: seconds and memory, beside timm's reader, extrapolated to ImageNet.
 
     python benchmarks/listing.py --files 100000
 
-Each is measured in a process of its own, as the growth of its peak memory over what its imports take. The files are made
-in a temporary folder, 1,300 a class, and removed at the end.
+Each is measured in a process of its own, as the growth of its peak memory over what its imports take. The files are
+made in a temporary folder, 1,300 a class, and removed at the end.
 """
 
 import argparse

@@ -25,7 +25,10 @@ Weights = Annotated[
 ]
 Random = Annotated[bool, typer.Option("--random-weights", help="Leave a timm model's weights random.")]
 Source = Annotated[
-    str | None, typer.Option("--data", help="digits, a folder, a tar, torch/NAME, hfds/NAME or wds/NAME.")
+    str | None,
+    typer.Option(
+        "--data", help="digits, a folder, a tar, torch/NAME, hfds/NAME or wds/FOLDER; :SPLIT names a split of it."
+    ),
 ]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting of a recipe.")]
 

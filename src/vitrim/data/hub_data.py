@@ -4,6 +4,7 @@ P images.
 """
 
 import dataclasses
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -115,9 +116,9 @@ def _hub_splits(source: str) -> tuple[str, ...]:
         DataError: the library is missing, or the dataset cannot be found.
     """
     try:
-        from datasets import get_dataset_split_names
-
-        return tuple(str(name) for name in get_dataset_split_names(source.partition("/")[2]))
+        # Not needed by the rest of vitrim, so not installed with it.
+        library: Any = importlib.import_module("datasets")
+        return tuple(str(name) for name in library.get_dataset_split_names(source.partition("/")[2]))
     except Exception as problem:
         raise why_not_opened(source, problem) from problem
 

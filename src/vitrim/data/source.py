@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,7 +88,8 @@ def find_source(source: str) -> Source:
     if slash and kind.lower() in ("torch", "hfds", "wds"):
         name, _, pinned = rest.partition(":") if kind.lower() != "wds" or not _exists(rest) else (rest, "", "")
         whole = f"{kind}/{name}"
-        found: Source = {"torch": _Torch, "hfds": HubData, "wds": _Wds}[kind.lower()](whole)
+        openers: dict[str, Callable[[str], Source]] = {"torch": _Torch, "hfds": HubData, "wds": _Wds}
+        found = openers[kind.lower()](whole)
         return _Pinned(source, found, pinned) if pinned else found
     if source == "digits":
         return _Digits()
@@ -177,7 +178,8 @@ class _Pinned:
     """A source with a split that the user named."""
 
     def __init__(self, source: str, found: Source, split: str) -> None:
-        self.source, self.splits = source, ()
+        self.source = source
+        self.splits: tuple[str, ...] = ()
         self.by_names = found.by_names
         self._found, self._split = found, split
 

@@ -126,10 +126,15 @@ def _compared(run: Run) -> tuple[str, ...]:
         _ratio(number(measured, "macs_ratio")),
         short(number(measured, "params")),
         _ratio(number(measured, "params_ratio")),
-        _percent(number(measured, "top1")),
-        _percent(number(measured, "top1_parent")),
+        _percent(number(measured, "top1")) + _error(measured, "top1_error"),
+        _percent(number(measured, "top1_parent")) + _error(measured, "top1_parent_error"),
         _ratio(number(measured, "latency_ratio")),
     )
+
+
+def _error(measured: Record, name: str) -> str:
+    error = number(measured, name)
+    return "" if error is None else f" \N{PLUS-MINUS SIGN} {error:.1f}"
 
 
 def everything(runs: Sequence[Run]) -> Table:
@@ -195,8 +200,8 @@ def outcome(measured: Record) -> str:
 
 def _measured_on(measured: Record) -> str:
     """Standard error of top-1, how many images it was measured on, and which; empty where that is not known."""
-    error, count, source = number(measured, "top1_error"), number(measured, "test_images"), measured.get("test_source")
-    text = "" if error is None else f" \N{PLUS-MINUS SIGN} {error:.1f}"
+    count, source = number(measured, "test_images"), measured.get("test_source")
+    text = _error(measured, "top1_error")
     if count is not None and isinstance(source, str):
         text += f" on {count:,.0f} images of {source}"
     return text
