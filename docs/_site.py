@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-FIRST = ("index.md", "loader.md", "deployment.md", "latency.md")
+FIRST = ("index.md", "data.md", "loader.md", "deployment.md", "latency.md")
 LAST = ("adding.md", "api.md", "architecture.md", "results.md", "models.md", "versions.md")
 METHODS = "methods"
 OURS = ("spvit", "mdc", "vit_slim", "cait", "post_training")

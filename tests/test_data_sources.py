@@ -2,7 +2,6 @@
 
 import io
 import tarfile
-import types
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 from PIL import Image
 from timm.data import ImageNetInfo
 
-import vitrim.data.source as source_module
+import vitrim.data.hub_data as hub_module
 from vitrim.data import Images, check_classes, open_source, split, splits_of
 from vitrim.words.errors import DataError
 
@@ -238,7 +237,7 @@ class FakeTorch:
 
 def test_torch_names_go_to_timm(monkeypatch):
     asked = []
-    monkeypatch.setattr(source_module, "create_dataset", lambda name, **k: asked.append((name, k)) or FakeTorch())
+    monkeypatch.setattr(hub_module, "create_dataset", lambda name, **k: asked.append((name, k)) or FakeTorch())
     monkeypatch.setenv("VITRIM_DATA", "somewhere")
     images = open_source("torch/cifar10", "test")
     assert asked == [("torch/cifar10", {"root": "somewhere", "split": "validation", "download": True})]
@@ -253,65 +252,6 @@ def test_unknown_torchvision_sets_are_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("VITRIM_DATA", str(tmp_path))
     with pytest.raises(DataError, match=r"torch/cifar11: timm must be able to open this source, but Unknown"):
         open_source("torch/cifar11")
-
-
-class FakeRows(dict):
-    column_names = ("image", "label")
-
-
-def test_hfds_names_go_to_timm(monkeypatch):
-    class Reader:
-        label_key = "label"
-        class_to_idx = types.MappingProxyType({"no": 0, "yes": 1})
-        dataset = FakeRows(label=[1, 0])
-
-        def __len__(self):
-            return 2
-
-        def __getitem__(self, index):
-            return io.BytesIO(encoded(index + 1)), None
-
-    asked = []
-    fake = types.SimpleNamespace(reader=Reader())
-    monkeypatch.setattr(source_module, "create_dataset", lambda name, **k: asked.append((name, k)) or fake)
-    images = open_source("hfds/someone/things", "train[:10%]")
-    assert asked == [("hfds/someone/things", {"split": "train[:10%]"})]
-    assert (images.names, images.labels.tolist(), grey(images, 1)) == (("no", "yes"), [1, 0], 2)
-
-
-@pytest.fixture
-def wds(monkeypatch):
-    asked = []
-
-    def fake(name, **given):
-        asked.append((name, given))
-        return iter([(picture(1), 0), (picture(2), 2)])
-
-    monkeypatch.setattr(source_module, "create_dataset", fake)
-    return asked
-
-
-def test_wds_names_go_to_timm(tmp_path, wds):
-    (tmp_path / "train-0.tar").touch()
-    (tmp_path / "train-1.tar").touch()
-    (tmp_path / "test-0.tar").touch()
-    images = open_source(f"wds/{tmp_path}", "train")
-    assert wds[-1] == ("wds/", {"root": str(tmp_path), "split": "train-0.tar::train-1.tar"})
-    assert (len(images), images.classes, grey(images, 1)) == (2, 3, 2)
-    open_source(f"wds/{tmp_path}/train-{{0..1}}.tar")
-    assert wds[-1][1]["split"] == "train-{0..1}.tar"
-    with pytest.raises(DataError, match="a shard whose name starts with 'val'"):
-        open_source(f"wds/{tmp_path}", "val")
-    (tmp_path / "_info.json").touch()
-    open_source(f"wds/{tmp_path}", "test")
-    assert wds[-1][1]["split"] == "test"
-
-
-def test_wds_must_fit_memory(tmp_path, wds, monkeypatch):
-    (tmp_path / "a.tar").touch()
-    monkeypatch.setattr(source_module, "_MEMORY", 500)
-    with pytest.raises(DataError, match="unpack it into class folders"):
-        open_source(f"wds/{tmp_path}")
 
 
 def test_splits_are_disjoint_balanced_and_repeat():

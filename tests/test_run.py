@@ -39,6 +39,7 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads
 QUIET = {"latency": False}
 FILES = {
     "recipe.toml",
+    "data.json",
     "plan.json",
     "trials.jsonl",
     "log.jsonl",
@@ -236,7 +237,7 @@ def test_test_images_alone_are_for_measuring(monkeypatch):
         (DataError, "training needs images", {"data": None, "method": "random", "epochs": 1}),
         (DataError, "must be a source, a dataset or a loader", {"data": 3}),
         (DataError, "a loader must give (images, labels)", {"data": [1, 2]}),
-        (DataError, "one whole number a label", {"data": [(torch.zeros(2, 3, 32, 32), torch.zeros(2, 10))]}),
+        (DataError, "a multi-hot vector of 10 came", {"data": [(torch.zeros(2, 3, 32, 32), torch.zeros(2, 10))]}),
         (DataError, "must have at least one image", {"data": []}),
         (DataError, "must have the 10 classes of the model, but has 12", {"data": tensors(24, 12)}),
         (

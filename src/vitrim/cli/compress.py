@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitrim.cli.shared import Presets, Random, Settings, Source, Weights, app, laid, read, say, show_table
+from vitrim.cli.shared import Presets, Random, Settings, Source, Weights, app, laid, read, say, show_table, warn
 from vitrim.cli.transfer import transferred
 from vitrim.words.errors import RecipeError
 
@@ -110,9 +110,12 @@ def _folder(recipe: Path, whole: bool) -> Path:
 
 def _show(result: "Result") -> None:
     from vitrim.report import result as side_by_side
+    from vitrim.report import warnings
 
     measured = result.measured
     table = side_by_side(measured)
     show_table(f"{measured['model']}, {measured['method']} at {measured['budget']}", table.head, table.rows)
+    for text in warnings(measured):
+        warn(text)
     if result.folder is not None:
         say(f"model, plan, log and report are in {result.folder}")

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vitrim.cli.shared import Random, Settings, Weights, app, say, show_table
+from vitrim.cli.shared import Random, Settings, Weights, app, say, show_table, warn
 
 
 @app.command()
@@ -23,6 +23,7 @@ def pareto(
     set_: Settings = None,
 ) -> None:
     """Calibrate once, without labels or training, and read off a model for each budget."""
+    from vitrim.report import warnings
     from vitrim.run.curve import BUDGETS
     from vitrim.run.curve import pareto as make
     from vitrim.run.recipe import merged, overrides
@@ -35,6 +36,9 @@ def pareto(
     found = make(merged(asked, overrides(set_ or [])), out, budgets or BUDGETS, say=say)
     rows = [_row(result.measured) for result in found.results]
     show_table(f"{model}, read off one calibration", ["budget", "MACs", "top-1", "same answer", "latency", "s"], rows)
+    for result in found.results:
+        for text in warnings(result.measured):
+            warn(f"{result.measured['budget']}: {text}")
     say(f"models, figure and report are in {out}; further budgets: --calibration {found.calibration}")
 
 

@@ -80,20 +80,18 @@ def _int8(net: "nn.Module", name: str, out: Path, opset: int, asked: dict[str, A
 
 
 def _int8_of_images(net: "nn.Module", name: str, out: Path, opset: int, source: "DataRecipe") -> "Quantized":
-    from vitrim.data import Input, check_classes, eval_loader, split
+    from vitrim.data import Input, eval_loader
     from vitrim.deploy.quantize import quantize
     from vitrim.families import describe
+    from vitrim.run.images import open_splits
 
-    classes = describe(net).classes
-    known = split(
-        source.train or "", source.test, calibration=source.calibration, validation=0, seed=0,
-        class_map=source.class_map, classes=classes,
-    )  # fmt: skip
-    for part in (known.train, known.test):
-        if part is not None:
-            check_classes(part, classes)
-    assert known.calibration is not None
     fitting = Input.of(net, **{key: value for key in ("mean", "std") if (value := getattr(source, key)) is not None})
+    known = open_splits(
+        source, source.train, source.test, model=net, input=fitting, classes=describe(net).classes, seed=0,
+        validation=0, say=say,
+    )  # fmt: skip
+    assert known is not None
+    assert known.calibration is not None
     test = None if known.test is None else eval_loader(known.test, fitting, batch=32)
     return quantize(net, out, eval_loader(known.calibration, fitting, batch=8), test=test, opset=opset, say=say)
 

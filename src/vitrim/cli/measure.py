@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from vitrim.cli.shared import Random, Settings, Weights, app, read, say, show_table
+from vitrim.cli.shared import Random, Settings, Weights, app, read, say, show_table, warn
 from vitrim.cli.transfer import scored
 from vitrim.words.errors import RecipeError, RunError
 
@@ -26,11 +26,13 @@ def evaluate(
     import torch
 
     from vitrim import measure
-    from vitrim.data import Input, check_classes, eval_loader, open_source, splits_of
+    from vitrim.data import Input, eval_loader
     from vitrim.deploy.parent import open_parent
     from vitrim.families import describe
     from vitrim.report.tables import percent
+    from vitrim.run.images import open_test
     from vitrim.run.recipe import DataRecipe, ModelRecipe, merged, overrides
+    from vitrim.run.remarks import chance_of, standard_error, why_at_chance
     from vitrim.train import evaluate as evaluate_model
     from vitrim.words.plain import dump
 
@@ -48,25 +50,30 @@ def evaluate(
     if spec.family == "segmentor":
         scored(net, model, data, source)
         return
-    known = splits_of(data)
-    split = next((name for name in ("test", "validation") if name in known), None)
-    images = open_source(data, split, class_map=source.class_map, classes=spec.classes)
-    check_classes(images, spec.classes)
     chosen = {key: value for key in ("mean", "std") if (value := getattr(source, key)) is not None}
     net = net.to("cuda" if torch.cuda.is_available() else "cpu")
-    found = evaluate_model(net, eval_loader(images, Input.of(net, **chosen)), classes=spec.classes)
+    input = Input.of(net, **chosen)
+    images = open_test(source, data, model=net, input=input, classes=spec.classes, say=say)
+    found = evaluate_model(net, eval_loader(images, input))
+    error = standard_error(found.top1, found.count)
     cost = measure.cost(spec)
     rows = [
         [
             model,
             f"{cost.macs / 1e9:.4f} G",
             f"{cost.params / 1e6:.3f} M",
-            percent(found.top1, 2),
+            percent(found.top1, 2) + ("" if error is None else f" \N{PLUS-MINUS SIGN} {error:.2f}"),
             percent(found.top5, 2),
             str(found.count),
         ]
     ]
     show_table("", ["model", "MACs", "parameters", "top-1", "top-5", "images"], rows)
+    chance = None if found.top1 is None else chance_of(images.labels)
+    if (reason := why_at_chance(found.top1, chance, found.count)) is not None:
+        warn(
+            f"the model does not know these images: {reason}; check its weights, the numbers of the classes "
+            "(data.class_order, data.class_map) and the normalization (data.mean, data.std)"
+        )
 
 
 @app.command()

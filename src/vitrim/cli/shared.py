@@ -22,6 +22,7 @@ __all__ = [
     "read",
     "say",
     "show_table",
+    "warn",
 ]
 
 app = typer.Typer(
@@ -37,7 +38,10 @@ Weights = Annotated[
 ]
 Random = Annotated[bool, typer.Option("--random-weights", help="Leave a timm model's weights random.")]
 Source = Annotated[
-    str | None, typer.Option("--data", help="digits, a folder, a tar, torch/NAME, hfds/NAME or wds/NAME.")
+    str | None,
+    typer.Option(
+        "--data", help="digits, a folder, a tar, torch/NAME, hfds/NAME or wds/FOLDER; :SPLIT names a split of it."
+    ),
 ]
 Presets = Annotated[
     list[str] | None,
@@ -49,6 +53,11 @@ Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE"
 def say(text: str) -> None:
     """Remark on what happens, beside the results."""
     Console(stderr=True, soft_wrap=True).print(Text(text, style="dim"))
+
+
+def warn(text: str) -> None:
+    """Say loudly, beside the results, what should not be overlooked."""
+    Console(stderr=True, soft_wrap=True).print(Text(f"warning: {text}", style="bold yellow"))
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vitrim.data.inputs import Input
 from vitrim.data.noise import seeded
+from vitrim.data.pictures import as_picture
 from vitrim.words.errors import DataError
 from vitrim.words.plain import Node
 
@@ -94,12 +95,13 @@ class Full:
             if isinstance(step, RandAugment):
                 _keep_a_bit(step)
 
-    def __call__(self, picture: Image.Image | Tensor, epoch: int, index: int) -> Tensor:
+    def __call__(self, given: Any, epoch: int, index: int) -> Tensor:
         """Return the augmented picture, float32 `(C, h, w)`.
 
         Raises:
-            DataError: the picture is a tensor already.
+            DataError: the picture is a tensor already, or none.
         """
+        picture = as_picture(given)
         if isinstance(picture, Tensor):
             raise DataError("augment.kind must be 'none' or 'light' for a dataset of tensors, but is 'full'")
         with seeded(self.seed, epoch, index):

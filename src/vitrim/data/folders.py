@@ -1,209 +1,68 @@
-"""Folders and tars of class folders, read through timm, checked by us.
+"""Folders and tars of class folders: which folders are splits, which are classes, and what number each class has.
 
-timm's dataset skips a damaged picture with a log line and takes its neighbour, and drops a class that is missing from a
-class map in silence; both would change a result without a word. So timm lists the files and we decode them.
+timm's own dataset skips a damaged image with a log line and takes its neighbor, drops a class that is missing from a
+class map, follows links in circles and knows three endings of image files. So files are listed and decoded here.
 
-Layouts: `<class>/*.jpg`, `<split>/<class>/*.jpg`, or pictures without class folders, which have no labels. The leaf
-folder is the class. Class numbers count over all splits, so that a class missing from one of them shifts nothing.
+Layouts: `<class>/*.jpg`, `<split>/<class>/*.jpg`, or images without class folders, which have no labels. Class numbers
+count over all splits, so that a class missing from one of them shifts nothing. F folders that hold images.
 """
 
 import dataclasses
-import os
-import tarfile
-from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from timm.data import ImageNetInfo, create_dataset
-from timm.data.readers.class_map import load_class_map
-from timm.data.readers.img_extensions import get_img_extensions
-from timm.utils.misc import natural_key
+from numpy.typing import NDArray
 
-from vitrim.data.images import Images, decode
+from vitrim.data.class_map import imagenet_numbers, read_map
+from vitrim.data.decode import readable_endings
+from vitrim.data.images import Images
+from vitrim.data.listing import Listing, list_folder
+from vitrim.data.names import ORDERS, sort_classes
+from vitrim.data.tars import list_tar
 from vitrim.words.errors import DataError
-from vitrim.words.plain import reason
 
-__all__ = ["IMAGENET", "SPLITS", "choose_split", "folder_splits", "open_folder", "tar_ranges"]
+__all__ = ["SPLITS", "Ask", "Folder", "Reading", "choose_split", "split_of"]
 
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("val", "valid", "validation", "eval"),
     "test": ("test", "testing"),
 }
-IMAGENET = 1000
-_TAR_END = 1024
+_KNOWN = {name: split for split, names in SPLITS.items() for name in names}
+_SHOWN = 3
+
+Ask = Callable[[Mapping[str, Images]], str]
+"""Says which order of class folders is meant, given the training images with labels in each order."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Files:
-    paths: tuple[str, ...]
+class Reading:
+    """How a source is read, where it can be read in several ways.
 
-    def __call__(self, index: int) -> Image.Image:
-        path = Path(self.paths[index])
-        try:
-            data = path.read_bytes()
-        except OSError as problem:
-            raise DataError(f"{path}: every image must be readable, but {reason(problem)}") from None
-        return decode(data, str(path))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Members:
-    """Pictures in a tar, by byte range: no open file is shared, so workers may fork at any moment."""
-
-    tar: str
-    names: tuple[str, ...]
-    ranges: tuple[tuple[int, int], ...]
-
-    def __call__(self, index: int) -> Image.Image:
-        start, size = self.ranges[index]
-        try:
-            with Path(self.tar).open("rb") as stream:
-                stream.seek(start)
-                data = stream.read(size)
-        except OSError as problem:
-            raise DataError(f"{self.tar}: the tar must be readable, but {reason(problem)}") from None
-        return decode(data, f"{self.tar}:{self.names[index]}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Listing:
-    """The pictures of a folder or tar: `paths` relative to it, and the reader that decodes them by place."""
-
-    paths: tuple[PurePosixPath, ...]
-    read: _Files | _Members
-    empty: tuple[str, ...]
-
-
-def folder_splits(source: str) -> tuple[str, ...]:
-    """Return the splits that a folder or tar is divided into (`train validation test`), or none.
-
-    Raises:
-        DataError: the source is damaged or has no image.
+    Attributes:
+        class_map: text file with one class name a line, or names with their numbers; empty for none.
+        classes: outputs of the model; with 1,000 of them, folders named by ImageNet ids find their ImageNet label.
+        class_order: how class folders are numbered: `plain` (by code point, as torchvision, Keras and Hugging Face
+            datasets do), `natural` (as timm does: digits as numbers, without regard to case), or `auto`: whichever
+            `ask` says, where the two differ.
+        ask: asked for the order; without it, folders whose orders differ are refused with `auto`.
+        depth: level of the folders that are the classes, from 1, below the source or its split folder; None where only
+            one reading is possible.
+        skip_damaged: decode every image once and leave out those that do not decode.
     """
-    listing = _list(source)
-    return _splits(listing.paths)
+
+    class_map: str | Mapping[str, int] = ""
+    classes: int | None = None
+    class_order: str = "auto"
+    ask: Ask | None = None
+    depth: int | None = None
+    skip_damaged: bool = False
 
 
-def open_folder(
-    source: str,
-    split: str | None,
-    *,
-    class_map: str | Mapping[str, int] = "",
-    classes: int | None = None,
-) -> Images:
-    """Open a folder or a tar of class folders.
-
-    Args:
-        source: path of the folder or `.tar`.
-        split: `train`, `validation` or `test` of a divided source; None takes `train` there, else everything. `test`
-            falls back on `validation`, as ImageNet is laid out. Any source may serve whole as `train`.
-        class_map: text file with one class name a line, or names with their numbers.
-        classes: outputs of the model; with 1,000 of them, folders named by ImageNet wnids find their ImageNet label.
-
-    Raises:
-        DataError: nothing there, a damaged tar, an empty class, a class outside the map, no such split.
-    """
-    listing = _list(source)
-    divided = _splits(listing.paths)
-    wanted = choose_split(source, divided, split)
-    labels, names, count = _label(source, listing, divided, class_map, classes)
-    index = None
-    if wanted is not None:
-        inside = [place for place, path in enumerate(listing.paths) if path.parts[0].lower() in SPLITS[wanted]]
-        index = np.asarray(inside, dtype=np.int64)
-    return Images(listing.read, labels, classes=count, names=names, source=source, split=wanted, index=index)
-
-
-def _list(source: str) -> _Listing:
-    root = Path(source)
-    listing = _list_tar(root) if root.is_file() else _list_folder(root)
-    if not listing.paths:
-        kinds = " ".join(get_img_extensions())
-        raise DataError(f"{source}: a source must have at least one image ({kinds}), but has none")
-    return listing
-
-
-def _list_folder(root: Path) -> _Listing:
-    try:
-        reader: Any = create_dataset("", root=str(root), search_split=False).reader
-    except RuntimeError:  # timm found no image
-        return _Listing((), _Files(()), ())
-    paths = tuple(str(path) for path, _ in reader.samples)
-    relative = tuple(PurePosixPath(Path(path).relative_to(root).as_posix()) for path in paths)
-    return _Listing(relative, _Files(paths), _empty_folders(root, relative))
-
-
-def _empty_folders(root: Path, paths: tuple[PurePosixPath, ...]) -> tuple[str, ...]:
-    filled = {str(parent) for path in {path.parent for path in paths} for parent in (path, *path.parents)}
-    empty = []
-    for place, folders, _ in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        relative = Path(place).relative_to(root).as_posix()
-        if not folders and relative not in filled:
-            empty.append(relative)
-    return tuple(sorted(empty))
-
-
-def _list_tar(root: Path) -> _Listing:
-    members = _members(root)
-    if not any(Path(name).suffix.lower() in get_img_extensions() for name, _ in members) and not any(
-        name.endswith(".tar") for name, _ in members
-    ):
-        return _Listing((), _Members(str(root), (), ()), ())
-    reader: Any = create_dataset("", root=str(root), search_split=False).reader
-    names, ranges = [], []
-    for info, _, child in reader.samples:
-        prefix = "" if child is None else str(PurePosixPath(child.name).with_suffix("")) + "/"
-        names.append(str(PurePosixPath(prefix + info.path)))
-        ranges.append((info.offset_data + (0 if child is None else child.offset_data), info.size))
-    paths = tuple(PurePosixPath(name) for name in names)
-    filled = {str(parent) for path in paths for parent in path.parents}
-    folders = {str(PurePosixPath(name)) for name, is_folder in members if is_folder}
-    inner = {str(parent) for name in folders for parent in PurePosixPath(name).parents}
-    empty = tuple(sorted(folders - filled - inner))
-    return _Listing(paths, _Members(str(root), tuple(names), tuple(ranges)), empty)
-
-
-def tar_ranges(root: Path) -> dict[str, tuple[int, int]]:
-    """Start and size in bytes of each file of an uncompressed tar, by its name.
-
-    Raises:
-        DataError: the file is no tar, or damaged.
-    """
-    _members(root)
-    with tarfile.open(root, "r:") as tar:
-        files = [info for info in tar if info.isfile()]
-        return {PurePosixPath(info.path).as_posix(): (info.offset_data, info.size) for info in files}
-
-
-def _members(root: Path) -> list[tuple[str, bool]]:
-    """Name of each member and whether it is a folder; a damaged tar is an error here, not at picture 40,000."""
-    if root.suffix.lower() != ".tar":
-        raise DataError(f"{root}: data must be a folder or an uncompressed .tar, but this file is neither")
-    try:
-        with tarfile.open(root, "r:") as tar:
-            members = [(info.path, info.isdir(), info.offset_data + info.size) for info in tar]
-    except (tarfile.TarError, EOFError, OSError) as problem:
-        raise DataError(f"{root}: the tar must be whole, but {problem}; fetch it again") from None
-    size = root.stat().st_size
-    with root.open("rb") as stream:
-        stream.seek(max(0, size - _TAR_END))
-        ended = not any(stream.read())
-    if any(end > size for _, _, end in members) or not ended:
-        raise DataError(f"{root}: the tar must be whole, but it ends before its end mark; fetch it again")
-    return [(name, is_folder) for name, is_folder, _ in members]
-
-
-def _splits(paths: tuple[PurePosixPath, ...]) -> tuple[str, ...]:
-    first = {path.parts[0].lower() if len(path.parts) > 1 else "" for path in paths}
-    known = {name: split for split, names in SPLITS.items() for name in names}
-    # A class may be called "train": a source is divided only if every folder of it is a split.
-    if not first <= known.keys():
-        return ()
-    return tuple(split for split in SPLITS if split in {known[name] for name in first})
+def split_of(name: str) -> str | None:
+    """The split that a folder of this name stands for, or None."""
+    return _KNOWN.get(name.lower())
 
 
 def choose_split(source: str, divided: tuple[str, ...], split: str | None) -> str | None:
@@ -226,51 +85,218 @@ def choose_split(source: str, divided: tuple[str, ...], split: str | None) -> st
     return wanted
 
 
-def _label(
-    source: str,
-    listing: _Listing,
-    divided: tuple[str, ...],
-    class_map: str | Mapping[str, int],
-    classes: int | None,
-) -> tuple[np.ndarray[Any, Any], tuple[str, ...] | None, int]:
-    bare = 2 if divided else 1
-    flat = [path for path in listing.paths if len(path.parts) <= bare]
-    if len(flat) == len(listing.paths):
-        return np.full(len(flat), -1), None, 0
-    if flat:
-        raise DataError(f"{source}: every image must lie in a class folder, but '{flat[0]}' does not")
-    if listing.empty:
-        raise DataError(f"{source}: every class folder must hold an image, but '{listing.empty[0]}' is empty")
-    leaves = [path.parent.name for path in listing.paths]
-    mapping = _mapping(source, sorted(set(leaves), key=natural_key), class_map, classes)
-    names: list[str] = [""] * (max(mapping.values()) + 1)
-    for name, number in mapping.items():
-        names[number] = name
-    return np.asarray([mapping[leaf] for leaf in leaves]), tuple(names), len(names)
+class Folder:
+    """A folder or an uncompressed tar, listed once; every split of it is given from the one listing.
+
+    Attributes:
+        source: its path as the user gave it.
+        splits: what it is divided into, in the order `train validation test`; empty if it is not divided.
+        by_names: True: classes are numbered by their names.
+    """
+
+    by_names = True
+
+    def __init__(self, source: str) -> None:
+        """List it.
+
+        Raises:
+            DataError: it is damaged, has no image, or its splits cannot be told from classes.
+        """
+        root = Path(source)
+        self.source = source
+        self._listing = list_tar(root) if root.is_file() else list_folder(root)
+        if not self._listing.folders:
+            kinds = " ".join(sorted(readable_endings()))
+            left = "".join(f"; left out: {text}" for text in self._listing.left_out.sentences())
+            raise DataError(f"{source}: a source must have at least one image ({kinds}), but has none{left}")
+        self._parts = [tuple(path.split("/")) if path else () for path in self._listing.folders]
+        self._split, self._strip = _divide(source, self._listing, self._parts)
+        self._below = [parts[self._strip :] for parts in self._parts]
+        self.splits = tuple(split for split in SPLITS if split in self._split)
+
+    def images(self, split: str | None, reading: Reading) -> Images:
+        """The images of a split.
+
+        Args:
+            split: `train`, `validation` or `test` of a divided source; None takes `train` there, else everything.
+                `test` falls back on `validation`, as ImageNet is laid out. Any source may serve whole as `train`.
+            reading: how to read it.
+
+        Raises:
+            DataError: an empty class, a class outside the map, no such split, or classes that can be read in several
+                ways.
+        """
+        listing = self._listing
+        wanted = choose_split(self.source, self.splits, split)
+        taken = np.asarray([divided is not None or not self.splits for divided in self._split])
+        inside = np.asarray([divided == wanted or not self.splits for divided in self._split])
+        index = None if inside.all() else np.flatnonzero(inside[listing.folder])
+        told = listing.left_out.sentences()
+        level = self._level([b for b, t in zip(self._below, taken, strict=True) if t], reading.depth)
+
+        def made(labels: NDArray[np.int64], count: int, names: tuple[str, ...] | None, order: str) -> Images:
+            return Images(
+                listing.read, labels, classes=count, names=names, source=self.source, split=wanted, index=index,
+                left_out=told, order=order, fixed=True,
+            )  # fmt: skip
+
+        if level is None:
+            found = made(np.full(len(listing.names), -1), 0, None, "")
+        else:
+            leaves = [b[level] if t else "" for b, t in zip(self._below, taken, strict=True)]
+            self._check_empty(level)
+            classes = {leaf for leaf, t in zip(leaves, taken, strict=True) if t}
+            found = self._numbered(classes, leaves, reading, made)
+        return found.without_damaged() if reading.skip_damaged else found
+
+    def _numbered(
+        self,
+        classes: set[str],
+        leaves: list[str],
+        reading: Reading,
+        made: Callable[[NDArray[np.int64], int, tuple[str, ...] | None, str], Images],
+    ) -> Images:
+        def of(mapping: Mapping[str, int], order: str) -> Images:
+            names = [""] * (max(mapping.values()) + 1)
+            for name, number in mapping.items():
+                names[number] = name
+            # What lies beside the splits is in no part, so its label does not matter.
+            by_folder = np.asarray([mapping.get(leaf, -1) for leaf in leaves], dtype=np.int64)
+            return made(by_folder[self._listing.folder], len(names), tuple(names), order)
+
+        if reading.class_map:
+            mapping = read_map(self.source, reading.class_map)
+            unknown = sorted(classes - mapping.keys())
+            if unknown:
+                raise DataError(f"{self.source}: every class must be in the class map, but '{unknown[0]}' is not")
+            return of(mapping, "map")
+        known = imagenet_numbers(classes, reading.classes)
+        if known is not None:
+            return of(known, "imagenet")
+        sorted_ = {order: sort_classes(classes, order) for order in ORDERS}
+        given = {order: of({name: n for n, name in enumerate(names)}, order) for order, names in sorted_.items()}
+        if reading.class_order in ORDERS:
+            return given[reading.class_order]
+        if reading.class_order != "auto":
+            raise DataError(f"class_order must be auto, plain or natural, but is '{reading.class_order}'")
+        if sorted_["plain"] == sorted_["natural"]:
+            return given["plain"]
+        if reading.ask is None:
+            raise DataError(_why_unsure(self.source, given))
+        return given[reading.ask(given)]
+
+    def _level(self, below: list[tuple[str, ...]], depth: int | None) -> int | None:
+        """Place of the class in the parts below the split, or None for images without class folders."""
+        lengths = {len(parts) for parts in below}
+        if lengths == {0} and depth is None:
+            return None
+        if min(lengths) < (depth or 1):
+            place = next(n for n, parts in enumerate(self._below) if parts in below and len(parts) < (depth or 1))
+            stray = self._listing.names[int(np.argmax(self._listing.folder == place))]
+            deep = "a class folder" if depth in (None, 1) else f"{depth} folders, as data.depth says"
+            raise DataError(f"{self.source}: every image must lie in {deep}, but '{stray}' does not")
+        _check_class_first(self.source, below)
+        if depth is not None:
+            return depth - 1
+        wrappers = 0
+        while min(lengths) > wrappers + 1 and len({parts[wrappers] for parts in below}) == 1:
+            wrappers += 1
+        if lengths != {wrappers + 1}:
+            raise DataError(_why_not_one_level(self.source, below, wrappers))
+        return wrappers
+
+    def _check_empty(self, level: int) -> None:
+        """Refuse a class folder without images: its number, or those after it, would be wrong."""
+        for path, files in sorted(self._listing.empty.items()):
+            parts = path.split("/")
+            inside = not self.splits or split_of("".join(parts[self._strip - 1 : self._strip])) in self.splits
+            if inside and len(parts) == self._strip + level + 1:
+                held = "is empty" if not files else f"holds none that can be read ({files:,} other files)"
+                raise DataError(
+                    f"{self.source}: every class folder must hold an image, but '{path}' {held}; remove it or fill it"
+                )
 
 
-def _mapping(
-    source: str, found: list[str], class_map: str | Mapping[str, int], classes: int | None
-) -> Mapping[str, int]:
-    if not class_map:
-        imagenet = ImageNetInfo("imagenet-1k").label_names() if classes == IMAGENET else []
-        known = set(imagenet)
-        chosen = imagenet if known and known.issuperset(found) else found
-        return {name: number for number, name in enumerate(chosen)}
-    mapping = _read_map(source, class_map) if isinstance(class_map, str) else class_map
-    unknown = [name for name in found if name not in mapping]
-    if unknown:
-        raise DataError(f"{source}: every class must be in the class map, but '{unknown[0]}' is not")
-    return mapping
+def _divide(source: str, listing: Listing, parts: list[tuple[str, ...]]) -> tuple[list[str | None], int]:
+    """The split of each folder, `(F,)`, and how many parts of its path come before the classes.
+
+    None is the split of all folders of an undivided source, and of those beside the splits, which are left out.
+    """
+    base = _wrappers(parts)
+    first = [path[base] if len(path) > base else "" for path in parts]
+    names = sorted({name for name in first if split_of(name) is not None})
+    kinds = {split_of(name) for name in names}
+    others = [path for path, name in zip(parts, first, strict=True) if split_of(name) is None]
+    if not names:
+        return [None] * len(parts), 0
+    if others and len(kinds) == 1:
+        # A class may be called "train": one such folder is a split only if class folders lie in it.
+        if not any(len(path) > base + 1 for path, name in zip(parts, first, strict=True) if name in names):
+            return [None] * len(parts), 0
+        if any(len(path) > base + 1 for path in others):
+            beside = next(path[base] for path in others if len(path) > base + 1)
+            raise DataError(
+                f"{source}: '{names[0]}' must be a split or a class, but may be either beside '{beside}'; name "
+                f"{source.rstrip('/')}/{'/'.join((*parts[0][:base], names[0]))} itself, or move one of them away"
+            )
+    for split in sorted(kinds, key=str):
+        mine = [name for name in names if split_of(name) == split]
+        if len(mine) > 1:
+            raise DataError(f"{source}: a split must have one folder, but {' and '.join(mine)} are both {split}")
+    counts = np.bincount(listing.folder, minlength=len(parts))
+    for path, name, count in zip(parts, first, counts, strict=True):
+        if split_of(name) is None:
+            kind = f"{name}/" if name else "no folder"
+            listing.left_out.add("images beside the splits", "/".join(path) or "the source itself", kind, int(count))
+    return [split_of(name) for name in first], base + 1
 
 
-def _read_map(source: str, class_map: str) -> Mapping[str, int]:
-    path = Path(class_map)
-    if not path.exists() and not (Path(source) / class_map).exists():
-        raise DataError(f"{class_map}: the class map must exist, but it does not")
-    if path.suffix.lower() != ".txt":
-        raise DataError(f"{class_map}: a class map must be a .txt with one class name a line, but has another ending")
-    mapping: dict[str, int] = load_class_map(class_map, source)
-    if not mapping:
-        raise DataError(f"{class_map}: a class map must name at least one class, but is empty")
-    return mapping
+def _wrappers(parts: list[tuple[str, ...]]) -> int:
+    """How many folders, one in the other, stand around all class or split folders."""
+    base = 0
+    while all(len(path) > base + 1 for path in parts):
+        names = {path[base] for path in parts}
+        if len(names) > 1 or split_of(next(iter(names))) is not None:
+            break
+        base += 1
+    return base
+
+
+def _check_class_first(source: str, below: list[tuple[str, ...]]) -> None:
+    """Refuse splits within classes: whatever level is the class, training and test images would be mixed."""
+    for level in range(1, min(map(len, below))):
+        kinds = {split_of(parts[level]) for parts in below}
+        if None not in kinds and len(kinds) > 1:
+            raise DataError(
+                f"{source}: splits must stand above classes, as in train/cat/1.jpg, but here they stand below, as in "
+                f"{'/'.join(below[0])}; move them"
+            )
+
+
+def _why_not_one_level(source: str, below: list[tuple[str, ...]], wrappers: int) -> str:
+    least, most = min(map(len, below)), max(map(len, below))
+    ways = []
+    for level in range(wrappers, least):
+        found = sorted({parts[level] for parts in below})
+        some = ", ".join([*found[:_SHOWN], *(["..."] if len(found) > _SHOWN else [])])
+        ways.append(f"data.depth={level + 1} makes {len(found):,} classes ({some})")
+    deep = "/".join(next(parts for parts in below if len(parts) == most))
+    flat = "/".join(next(parts for parts in below if len(parts) == least))
+    came = f"'{deep}' has {most} levels of folders" + (f" and '{flat}' has {least}" if least < most else "")
+    return f"{source}: classes must be folders of one level, but {came}; {', '.join(ways)}"
+
+
+def _why_unsure(source: str, given: Mapping[str, Images]) -> str:
+    return (
+        f"{source}: the numbers of the classes must be known, but its folders are numbered in two ways: "
+        f"{numbering(given['plain'])} in plain order (torchvision, Keras, Hugging Face), "
+        f"{numbering(given['natural'])} in natural order (timm); give data.class_order=plain or natural, or a "
+        "data.class_map"
+    )
+
+
+def numbering(images: Images) -> str:
+    """The first three classes with their numbers: "0 '1', 1 '10', 2 '2'"."""
+    names = images.names or ()
+    told = [f"{number} '{name}'" for number, name in enumerate(names) if name][:_SHOWN]
+    return ", ".join(told)

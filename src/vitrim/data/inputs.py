@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from pydantic import Field, model_validator
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from vitrim.data.images import Images
+from vitrim.data.noise import reading
+from vitrim.data.pictures import as_picture, pair_of
 from vitrim.nn.layers import input_channels
 from vitrim.words.errors import DataError
 from vitrim.words.plain import Node, load
@@ -21,6 +22,7 @@ from vitrim.words.plain import Node, load
 __all__ = ["Input", "Loader", "eval_loader", "to_bytes", "to_tensor"]
 
 Batch = tuple[Tensor, Tensor]
+_OWN = 6
 
 
 class Input(Node):
@@ -93,7 +95,7 @@ def _fit(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 
 
 class _Eval:
-    """Picture to tensor, without randomness; a tensor passes as it is."""
+    """Picture to tensor, without randomness; a tensor of floating values passes as it is."""
 
     def __init__(self, input: Input, normalize: bool) -> None:
         self.mode = "L" if input.channels == 1 else "RGB"
@@ -108,7 +110,8 @@ class _Eval:
             normalize=normalize,
         )
 
-    def __call__(self, picture: Image.Image | Tensor) -> Tensor:
+    def __call__(self, given: Any) -> Tensor:
+        picture = as_picture(given)
         if isinstance(picture, Tensor):
             if tuple(picture.shape) != self.size:
                 raise DataError(f"a picture must be {self.size} for this input, but is {tuple(picture.shape)}")
@@ -130,17 +133,20 @@ def to_bytes(input: Input) -> _Eval:
 class Fetch(Dataset[tuple[Tensor, int] | DataError]):
     """A dataset with its transform, for worker processes.
 
-    An error comes back as a value: torch would wrap it in the worker's traceback, and ours is one sentence.
+    An error comes back as a value: torch would wrap it in the worker's traceback, and ours is one sentence. What a
+    dataset draws itself from the global generators depends on the number of the picture alone, so every pass, worker
+    and process gets the same, and the global generators stay as they are.
     """
 
     def __init__(self, dataset: Dataset[Any], transform: Any) -> None:
         self.dataset = dataset
         self.transform = transform
 
-    def __getitem__(self, index: Any) -> tuple[Tensor, int] | DataError:
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | DataError:
         try:
-            picture, label = self.dataset[index]
-            return self.transform(picture), int(label)
+            with reading(self.dataset, _OWN, index):
+                picture, label = pair_of(self.dataset[index])
+                return self.transform(picture), label
         except DataError as problem:
             return problem
 
@@ -198,7 +204,7 @@ def eval_loader(dataset: Dataset[Any], input: Input, *, batch: int = 64, workers
     """Return a loader for measuring: the order kept, nothing random.
 
     Args:
-        dataset: map-style, of `(picture, label)`; a picture is a `PIL.Image`, or a ready tensor `(C, h, w)`.
+        dataset: map-style, of `(picture, label)`, see `vitrim.data.pictures.as_picture`.
         input: what the model takes.
         batch: images a batch, `>= 1`.
         workers: processes that decode, 0 for none.

@@ -1,9 +1,12 @@
 """Batches to train on, each a pure function of (seed, epoch, step): a resumed run needs no replay.
 
+A dataset may draw numbers itself, as torchvision's random transforms do: from Python's, NumPy's or torch's global
+generators, which are seeded anew for each picture and epoch, so that it is the same on every process and worker.
+
 B images of a step over all processes, b of one share of it, C channels, (h, w) height and width, P pictures.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,15 +17,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitrim.data.augment import Augment, Full, move, normalize
 from vitrim.data.images import Images
-from vitrim.data.inputs import Batch, Fetch, Input, collate, to_bytes, unwrap
-from vitrim.data.noise import numbers
+from vitrim.data.inputs import Batch, Input, collate, to_bytes, unwrap
+from vitrim.data.noise import Drawn, numbers, reading
+from vitrim.data.pictures import pair_of
 from vitrim.words.errors import DataError
 
 __all__ = ["TrainLoader", "train_loader"]
 
 # Prepared pictures stay in memory up to here, as bytes: CIFAR-10 takes 0.14 GiB, ImageNet at 224 would take 180.
 _CACHE_BYTES = 2**30
-_ORDER, _MOVE = 1, 2
+_ORDER, _MOVE, _OWN = 1, 2, 7
+# Pictures that are read twice before any is kept, for a dataset may have a generator of its own.
+_TWICE = 4
 
 
 def share(batch: NDArray[np.int64], part: int, parts: int) -> NDArray[np.int64]:
@@ -44,18 +50,47 @@ class _Keyed(Dataset[tuple[Tensor, int] | DataError]):
     The numbers of a picture's copies lie `count` apart.
     """
 
-    def __init__(self, dataset: Dataset[Any], transform: Full, count: int) -> None:
+    def __init__(self, dataset: Dataset[Any], transform: Callable[..., Tensor], count: int, seed: int) -> None:
         self.dataset = dataset
         self.transform = transform
         self.count = count
+        self.seed = seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | DataError:
         epoch, number = key
         try:
-            picture, label = self.dataset[number % self.count]
-            return self.transform(picture, epoch, number), int(label)
+            with reading(self.dataset, self.seed, epoch, number, _OWN):
+                picture, label = pair_of(self.dataset[number % self.count])
+            return self.transform(picture, epoch, number), label
         except DataError as problem:
             return problem
+
+
+class _Watched(Dataset[tuple[Tensor, int] | DataError]):
+    """Pictures by number, each with its label twice over: 2 x label + 1 where reading it drew a number."""
+
+    def __init__(self, dataset: Dataset[Any], transform: Callable[[Any], Tensor]) -> None:
+        self.dataset = dataset
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | DataError:
+        try:
+            with reading(self.dataset, _OWN, index):
+                drawn = None if getattr(self.dataset, "fixed", False) is True else Drawn()
+                picture, label = pair_of(self.dataset[index])
+                return self.transform(picture), 2 * label + bool(drawn)
+        except DataError as problem:
+            return problem
+
+
+class _Plain:
+    """The evaluation transform without its normalization, called as `Full` is."""
+
+    def __init__(self, input: Input) -> None:
+        self.transform = to_bytes(input)
+
+    def __call__(self, picture: Any, epoch: int, number: int) -> Tensor:
+        return self.transform(picture)
 
 
 class TrainLoader:
@@ -104,7 +139,7 @@ class TrainLoader:
         """Items by `(epoch, number)`, where they are augmented one by one; None where batches are moved as a whole."""
         if self.augment.kind != "full":
             return None
-        return _Keyed(self.dataset, Full(self.augment, self.input, self.seed), self.count)
+        return _Keyed(self.dataset, Full(self.augment, self.input, self.seed), self.count, self.seed)
 
     def _check(self, batch: int) -> None:
         parts = self.world * self.accumulate
@@ -165,35 +200,52 @@ class TrainLoader:
 
     def _moved(self, epoch: int, shares: list[NDArray[np.int64]]) -> Iterator[Batch]:
         draws = numbers(self.seed, epoch, _MOVE).random((self.count * self.augment.repeats, 4))
-        for each, (pictures, labels) in zip(shares, self._plain([s % self.count for s in shares]), strict=True):
+        for each, (pictures, labels) in zip(shares, self._plain(epoch, shares), strict=True):
             if self.augment.kind == "light":
                 pictures = move(pictures, self.augment, draws[each])
             yield normalize(pictures, self.input), labels
 
-    def _plain(self, shares: list[NDArray[np.int64]]) -> Iterator[Batch]:
-        if not self._caching:
-            fetch = Fetch(self.dataset, to_bytes(self.input))
-            yield from self._fetched(fetch, [each.tolist() for each in shares])
+    def _plain(self, epoch: int, shares: list[NDArray[np.int64]]) -> Iterator[Batch]:
+        if self._caching and self._cache is None:
+            self._cache = self._filled()
+            self._caching = self._cache is not None
+        if self._cache is None:
+            keyed = _Keyed(self.dataset, _Plain(self.input), self.count, self.seed)
+            yield from self._fetched(keyed, [[(epoch, int(i)) for i in each] for each in shares])
             return
-        pictures, labels = self._filled()
+        pictures, labels = self._cache
         for each in shares:
-            places = torch.from_numpy(each).to(self.device)
+            places = torch.from_numpy(each % self.count).to(self.device)
             yield pictures[places], labels[places]
 
-    def _filled(self) -> tuple[Tensor, Tensor]:
-        if self._cache is None:
-            fetch = Fetch(self.dataset, to_bytes(self.input))
-            every = np.array_split(np.arange(self.count), max(1, self.count // 256))
-            batches = list(self._fetched(fetch, [each.tolist() for each in every]))
-            self._cache = torch.cat([each for each, _ in batches]), torch.cat([each for _, each in batches])
-        return self._cache
+    def _filled(self) -> tuple[Tensor, Tensor] | None:
+        """All pictures and labels, or None if the dataset draws numbers, so that each epoch must read it anew."""
+        watched = _Watched(self.dataset, to_bytes(self.input))
+        if self._differs(watched):
+            return None
+        every = np.array_split(np.arange(self.count), max(1, self.count // 256))
+        pictures, labels = [], []
+        for some, twice in self._fetched(watched, [each.tolist() for each in every]):
+            if bool((twice % 2).any()):
+                return None
+            pictures.append(some)
+            labels.append(twice // 2)
+        return torch.cat(pictures), torch.cat(labels)
+
+    def _differs(self, watched: _Watched) -> bool:
+        """Whether one of the first pictures is another one when it is read again, by a generator of its own."""
+        for index in range(min(_TWICE, self.count)):
+            one, two = watched[index], watched[index]
+            if not isinstance(one, DataError) and not isinstance(two, DataError) and not torch.equal(one[0], two[0]):
+                return True
+        return False
 
     @property
     def labelled(self) -> bool:
         """Whether the pictures have labels; of a dataset that is no `Images`, the first one tells."""
         if isinstance(self.dataset, Images):
             return bool((self.dataset.labels >= 0).all())
-        return int(self.dataset[0][1]) >= 0
+        return pair_of(self.dataset[0])[1] >= 0
 
 
 def train_loader(
@@ -212,11 +264,13 @@ def train_loader(
 ) -> TrainLoader:
     """Return a loader for training.
 
-    Order and augmentation of a picture depend on `(seed, epoch, picture)` alone: not on the number of workers or
-    processes, nor on what was drawn before.
+    Order and augmentation of a picture, and what the dataset draws for it, depend on `(seed, epoch, picture)` alone:
+    not on the number of workers or processes, nor on what was drawn before. Small datasets that draw nothing are kept
+    in memory after the first epoch.
 
     Args:
-        dataset: map-style, of `(picture, label)`; a picture is a `PIL.Image`, or a ready tensor `(C, h, w)`.
+        dataset: map-style, of `(picture, label)`, see `vitrim.data.pictures.as_picture`; may draw numbers from the
+            global generators.
         input: what the model takes.
         augment: what is done to a picture.
         batch: images of a step, over all processes and accumulated parts.

@@ -15,12 +15,12 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions
-from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
-from vitrim.data.folders import SPLITS, choose_split, tar_ranges
-from vitrim.data.images import decode
+from vitrim.data.decode import decode, is_image
+from vitrim.data.folders import SPLITS, choose_split
+from vitrim.data.names import natural_key
+from vitrim.data.tars import file_ranges
 from vitrim.words.errors import DataError
 from vitrim.words.plain import reason
 from vitrim.words.progress import progress
@@ -93,6 +93,14 @@ class Scenes(Dataset[tuple[Image.Image, Image.Image]]):
         name, mask = self._pairs[index]
         picture = decode(self._store.read(name), f"{self.source}: {name}")
         return picture, Image.fromarray(self._mask(mask, picture.size))
+
+    def line(self) -> str:
+        """What was read, in one line: scenes, classes, the first three class names with their numbers."""
+        told = [f"{number} '{name}'" for number, name in enumerate(self.names)]
+        first = ", ".join([*told[:3], *(["..."] if len(told) > 3 else [])])
+        part = f" ({self.split})" if self.split else ""
+        source = self.source.rstrip("/").rpartition("/")[2]
+        return f"{len(self):,} scenes of {source}{part}, {self.classes:,} classes ({first})"
 
     def name(self, index: int) -> str:
         """The file of a picture, relative to the source."""
@@ -207,7 +215,7 @@ def _open(source: str) -> _Store:
         raise DataError(
             f"{source}: a source must exist, but this one does not; give a folder or tar of images and masks"
         )
-    return _Store(root, tar_ranges(root))
+    return _Store(root, file_ranges(root))
 
 
 def _divided(names: Sequence[str]) -> tuple[str, ...]:
@@ -224,7 +232,7 @@ def _pairs(source: str, names: Sequence[str], split: str | None) -> list[tuple[s
         *above, kind = path.parts[:-1] or ("",)
         if _KNOWN.get(above[0].lower() if len(above) == 1 else "") != split or len(above) != (split is not None):
             continue
-        if kind == "images" and path.suffix.lower() in get_img_extensions():
+        if kind == "images" and is_image(path.name):
             _add(source, images, path)
         elif kind == "masks" and path.suffix.lower() == ".png":
             _add(source, masks, path)

@@ -1,38 +1,57 @@
 """Which source is meant: `digits`, a folder or tar, or a name that timm's `create_dataset` knows.
 
-P pictures.
+P images.
 """
 
 import dataclasses
 import difflib
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data import create_dataset
 
-from vitrim.data.folders import SPLITS, folder_splits, open_folder
-from vitrim.data.images import Images, decode
+from vitrim.data.folders import SPLITS, Ask, Folder, Reading
+from vitrim.data.hub_data import HubData, create
+from vitrim.data.images import Images
+from vitrim.data.labels import labels_array
+from vitrim.data.shards import Shards
 from vitrim.words.errors import DataError
 
-__all__ = ["open_source", "splits_of"]
+__all__ = ["Source", "find_source", "open_source", "splits_of", "test_images"]
 
 _HELP = "a source is 'digits', a folder or tar of class folders, 'torch/NAME', 'hfds/NAME' or 'wds/FOLDER'"
 _DIGITS_TEST = 450
-# Decoded pictures of a web dataset stay in memory, since a shard can only be read from its beginning.
-_MEMORY = 4 * 2**30
+
+
+class Source(Protocol):
+    """Where images come from, opened once, whatever parts of it are asked for.
+
+    Attributes:
+        source: as the user gave it.
+        splits: what it is divided into, in the order `train validation test`; empty if it is not divided.
+        by_names: whether classes are folders, numbered by sorting their names, so that another folder with fewer
+            classes needs a map to number them alike.
+    """
+
+    source: str
+    splits: tuple[str, ...]
+    by_names: bool
+
+    def images(self, split: str | None, reading: Reading) -> Images:
+        """The images of a split; see `open_source`."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pictures:
-    """Pictures held in memory, `(P, H, W, 3)` or a tuple of `P` such without the first axis, uint8."""
+    """Images held in memory, `(P, H, W, 3)`, uint8."""
 
-    pixels: Any
+    pixels: NDArray[np.uint8]
 
     def __call__(self, index: int) -> Image.Image:
         return Image.fromarray(self.pixels[index])
@@ -51,16 +70,35 @@ class _Torchvision:
         return picture.convert("RGB")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """A random-access timm reader, which gives a stream of encoded bytes for a number."""
+def find_source(source: str) -> Source:
+    """Find a source of images and list what it holds, once.
 
-    reader: Any
-    name: str
+    Args:
+        source: `digits` (1,797 real 8x8 digits of scikit-learn, enlarged to 32x32); a folder or an uncompressed tar,
+            of class folders, of split folders with class folders, or of images alone (no labels); `torch/NAME`
+            (torchvision, downloaded to `$VITRIM_DATA` or `~/.cache/vitrim`); `hfds/NAME` (Hugging Face datasets);
+            `wds/FOLDER` or `wds/FOLDER/PATTERN` (webdataset shards, e.g. `wds/shards/train-{000..009}.tar`). Any of
+            them may name a split after a colon: `hfds/NAME:validation`, `hfds/NAME:train[:10%]`, `wds/FOLDER:test`;
+            that one is given whatever is asked for.
 
-    def __call__(self, index: int) -> Image.Image:
-        with self.reader[index][0] as stream:
-            return decode(stream.read(), f"{self.name}: image {index}")
+    Raises:
+        DataError: unknown, damaged or empty source.
+    """
+    kind, slash, rest = source.partition("/")
+    if slash and kind.lower() in ("torch", "hfds", "wds"):
+        name, _, pinned = rest.partition(":") if kind.lower() != "wds" or not _exists(rest) else (rest, "", "")
+        whole = f"{kind}/{name}"
+        openers: dict[str, Callable[[str], Source]] = {"torch": _Torch, "hfds": HubData, "wds": _Wds}
+        found = openers[kind.lower()](whole)
+        return _Pinned(source, found, pinned) if pinned else found
+    if source == "digits":
+        return _Digits()
+    name, colon, pinned = source.rpartition(":")
+    if colon and pinned and not _exists(source) and (name == "digits" or _exists(name)):
+        return _Pinned(source, find_source(name), pinned)
+    if not _exists(source):
+        raise DataError(f"{_short(source)}: a source must exist, but this one does not{_near(source)}; {_HELP}")
+    return Folder(source)
 
 
 def open_source(
@@ -69,64 +107,106 @@ def open_source(
     *,
     class_map: str | Mapping[str, int] = "",
     classes: int | None = None,
+    class_order: str = "auto",
+    ask: Ask | None = None,
+    depth: int | None = None,
+    skip_damaged: bool = False,
 ) -> Images:
-    """Open a source of pictures.
+    """Open a source of images.
 
     Args:
-        source: `digits` (1,797 real 8x8 digits of scikit-learn, enlarged to 32x32); a folder or an uncompressed tar,
-            of class folders, of split folders with class folders, or of pictures alone (no labels); `torch/NAME`
-            (torchvision, downloaded to `$VITRIM_DATA` or `~/.cache/vitrim`); `hfds/NAME` (Hugging Face datasets);
-            `wds/FOLDER` or `wds/FOLDER/PATTERN` (webdataset shards, e.g. `wds/shards/train-{000..009}.tar`).
+        source: see `find_source`.
         split: `train`, `validation` or `test`; None takes `train` of a divided source, else everything. `hfds` takes
             any split expression of its own.
         class_map: text file with one class name a line, or names with their numbers.
-        classes: outputs of the model; with 1,000 of them, folders named by ImageNet wnids find their ImageNet label.
+        classes: outputs of the model; with 1,000 of them, folders named by ImageNet ids find their ImageNet label.
+        class_order: `plain`, `natural` or `auto`, see `vitrim.data.folders.Reading`.
+        ask: asked for the order with `auto`.
+        depth: level of the class folders, from 1.
+        skip_damaged: whether to leave out images that do not decode.
 
     Returns:
-        Pictures in a fixed order.
+        Images in a fixed order.
 
     Raises:
-        DataError: unknown, damaged or empty source, class outside the map, no such split.
+        DataError: unknown, damaged or empty source, class outside the map, no such split, or folders that can be read
+            in several ways.
     """
-    kind, slash, _ = source.partition("/")
-    opener = _OPENERS.get(kind.lower()) if slash else None
-    if opener is not None:
-        return opener(source, split, class_map)
-    if source == "digits":
-        return _digits(split)
-    if not Path(source).exists():
-        raise DataError(f"{source}: a source must exist, but this one does not{_near(source)}; {_HELP}")
-    return open_folder(source, split, class_map=class_map, classes=classes)
+    reading = Reading(class_map, classes, class_order, ask, depth, skip_damaged)
+    return find_source(source).images(split, reading)
 
 
 def splits_of(source: str) -> tuple[str, ...]:
-    """Return the splits a source is known to be divided into, in the order `train validation test`.
+    """Return the splits a source is divided into, in the order `train validation test`; empty if it is not divided.
 
     Args:
-        source: as in `open_source`.
-
-    Returns:
-        Empty for a source that is not divided, or that only opening can tell (`hfds`, `wds`).
+        source: see `find_source`.
 
     Raises:
-        DataError: the source is damaged.
+        DataError: the source is unknown or damaged.
     """
-    kind, slash, _ = source.partition("/")
-    if source == "digits":
-        return ("train", "test")
-    if slash and kind.lower() == "torch":
-        return ("train", "test")
-    if (slash and kind.lower() in _OPENERS) or not Path(source).exists():
-        return ()
-    return folder_splits(source)
+    return find_source(source).splits
+
+
+def test_images(found: Source, reading: Reading) -> Images:
+    """The images of a source that a model is to be measured on: never training images, unless the source names them.
+
+    Args:
+        found: of a divided source, its `test` is taken, or its `validation` if the test images have no labels.
+        reading: how to read it.
+
+    Raises:
+        DataError: the source is divided and has neither; or it cannot be read.
+    """
+    if not found.splits:
+        return found.images(None, reading)
+    if not {"test", "validation"} & set(found.splits):
+        raise DataError(
+            f"{found.source}: images to measure on must be no training images, but there is only a train split; to "
+            f"measure on that, name it as {found.source}:train"
+        )
+    images = found.images("test" if "test" in found.splits else "validation", reading)
+    if images.split == "test" and not images.classes and "validation" in found.splits:
+        return found.images("validation", reading)
+    return images
+
+
+test_images.__test__ = False  # type: ignore[attr-defined]
+
+
+class _Pinned:
+    """A source with a split that the user named."""
+
+    def __init__(self, source: str, found: Source, split: str) -> None:
+        self.source = source
+        self.splits: tuple[str, ...] = ()
+        self.by_names = found.by_names
+        self._found, self._split = found, split
+
+    def images(self, split: str | None, reading: Reading) -> Images:
+        return self._found.images(self._split, reading)
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # a name that is too long, or holds a null character
+        return False
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _near(source: str) -> str:
     path = Path(source)
-    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    try:
+        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    except (OSError, ValueError):
+        beside = []
     if path.name == source:
         beside.append("digits")
-    near = difflib.get_close_matches(path.name, beside, n=1)
+    near = difflib.get_close_matches(path.name[:200], beside, n=1)
     return f"; did you mean '{near[0] if path.name == source else path.parent / near[0]}'?" if near else ""
 
 
@@ -145,121 +225,71 @@ def _digit_arrays() -> tuple[NDArray[np.uint8], NDArray[np.int64], dict[str, NDA
     return np.stack([np.asarray(each) for each in large]), labels, {"train": np.sort(train), "test": np.sort(test)}
 
 
-def _digits(split: str | None) -> Images:
-    pixels, labels, places = _digit_arrays()
-    if split is not None and split not in places:
-        raise DataError(f"digits: split must be train or test, but is '{split}'")
-    names = tuple(str(digit) for digit in range(10))
-    return Images(
-        _Pictures(pixels),
-        labels,
-        classes=10,
-        names=names,
-        source="digits",
-        split=split or "train",
-        index=places[split or "train"],
-    )
+class _Digits:
+    by_names = False
+    source = "digits"
+    splits: tuple[str, ...] = ("train", "test")
+
+    def images(self, split: str | None, reading: Reading) -> Images:
+        pixels, labels, places = _digit_arrays()
+        if split is not None and split not in places:
+            raise DataError(f"digits: split must be train or test, but is '{split}'")
+        _no_map("digits", reading)
+        names = tuple(str(digit) for digit in range(10))
+        return Images(
+            _Pictures(pixels),
+            labels,
+            classes=10,
+            names=names,
+            source="digits",
+            split=split or "train",
+            index=places[split or "train"],
+            fixed=True,
+        )
 
 
-def _open_torch(source: str, split: str | None, class_map: str | Mapping[str, int]) -> Images:
-    _no_map(source, class_map)
-    chosen = split or "train"
-    if chosen not in SPLITS:
-        raise DataError(f"{source}: split must be one of {', '.join(SPLITS)}, but is '{chosen}'")
-    root = Path(os.environ.get("VITRIM_DATA", "~/.cache/vitrim")).expanduser()
-    # torchvision's sets have two parts, which timm calls train and everything else.
-    part = "train" if chosen == "train" else "validation"
-    dataset = _create(source, root=str(root), split=part, download=True)
-    labels = _torch_labels(dataset)
-    names = tuple(str(name) for name in getattr(dataset, "classes", ())) or None
-    count = len(names) if names else int(labels.max()) + 1
-    return Images(_Torchvision(dataset, source), labels, classes=count, names=names, source=source, split=chosen)
+class _Torch:
+    by_names = False
+    splits: tuple[str, ...] = ("train", "test")
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def images(self, split: str | None, reading: Reading) -> Images:
+        _no_map(self.source, reading)
+        chosen = split or "train"
+        if chosen not in SPLITS:
+            raise DataError(f"{self.source}: split must be one of {', '.join(SPLITS)}, but is '{chosen}'")
+        root = Path(os.environ.get("VITRIM_DATA", "~/.cache/vitrim")).expanduser()
+        # torchvision's sets have two parts, which timm calls train and everything else.
+        part = "train" if chosen == "train" else "validation"
+        dataset = create(self.source, root=str(root), split=part, download=True)
+        labels = _torch_labels(dataset, self.source)
+        names = tuple(str(name) for name in getattr(dataset, "classes", ())) or None
+        count = len(names) if names else int(labels.max()) + 1
+        read = _Torchvision(dataset, self.source)
+        return Images(read, labels, classes=count, names=names, source=self.source, split=chosen, fixed=True)
 
 
-def _torch_labels(dataset: Any) -> NDArray[np.int64]:
+def _torch_labels(dataset: Any, source: str) -> NDArray[np.int64]:
     for field in ("targets", "labels"):
         if getattr(dataset, field, None) is not None:
-            return np.asarray(getattr(dataset, field), dtype=np.int64)
-    return np.asarray([int(dataset[index][1]) for index in range(len(dataset))], dtype=np.int64)
+            return labels_array(getattr(dataset, field), source)
+    return labels_array((dataset[index][1] for index in range(len(dataset))), source)
 
 
-def _open_hfds(source: str, split: str | None, class_map: str | Mapping[str, int]) -> Images:
-    chosen = split or "train"
-    reader = _create(source, split=chosen, class_map=class_map or None).reader
-    column = reader.dataset.column_names
-    if reader.label_key in column:
-        given = [-1 if label is None else label for label in reader.dataset[reader.label_key]]
-        labels = [reader.class_to_idx[reader._source_names[label]] for label in given] if class_map else given
-    else:
-        labels = [-1] * len(reader)
-    names = tuple(sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)) or None
-    count = max(labels) + 1 if names is None else max(reader.class_to_idx.values()) + 1
-    return Images(_Reader(reader, source), labels, classes=count, names=names, source=source, split=chosen)
+class _Wds:
+    by_names = False
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self._shards = Shards(source, Path(source.partition("/")[2]))
+        self.splits = self._shards.splits
+
+    def images(self, split: str | None, reading: Reading) -> Images:
+        return self._shards.images(split, reading)
 
 
-def _open_wds(source: str, split: str | None, class_map: str | Mapping[str, int]) -> Images:
-    root, shards = _shards(source, split)
-    stream = _create("wds/", root=root, split=shards, class_map=class_map or None)
-    pixels, labels = _drain(source, stream)
-    count = max(labels) + 1
-    return Images(_Pictures(pixels), labels, classes=count, source=source, split=split)
-
-
-def _shards(source: str, split: str | None) -> tuple[str, str]:
-    """Folder and shard expression: as given, by the folder's own index, or all shards named after the split."""
-    path = Path(source.partition("/")[2])
-    if path.suffix == ".tar" or "{" in path.name:
-        return str(path.parent), path.name
-    if not path.is_dir():
-        raise DataError(f"{source}: the folder of shards must exist, but it does not")
-    if (path / "_info.json").exists() or (path / "info.json").exists():
-        return str(path), split or "train"
-    found = sorted(each.name for each in path.glob("*.tar"))
-    names = [name for name in found if split is None or name.startswith(split)]
-    if not names:
-        wanted = "a shard" if split is None else f"a shard whose name starts with '{split}'"
-        raise DataError(f"{source}: the folder must hold {wanted}, but holds {len(found)} other .tar files")
-    return str(path), "::".join(names)
-
-
-def _drain(source: str, stream: Iterable[tuple[Image.Image, Any]]) -> tuple[tuple[NDArray[np.uint8], ...], list[int]]:
-    pixels: list[NDArray[np.uint8]] = []
-    labels: list[int] = []
-    size = 0
-    for picture, label in stream:
-        array = np.asarray(picture.convert("RGB"))
-        size += array.nbytes
-        if size > _MEMORY:
-            raise DataError(
-                f"{source}: a web dataset must fit {_MEMORY >> 30} GiB once decoded, but holds more; "
-                "unpack it into class folders"
-            )
-        pixels.append(array)
-        labels.append(-1 if label is None else int(label))
-    if not pixels:
-        raise DataError(f"{source}: a source must have at least one image, but has none")
-    return tuple(pixels), labels
-
-
-def _no_map(source: str, class_map: str | Mapping[str, int]) -> None:
-    if class_map:
+def _no_map(source: str, reading: Reading) -> None:
+    if reading.class_map:
         raise DataError(f"{source}: a class map must go with folders, tars, hfds or wds, but came with this source")
-
-
-def _create(source: str, **arguments: Any) -> Any:
-    """Call timm's `create_dataset`; whatever its many back ends raise becomes one sentence."""
-    given = {name: value for name, value in arguments.items() if value is not None}
-    try:
-        return create_dataset(source, **given)
-    except ImportError as problem:
-        raise DataError(f"{source}: its library must be installed, but {problem}") from None
-    except Exception as problem:
-        text = " ".join(str(problem).split()) or type(problem).__name__
-        raise DataError(f"{source}: timm must be able to open this source, but {text}") from problem
-
-
-_OPENERS: dict[str, Callable[[str, str | None, str | Mapping[str, int]], Images]] = {
-    "torch": _open_torch,
-    "hfds": _open_hfds,
-    "wds": _open_wds,
-}

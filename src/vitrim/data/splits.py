@@ -1,4 +1,4 @@
-"""Who sees which pictures: training, calibration, validation and test."""
+"""Who sees which images: training, calibration, validation and test."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,8 +6,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from vitrim.data.folders import Ask, Reading
 from vitrim.data.images import Images
-from vitrim.data.source import open_source, splits_of
+from vitrim.data.source import Source, find_source, test_images
 from vitrim.words.errors import DataError
 
 __all__ = ["Splits", "split"]
@@ -18,11 +19,11 @@ class Splits:
     """Four parts of the data; a search is never given `test`.
 
     Attributes:
-        train: pictures to learn from.
-        calibration: some of the training pictures, used without labels or to score; part of `train` and never of
+        train: images to learn from.
+        calibration: some of the training images, used without labels or to score; part of `train` and never of
             `validation`.
-        validation: held out from the training pictures, disjoint from `train` and `calibration`; None if none asked.
-        test: pictures of their own source or split; None if there is none.
+        validation: held out from the training images, disjoint from `train` and `calibration`; None if none asked.
+        test: images of their own source or split; None if there is none.
     """
 
     train: Images
@@ -40,32 +41,44 @@ def split(
     seed: int,
     class_map: str | Mapping[str, int] = "",
     classes: int | None = None,
+    class_order: str = "auto",
+    ask: Ask | None = None,
+    depth: int | None = None,
+    skip_damaged: bool = False,
 ) -> Splits:
-    """Divide the training pictures and find the test pictures.
+    """Divide the training images and find the test images.
 
-    Calibration and validation are drawn from the training pictures alone, class by class in turn where labels are
-    known, so that their class counts differ by at most one as far as the classes reach.
+    Calibration and validation are drawn from the training images alone, class by class in turn where labels are
+    known, so that their class counts differ by at most one as far as the classes reach. Each source is listed once.
 
     Args:
-        source_train: source (see `open_source`) or opened pictures to train on; of a divided source, its `train`.
-        source_test: source or opened pictures to test on; of a divided source, its `test` or `validation`. None
+        source_train: source (see `vitrim.data.source.find_source`) or opened images to train on; of a divided source,
+            its `train`.
+        source_test: source or opened images to test on; of a divided source, its `test` or `validation`. None
             takes the test split of `source_train`, where it has one.
-        calibration: number of calibration pictures, `>= 0`; a smaller source gives all it may.
-        validation: share of the training pictures in `[0, 1)`, or a number of them `>= 1`. A share never takes the last
-            picture of a class (one picture a class then gives no validation part); a number does if it must.
+        calibration: number of calibration images, `>= 0`; a smaller source gives all it may.
+        validation: share of the training images in `[0, 1)`, or a number of them `>= 1`. A share never takes the last
+            image of a class (one image a class then gives no validation part); a number does if it must.
         seed: decides the draw.
-        class_map: as in `open_source`.
-        classes: as in `open_source`.
+        class_map: text file with one class name a line, or names with their numbers.
+        classes: outputs of the model; with 1,000 of them, folders named by ImageNet ids find their ImageNet label.
+        class_order: `plain`, `natural` or `auto`, see `vitrim.data.folders.Reading`.
+        ask: asked for the order with `auto`.
+        depth: level of the class folders, from 1.
+        skip_damaged: whether to leave out images that do not decode.
 
     Raises:
         DataError: a source is unfit, or `validation` leaves nothing to train on.
     """
     if calibration < 0 or validation < 0:
         raise DataError(f"calibration and validation must be at least 0, but are {calibration} and {validation}")
-    images = source_train
-    if isinstance(images, str):
-        images = open_source(images, "train", class_map=class_map, classes=classes)
-    test = _test(source_train, source_test, images, class_map, classes)
+    reading = Reading(class_map, classes, class_order, ask, depth, skip_damaged)
+    if isinstance(source_train, Images):
+        images, found = source_train, None
+    else:
+        found = find_source(source_train)
+        images = found.images("train", reading)
+    test = _test(found, source_test, images, reading)
     order = _balanced(images.labels, seed)
     held = _held_out(images, seed, validation)
     train = np.sort(np.setdiff1d(np.arange(len(images)), held))
@@ -78,42 +91,47 @@ def split(
     )
 
 
-def _test(
-    source_train: str | Images,
-    source_test: str | Images | None,
-    images: Images,
-    class_map: str | Mapping[str, int],
-    classes: int | None,
-) -> Images | None:
+def _test(found: Source | None, source_test: str | Images | None, images: Images, reading: Reading) -> Images | None:
     if isinstance(source_test, Images):
         return source_test
-    source = source_test
-    if source is None:
-        source = source_train if isinstance(source_train, str) else None
-        if source is None or not {"test", "validation"} & set(splits_of(source)):
-            return None
+    if source_test is not None:
+        found = found if found is not None and source_test == found.source else find_source(source_test)
+    elif found is None or not {"test", "validation"} & set(found.splits):
+        return None
     # A test folder with fewer classes must not shift their numbers, so it counts by the training names.
-    mapping = class_map
-    if not mapping and images.names and (classes is None or images.classes == classes):
-        mapping = {name: number for number, name in enumerate(images.names) if name}
-    kind = source.partition("/")[0].lower()
-    if source == "digits" or kind in ("torch", "hfds", "wds"):
-        return open_source(source, "test", class_map=class_map)
-    wanted = "test" if splits_of(source) else None
-    return open_source(source, wanted, class_map=mapping, classes=classes)
+    names = images.names
+    if names and not reading.class_map and found.by_names:
+        if reading.classes is None or images.classes == reading.classes:
+            reading = dataclasses.replace(reading, class_map={name: n for n, name in enumerate(names) if name})
+    test = test_images(found, reading)
+    _check_numbers(images, test)
+    return test
+
+
+def _check_numbers(train: Images, test: Images) -> None:
+    """Refuse test images whose classes have the names but not the numbers of the training images."""
+    mine = {name: number for number, name in enumerate(train.names or ()) if name}
+    for number, name in enumerate(test.names or ()):
+        if mine.get(name, number) != number:
+            raise DataError(
+                f"{test.source}: a class must have one number, but '{name}' has {number} here and {mine[name]} in "
+                f"{train.source}; give a class map"
+            )
 
 
 def _balanced(labels: NDArray[np.int64], seed: int, last: bool = False) -> NDArray[np.int64]:
-    """Return all places, `(P,)`: one random picture of each class, then a second of each, and so on.
+    """Return all places, `(P,)`: one random image of each class, then a second of each, and so on.
 
-    With `last`, each class gives its pictures in the opposite order, so that two such draws meet as late as possible.
+    With `last`, each class gives its images in the opposite order, so that two such draws meet as late as possible.
     """
     generator = np.random.Generator(np.random.PCG64([seed, 0x5917]))
     shuffled = generator.permutation(len(labels))
+    # The places of each class in a row, in their shuffled order.
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+    within = np.arange(len(labels)) - np.repeat(starts, counts)
     turn = np.empty(len(labels), dtype=np.int64)
-    for label in np.unique(labels):
-        mine = shuffled[labels[shuffled] == label]
-        turn[mine] = np.arange(len(mine))[::-1] if last else np.arange(len(mine))
+    turn[by_class] = np.repeat(counts, counts) - 1 - within if last else within
     # A stable sort by turn keeps the classes of one turn in random order.
     return shuffled[np.argsort(turn[shuffled], kind="stable")]
 

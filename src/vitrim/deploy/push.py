@@ -289,6 +289,7 @@ def _tables(known: _Known) -> list[str]:
     words.append(f"Times on {', '.join(machine)}." if measured.get("latency_ms") else "")
     if any(words):
         parts.append(" ".join(word for word in words if word))
+    parts += [f"**Warning:** {text}." for text in report.warnings(measured)]
     if known.plan is not None:
         parts += ["## Structure", report.as_markdown(report.plan_table(*known.plan))]
     return parts

@@ -19,8 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vitrim.cut.outputs import as_classes, gives_values
 from vitrim.deploy.export import OPSET, beside, check_target, export, onnx_session
 from vitrim.deploy.quiet import quiet
+from vitrim.families import describe
 from vitrim.nn.modes import evaluating
 from vitrim.words.errors import DataError, ExportError, VitrimError
 from vitrim.words.plain import Node, reason
@@ -38,7 +40,8 @@ class Quantized(Node):
 
     Bytes are of the file and of the same model in float32. `top1` and `top1_before` are percent on the test images,
     None where there are none or they have no labels; `agreement` is how often both give the same answer, percent,
-    on the test images, or else on the calibration images, which flatters. A segmentor answers for each pixel; `miou`
+    on the test images, or else on the calibration images, which flatters, and None for outputs that are no classes. A
+    segmentor answers for each pixel; `miou`
     and `miou_before` are its mean intersection over union on test scenes, percent.
     """
 
@@ -50,7 +53,7 @@ class Quantized(Node):
     test_images: int
     top1: float | None
     top1_before: float | None
-    agreement: float
+    agreement: float | None
     miou: float | None = None
     miou_before: float | None = None
     torch: str
@@ -152,7 +155,7 @@ class _Running(nn.Module):
 
 class _Compared(NamedTuple):
     images: int
-    agreement: float
+    agreement: float | None
     top1: float | None
     top1_before: float | None
 
@@ -161,10 +164,11 @@ class _Compared(NamedTuple):
 def _compared(model: nn.Module, run: Callable[[Tensor], Tensor], batches: Batches) -> _Compared:
     """How both answer; logits are ``(B, classes)``, or ``(B, classes, h, w)`` of a segmentor."""
     images = answers = same = hits = hits_before = 0
-    known = True
+    known, classes = True, describe(model).classes
     with evaluating(model):
         for pictures, labels in batches:
-            before, after = model(pictures).argmax(dim=1), run(pictures).argmax(dim=1)
+            before, after = (as_classes(each(pictures)) if classes == 1 else each(pictures) for each in (model, run))
+            before, after = before.argmax(dim=1), after.argmax(dim=1)
             images += pictures.shape[0]
             answers += before.numel()
             same += int((before == after).sum())
@@ -173,7 +177,7 @@ def _compared(model: nn.Module, run: Callable[[Tensor], Tensor], batches: Batche
                 hits, hits_before = hits + int((after == labels).sum()), hits_before + int((before == labels).sum())
     return _Compared(
         images=images,
-        agreement=100 * same / max(answers, 1),
+        agreement=None if gives_values(classes, known) else 100 * same / max(answers, 1),
         top1=100 * hits / images if known and images else None,
         top1_before=100 * hits_before / images if known and images else None,
     )

@@ -74,7 +74,9 @@ class Method(Protocol):
       leaves out is then the search's, and another value is refused.
 
     A method whose search prices specs by `Budget.cost` alone, and so by measured times too, says so with ``timed =
-    True``. For the others a budget of latency is turned into one of macs, see `vitrim.run.latency_budget`.
+    True``. For the others a budget of latency is turned into one of macs, see `vitrim.run.latency_budget`. One that
+    makes sense for models whose outputs are no classes (features, a regression's value) says so with ``values = True``;
+    the others are refused for such models.
     """
 
     needs: ClassVar[str]

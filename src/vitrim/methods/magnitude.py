@@ -33,6 +33,7 @@ class Method(Node):
     """
 
     needs: ClassVar[str] = "nothing"
+    values: ClassVar[bool] = True
     timed: ClassVar[bool] = True
     sentence: ClassVar[str] = "keeps channels with large weights on both sides; no data"
 

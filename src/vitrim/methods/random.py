@@ -25,6 +25,7 @@ class Method(Node):
     """
 
     needs: ClassVar[str] = "nothing"
+    values: ClassVar[bool] = True
     timed: ClassVar[bool] = True
     sentence: ClassVar[str] = "keeps channels drawn at random; the control that every method must beat"
 

@@ -9,7 +9,7 @@ channel takes ``q_c k_c`` out of the logits once, and the query's gradient alrea
 
 Without labels the loss is the divergence from the dense model's own output. Its first derivative is zero there, and its
 second-order term is the same mean of squares with labels drawn from the model's own softmax (the Fisher matrix), so
-``target = "output"`` draws them.
+``target = "output"`` draws them. Models with one logit or without classes are told in `vitrim.cut.outputs`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from vitrim.cut.fill import Choice, fill
 from vitrim.cut.observe import axes, listening
+from vitrim.cut.outputs import as_classes, gives_values, own_loss
 from vitrim.data import eval_loader
 from vitrim.families import describe
 from vitrim.methods._contract import Data, Found
@@ -40,18 +41,20 @@ class Method(Node):
 
     Attributes:
         target: ``labels``: cross-entropy on the labels; ``output``: divergence from the dense output, no labels;
-            ``auto``: labels where the calibration images have them.
+            ``auto``: labels where the calibration images have them; ``distance``: squared distance from the dense
+            output, for models whose outputs are values and no classes, and what the others come to where that is known.
         choice: which widths are allowed, see `vitrim.cut.fill.Choice`.
         batch: images at a time.
     """
 
     needs: ClassVar[str] = "images"
     timed: ClassVar[bool] = True
+    values: ClassVar[bool] = True
     sentence: ClassVar[str] = (
         "keeps channels whose absence would raise the loss, by one gradient pass over a few hundred images"
     )
 
-    target: Literal["auto", "labels", "output"] = "auto"
+    target: Literal["auto", "labels", "output", "distance"] = "auto"
     choice: Choice = "even"
     batch: PositiveInt = 32
 
@@ -101,16 +104,22 @@ def taylor_scores(
     device = next(model.parameters()).device
     scores = {path: torch.zeros(axis.size, dtype=torch.float64) for path, axis in axes(model).items()}
     draw = torch.Generator().manual_seed(seed)
-    seen = 0
+    seen, classes = 0, describe(model).classes
     with evaluating(model, frozen=True):
         for x, y in batches:
             seen += len(x)
-            _add(model, x.to(device), y, target, draw, scores)
+            _add(model, classes, x.to(device), y, target, draw, scores)
     return {path: score / seen for path, score in scores.items()}
 
 
 def _add(
-    model: nn.Module, x: Tensor, y: Tensor, target: str, draw: torch.Generator, scores: Mapping[str, Tensor]
+    model: nn.Module,
+    classes: int,
+    x: Tensor,
+    y: Tensor,
+    target: str,
+    draw: torch.Generator,
+    scores: Mapping[str, Tensor],
 ) -> None:
     heard: dict[str, Tensor] = {}
 
@@ -120,12 +129,11 @@ def _add(
 
         return keep
 
+    values = target == "distance" or gives_values(classes, bool((y >= 0).all()))
     x = x.clone().requires_grad_()
     with torch.enable_grad(), listening(model, {path: keep_first(path) for path in scores}):
-        logits = model(x)
-        labels = _labels(logits.detach(), y, target, draw).to(x.device)
-        precise = torch.promote_types(logits.dtype, torch.float32)
-        loss = F.cross_entropy(logits.to(precise), labels, reduction="sum")
+        outputs = model(x)
+        loss = _loss(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), y, target, values, draw)
     if not bool(torch.isfinite(loss)):
         raise MethodError("the loss must be finite while scoring, but is not; check weights and normalisation")
     paths = list(heard)
@@ -134,10 +142,11 @@ def _add(
         scores[path].add_(change.double().square().sum(dim=0).cpu(), alpha=0.5)
 
 
-def _labels(logits: Tensor, y: Tensor, target: str, draw: torch.Generator) -> Tensor:
-    known = bool((y >= 0).all())
+def _loss(outputs: Tensor, y: Tensor, target: str, values: bool, draw: torch.Generator) -> Tensor:
+    known = bool((y >= 0).all()) and not values
     if target == "labels" and not known:
-        raise MethodError("taylor with target=labels must have labels, but some are missing; use target=output")
+        why = "the model's outputs are no classes" if values and bool((y >= 0).all()) else "some are missing"
+        raise MethodError(f"taylor with target=labels must have labels, but {why}; use target=output")
     if target != "output" and known:
-        return y
-    return torch.multinomial(logits.float().softmax(dim=-1).cpu(), 1, generator=draw).squeeze(1)
+        return F.cross_entropy(as_classes(outputs), y.to(outputs.device), reduction="sum")
+    return own_loss(outputs, values=values, draw=draw)

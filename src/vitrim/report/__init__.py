@@ -7,7 +7,7 @@ from vitrim.report.blocks import Row, sheet, total
 from vitrim.report.folder import names_apart
 from vitrim.report.page import csv, html, markdown
 from vitrim.report.scenes import class_table, segmented
-from vitrim.report.tables import Table, as_markdown, outcome, plan_table, result
+from vitrim.report.tables import Table, as_markdown, outcome, plan_table, result, warnings
 
 __all__ = [
     "Row",
@@ -26,6 +26,7 @@ __all__ = [
     "sheet",
     "times",
     "total",
+    "warnings",
 ]
 
 

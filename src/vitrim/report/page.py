@@ -70,6 +70,7 @@ def markdown(folders: Sequence[Path]) -> str:
     level = "#" if len(runs) == 1 else "##"
     for run in runs:
         parts += [f"{level} {markdown_text(run.name)}", markdown_text(_outcome(run))]
+        parts += [f"**Warning:** {markdown_text(text)}." for text in tables.warnings(run.measured)]
         for table in (*_figures(run), tables.provenance(run.measured)):
             if table is not None and table.rows:
                 parts += [f"{level}# {table.caption}", as_markdown(table)]
@@ -158,6 +159,8 @@ def _run(run: Run) -> str:
         first = [_table(figures, "result"), "<h3>Every class</h3>", _table(classes, "small"), *scenes.gallery(run)]
     else:
         first = [_table(tables.result(run.measured), "result"), *_kept(run)]
+    remarks = tables.warnings(run.measured)
+    first = [*(f'<p class="warning"><strong>Warning:</strong> {escape(text)}.</p>' for text in remarks), *first]
     return "\n".join([*first, *_course(run), *_origin(run)])
 
 

@@ -20,6 +20,7 @@ h2 { font-size: 23px; margin: 64px 0 8px; padding-top: 28px; border-top: 1px sol
 h3 { font-size: 16px; margin: 40px 0 12px; }
 p { margin: 0 0 12px; max-width: 46em; overflow-wrap: anywhere; }
 .outcome { font-size: 18px; color: var(--ink); }
+.warning { border-left: 4px solid var(--warn, #c2410c); padding: 6px 12px; }
 .note { color: var(--soft); font-size: 14px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums; }

@@ -24,6 +24,7 @@ __all__ = [
     "provenance",
     "result",
     "short",
+    "warnings",
 ]
 
 DASH = "–"  # noqa: RUF001 an en dash says "no value" in a cell
@@ -82,9 +83,14 @@ def result(measured: Record) -> Table:
         mine, theirs = number(measured, "miou"), number(measured, "miou_parent")
         change = _points(mine - theirs) if mine is not None and theirs is not None else DASH
         rows.insert(3, ("mean IoU", percent(theirs), percent(mine), change))
-    agreement = number(measured, "agreement")
+    agreement, distance = number(measured, "agreement"), number(measured, "distance")
     if agreement is not None:
         rows.insert(3, ("same answer as the parent", DASH, percent(agreement), DASH))
+    if distance is not None:
+        rows.insert(3, ("distance from the parent's outputs", DASH, f"{distance:.3f}", DASH))
+    errors = [number(measured, name) for name in ("top1_parent_error", "top1_error")]
+    if any(error is not None for error in errors):
+        rows.insert(3, ("standard error of top-1", *(DASH if e is None else f"{e:.1f} points" for e in errors), DASH))
     return Table("Parent and child", ("", "parent", "child", "child / parent"), rows)
 
 
@@ -121,10 +127,15 @@ def _compared(run: Run) -> tuple[str, ...]:
         _ratio(number(measured, "macs_ratio")),
         short(number(measured, "params")),
         _ratio(number(measured, "params_ratio")),
-        percent(number(measured, "top1")),
-        percent(number(measured, "top1_parent")),
+        percent(number(measured, "top1")) + _error(measured, "top1_error"),
+        percent(number(measured, "top1_parent")) + _error(measured, "top1_parent_error"),
         _ratio(number(measured, "latency_ratio")),
     )
+
+
+def _error(measured: Record, name: str) -> str:
+    error = number(measured, name)
+    return "" if error is None else f" \N{PLUS-MINUS SIGN} {error:.1f}"
 
 
 def everything(runs: Sequence[Run]) -> Table:
@@ -156,6 +167,7 @@ def _line(row: Row, drops: bool) -> tuple[str, ...]:
 def provenance(measured: Record) -> Table:
     """Everything measured or set that the other tables do not show."""
     shown = {"top1", "top1_parent", "agreement", "latency_ms", "latency_parent_ms", "miou", "accuracy", "macs_head"}
+    shown |= {"top1_error", "top1_parent_error", "distance", "warnings"}
     for name in ("macs", "params", "latency"):
         shown |= {name, f"{name}_parent", f"{name}_ratio", f"{name}_ratio_low", f"{name}_ratio_high"}
     rows = [(str(key), _plain(value)) for key, value in measured.items() if key not in shown]
@@ -179,12 +191,27 @@ def outcome(measured: Record) -> str:
     mine, theirs = number(measured, "top1"), number(measured, "top1_parent")
     if mine is not None:
         against = "" if theirs is None else f", {_points(mine - theirs)} against its parent"
-        parts.append(f"top-1 is {percent(mine)}{against}")
+        parts.append(f"top-1 is {percent(mine)}{_measured_on(measured)}{against}")
     ratio = number(measured, "latency_ratio")
     if ratio is not None:
         device = measured.get("device")
         parts.append(f"a batch takes {ratio:.2f} of the parent's time" + (f" on {device}" if device else ""))
     return "; ".join(parts) + "."
+
+
+def _measured_on(measured: Record) -> str:
+    """Standard error of top-1, how many images it was measured on, and which; empty where that is not known."""
+    count, source = number(measured, "test_images"), measured.get("test_source")
+    text = _error(measured, "top1_error")
+    if count is not None and isinstance(source, str):
+        text += f" on {count:,.0f} images of {source}"
+    return text
+
+
+def warnings(measured: Record) -> list[str]:
+    """What a reader should not overlook, one sentence each."""
+    told = measured.get("warnings")
+    return [line for line in told.splitlines() if line.strip()] if isinstance(told, str) else []
 
 
 def as_markdown(table: Table) -> str:

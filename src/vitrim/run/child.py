@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from vitrim import __version__
+from vitrim.cut.outputs import as_classes
 from vitrim.data import Images, eval_loader
 from vitrim.families import describe
+from vitrim.run.images import line_of
 from vitrim.run.job import Job
 from vitrim.run.latency_budget import clocked
+from vitrim.run.remarks import chance_of, remarks, standard_error
 from vitrim.train import evaluate, reference_logits
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import RunError
@@ -34,6 +37,7 @@ def judged(job: Job, child: nn.Module, seconds: float) -> dict[str, Any]:
         known: dict[str, Any] = read_json(path, RunError)
         return known
     parent, cost = cost_of(job.spec), cost_of(describe(child))
+    accuracy, times = _accuracy(job, child), _time(job, child)
     measured: dict[str, Any] = {
         "model": job.recipe.model.name,
         "method": job.recipe.method["name"],
@@ -47,8 +51,9 @@ def judged(job: Job, child: nn.Module, seconds: float) -> dict[str, Any]:
         "macs_ratio": cost.macs / parent.macs,
         "params_ratio": cost.params / parent.params,
         "seconds": seconds,
-        **_accuracy(job, child),
-        **_time(job, child),
+        **accuracy,
+        **times,
+        "warnings": "\n".join(remarks(accuracy | times, tested_on_training=_tested_on_training(job))) or None,
         "vitrim": __version__,
         "torch": torch.__version__,
         "timm": timm.__version__,
@@ -63,9 +68,13 @@ def judged(job: Job, child: nn.Module, seconds: float) -> dict[str, Any]:
 
 def _accuracy(job: Job, child: nn.Module) -> dict[str, Any]:
     """Top-1 of both on the test images, and how often they agree; agreement alone where there is no test split."""
-    unknown = {"top1": None, "top1_parent": None, "agreement": None, "test_images": 0}
+    unknown: dict[str, Any] = dict.fromkeys(
+        "top1 top1_error top1_parent top1_parent_error agreement agreement_error distance".split()
+    )
+    unknown |= {"data": None, "test_images": 0, "test_source": None, "compared_images": 0, "chance": None}
     if job.splits is None:
         return unknown
+    unknown["data"] = line_of(job.splits)
     images = job.splits.test or job.splits.validation or job.splits.calibration
     if images is None:
         return unknown
@@ -74,19 +83,37 @@ def _accuracy(job: Job, child: nn.Module) -> dict[str, Any]:
     loader = eval_loader(images, job.input)
     theirs = reference_logits(job.parent, loader)
     after = evaluate(child, loader, reference=theirs)
-    if job.splits.test is None:
-        return unknown | {"agreement": after.agreement}
-    return {
-        "top1": after.top1,
-        "top1_parent": None if after.top1 is None else _top1(theirs, images),
+    found = unknown | {
         "agreement": after.agreement,
-        "test_images": after.count,
+        "agreement_error": standard_error(after.agreement, after.count),
+        "distance": after.distance,
+        "compared_images": after.count,
     }
+    if job.splits.test is None:
+        return found
+    parents = None if after.top1 is None else _top1(theirs, images)
+    return found | {
+        "top1": after.top1,
+        "top1_error": standard_error(after.top1, after.count),
+        "top1_parent": parents,
+        "top1_parent_error": standard_error(parents, after.count),
+        "test_images": after.count,
+        "test_source": images.label + (f" ({images.split})" if images.split else ""),
+        "chance": None if after.top1 is None else chance_of(images.labels),
+    }
+
+
+def _tested_on_training(job: Job) -> bool:
+    """Whether training and test images are one undivided source."""
+    if job.splits is None or job.splits.test is None or not job.trains:
+        return False
+    train, test = job.splits.train, job.splits.test
+    return job.recipe.data.train is not None and (train.source, train.split) == (test.source, test.split)
 
 
 def _top1(logits: Tensor, images: Images) -> float:
     labels = torch.as_tensor(images.labels)
-    return 100 * float((logits.argmax(dim=-1) == labels).double().mean())
+    return 100 * float((as_classes(logits).argmax(dim=-1) == labels).double().mean())
 
 
 def _time(job: Job, child: nn.Module) -> dict[str, Any]:

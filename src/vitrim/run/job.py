@@ -2,23 +2,24 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
+from vitrim import methods
 from vitrim.cut.fill import fill
 from vitrim.cut.observe import axes
-from vitrim.data import Images, Input, Splits, check_classes, split
+from vitrim.cut.outputs import gives_values
+from vitrim.data import Input, Splits, images_of
 from vitrim.deploy.parent import open_parent, open_teacher
 from vitrim.deploy.runtimes import check_runtimes
 from vitrim.families import AROUND, describe
 from vitrim.methods._contract import Method
+from vitrim.run.images import FILE, about, check_record, known_order, open_splits
 from vitrim.run.latency_budget import table_for
 from vitrim.run.recipe import ModelRecipe, Recipe
 from vitrim.words.budget import Budget
@@ -26,7 +27,7 @@ from vitrim.words.errors import DataError, RecipeError, RunError, VitrimError
 from vitrim.words.plain import dump, load, read_toml, reason, write_text
 from vitrim.words.spec import Spec
 
-__all__ = ["Job", "check_folder", "device_of", "full_disk", "images_of", "leaving_nothing", "logger", "prepare"]
+__all__ = ["Job", "check_folder", "device_of", "full_disk", "leaving_nothing", "logger", "prepare"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +76,7 @@ def full_disk(folder: Path | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def leaving_nothing(folder: Path | None) -> Iterator[None]:
-    """Take a run folder away again that a failure leaves with its recipe alone; nothing is lost with it."""
+    """Take a run folder away again that a failure leaves with its recipe and record of images alone."""
     new = folder is not None and not (folder.is_dir() and any(folder.iterdir()))
     made = [] if folder is None else [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -83,8 +84,9 @@ def leaving_nothing(folder: Path | None) -> Iterator[None]:
     except Exception:
         if folder is not None and new:
             with contextlib.suppress(OSError):
-                if [path.name for path in folder.iterdir()] == ["recipe.toml"]:
-                    (folder / "recipe.toml").unlink()
+                if {path.name for path in folder.iterdir()} <= {"recipe.toml", FILE}:
+                    for path in list(folder.iterdir()):
+                        path.unlink()
                 for path in made:
                     path.rmdir()
         raise
@@ -197,13 +199,15 @@ def prepare(
     _check_parts(recipe, method)
     chosen = {key: value for key in ("mean", "std") if (value := getattr(recipe.data, key)) is not None}
     input = Input.of(parent, **chosen)
+    splits = _splits(recipe, data, parent, spec, input, folder, say)
+    _check_outputs(recipe, method, spec, splits)
     return Job(
         recipe=recipe,
         budget=budget,
         parent=parent,
         teacher=_teacher(recipe, parent, spec, input, say),
         spec=spec,
-        splits=_splits(recipe, data, spec, say),
+        splits=splits,
         input=input,
         trains=data[0] is not None,
         folder=folder,
@@ -221,6 +225,22 @@ def _check_reach(parent: nn.Module, spec: Spec, budget: Budget, method: Method) 
     choice = getattr(method, "choice", None)
     if choice is not None and (budget.latency is None or getattr(method, "timed", False)):
         fill(spec, {path: torch.zeros(axis.size) for path, axis in axes(parent).items()}, budget, choice=choice)
+
+
+def _check_outputs(recipe: Recipe, method: Method, spec: Spec, splits: Splits | None) -> None:
+    """Refuse a method that compares answers for a model whose outputs are no classes: all answers would be alike.
+
+    Raises:
+        RecipeError: naming the methods that take it.
+    """
+    labeled = splits is not None and bool((splits.train.labels >= 0).all())
+    if gives_values(spec.classes, labeled) and not getattr(method, "values", False):
+        what = "has no head" if spec.classes == 0 else "has one output, and its images have no labels"
+        known = [name for name in methods.names() if getattr(methods.settings_of(name), "values", False)]
+        raise RecipeError(
+            f"{recipe.method['name']} must have a model that tells classes apart, but {recipe.model.name} {what}; "
+            f"take {', '.join(known)}"
+        )
 
 
 class _Renormalised(nn.Module):
@@ -270,14 +290,15 @@ def _teacher(recipe: Recipe, parent: nn.Module, spec: Spec, input: Input, say: C
     example = torch.zeros(1, input.channels, *input.size, device=next(teacher.parameters()).device)
     try:
         classes = teacher(example).shape[-1]
+        wanted = spec.classes or parent(example).shape[-1]
     except (RuntimeError, ValueError, AssertionError) as problem:
         raise RecipeError(
             f"teacher: {recipe.teacher.name} must take images of {input.size[0]} x {input.size[1]}, but says: "
             f"{reason(problem)}; choose another"
         ) from None
-    if classes != spec.classes:
+    if classes != wanted:
         raise RecipeError(
-            f"teacher: {recipe.teacher.name} must tell the model's {spec.classes} classes apart, but has {classes}; "
+            f"teacher: {recipe.teacher.name} must tell the model's {wanted} classes apart, but has {classes}; "
             "choose another"
         )
     return teacher
@@ -298,82 +319,21 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _splits(recipe: Recipe, data: tuple[Any, Any], spec: Spec, say: Callable[[str], None]) -> Splits | None:
+def _splits(
+    recipe: Recipe,
+    data: tuple[Any, Any],
+    parent: nn.Module,
+    spec: Spec,
+    input: Input,
+    folder: Path | None,
+    say: Callable[[str], None],
+) -> Splits | None:
     train, test = (images_of(source, spec.classes) for source in data)
-    first = test if train is None else train
-    if first is None:
-        return None
-    say(f"reading {recipe.data.train or 'images'}")
-    splits = split(
-        first,
-        test,
-        calibration=recipe.data.calibration,
-        validation=recipe.data.validation or 0,
-        seed=recipe.seed,
-        class_map=recipe.data.class_map,
-        classes=spec.classes,
-    )
-    for part in (splits.train, splits.test):
-        if part is not None:
-            check_classes(part, spec.classes)
-    return splits
-
-
-def images_of(source: Any, classes: int = 0) -> str | Images | None:
-    """Bring what a caller may give as data into one form.
-
-    Args:
-        source: a source string, opened images, a dataset of (PIL image or ready tensor ``(C, h, w)``, label), a loader
-            of batches, or None. Of a shuffled or random loader one pass is kept, as it came.
-        classes: outputs of the model; what is in memory may hold some of them only.
-
-    Raises:
-        DataError: if it is none of these.
-    """
-    if source is None or isinstance(source, str | Images):
-        return source
-    if isinstance(source, Path):
-        return str(source)
-    name = type(source).__name__
-    if isinstance(source, DataLoader) or (isinstance(source, Iterable) and not isinstance(source, Dataset)):
-        pictures, labels = _unbatch(source)
-        held: Any = pictures
-        return Images(lambda i: held[i], labels, classes=_count(source, labels, classes), source=name)
-    if isinstance(source, Dataset) and hasattr(source, "__getitem__") and hasattr(source, "__len__"):
-        labels = _labels(source)
-        items: Any = source
-        return Images(lambda i: items[i][0], labels, classes=_count(source, labels, classes), source=name)
-    raise DataError(f"data must be a source, a dataset or a loader of (images, labels), but got {name}")
-
-
-def _count(source: Any, labels: Any, classes: int) -> int:
-    """Classes that the labels count over, by their names where there are such."""
-    names = getattr(source, "classes", None)
-    most = int(labels.max(initial=-1)) + 1
-    if not most:
-        return 0
-    return len(names) if isinstance(names, list | tuple) else max(most, classes)
-
-
-def _labels(dataset: Any) -> Any:
-    known = getattr(dataset, "targets", None)
-    try:
-        if known is None or getattr(dataset, "target_transform", None) is not None:
-            known = [int(dataset[i][1]) for i in range(len(dataset))]
-        return np.asarray(known, dtype=np.int64)
-    except (TypeError, ValueError, IndexError, KeyError, RuntimeError) as problem:
-        raise DataError(f"a dataset must give (image, whole number) for each index, but {problem}") from None
-
-
-def _unbatch(batches: Iterable[Any]) -> tuple[list[Tensor], Any]:
-    pictures: list[Tensor] = []
-    labels: list[int] = []
-    for batch in batches:
-        if not isinstance(batch, list | tuple) or len(batch) != 2 or not isinstance(batch[0], Tensor):
-            raise DataError("a loader must give (images, labels), but gave something else; give a dataset instead")
-        pictures += list(batch[0])
-        try:
-            labels += [int(label) for label in batch[1]]
-        except (TypeError, ValueError, RuntimeError) as problem:
-            raise DataError(f"a loader must give one whole number a label, but {problem}") from None
-    return pictures, np.asarray(labels, dtype=np.int64)
+    if train is not None or test is not None:
+        say(f"reading {recipe.data.train or 'images'}")
+    parts = open_splits(
+        recipe.data, train, test, model=parent, input=input, classes=spec.classes, seed=recipe.seed,
+        order=known_order(folder), say=say,
+    )  # fmt: skip
+    check_record(folder, about(parts))
+    return parts

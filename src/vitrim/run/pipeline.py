@@ -24,6 +24,7 @@ from vitrim.families import adopt, describe
 from vitrim.methods._contract import Data, Found, Method
 from vitrim.nn.weights import check_weights, fingerprint
 from vitrim.run.child import judged
+from vitrim.run.images import about, write_record
 from vitrim.run.job import Job, check_folder, full_disk, leaving_nothing, logger, prepare
 from vitrim.run.latency_budget import clocked, meet
 from vitrim.run.presets import laid_under
@@ -174,6 +175,8 @@ def _run(
         with leaving_nothing(folder):
             if folder is not None and not job.has("recipe.toml"):
                 write_recipe(folder / "recipe.toml", recipe)
+            if folder is not None:
+                write_record(folder, about(job.splits))
             plan, child, seconds, begun = _cut(job, method)
             child, seconds = _train(job, child, seconds, begun)
             measured = judged(job, child, seconds)

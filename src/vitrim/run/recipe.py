@@ -49,6 +49,11 @@ class DataRecipe(Node):
         train: source of the training images, from which calibration and validation images are taken too.
         test: source of the test images; None for the test split of `train`, where it has one. No search sees it.
         class_map: file that gives class names their numbers.
+        class_order: how class folders are numbered where no map says it: ``plain``, as torchvision, Keras and Hugging
+            Face do; ``natural``, as timm does; ``auto``: where the two differ, the model itself is asked.
+        depth: level of the folders that are the classes, from 1, below the source or its split; None where only one
+            reading is possible.
+        skip_damaged: decode every image once and leave out those that are damaged, instead of stopping at one.
         calibration: number of calibration images, for scores.
         validation: share (below 1) or number of training images that nothing is trained on. Searches that compare
             candidates do it on them, and accuracy on them after each epoch is logged and drawn. None for as many as the
@@ -59,6 +64,9 @@ class DataRecipe(Node):
     train: str | None = None
     test: str | None = None
     class_map: str = ""
+    class_order: Literal["auto", "plain", "natural"] = "auto"
+    depth: PositiveInt | None = None
+    skip_damaged: bool = False
     calibration: PositiveInt = 256
     validation: float | None = Field(default=None, ge=0)
     mean: tuple[float, ...] | None = None

@@ -1,6 +1,8 @@
 """The loss of a step: labels, a teacher, or both.
 
-B images, K classes, T temperature.
+B images, K classes, T temperature. A model with one output gives the logit z of the second of two classes where there
+are labels, and is taken for one with logits (0, z); outputs that are no classes are compared by their squared distance,
+see `vitrim.cut.outputs`.
 
 Sources: Hinton et al. 2015 (soft); Touvron et al. 2021, "Training data-efficient image transformers" (hard, token).
 """
@@ -12,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrim.cut.outputs import as_classes, gives_values
 from vitrim.train.settings import Distill
 from vitrim.words.errors import RecipeError
 
-__all__ = ["Objective", "hard_loss", "labels_loss", "soft_loss", "token_loss"]
+__all__ = ["Objective", "distance_loss", "hard_loss", "labels_loss", "soft_loss", "token_loss"]
 
 
 def labels_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -53,6 +56,16 @@ def soft_loss(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tens
     ours = F.log_softmax(_wide(logits) / temperature, -1)
     theirs = F.log_softmax(teacher.to(ours.dtype) / temperature, -1)
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
+
+
+def distance_loss(outputs: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean squared difference from the teacher's outputs, scalar.
+
+    Args:
+        outputs: `(B, ...)`, of any meaning.
+        teacher: the teacher's, of the same shape.
+    """
+    return F.mse_loss(_wide(outputs), teacher.to(_wide(outputs).dtype))
 
 
 def token_loss(
@@ -103,6 +116,31 @@ class Objective:
         self.alpha = settings.alpha if labelled else 1.0
         self.temperature = settings.temperature
         self.smoothing = smoothing
+        self.values = False
+
+    def judge(self, classes: int) -> None:
+        """Choose the loss that fits a model with this many classes.
+
+        Args:
+            classes: outputs that tell classes apart, 0 for a model without a head.
+
+        Raises:
+            RecipeError: the outputs stand for no classes, but are to be learned from labels or compared as classes.
+        """
+        self.values = gives_values(classes, self.labelled)
+        if not self.values:
+            return
+        what = "without a head" if classes == 0 else "with one output and images without labels"
+        if self.kind not in ("soft", "distance"):
+            raise RecipeError(
+                f"a model {what} must learn its teacher's outputs by their distance, but train.distill.kind is "
+                f"'{self.kind}'; use 'distance'"
+            )
+        if self.alpha < 1:
+            raise RecipeError(
+                f"a model {what} must be learned from a teacher alone, but the labels have a share; set "
+                "train.distill.alpha=1"
+            )
 
     @property
     def token(self) -> bool:
@@ -125,16 +163,23 @@ class Objective:
             labels: int64 `(B,)` or distributions `(B, K)`; not looked at without labels.
             teacher: what `ask` gave.
         """
+        if self.values and teacher is not None:
+            return distance_loss(outputs, teacher)
         if self.token:
             if teacher is None:
                 return labels_loss(outputs[0], labels, self.smoothing)
             return token_loss(outputs, labels if self.labelled else None, teacher, self.alpha, self.smoothing)
         if teacher is None:
-            return labels_loss(outputs, labels, self.smoothing)
-        term = hard_loss(outputs, teacher) if self.kind == "hard" else soft_loss(outputs, teacher, self.temperature)
+            return labels_loss(as_classes(outputs), labels, self.smoothing)
+        if self.kind == "distance":
+            term = distance_loss(outputs, teacher)
+        elif self.kind == "hard":
+            term = hard_loss(as_classes(outputs), as_classes(teacher))
+        else:
+            term = soft_loss(as_classes(outputs), as_classes(teacher), self.temperature)
         if self.alpha == 1:
             return term
-        return (1 - self.alpha) * labels_loss(outputs, labels, self.smoothing) + self.alpha * term
+        return (1 - self.alpha) * labels_loss(as_classes(outputs), labels, self.smoothing) + self.alpha * term
 
 
 def two_heads(model: nn.Module) -> Callable[[bool], None]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrim.cut.outputs import as_classes, gives_values
 from vitrim.nn.modes import evaluating
 from vitrim.words.errors import DataError, WeightsError
 from vitrim.words.plain import Node
@@ -23,9 +24,12 @@ class Evaluated(Node):
 
     Attributes:
         top1: pictures whose label the model puts first, percent; None without labels.
-        top5: pictures whose label is among the model's first five, percent; None without labels.
+        top5: pictures whose label is among the model's first five, percent; None without labels, or with one output.
         loss: mean cross-entropy with the labels, nats; None without labels.
-        agreement: pictures on which the reference has the same first choice, percent; None without a reference.
+        agreement: pictures on which the reference has the same first choice, percent; None without a reference, or
+            where the outputs are no classes.
+        distance: root of the squared distance from the reference's outputs over that of those outputs from zero; None
+            without a reference, or where the outputs are classes.
         count: number of pictures.
         seconds: wall-clock time, with loading.
     """
@@ -36,6 +40,7 @@ class Evaluated(Node):
     agreement: float | None
     count: int
     seconds: float
+    distance: float | None = None
 
 
 def reference_logits(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -69,7 +74,8 @@ def evaluate(
     """Measure a model; it is left as it was.
 
     Args:
-        model: gives logits `(B, K)` in eval mode.
+        model: gives logits `(B, K)` in eval mode; with one output, and labels, that of the second of two classes.
+            Without a head (`num_classes` is 0) labels are not looked at.
         loader: batches of pictures `(B, C, h, w)` and labels `(B,)`, -1 for none, in a fixed order.
         reference: another model, or what `reference_logits` gave for this loader.
         classes: K that the data needs; None takes any.
@@ -82,16 +88,23 @@ def evaluate(
     start = time.perf_counter()
     hits = torch.zeros(4, dtype=torch.float64)
     count = 0
-    unlabelled = False
+    headless = getattr(model, "num_classes", None) == 0
+    unlabelled, width = headless, 0
+    apart = torch.zeros(2, dtype=torch.float64)
     with evaluating(model, other), progress("evaluate", _length(loader)) as advance:
         for pictures, labels in loader:
             logits = _forward(model, pictures)
-            _check_batch(logits, labels, classes)
-            unlabelled |= bool((labels < 0).any())
-            hits[:3] += _score(logits, labels)
+            width = logits.shape[-1]
+            if not headless:
+                _check_batch(logits, labels, classes)
+                unlabelled |= bool((labels < 0).any())
+                hits[:3] += _score(as_classes(logits), labels)
             theirs = _theirs(other, reference, pictures, count, len(labels))
             if theirs is not None:
-                hits[3] += (theirs.argmax(-1).cpu() == logits.argmax(-1).cpu()).sum()
+                mine, theirs = logits.cpu(), theirs.cpu()
+                if not headless:
+                    hits[3] += (as_classes(theirs).argmax(-1) == as_classes(mine).argmax(-1)).sum()
+                apart += torch.stack([(mine - theirs).double().square().sum(), theirs.double().square().sum()])
             count += len(labels)
             advance(1)
     if count == 0:
@@ -99,13 +112,16 @@ def evaluate(
     if isinstance(reference, Tensor) and len(reference) != count:
         raise DataError(f"the reference must be of the {count} images of the loader, but has {len(reference)}")
     top1, top5, loss, agreement = (hits / count).tolist()
+    values = gives_values(0 if headless else width, labeled=not unlabelled)
+    distance = float((apart[0] / apart[1].clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
     return Evaluated(
         top1=None if unlabelled else 100 * top1,
-        top5=None if unlabelled else 100 * top5,
+        top5=None if unlabelled or width == 1 else 100 * top5,
         loss=None if unlabelled else loss,
-        agreement=None if reference is None else 100 * agreement,
+        agreement=None if reference is None or values else 100 * agreement,
         count=count,
         seconds=time.perf_counter() - start,
+        distance=distance if values and reference is not None else None,
     )
 
 
@@ -126,7 +142,7 @@ def _check_batch(logits: Tensor, labels: Tensor, classes: int | None) -> None:
     width = logits.shape[-1]
     if classes is not None and width != classes:
         raise DataError(f"the model must have the {classes} classes of the data, but has {width}")
-    if int(labels.max()) >= width:
+    if int(labels.max()) >= max(2, width):
         raise DataError(f"labels must be below the {width} classes of the model, but {int(labels.max())} came")
 
 

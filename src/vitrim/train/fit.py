@@ -227,7 +227,10 @@ def _prepare(
     )
     objective = task.objective(settings.distill, settings.smoothing, teacher, loader.labelled)
     classes = _classes(model, input)
-    check_classes(dataset, classes)
+    headless = getattr(model, "num_classes", None) == 0
+    if not headless:
+        check_classes(dataset, classes)
+    objective.judge(0 if headless else classes)
     if objective.teacher is not None:
         objective.teacher.to(device).eval()
         if _classes(objective.teacher, input) != classes:

@@ -126,7 +126,7 @@ class Loop:
             mixup_alpha=self.settings.mixup,
             cutmix_alpha=self.settings.cutmix,
             label_smoothing=self.settings.smoothing,
-            num_classes=self.classes,
+            num_classes=max(2, self.classes),
         )
 
     def go(self, advance: Callable[[float], None]) -> None:

@@ -15,12 +15,14 @@ class Distill(Node):
 
     Attributes:
         kind: `none`; `hard`: cross-entropy with the teacher's first choice; `soft`: Kullback-Leibler divergence from
-            the teacher's distribution; `token`: DeiT's, the distillation head learns the teacher's first choice.
+            the teacher's distribution; `token`: DeiT's, the distillation head learns the teacher's first choice;
+            `distance`: mean squared difference of the outputs, for models whose outputs are no classes, and what `soft`
+            comes to where that is known.
         alpha: share of the teacher in `[0, 1]`, the labels have the rest; 1 is used on data without labels.
         temperature: divides both sides' logits for `soft`, > 0; the term is multiplied by its square.
     """
 
-    kind: Literal["none", "hard", "soft", "token"] = "soft"
+    kind: Literal["none", "hard", "soft", "token", "distance"] = "soft"
     alpha: float = Field(default=0.5, ge=0, le=1)
     temperature: float = Field(default=1.0, gt=0)
 

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from vitrim.families import blocks_of
+from vitrim.cut.outputs import gives_values, own_loss
+from vitrim.families import blocks_of, describe
 from vitrim.nn import Attention, Block, Mlp
 from vitrim.nn.modes import evaluating
-from vitrim.words.errors import MethodError
 
 __all__ = ["Importance", "importances", "last_layers"]
 
@@ -47,10 +46,10 @@ def last_layers(block: Block) -> dict[str, nn.Linear]:
 def importances(model: nn.Module, batches: Iterable[Tensor], *, seed: int) -> dict[str, Importance]:
     """Weigh tokens by one backward pass, without labels.
 
-    The loss is the cross-entropy with labels drawn from the model's own softmax: the mean of squares of its gradients
-    is the Fisher matrix, the second-order term of the divergence from the model's own output. A token's weight is the
-    square root of its squared gradient over the mean, which is milder than the gradient itself (a few hundred images
-    give few samples of it), brought to mean 1, plus 0.1.
+    The loss is `vitrim.cut.outputs.own_loss`, for classes the cross-entropy with labels drawn from the model's own
+    softmax: the mean of squares of its gradients is the second-order term of the distance from the model's own output.
+    A token's weight is the square root of its squared gradient over the mean, which is milder than the gradient itself
+    (a few hundred images give few samples of it), brought to mean 1, plus 0.1.
 
     Args:
         model: an adopted model; left as it was.
@@ -63,6 +62,8 @@ def importances(model: nn.Module, batches: Iterable[Tensor], *, seed: int) -> di
     Raises:
         MethodError: if the model gives no logits, or they are not finite.
     """
+    # Without labels, one output may be a logit or a value; the distance fits both.
+    values = gives_values(describe(model).classes, labeled=False)
     device = next(model.parameters()).device
     draw = torch.Generator().manual_seed(seed)
     squares: dict[str, list[Tensor]] = {}
@@ -77,27 +78,13 @@ def importances(model: nn.Module, batches: Iterable[Tensor], *, seed: int) -> di
                 stack.callback(layer.register_forward_hook(hook).remove)
         for x in batches:
             seen += len(x)
-            logits = model(x.to(device))
-            torch.autograd.backward(_loss(logits, draw))
+            torch.autograd.backward(own_loss(model(x.to(device)), values=values, draw=draw))
     return {path: _importance(squares[path], metrics[path] / seen) for path in squares}
 
 
 def _leaf(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Gradients are wanted from here on; the stem needs none."""
     return (inputs[0].detach().requires_grad_(), *inputs[1:])
-
-
-def _loss(logits: Tensor, draw: torch.Generator) -> Tensor:
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
-        raise MethodError("a model must give logits of two classes at least to weigh its tokens, but gives none")
-    if not bool(torch.isfinite(logits).all()):
-        raise MethodError(
-            "logits must be finite on the calibration images, but some are NaN or infinite; "
-            "check weights and normalisation"
-        )
-    chances = logits.detach().float().softmax(dim=-1).cpu()
-    labels = torch.multinomial(chances, 1, generator=draw).squeeze(1).to(logits.device)
-    return F.cross_entropy(logits, labels, reduction="sum")
 
 
 def _hook(

@@ -140,6 +140,7 @@ def _scenes(data: SceneData, say: Callable[[str], None]) -> tuple[Scenes, Scenes
         )
     train.checked()
     test.checked()
+    say(f"{train.line()}; test: {test.line()}")
     return train, test
 
 
@@ -208,6 +209,7 @@ def _measure(job: _Job, model: nn.Module) -> dict[str, Any]:
         "seed": job.recipe.seed,
         "miou": scores.miou,
         "accuracy": scores.accuracy,
+        "data": f"{job.train.line()}; test: {job.test.line()}",
         "test_scenes": scores.scenes,
         "classes": job.test.classes,
         "image": f"{spec.image[0]} x {spec.image[1]}",

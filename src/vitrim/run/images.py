@@ -1,0 +1,206 @@
+"""Open the images of a run, and say and record in one line what they are."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vitrim.data import Images, Input, Reading, Splits, ask_model, check_classes, find_source, split, test_images
+from vitrim.run.recipe import DataRecipe
+from vitrim.words.errors import RunError
+from vitrim.words.plain import read_json, write_text
+
+__all__ = ["FILE", "about", "check_record", "known_order", "line_of", "open_splits", "open_test", "write_record"]
+
+FILE = "data.json"
+"""In a run folder: what was read, so that a resumed run reads the same."""
+
+
+def reading_of(
+    data: DataRecipe, model: nn.Module, input: Input, classes: int, say: Callable[[str], None], order: str = ""
+) -> Reading:
+    """How a recipe wants its images read.
+
+    Args:
+        data: the recipe's part.
+        model: asked for the order of class folders where the recipe leaves it open and two orders differ.
+        input: what the model takes.
+        classes: outputs of the model.
+        say: is told what the model says.
+        order: what an earlier run of this recipe found, or empty.
+    """
+    return Reading(
+        class_map=data.class_map,
+        classes=classes,
+        class_order=order if order and data.class_order == "auto" else data.class_order,
+        ask=ask_model(model, input, classes=classes, say=say),
+        depth=data.depth,
+        skip_damaged=data.skip_damaged,
+    )
+
+
+def open_splits(
+    data: DataRecipe,
+    train: str | Images | None,
+    test: str | Images | None,
+    *,
+    model: nn.Module,
+    input: Input,
+    classes: int,
+    seed: int,
+    validation: float | None = None,
+    order: str = "",
+    say: Callable[[str], None] = lambda _: None,
+) -> Splits | None:
+    """Open training and test images, and say in one line each what they are.
+
+    Args:
+        data: the recipe's part.
+        train: opened images or a source, or None: then the parts are of the test images.
+        test: opened images or a source, or None for the test split of `train`, where it has one.
+        model: the parent.
+        input: what it takes.
+        classes: its outputs; where there are none (`num_classes=0`), labels are not looked at.
+        seed: decides the draw of calibration and validation images.
+        validation: in place of the recipe's.
+        order: numbering of the class folders that an earlier run found.
+        say: receives the lines.
+
+    Raises:
+        DataError: the images are unfit, or their classes are not the model's.
+    """
+    first = test if train is None else train
+    if first is None:
+        return None
+    reading = reading_of(data, model, input, classes, say, order)
+    parts = split(
+        first,
+        test,
+        calibration=data.calibration,
+        validation=data.validation if validation is None else validation,
+        seed=seed,
+        **vars(reading),
+    )
+    if classes == 0:
+        parts = Splits(*(None if part is None else part.unlabeled() for part in _parts(parts)))  # type: ignore[arg-type]
+    for part in (parts.train, parts.test):
+        if part is not None:
+            check_classes(part, classes)
+    say(line_of(parts))
+    return parts
+
+
+def _parts(parts: Splits) -> tuple[Images | None, ...]:
+    return parts.train, parts.calibration, parts.validation, parts.test
+
+
+def open_test(
+    data: DataRecipe, source: str, *, model: nn.Module, input: Input, classes: int, say: Callable[[str], None]
+) -> Images:
+    """Open the images that a model is measured on, never training images unless the source names them.
+
+    Args:
+        data: the recipe's part.
+        source: see `vitrim.data.source.find_source`.
+        model: see `open_splits`.
+        input: what it takes.
+        classes: its outputs.
+        say: receives the line.
+
+    Raises:
+        DataError: the images are unfit, or their classes are not the model's.
+    """
+    images = test_images(find_source(source), reading_of(data, model, input, classes, say))
+    images = images.unlabeled() if classes == 0 else images
+    check_classes(images, classes)
+    say(images.line())
+    return images
+
+
+def line_of(parts: Splits) -> str:
+    """What is read, in one line: images, classes, the first three class names with their numbers, what is left out."""
+    told = [f"{len(parts.train):,} for training"]
+    for name, part in (("calibration", parts.calibration), ("validation", parts.validation)):
+        if part is not None:
+            told.append(f"{len(part):,} for {name}" + (" among them" if name == "calibration" else ""))
+    line = f"{parts.train.line(0 if parts.validation is None else len(parts.validation))}; {', '.join(told)}"
+    if parts.test is not None and parts.test is not parts.train:
+        line += f"; test: {parts.test.line()}"
+    return line
+
+
+def about(parts: Splits | None) -> dict[str, Any] | None:
+    """What a run folder keeps of its images: sources, counts, numbering and names of the classes, what was left out."""
+    if parts is None:
+        return None
+    return {
+        "line": line_of(parts),
+        "class_order": parts.train.order,
+        "classes": parts.train.classes,
+        "names": list(parts.train.names or ()),
+        "parts": {
+            name: {"source": part.source, "split": part.split, "images": len(part), "left_out": list(part.left_out)}
+            for name, part in zip(("train", "calibration", "validation", "test"), _parts(parts), strict=True)
+            if part is not None
+        },
+    }
+
+
+def known_order(folder: Path | None) -> str:
+    """The order of class folders that an earlier run in `folder` found, or empty.
+
+    Raises:
+        RunError: its record is damaged.
+    """
+    if folder is None or not (folder / FILE).is_file():
+        return ""
+    record = read_json(folder / FILE, RunError)
+    order = record.get("class_order") if isinstance(record, dict) else None
+    if not isinstance(order, str):
+        raise RunError(f"{folder / FILE}: the file must be what a run wrote, but is not; choose another --out")
+    return order if order in ("plain", "natural") else ""
+
+
+def check_record(folder: Path | None, found: Mapping[str, Any] | None) -> None:
+    """Compare what was read with what the run folder says was read before.
+
+    Raises:
+        RunError: a class has another number, or a source another number of images.
+    """
+    if folder is None or found is None or not (folder / FILE).is_file():
+        return
+    before = read_json(folder / FILE, RunError)
+    for what, get in (
+        ("the order of the classes", lambda record: record["class_order"]),
+        ("the classes", lambda record: record["names"]),
+        ("the number of classes", lambda record: record["classes"]),
+        ("the number of images", lambda record: {name: part["images"] for name, part in record["parts"].items()}),
+    ):
+        try:
+            was, now = get(before), get(found)
+        except (KeyError, TypeError, AttributeError):
+            raise RunError(
+                f"{folder / FILE}: the file must be what a run wrote, but is not; choose another --out"
+            ) from None
+        if was != now:
+            raise RunError(
+                f"{folder}: a run must go on with the images it began with, but {what} differ: {_differing(was, now)}; "
+                "choose another --out"
+            )
+
+
+def _differing(was: Any, now: Any) -> str:
+    if isinstance(was, list) and isinstance(now, list):
+        longest = range(max(len(was), len(now)))
+        place = next(n for n in longest if was[n : n + 1] != now[n : n + 1])
+        old, new = ("".join(map(str, each[place : place + 1])) or "nothing" for each in (was, now))
+        return f"number {place} was '{old}' and is '{new}'"
+    return f"{was or 'none'} before, {now or 'none'} now"
+
+
+def write_record(folder: Path, found: Mapping[str, Any] | None) -> None:
+    """Write what was read into a run folder, if it is not there."""
+    if found is not None and not (folder / FILE).is_file():
+        write_text(folder / FILE, json.dumps(found, indent=1) + "\n")
