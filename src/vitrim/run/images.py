@@ -79,7 +79,7 @@ def open_splits(
         first,
         test,
         calibration=data.calibration,
-        validation=data.validation if validation is None else validation,
+        validation=(data.validation if validation is None else validation) or 0.0,
         seed=seed,
         **vars(reading),
     )
