@@ -7,6 +7,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Two spinning threads on a busy machine of two cores are up to 60 times slower than one, on models as small as these.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+HANGS = 1800
+"""Seconds after which a test that starts a process gives up on it: far beyond what a busy machine needs."""
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 

@@ -372,7 +372,7 @@ def test_sizes_that_a_tar_claims_need_no_memory(tmp_path):
         stream.write(info.tobuf(tarfile.GNU_FORMAT))
         stream.truncate(5 * 2**30 + 4096)
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     for file, told in (
         (path, "the tar must be whole, but a header claims"),
         (big, "it has 5,368,709,120 bytes and at"),
@@ -382,7 +382,7 @@ def test_sizes_that_a_tar_claims_need_no_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**24
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     pax = tmp_path / "c.tar"
     info = tarfile.TarInfo("cat/1.png")
     info.pax_headers = {"size": "9" * 30}

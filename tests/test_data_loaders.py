@@ -248,9 +248,9 @@ def test_an_epoch_of_digits_is_quick():
 
 
 def clock(loader, epoch: int) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     list(loader.epoch(epoch))
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def test_labelled():

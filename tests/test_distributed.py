@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.conftest import HANGS
 from vitrim import methods
 from vitrim.data import Augment, Images, Input
 from vitrim.families import adopt, describe
@@ -142,7 +143,7 @@ def launched(tmp_path_factory):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     # `--cpu` starts one process (or mpirun); `--multi_gpu` means torchrun, and this keeps its processes on the CPU.
     kept |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=HANGS, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

@@ -56,9 +56,9 @@ def test_real_size_is_spent_closely_and_soon(choice):
     scores = {}
     for path, _, _ in spec.blocks():
         scores |= {f"{path}.qk": torch.rand(384), f"{path}.v": torch.rand(384), f"{path}.hidden": torch.rand(1536)}
-    start = time.perf_counter()
+    start = time.process_time()
     child = fill(spec, scores, Budget.parse("macs=0.5"), choice=choice).child(spec)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     ratio = cost_of(child).macs / cost_of(spec).macs
     assert 0.495 <= ratio <= 0.5
     for _, _, block in child.blocks():

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 
+from tests.conftest import HANGS
 from tests.samples import PRESETS, adopted
 from vitrim import cli, families
 from vitrim.families import describe
@@ -354,7 +355,7 @@ def test_three_processes_share_a_search(tmp_path):
                "--set", "data.validation=32"]  # fmt: skip
     plans = [str(tmp_path / f"{i}.json") for i in range(3)]
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", THREE, *plans, *command], capture_output=True,
-                          timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+                          timeout=HANGS, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()
     study = optuna.load_study(study_name="mdc", storage=url)
     done = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))

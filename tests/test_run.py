@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import vitrim
+from tests.conftest import HANGS
 from vitrim.run import job
 from vitrim.run.pipeline import Result, compress, run
 from vitrim.run.recipe import Recipe, read_recipe
@@ -594,7 +595,7 @@ def test_a_killed_run_ends_like_a_whole_one(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=HANGS,
     )
     assert done.returncode == 0, done.stderr
     codes = json.loads(done.stdout)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import vitrim.train.checkpoint as checkpoint_module
 
 # The fixture is used by being here.
+from tests.conftest import HANGS
 from tests.test_train_fit import FULL, INPUT, PLAIN, _one_thread, equal, images, stopped, timeless, vit  # noqa: F401
 from vitrim.train import fit
 from vitrim.words.errors import RunError
@@ -54,8 +55,8 @@ def test_a_killed_run_equals_an_uninterrupted_one(tmp_path):
         run.stdout.close()
     assert kills >= 1
     last = start(folder)
-    last.communicate(timeout=60)
-    whole.communicate(timeout=60)
+    last.communicate(timeout=HANGS)
+    whole.communicate(timeout=HANGS)
     assert (last.returncode, whole.returncode) == (0, 0)
     name = "train-00000180.safetensors"
     one, two = load_file(tmp_path / "whole" / name), load_file(folder / name)

@@ -459,9 +459,9 @@ def test_a_spec_is_priced_in_no_time():
     cost_of(big)
     times = []
     for _ in range(50):
-        start = time.perf_counter()
+        start = time.process_time()
         cost_of(big)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert sorted(times)[25] < 200e-6
 
 
