@@ -14,6 +14,7 @@ from tests.samples import IDS, PRESETS, images, timm_model
 from vitrim import families
 from vitrim.cut import surgery
 from vitrim.deploy import store
+from vitrim.deploy.export import export
 from vitrim.families import describe
 from vitrim.measure import counted
 from vitrim.testing.plans import kinds_in, plans
@@ -80,6 +81,8 @@ def test_what_a_plan_accepts_runs(tmp_path):
             assert load(Plan, dump(plan)) == plan
             child = surgery.apply(model, plan)
             runs(child, wanted, tmp_path)
+            if kinds_in(wanted) - set(seen):
+                works_or_says(child, lambda model: export(model, tmp_path / "model.pt2"))
             seen.update(kinds_in(wanted))
             seen["second"] += number
             model, spec = child, wanted
