@@ -246,7 +246,8 @@ _EMPTY = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 
 _ASIDE = frozenset(
-    "default_cfg feature_info forward_intermediates pretrained_cfg reset_classifier set_input_size".split()
+    "default_cfg feature_info forward_intermediates pretrained_cfg prune_intermediate_layers reset_classifier "
+    "set_input_size".split()
 )
 """Attributes that no forward pass reads."""
 

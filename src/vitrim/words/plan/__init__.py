@@ -310,6 +310,14 @@ def _compose(first: Sequence[Kept], living: Sequence[int], later: Sequence[Kept]
     return tuple(composed)
 
 
+class _Sheet(Node):
+    """The content of ``plan.json``: a plan with the model it is for."""
+
+    format: int = 1
+    parent: dict[str, Any]
+    plan: Plan
+
+
 def write_plan(path: Path, parent: Spec, plan: Plan) -> None:
     """Write a plan together with the spec it is for."""
     write_json(path, {"format": FORMAT, "parent": dump(parent), "plan": dump(plan)})
@@ -321,14 +329,9 @@ def read_plan(path: Path) -> tuple[Spec, Plan]:
     Raises:
         PlanError: if the file is missing, malformed, of a newer version, or its plan does not fit its parent.
     """
-    sheet = read_json(path, PlanError)
-    if not isinstance(sheet, dict):
-        raise PlanError(f"{path}: a plan must be a table with 'parent' and 'plan', but got {type(sheet).__name__}")
-    check_format(sheet.pop("format", 1), str(path), PlanError)
-    odd = sorted(sheet.keys() ^ {"parent", "plan"})
-    if odd:
-        raise PlanError(f"{path}: a plan must have 'parent' and 'plan' alone, but '{odd[0]}' is missing or too much")
-    parent = parse_spec(sheet["parent"], PlanError, f"{path}.parent")
-    plan = load(Plan, sheet["plan"], PlanError, at=f"{path}.plan")
-    plan.child(parent)
-    return parent, plan
+    data = read_json(path, PlanError)
+    check_format(data.get("format", 1) if isinstance(data, dict) else 1, str(path), PlanError)
+    sheet = load(_Sheet, data, PlanError, at=str(path))
+    parent = parse_spec(sheet.parent, PlanError, f"{path}.parent")
+    sheet.plan.child(parent)
+    return parent, sheet.plan
