@@ -74,7 +74,7 @@ def test_published_structures(name, trained, whole, giga, stem, block):
     assert {node.mixer.scale for node in stage.blocks} == {64**-0.5}
     assert {node.mixer.qk[0] for node in stage.blocks} == {64}
     assert (stage.form.norm.eps, stage.form.qkv_bias, stage.form.out_bias) == (1e-5, False, True)
-    assert [node.drop_path for node in stage.blocks] == pytest.approx(
+    assert [node.rates.mlp_path for node in stage.blocks] == pytest.approx(
         torch.linspace(0, 0.1, len(stage.blocks)).tolist()
     )
 

@@ -331,7 +331,10 @@ def read_plan(path: Path) -> tuple[Spec, Plan]:
     """
     data = read_json(path, PlanError)
     check_format(data.get("format", 1) if isinstance(data, dict) else 1, str(path), PlanError)
+    parent = (
+        parse_spec(data["parent"], PlanError, f"{path}.parent") if isinstance(data, dict) and "parent" in data else None
+    )
     sheet = load(_Sheet, data, PlanError, at=str(path))
-    parent = parse_spec(sheet.parent, PlanError, f"{path}.parent")
+    assert parent is not None  # a missing parent was refused just now
     sheet.plan.child(parent)
     return parent, sheet.plan
