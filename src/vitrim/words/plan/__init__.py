@@ -330,11 +330,10 @@ def read_plan(path: Path) -> tuple[Spec, Plan]:
         PlanError: if the file is missing, malformed, of a newer version, or its plan does not fit its parent.
     """
     data = read_json(path, PlanError)
-    check_format(data.get("format", 1) if isinstance(data, dict) else 1, str(path), PlanError)
-    parent = (
-        parse_spec(data["parent"], PlanError, f"{path}.parent") if isinstance(data, dict) and "parent" in data else None
-    )
+    known = data if isinstance(data, dict) else {}
+    check_format(known.get("format", 1), str(path), PlanError)
+    if "parent" in known:
+        parent = parse_spec(known["parent"], PlanError, f"{path}.parent")
     sheet = load(_Sheet, data, PlanError, at=str(path))
-    assert parent is not None  # a missing parent was refused just now
     sheet.plan.child(parent)
     return parent, sheet.plan
