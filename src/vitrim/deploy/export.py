@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitrim.cut.optimized import optimized
 from vitrim.cut.surgery import fold
 from vitrim.families import describe
 from vitrim.measure.model import home_of, image_of, resting
@@ -68,13 +69,22 @@ class Exported(Node):
     runtime: str
 
 
-def export(model: nn.Module, path: str | os.PathLike[str], *, opset: int = OPSET) -> Exported:
-    """Write `model` for another runtime; the model is left as it was.
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    opset: int = OPSET,
+    as_stored: bool = False,
+    to_quantize: bool = False,
+) -> Exported:
+    """Write `model` for another runtime, in the form of `vitrim.deploy.optimized`; the model is left as it was.
 
     Args:
         model: an adopted model, in any mode and on any device; it is exported in evaluation mode, in float32, on CPU.
         path: ``….onnx`` for ONNX, ``….pt2`` for torch.export.
         opset: ONNX operator set, at least 18.
+        as_stored: whether the file holds the layers as they are stored instead, convolutions and merges folded.
+        to_quantize: whether eight bits are made of the file (`vitrim.deploy.optimized` with ``torch.int8``).
 
     Raises:
         ExportError: if a package is missing, the opset is too old, the place cannot be written to, the model cannot be
@@ -84,7 +94,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, opset: int = OPSET
     still = _still(model)
     image = image_of(still)
     with beside(file) as part:
-        program = _traced(fold(fold_merges_(copy.deepcopy(still))).eval(), torch.zeros(3, *image))
+        program = _traced(_form(still, as_stored, to_quantize), torch.zeros(3, *image))
         runtime, run = (_onnx if kind == "onnx" else _program)(program, part, opset)
         worst = _compare(still, run, image)
         size = part.stat().st_size
@@ -153,6 +163,13 @@ def _still(model: nn.Module) -> nn.Module:
         raise ExportError("a model to export must have weights, but this one is on the meta device; load them first")
     twin = copy.deepcopy(model)
     return (twin if (place.type, kind) == ("cpu", torch.float32) else twin.to("cpu", torch.float32)).eval()
+
+
+def _form(still: nn.Module, as_stored: bool, to_quantize: bool) -> nn.Module:
+    """What is written of a model."""
+    if as_stored:
+        return fold(fold_merges_(copy.deepcopy(still))).eval()
+    return optimized(still, dtype=torch.int8 if to_quantize else None)
 
 
 def _traced(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:

@@ -69,6 +69,7 @@ def quantize(
     percentile: float = PERCENTILE,
     opset: int = OPSET,
     threads: int | None = None,
+    as_stored: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Quantized:
     """Write `model` as an eight-bit ONNX file; the model is left as it was.
@@ -83,6 +84,8 @@ def quantize(
         percentile: share of the activations that a scale covers, in (50, 100]; 100 is their whole range.
         opset: ONNX operator set, at least 18.
         threads: CPU threads of the measurement; PyTorch's setting where not given.
+        as_stored: whether the layers stay as they are stored; else they are in the form of `vitrim.deploy.optimized`
+            for a quantizer.
         say: receives a line about what goes on.
 
     Raises:
@@ -102,7 +105,7 @@ def quantize(
         if not held:
             raise ExportError("int8 must be calibrated on images, but there are none; give some")
         say("exporting in float32")
-        before = export(model, Path(folder) / "float.onnx", opset=opset)
+        before = export(model, Path(folder) / "float.onnx", opset=opset, as_stored=as_stored, to_quantize=True)
         say("calibrating")
         _quantized(Path(before.path), part, held, percentile)
         runtime, run = onnx_session(part, threads)
