@@ -25,6 +25,9 @@ def export(
     model: Annotated[str, typer.Argument(help="A timm name, an hf-hub: name, or a file that vitrim stored.")],
     out: Annotated[Path, typer.Option("--out", help="File to write: .onnx, or .pt2 for torch.export.")],
     opset: Annotated[int | None, typer.Option("--opset", help="ONNX operator set; 20 by default.")] = None,
+    as_stored: Annotated[
+        bool, typer.Option("--as-stored", help="Keep the layers as they are stored, not in the form models run in.")
+    ] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Eight bits, by ONNX Runtime's static quantisation.")] = False,
     data: Annotated[str | None, typer.Option("--data", help="Images that --int8 calibrates on.")] = None,
     test: Annotated[str | None, typer.Option("--test", help="Images that --int8 is measured on.")] = None,
@@ -46,15 +49,16 @@ def export(
         raise ExportError("--data, --test and --set must go with --int8, but it is not given; leave them out or add it")
     net = open_parent(model, weights=weights, random_weights=random_weights)
     if int8:
-        _int8(net, model, out, chosen, merged({"data": {"train": data, "test": test}}, overrides(set_ or [])))
+        asked = merged({"data": {"train": data, "test": test}}, overrides(set_ or []))
+        _int8(net, model, out, {"opset": chosen, "as_stored": as_stored}, asked)
         return
-    done = export_model(net, out, opset=chosen)
+    done = export_model(net, out, opset=chosen, as_stored=as_stored)
     row = [done.path, f"{done.bytes / 1e6:.2f} MB", "-" if done.opset is None else str(done.opset), f"{done.apart:.1e}"]
     show_table("", ["file", "size", "opset", "logits apart"], [row])
     say(f"checked in {done.runtime}; the batch is dynamic, images are {'x'.join(map(str, done.image))}")
 
 
-def _int8(net: "nn.Module", name: str, out: Path, opset: int, asked: dict[str, Any]) -> None:
+def _int8(net: "nn.Module", name: str, out: Path, how: dict[str, Any], asked: dict[str, Any]) -> None:
     from vitrim.families import describe
     from vitrim.report.tables import percent
     from vitrim.run.recipe import DataRecipe
@@ -65,7 +69,7 @@ def _int8(net: "nn.Module", name: str, out: Path, opset: int, asked: dict[str, A
     if not source.calibration:
         raise DataError("int8 must be calibrated on images, but data.calibration is 0; leave it out for 256")
     scenes = describe(net).family == "segmentor"
-    done = (_int8_of_scenes if scenes else _int8_of_images)(net, name, out, opset, source)
+    done = (_int8_of_scenes if scenes else _int8_of_images)(net, name, out, how, source)
     rows = [
         ["size", f"{done.bytes_before / 1e6:.2f} MB", f"{done.bytes / 1e6:.2f} MB"],
         ["mean IoU", percent(done.miou_before, 2), percent(done.miou, 2)]
@@ -79,7 +83,7 @@ def _int8(net: "nn.Module", name: str, out: Path, opset: int, asked: dict[str, A
     say(f"run by {done.runtime}")
 
 
-def _int8_of_images(net: "nn.Module", name: str, out: Path, opset: int, source: "DataRecipe") -> "Quantized":
+def _int8_of_images(net: "nn.Module", name: str, out: Path, how: dict[str, Any], source: "DataRecipe") -> "Quantized":
     from vitrim.data import Input, eval_loader
     from vitrim.deploy.quantize import quantize
     from vitrim.families import describe
@@ -93,10 +97,10 @@ def _int8_of_images(net: "nn.Module", name: str, out: Path, opset: int, source: 
     assert known is not None
     assert known.calibration is not None
     test = None if known.test is None else eval_loader(known.test, fitting, batch=32)
-    return quantize(net, out, eval_loader(known.calibration, fitting, batch=8), test=test, opset=opset, say=say)
+    return quantize(net, out, eval_loader(known.calibration, fitting, batch=8), test=test, say=say, **how)
 
 
-def _int8_of_scenes(net: "nn.Module", name: str, out: Path, opset: int, source: "DataRecipe") -> "Quantized":
+def _int8_of_scenes(net: "nn.Module", name: str, out: Path, how: dict[str, Any], source: "DataRecipe") -> "Quantized":
     """Calibrated on crops of training scenes, measured in windows of the file's own size."""
     from vitrim.data import SceneAugment, SceneLoader
     from vitrim.deploy.quantize import quantize
@@ -118,8 +122,8 @@ def _int8_of_scenes(net: "nn.Module", name: str, out: Path, opset: int, source: 
         out,
         list(loader.epoch(0)),
         miou=None if test is None else lambda model: score(model, test, fitting, windows)[0].miou,
-        opset=opset,
         say=say,
+        **how,
     )
 
 

@@ -83,7 +83,8 @@ def bench(
     ],
     reference: Annotated[str | None, typer.Option("--reference", help="A model to time in turns with.")] = None,
     runtimes: Annotated[
-        str | None, typer.Option("--runtimes", help="eager, compile, onnxruntime, openvino; joined by commas.")
+        str | None,
+        typer.Option("--runtimes", help="eager, compile, cudagraph, onnxruntime, openvino; joined by commas."),
     ] = None,
     batch: Annotated[str, typer.Option("--batch", help="Images of a pass; several joined by commas.")] = "8",
     threads: Annotated[int | None, typer.Option("--threads", min=1)] = None,
@@ -91,6 +92,9 @@ def bench(
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps.")] = None,
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time to spend on each batch.")] = 8.0,
     memory: Annotated[bool, typer.Option("--memory", help="Peak memory too, each in a process of its own.")] = False,
+    as_stored: Annotated[
+        bool, typer.Option("--as-stored", help="Time models as they are stored, not in the form they run in.")
+    ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="JSON file to write, with a figure (.svg) beside.")] = None,
 ) -> None:
     """Time models in turns, the first being what the others are compared with; timm names get random weights."""
@@ -104,11 +108,11 @@ def bench(
     place = device_of(device) if device is not None else None
     batches = [_whole(part) for part in batch.split(",")]
     if len(models) == 1 and runtimes is None and len(batches) == 1 and out is None and not memory:
-        _pair(models[0], reference, batches[0], threads, kinds[dtype], place, seconds)
+        _pair(models[0], reference, batches[0], threads, kinds[dtype], place, seconds, as_stored)
         return
     if reference is not None:
         models = [reference, *models]
-    _many(models, runtimes or "eager", batches, threads, kinds[dtype], place, seconds, memory, out)
+    _many(models, runtimes or "eager", batches, threads, kinds[dtype], place, seconds, memory, as_stored, out)
 
 
 def _whole(text: str) -> int:
@@ -125,13 +129,16 @@ def _pair(
     dtype: "torch.dtype",
     place: "torch.device | None",
     seconds: float,
+    as_stored: bool,
 ) -> None:
     from vitrim import measure
     from vitrim.deploy import store
     from vitrim.deploy.parent import open_parent
 
     nets = [open_parent(name, random_weights=not store.is_stored(name)) for name in (model, reference) if name]
-    taken = measure.latency(*nets, batch=batch, threads=threads, dtype=dtype, device=place, seconds=seconds)
+    taken = measure.latency(
+        *nets, batch=batch, threads=threads, dtype=dtype, device=place, seconds=seconds, as_stored=as_stored
+    )
     rows = [_row(model, batch, taken.seconds, taken.seconds_low, taken.seconds_high)]
     if reference is not None and taken.reference_seconds is not None:
         low, high = taken.reference_seconds_low or 0.0, taken.reference_seconds_high or 0.0
@@ -156,6 +163,7 @@ def _many(
     place: "torch.device | None",
     seconds: float,
     memory: bool,
+    as_stored: bool,
     out: Path | None,
 ) -> None:
     from vitrim.deploy import store
@@ -178,7 +186,7 @@ def _many(
     }
     found = measured(
         nets, runtimes=asked, batches=batches, threads=threads, dtype=dtype, device=place or "cpu", seconds=seconds,
-        memory=memory, say=say,
+        memory=memory, as_stored=as_stored, say=say,
     )  # fmt: skip
     for size in batches:
         rows = [

@@ -56,7 +56,11 @@ class Timed(Node):
 
 
 class Bench(Node):
-    """What was measured, and on what; `runs` samples were taken of each line at the least."""
+    """What was measured, and on what; `runs` samples were taken of each line at the least.
+
+    `as_stored` says whether the models ran as they are stored, not in the form of `vitrim.deploy.optimized`; records
+    that do not say are of models as stored.
+    """
 
     lines: tuple[Timed, ...]
     versions: dict[str, str]
@@ -66,6 +70,7 @@ class Bench(Node):
     runs: int
     torch: str
     timm: str
+    as_stored: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,16 +81,17 @@ class _Entry:
     model: nn.Module | Path
     image: tuple[int, int, int]
     folder: Path
+    as_stored: bool
 
     def runs_in(self, runtime: str) -> bool:
-        return isinstance(self.model, nn.Module) or runtime not in ("eager", "compile")
+        return isinstance(self.model, nn.Module) or runtime in ("onnxruntime", "openvino")
 
     def onnx(self) -> Path:
         if isinstance(self.model, Path):
             return self.model
         file = self.folder / "model.onnx"
         if not file.is_file():
-            export(self.model, file)
+            export(self.model, file, as_stored=self.as_stored)
         return file
 
     def file(self, runtime: str) -> Path:
@@ -108,6 +114,7 @@ def bench(
     seconds: float = 8.0,
     runs: int = 6,
     memory: bool = False,
+    as_stored: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Bench:
     """Time models in runtimes, all in turns.
@@ -122,7 +129,9 @@ def bench(
         device: where eager and compiled models run; ``onnxruntime`` and ``openvino`` run on the CPU.
         seconds: time to spend on each batch, above 0; `runs` samples of each line are taken even if they take longer.
         runs: least samples of each line, at least 2.
-        memory: whether to measure the peak memory too, of each line in a process of its own.
+        memory: whether to measure the peak memory too, of each line in a process of its own; eager models are in it as
+            they are stored.
+        as_stored: whether models run as they are stored, not in the form of `vitrim.deploy.optimized`.
         say: receives a line about what goes on.
 
     Raises:
@@ -138,7 +147,7 @@ def bench(
     if threads is not None:
         at_least("threads", threads, 1)
     place = place_of(device)
-    with _entries(models) as entries, threading(threads):
+    with _entries(models, as_stored) as entries, threading(threads):
         for entry in entries:
             if not any(entry.runs_in(runtime) for runtime in runtimes):
                 raise ExportError(f"{entry.name}: an ONNX file must run in onnxruntime or openvino; add one of them")
@@ -163,6 +172,7 @@ def bench(
             runs=least,
             torch=torch.__version__,
             timm=timm.__version__,
+            as_stored=as_stored,
         )
 
 
@@ -182,14 +192,14 @@ def write(found: Bench, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _entries(models: Mapping[str, nn.Module | Path]) -> Iterator[list[_Entry]]:
+def _entries(models: Mapping[str, nn.Module | Path], as_stored: bool) -> Iterator[list[_Entry]]:
     with tempfile.TemporaryDirectory(prefix="vitrim-bench-") as root:
         entries = []
         for number, (name, model) in enumerate(models.items()):
             folder = Path(root) / str(number)
             folder.mkdir()
             image = _image_in(model) if isinstance(model, Path) else image_of(model)
-            entries.append(_Entry(name=name, model=model, image=image, folder=folder))
+            entries.append(_Entry(name=name, model=model, image=image, folder=folder, as_stored=as_stored))
         yield entries
 
 
@@ -223,7 +233,7 @@ def _opened(
             generator = torch.Generator().manual_seed(0)
             images = torch.randn(batch, *entry.image, generator=generator).to(place, dtype)
             file = entry.onnx() if runtime in ("onnxruntime", "openvino") and place.type == "cpu" else None
-            yield entry, ready(entry.model, images, runtime, onnx=file), images
+            yield entry, ready(entry.model, images, runtime, onnx=file, as_stored=entry.as_stored), images
 
 
 def _pass(found: Ready, images: Tensor) -> Callable[[], Tensor]:

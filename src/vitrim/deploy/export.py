@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitrim.cut.optimized import optimized
 from vitrim.cut.surgery import fold
 from vitrim.deploy.quiet import quiet
 from vitrim.families import describe
@@ -70,13 +71,22 @@ class Exported(Node):
     runtime: str
 
 
-def export(model: nn.Module, path: str | os.PathLike[str], *, opset: int = OPSET) -> Exported:
-    """Write `model` for another runtime; the model is left as it was.
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    opset: int = OPSET,
+    as_stored: bool = False,
+    to_quantize: bool = False,
+) -> Exported:
+    """Write `model` for another runtime, in the form of `vitrim.deploy.optimized`; the model is left as it was.
 
     Args:
         model: an adopted model, in any mode and on any device; it is exported in evaluation mode, in float32, on CPU.
         path: ``….onnx`` for ONNX, ``….pt2`` for torch.export.
         opset: ONNX operator set, at least 18.
+        as_stored: whether the file holds the layers as they are stored instead, convolutions and merges folded.
+        to_quantize: whether eight bits are made of the file (`vitrim.deploy.optimized` with ``torch.int8``).
 
     Raises:
         ExportError: if a package is missing, the opset is too old, the place cannot be written to, the model cannot be
@@ -86,13 +96,13 @@ def export(model: nn.Module, path: str | os.PathLike[str], *, opset: int = OPSET
     file, kind = check_target(path, opset)
     still = _still(model)
     image = image_of(still)
-    folded = fold(fold_steps_(copy.deepcopy(still))).eval()
+    form = _form(still, as_stored, to_quantize)
     write = _onnx if kind == "onnx" else _program
     with beside(file) as part:
-        runtime, run = write(_traced(folded, torch.zeros(3, *image)), part, opset)
+        runtime, run = write(_traced(form, torch.zeros(3, *image)), part, opset)
         worst, told = _compare("logits", still, run, image)
         if not told:
-            _check_features(still, folded, write, part.with_name(f"features{part.suffix}"), opset)
+            _check_features(still, form, write, part.with_name(f"features{part.suffix}"), opset)
         size = part.stat().st_size
     return Exported(
         path=str(file),
@@ -160,6 +170,13 @@ def _still(model: nn.Module) -> nn.Module:
     place, kind = home_of(model)
     twin = copy.deepcopy(model)
     return (twin if (place.type, kind) == ("cpu", torch.float32) else twin.to("cpu", torch.float32)).eval()
+
+
+def _form(still: nn.Module, as_stored: bool, to_quantize: bool) -> nn.Module:
+    """What is written of a model."""
+    if as_stored:
+        return fold(fold_steps_(copy.deepcopy(still))).eval()
+    return optimized(still, dtype=torch.int8 if to_quantize else None)
 
 
 def _traced(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:

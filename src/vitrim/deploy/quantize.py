@@ -70,6 +70,7 @@ def quantize(
     percentile: float = PERCENTILE,
     opset: int = OPSET,
     threads: int | None = None,
+    as_stored: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Quantized:
     """Write `model` as an eight-bit ONNX file; the model is left as it was.
@@ -84,6 +85,8 @@ def quantize(
         percentile: share of the activations that a scale covers, in (50, 100]; 100 is their whole range.
         opset: ONNX operator set, at least 18.
         threads: CPU threads of the measurement; PyTorch's setting where not given.
+        as_stored: whether the layers stay as they are stored; else they are in the form of `vitrim.deploy.optimized`
+            for a quantizer.
         say: receives a line about what goes on.
 
     Raises:
@@ -104,7 +107,7 @@ def quantize(
         raise ExportError("int8 must be calibrated on images, but there are none; give some")
     with beside(file) as part, tempfile.TemporaryDirectory(prefix="vitrim-int8-") as folder:
         say("exporting in float32")
-        before = export(model, Path(folder) / "float.onnx", opset=opset)
+        before = export(model, Path(folder) / "float.onnx", opset=opset, as_stored=as_stored, to_quantize=True)
         say("calibrating")
         _quantized(Path(before.path), part, held, percentile)
         runtime, run = onnx_session(part, threads)

@@ -32,6 +32,7 @@ __all__ = [
     "family_of",
     "get",
     "host",
+    "is_adopted",
     "name_of",
     "names",
 ]
@@ -138,7 +139,19 @@ def describe(model: nn.Module) -> Spec:
     Raises:
         AdoptError: naming the path and the reason, if a part cannot be represented.
     """
+    if getattr(model, "is_optimized", False):
+        raise AdoptError(
+            "a model must be as it is stored to be described, but this one is in the form that it runs in "
+            "(vitrim.deploy.optimized); use the model that it was made from"
+        )
     return family_of(model).describe(model)
+
+
+def is_adopted(model: nn.Module) -> bool:
+    """Whether `model` is of a known family and its blocks are ours."""
+    return name_of(model) is not None and all(
+        isinstance(block, Block) for stage in family_of(model).blocks_by_stage(model) for block in stage
+    )
 
 
 def blocks_of(model: nn.Module) -> list[tuple[str, Block]]:

@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import nn
 
-from vitrim.measure.model import Image, compiled_copy, home_of, image_of, moved
+from vitrim.measure.model import Image, compiled_copy, home_of, image_of, running
 from vitrim.measure.turns import at_least, name_of, place_of, spread, threading, turns, waiting
 from vitrim.nn.modes import evaluating
 from vitrim.nn.weights import why_not_held
@@ -54,6 +54,8 @@ class Latency(Node):
     device: str
     torch: str
     timm: str
+    as_stored: bool = False
+    """Whether the models ran as they are stored, not in the form of `vitrim.deploy.optimized`."""
 
     @classmethod
     def of(
@@ -67,6 +69,7 @@ class Latency(Node):
         device: str,
         repeats: int = 1,
         peak_bytes: int | None = None,
+        as_stored: bool = False,
     ) -> Self:
         """From samples of a model, and of its reference if there is one, that were taken in turns; seconds each."""
         return cls(
@@ -81,6 +84,7 @@ class Latency(Node):
             device=device,
             torch=torch.__version__,
             timm=timm.__version__,
+            as_stored=as_stored,
         )
 
 
@@ -97,10 +101,11 @@ def latency(
     runs: int = 6,
     warmup: int = 2,
     compiled: bool = False,
+    as_stored: bool = False,
 ) -> Latency:
     """Time forward passes of `model`, in turns with `reference`.
 
-    Both models are left as they were: where `device` or `dtype` differ from their own, copies run.
+    Adopted models run in the form of `vitrim.deploy.optimized`, any other as it is; what was given is left as it was.
 
     Args:
         model: the model to time.
@@ -114,6 +119,7 @@ def latency(
         runs: least samples of each model, at least 2; an odd number is raised by one, to end a round of A B B A.
         warmup: passes of each model before the first sample, at least 1.
         compiled: whether `torch.compile` runs both, in copies.
+        as_stored: whether adopted models run as they are stored, too.
 
     Raises:
         RecipeError: if a setting is out of its range, or the image size is not known.
@@ -132,7 +138,8 @@ def latency(
     place = place_of(device) if device is not None else home
     kind = dtype if dtype is not None else kind
     shape = image_of(model, image)
-    models = [moved(m, place, kind) for m in ((model,) if reference is None else (model, reference))]
+    given = (model,) if reference is None else (model, reference)
+    models = [running(m, place, kind, as_stored=as_stored) for m in given]
     if compiled:
         models = [compiled_copy(m) for m in models]
     inputs = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(place, kind)
@@ -148,6 +155,7 @@ def latency(
             threads=torch.get_num_threads(),
             dtype=str(kind).removeprefix("torch."),
             device=name_of(place),
+            as_stored=as_stored,
         )
 
 

@@ -1,4 +1,4 @@
-"""What both measurements need from a model: its input, and a way to run it and leave it as it was."""
+"""What measurements need from a model: its input, and a way to run it and leave it as it was."""
 
 import copy
 from typing import Any
@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitrim.cut.optimized import optimized
+from vitrim.families import is_adopted
 from vitrim.nn.layers import input_channels
 from vitrim.nn.weights import home_of
 from vitrim.words.errors import RecipeError
 
-__all__ = ["Image", "compiled_copy", "home_of", "image_of", "moved"]
+__all__ = ["Image", "compiled_copy", "home_of", "image_of", "moved", "running"]
 
 Image = tuple[int, int, int]
 """Channels, height and width of one image."""
@@ -47,6 +49,17 @@ def moved(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Modu
     if home_of(model) == (device, dtype):
         return model
     return copy.deepcopy(model).to(device, dtype)
+
+
+def running(model: nn.Module, device: torch.device, dtype: torch.dtype, *, as_stored: bool = False) -> nn.Module:
+    """`model` as it is run and timed: in the form of `vitrim.cut.optimized.optimized`, a copy.
+
+    A model that is not adopted (timm's own, to compare with) and one in that form already run as they are, as does
+    every model if `as_stored`.
+    """
+    if as_stored or getattr(model, "is_optimized", False) or not is_adopted(model):
+        return moved(model, device, dtype)
+    return optimized(model, device, dtype)
 
 
 def compiled_copy(model: nn.Module) -> nn.Module:

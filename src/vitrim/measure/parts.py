@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitrim.cut.optimized import optimize_block_
 from vitrim.families import blocks_of, describe
-from vitrim.measure.model import home_of, image_of, moved
+from vitrim.measure.model import home_of, image_of, running
 from vitrim.measure.turns import (
     TICK,
     Timer,
@@ -58,6 +59,7 @@ def machine_of(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     compiled: bool = False,
+    as_stored: bool = False,
 ) -> Machine:
     """What `make_table` with the same arguments measures on."""
     home, kind = home_of(model)
@@ -69,6 +71,7 @@ def machine_of(
         threads=threads or torch.get_num_threads(),
         dtype=str(dtype or kind).removeprefix("torch."),
         torch=torch.__version__,
+        as_stored=as_stored,
     )
 
 
@@ -80,13 +83,15 @@ def make_table(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     compiled: bool = False,
+    as_stored: bool = False,
     seconds: float = 8.0,
     rounds: int = ROUNDS,
 ) -> Table:
     """Measure what the branches of `model` take at several widths and numbers of tokens.
 
     DeiT-S takes about half a minute on two CPU cores (``benchmarks/latency_budget.py``). Blocks are built with random
-    weights, which take as long as any; `model` is left as it was.
+    weights, which take as long as any; `model` is left as it was. Everything runs in the form of
+    `vitrim.deploy.optimized`.
 
     Args:
         model: an adopted dense model.
@@ -95,6 +100,7 @@ def make_table(
         dtype: floating-point type; the model's own where not given.
         device: where to run; the model's own where not given.
         compiled: whether `torch.compile` runs every part.
+        as_stored: whether models and parts run as they are stored instead.
         seconds: time for the whole dense model.
         rounds: samples of each part, at least 1.
     """
@@ -102,17 +108,25 @@ def make_table(
     spec = describe(model)
     home, kind = home_of(model)
     place = place_of(device) if device is not None else home
-    bench = _Bench(batch, place, dtype or kind, compiled)
-    dense, half = moved(model, place, bench.dtype), halved(spec)
+    bench = _Bench(batch, place, dtype or kind, compiled, as_stored)
     inputs = torch.randn(batch, *image_of(model), generator=torch.Generator().manual_seed(0)).to(place, bench.dtype)
-    with evaluating(dense), torch.inference_mode(), threading(threads), random_state_kept(place):
-        nets = [copy.deepcopy(dense) if compiled else dense, _hollow(dense), _rebuilt(dense, half)]
+    with random_state_kept(place):
+        nets = [running(net, place, bench.dtype, as_stored=as_stored) for net in _wholes(model, spec)]
+    with evaluating(*nets), torch.inference_mode(), threading(threads), random_state_kept(place):
         calls = [functools.partial(bench.ready(net), inputs) for net in nets]
         full, bare, less = turns(calls, wait=waiting(place), seconds=seconds).samples
         low, middle, high = spread(full)
         host = middle * min(_share(bare, full), _MOST)
         table = Table(
-            machine=machine_of(model, batch=batch, threads=threads, dtype=bench.dtype, device=place, compiled=compiled),
+            machine=machine_of(
+                model,
+                batch=batch,
+                threads=threads,
+                dtype=bench.dtype,
+                device=place,
+                compiled=compiled,
+                as_stored=as_stored,
+            ),
             stages=tuple(_stage(stage, bench, rounds) for stage in spec.stages if stage.blocks),
             host=host,
             dense=middle,
@@ -129,6 +143,11 @@ def make_table(
 def _share(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """Median over neighbouring samples."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def _wholes(model: nn.Module, spec: Spec) -> list[nn.Module]:
+    """Copies of a dense model: itself, without branches, and with half of all widths."""
+    return [copy.deepcopy(model), _hollow(model), _rebuilt(model, halved(spec))]
 
 
 def _hollow(model: nn.Module) -> nn.Module:
@@ -197,6 +216,7 @@ class _Bench:
     device: torch.device
     dtype: torch.dtype
     compiled: bool
+    as_stored: bool
 
     def ready(self, net: nn.Module) -> nn.Module:
         if self.compiled:
@@ -207,6 +227,8 @@ class _Bench:
         """A timer of one block of random weights."""
         with torch.device(self.device):
             net = computed(make_block(stage, block, arriving)).to(self.device, self.dtype).eval()
+        if not self.as_stored:
+            optimize_block_(net, self.device, self.dtype)
         shape = (*stage.grid, stage.width) if stage.window is not None else (arriving.total, stage.width)
         x = torch.randn(self.batch, *shape, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
         given: Tensor | Stream = x

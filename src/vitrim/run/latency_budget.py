@@ -60,6 +60,7 @@ def table_for(model: nn.Module, settings: Measure, *, say: Callable[[str], None]
         "threads": settings.threads,
         "dtype": None if settings.dtype is None else getattr(torch, settings.dtype),
         "compiled": settings.runtime == "compile",
+        "as_stored": settings.as_stored,
     }
     machine = machine_of(model, **given)
     about = [f"vitrim {__version__}, format {FORMAT}", describe(model).model_dump_json(), machine.model_dump_json()]
@@ -92,6 +93,7 @@ def clocked(child: nn.Module, parent: nn.Module, settings: Measure) -> Latency:
         dtype=None if settings.dtype is None else getattr(torch, settings.dtype),
         seconds=settings.seconds,
         compiled=settings.runtime == "compile",
+        as_stored=settings.as_stored,
     )
 
 
@@ -103,7 +105,10 @@ def _exported(child: nn.Module, parent: nn.Module, settings: Measure) -> Latency
         )
     image = image_of(parent)
     images = torch.randn(settings.batch, *image, generator=torch.Generator().manual_seed(0))
-    nets = [ready(net, images, settings.runtime, threads=settings.threads) for net in (child, parent)]
+    nets = [
+        ready(net, images, settings.runtime, threads=settings.threads, as_stored=settings.as_stored)
+        for net in (child, parent)
+    ]
     taken = turns([functools.partial(net.run, images) for net in nets], seconds=settings.seconds)
     return Latency.of(
         taken.samples,
@@ -113,6 +118,7 @@ def _exported(child: nn.Module, parent: nn.Module, settings: Measure) -> Latency
         threads=settings.threads or torch.get_num_threads(),
         dtype="float32",
         device=name_of(images.device),
+        as_stored=settings.as_stored,
     )
 
 

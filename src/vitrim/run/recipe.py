@@ -83,6 +83,7 @@ class Measure(Node):
         seconds: time spent on timing.
         runtime: what runs both, and what a budget of latency is met in.
         dtype: floating-point type; None for the model's own.
+        as_stored: whether both run as they are stored, not in the form of `vitrim.deploy.optimized`.
     """
 
     latency: bool = True
@@ -91,6 +92,7 @@ class Measure(Node):
     seconds: float = Field(default=8.0, gt=0)
     runtime: Literal["eager", "compile", "onnxruntime", "openvino"] = "eager"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    as_stored: bool = False
 
 
 class Recipe(Node):

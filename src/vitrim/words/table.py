@@ -36,6 +36,8 @@ class Machine(Node):
         threads: CPU threads.
         dtype: floating-point type.
         torch: its version.
+        as_stored: whether models ran as they are stored, not in the form of `vitrim.deploy.optimized`; true of tables
+            that do not say.
     """
 
     device: str
@@ -44,10 +46,12 @@ class Machine(Node):
     threads: int
     dtype: str
     torch: str
+    as_stored: bool = True
 
     def __str__(self) -> str:
         """For messages: ``cpu, AMD EPYC; eager, batch 8, 2 threads, float32``."""
-        return f"{self.device}; {self.runtime}, batch {self.batch}, {self.threads} threads, {self.dtype}"
+        form = ", as stored" if self.as_stored else ""
+        return f"{self.device}; {self.runtime}, batch {self.batch}, {self.threads} threads, {self.dtype}{form}"
 
 
 class StageTimes(Node):

@@ -1,4 +1,4 @@
-"""A model made ready to run: eager PyTorch, torch.compile, ONNX Runtime or OpenVINO behind one call.
+"""A model made ready to run: eager PyTorch, torch.compile, CUDA graphs, ONNX Runtime or OpenVINO behind one call.
 
 B images, C channels, (h, w) height and width of the input.
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.deploy.export import export, need, onnx_session
+from vitrim.measure.model import running
 from vitrim.nn.parity import TOLERANCES, relative
 from vitrim.nn.weights import why_not_held
 from vitrim.words.errors import ExportError
@@ -23,8 +24,8 @@ from vitrim.words.plain import did_you_mean, reason
 
 __all__ = ["RUNTIMES", "Ready", "check_runtimes", "ready", "weights_bytes"]
 
-RUNTIMES = ("eager", "compile", "onnxruntime", "openvino")
-"""In the order in which a table shows them; the last two run on the CPU, in float32."""
+RUNTIMES = ("eager", "compile", "cudagraph", "onnxruntime", "openvino")
+"""In the order in which a table shows them; ``cudagraph`` runs on CUDA alone, the last two on the CPU, in float32."""
 
 _PACKAGES = {
     "onnxruntime": (("onnx", "onnxscript", "onnxruntime"), "export"),
@@ -41,7 +42,7 @@ class Ready:
         runtime: one of `RUNTIMES`.
         version: the runtime's name and version.
         run: maps images ``(B, C, h, w)``, on the device and of the type of those it was made ready with, to logits; of
-            ``compile`` another B compiles again.
+            ``compile`` another B compiles again, of ``cudagraph`` it is refused.
         bytes: what lies on disk: the ONNX file, or the weights as a safetensors file holds them.
         apart: largest difference of a logit from eager's on the example images, relative to the largest logit; None
             where there is no model to compare with.
@@ -55,7 +56,7 @@ class Ready:
 
 
 def check_runtimes(names: Sequence[str]) -> None:
-    """Refuse runtimes that are unknown or not installed, before anything is opened.
+    """Refuse runtimes that are unknown, not installed or not possible here, before anything is opened.
 
     Raises:
         ExportError: naming those there are, or the extra that brings the missing one.
@@ -66,6 +67,8 @@ def check_runtimes(names: Sequence[str]) -> None:
         if name not in RUNTIMES:
             near = did_you_mean(name, RUNTIMES)
             raise ExportError(f"a runtime must be one of {', '.join(RUNTIMES)}, but got '{name}'{near}")
+        if name == "cudagraph" and not torch.cuda.is_available():
+            raise ExportError("cudagraph must run on a CUDA device, but there is none here; choose eager or compile")
         packages, extra = _PACKAGES.get(name, ((), ""))
         need(*packages, extra=extra)
 
@@ -77,17 +80,22 @@ def ready(
     *,
     threads: int | None = None,
     onnx: Path | None = None,
+    as_stored: bool = False,
 ) -> Ready:
-    """Make a model ready to run, and hold its logits against eager PyTorch's.
+    """Make a model ready to run, and hold its logits against eager PyTorch's of the model as it is stored.
+
+    It runs in the form of `vitrim.deploy.optimized`.
 
     Args:
         model: an adopted model, left as it was; or an ONNX file for a runtime that reads one, which is run unchecked.
+            A model that is not adopted runs as it is, in eager PyTorch, compiled or as a CUDA graph.
         images: an example batch ``(B, C, h, w)``, where and in the type in which the model is to run; ``onnxruntime``
-            and ``openvino`` take float32 on the CPU.
+            and ``openvino`` take float32 on the CPU, ``cudagraph`` any type on CUDA.
         runtime: one of `RUNTIMES`.
         threads: CPU threads of ``onnxruntime`` and ``openvino``; PyTorch's setting where not given, which is also what
             ``eager`` and ``compile`` run with.
         onnx: what `vitrim.deploy.export.export` wrote of this model, so that it is not exported again.
+        as_stored: whether the model runs as it is stored instead.
 
     Raises:
         ExportError: if the runtime is unknown, not installed, or cannot take the model or the images, or if its logits
@@ -101,13 +109,22 @@ def ready(
             f"{runtime} must run on cpu in float32, but got {images.dtype} on {images.device}; "
             "leave device and dtype out, or choose eager or compile"
         )
+    if runtime == "cudagraph" and images.device.type != "cuda":
+        raise ExportError(
+            f"cudagraph must be given images on a CUDA device, but got them on {images.device}; move them"
+        )
     still = _still(model, images)
     if runtime in _READS_ONNX:
         with tempfile.TemporaryDirectory(prefix="vitrim-") as folder:
-            file = onnx if onnx is not None else Path(export(model, Path(folder) / "model.onnx").path)
+            file = Path(folder) / "model.onnx" if onnx is None else onnx
+            if onnx is None:
+                export(model, file, as_stored=as_stored)
             found = _of_file(file, runtime, threads)
     else:
-        run = _eager(still) if runtime == "eager" else _compiled(still)
+        net = running(model, images.device, images.dtype, as_stored=as_stored)
+        net = still if net is model else net.eval()
+        run = _compiled(net) if runtime == "compile" else _eager(net)
+        run = _captured(run, images) if runtime == "cudagraph" else run
         found = Ready(runtime=runtime, version=_torch(runtime), run=run, bytes=weights_bytes(still), apart=None)
     return _checked(found, still, images)
 
@@ -152,6 +169,46 @@ def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return run
 
 
+def _captured(run: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[Tensor], Tensor]:
+    """What replays one recorded pass, without PyTorch's work for each operator; the batch is static.
+
+    Args:
+        run: the pass.
+        images: ``(B, C, h, w)`` on CUDA.
+    """
+    held = images.clone()
+    graph = torch.cuda.CUDAGraph()
+    # Recording must find libraries initialised and kernels chosen, on a stream of its own: PyTorch's notes on CUDA.
+    side = torch.cuda.Stream(images.device)  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream(images.device))
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                run(held)
+        torch.cuda.current_stream(images.device).wait_stream(side)
+        with torch.cuda.graph(graph):
+            logits = run(held)
+    except Exception as problem:  # whatever an operator raises that cannot be recorded
+        raise _unable("cudagraph", problem) from problem
+
+    def replay(given: Tensor) -> Tensor:
+        if (given.shape, given.dtype, given.device) != (held.shape, held.dtype, held.device):
+            raise ExportError(
+                f"cudagraph must be given {_told(held)}, with which it was recorded, but got {_told(given)}; call "
+                "ready with such images"
+            )
+        held.copy_(given)
+        graph.replay()
+        # The next pass writes where this one wrote.
+        return logits.clone()
+
+    return replay
+
+
+def _told(images: Tensor) -> str:
+    return f"images {tuple(images.shape)} of {images.dtype} on {images.device}"
+
+
 def _of_file(file: Path, runtime: str, threads: int | None) -> Ready:
     if runtime not in _READS_ONNX:
         raise ExportError(f"{file}: an ONNX file must run in {' or '.join(_READS_ONNX)}, but {runtime} is asked for")
@@ -182,15 +239,17 @@ def _openvino(path: Path, threads: int | None) -> tuple[str, Callable[[Tensor], 
     return f"openvino {importlib.import_module('importlib.metadata').version('openvino')}", run
 
 
+def _unable(runtime: str, problem: Exception) -> ExportError:
+    return ExportError(f"{runtime} must be able to run this model here, but says: {reason(problem)}")
+
+
 def _checked(found: Ready, still: nn.Module, images: Tensor) -> Ready:
     with torch.inference_mode():
         want = still(images)
     try:
         got = found.run(images)
     except Exception as problem:  # a compiler that is missing, an operator that cannot be compiled
-        raise ExportError(
-            f"{found.runtime} must be able to run this model here, but says: {reason(problem)}"
-        ) from problem
+        raise _unable(found.runtime, problem) from problem
     allowed = TOLERANCES["runtime"][images.dtype]
     apart = relative(got, want)
     if not apart <= allowed:

@@ -5,6 +5,7 @@ B images, N tokens that arrive, n tokens that stay, D width.
 
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from vitrim.nn.attention import Heard
@@ -33,8 +34,19 @@ class StepModule(nn.Module):
             grid: rows and columns of the dense grid.
         """
 
+    @property
+    def adds_zeros(self) -> bool:
+        """Whether `keys` adds tokens of zeros to the normed ones that attention is given."""
+        return False
+
     def fold_(self) -> None:
         """Put what inference needs into as few operations as possible, in place."""
+
+    def fix_(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Compute once, in place, what `keys` gives for every image; the step then runs in that type and place.
+
+        Logits get no mask where all keys would be raised alike, because a softmax does not change by that.
+        """
 
     def enter(self, x: Tensor) -> Tensor:
         """Map the tokens at the block's input, ``(B, N, D)``, to those that it runs on."""

@@ -8,6 +8,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from vitrim.nn.masks import aligned
 from vitrim.nn.steps._base import StepModule
 from vitrim.words.steps import Tokens
 
@@ -25,9 +26,11 @@ class ConstantSizes(StepModule):
     """
 
     counts: Tensor
+    rows: Tensor | None
 
     def __init__(self, arriving: Tokens, grid: tuple[int, int]) -> None:
         super().__init__()
+        self.fixed = False
         self.place(arriving, grid)
 
     def mixed(self, arriving: Tokens) -> Tokens:
@@ -43,7 +46,17 @@ class ConstantSizes(StepModule):
 
     def keys(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Give all tokens, and the logarithms of their numbers, ``(1, 1, 1, N)``."""
+        if self.fixed:
+            return x, None if self.rows is None else self.rows[..., : x.shape[1]]
         return x, self.counts.to(x.device, x.dtype).log()
+
+    def fix_(self, dtype: torch.dtype, device: torch.device) -> None:
+        """See `StepModule.fix_`."""
+        counts = self.counts.double() if self.attended.constant_sizes else torch.ones(1, dtype=torch.float64)
+        same = bool((counts == counts.flatten()[0]).all())
+        rows = None if same else aligned(counts.cpu().log()).to(device, dtype)
+        self.fixed = True
+        self.register_buffer("rows", rows, persistent=False)
 
     def init_non_persistent_buffers(self) -> None:
         """Compute what is not stored."""

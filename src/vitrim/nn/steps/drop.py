@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from vitrim.nn.masks import aligned
 from vitrim.nn.steps._base import StepModule
 from vitrim.words.errors import DataError
 from vitrim.words.spec import Stage
@@ -27,10 +28,12 @@ class Dropped(StepModule):
     """
 
     places: Tensor
+    rows: Tensor | None
+    zero: Tensor
 
     def __init__(self, arriving: int, places: tuple[int, ...] | None, missing: int = 0) -> None:
         super().__init__()
-        self.arriving, self.kept, self.missing = arriving, places, missing
+        self.arriving, self.kept, self.missing, self.fixed = arriving, places, missing, False
         self.register_buffer("places", torch.tensor(places or (), dtype=torch.long), persistent=False)
 
     def enter(self, x: Tensor) -> Tensor:
@@ -54,9 +57,28 @@ class Dropped(StepModule):
         """
         if not self.missing:
             return x, None
+        if self.fixed:
+            given = torch.cat([x, self.zero.expand(x.shape[0], 1, x.shape[2])], dim=1)
+            return given, None if self.rows is None else self.rows[..., : given.shape[1]]
         raised = x.new_zeros(1, 1, 1, x.shape[1] + 1)
         raised[..., -1] = math.log(self.missing)
         return torch.cat([x, x.new_zeros(x.shape[0], 1, x.shape[2])], dim=1), raised
+
+    @property
+    def adds_zeros(self) -> bool:
+        """See `StepModule.adds_zeros`."""
+        return self.missing > 0
+
+    def fix_(self, dtype: torch.dtype, device: torch.device) -> None:
+        """See `StepModule.fix_`."""
+        if not self.missing:
+            return
+        raised = torch.zeros(1, 1, 1, (self.arriving if self.kept is None else len(self.kept)) + 1, dtype=torch.float64)
+        raised[..., -1] = math.log(self.missing)
+        self.fixed = True
+        rows = None if self.missing == 1 else aligned(raised).to(device, dtype)
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("zero", torch.zeros(1, 1, 1, dtype=dtype, device=device), persistent=False)
 
     def init_non_persistent_buffers(self) -> None:
         """Compute what is not stored."""

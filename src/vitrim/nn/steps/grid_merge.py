@@ -86,7 +86,7 @@ class GridMerged(ConstantSizes):
 
     def keys(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `ConstantSizes.keys`, if the patches are to be counted."""
-        return super().keys(x) if self.attended.constant_sizes else (x, None)
+        return super().keys(x) if self.attended.constant_sizes or self.fixed else (x, None)
 
     @torch.no_grad()
     def fold_(self) -> None:
