@@ -32,7 +32,7 @@ from vitrim.run.pipeline import _check_budget
 from vitrim.run.presets import laid_under, preset, remark
 from vitrim.run.recipe import DataRecipe, Measure, ModelRecipe, Recipe, merged, overrides
 from vitrim.run.transfer.recipe import TransferRecipe
-from vitrim.train import RATES, Distill, Train
+from vitrim.train import DISTILLED, RATES, Distill, Train
 from vitrim.train.optim import learning_rate, optimizer
 from vitrim.words.budget import Budget
 from vitrim.words.costs import cost_of
@@ -433,8 +433,18 @@ class TestPresets:
             RecipeError, match=r"presets must agree, but train.batch is 1024 in preset imagenet and 64 in"
         ):
             laid_under({"train": {"batch": 32}}, both)
+        with pytest.raises(RecipeError, match=r"presets must agree"):
+            laid_under({}, {"--minutes": {"train": DISTILLED}, "preset finetune": preset("finetune")})
         agreeing = {"one": {"train": {"batch": 8}}, "two": {"train": {"batch": 8, "lr": 0.1}}}
         assert laid_under({}, agreeing) == {"train": {"batch": 8, "lr": 0.1}}
+
+    def test_laying_leaves_the_tables_alone(self):
+        table, asked = {"train": dict(DISTILLED)}, {"method": {"name": "cait"}}
+        whole = laid_under(asked, {"--minutes": table})
+        assert "lr" not in whole["train"]
+        assert whole["train"]["epochs"] == 1000
+        assert table == {"train": DISTILLED}
+        assert asked == {"method": {"name": "cait"}}
 
     def test_the_calls_lay_them_under(self):
         with pytest.raises(
@@ -542,6 +552,7 @@ class TestHints:
             hint = re.search(r"--budget (\S+)$", str(caught.value))
             assert hint is not None
             reached = Budget.parse(hint[1])
+            assert reached.admits(cost_of(child), parent)
             assert reached.spent(cost_of(child), parent) > 0.98
 
     def test_finer_widths_are_not_advised_where_they_are_the_finest(self):

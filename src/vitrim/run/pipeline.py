@@ -7,6 +7,7 @@ missing file, also in the middle of a search or of training.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -305,8 +306,10 @@ def _way_out(job: Job, cost: Cost, parent: Cost) -> str:
     """What to do where a budget is left unspent: finer widths where the method has a choice, else a lower budget."""
     if job.recipe.method.get("choice", "free") != "free":
         return "choose finer widths with method.choice=free"
-    reached = ",".join(f"{name}={getattr(cost, name) / getattr(parent, name):.3f}" for name in job.budget.bounds())
-    return f"ask for what it reaches, --budget {reached}"
+    shares = {
+        name: math.ceil(1000 * getattr(cost, name) / getattr(parent, name)) / 1000 for name in job.budget.bounds()
+    }
+    return f"ask for what it reaches, --budget {','.join(f'{name}={share:g}' for name, share in shares.items())}"
 
 
 def _train(job: Job, child: nn.Module, seconds: float, begun: Start | None) -> tuple[nn.Module, float]:

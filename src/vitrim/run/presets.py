@@ -50,9 +50,9 @@ def laid_under(asked: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]
     if "train" not in _fields(asked):
         under.pop("method", None)
     whole = merged(under, asked)
-    for name in _shared(whole):
-        if name in under.get("train", {}) and name not in _table(asked, "train"):
-            del whole["train"][name]
+    shared, mine = _shared(whole), _table(asked, "train")
+    if shared and isinstance(whole.get("train"), Mapping):
+        whole["train"] = {name: value for name, value in whole["train"].items() if name in mine or name not in shared}
     return whole
 
 
