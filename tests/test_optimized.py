@@ -18,7 +18,6 @@ from tests.samples import IDS, PRESETS, adopted, apart, images
 from tests.tolerance import EXACT, SINGLE
 from vitrim import families
 from vitrim.cut.optimized import optimize_block_
-from vitrim.cut.optimized.masks import ROW
 from vitrim.cut.optimized.stem import PatchProduct
 from vitrim.cut.optimized.widths import padded_heads, up
 from vitrim.cut.surgery import apply
@@ -27,6 +26,7 @@ from vitrim.families import blocks_of, describe
 from vitrim.measure import latency
 from vitrim.measure.parts import machine_of, make_table
 from vitrim.nn import Attention, Conv, Mlp
+from vitrim.nn.masks import ROW
 from vitrim.nn.segment import Head
 from vitrim.words.errors import AdoptError, DataError, ExportError, PlanError, RecipeError, StoreError, WeightsError
 from vitrim.words.plan import Plan
