@@ -25,7 +25,7 @@ from vitrim.deploy.export import export, onnx_session
 from vitrim.families import describe
 from vitrim.measure import latency
 from vitrim.methods.cait.masks import merge_plan
-from vitrim.nn import fold_merges_
+from vitrim.nn import fold_steps_
 from vitrim.nn.steps.grid_merge import GridMerged
 from vitrim.words.costs import cost_of
 from vitrim.words.plan import BlockPlan, Plan
@@ -105,7 +105,7 @@ def main() -> None:
         how: dict[str, Any] = {"batch": args.batch, "threads": args.threads, "seconds": args.seconds}
         how |= {"device": args.device, "dtype": getattr(torch, args.dtype)}
         taken = latency(child, parent, **how)
-        folded = latency(fold_merges_(child), parent, **how)
+        folded = latency(fold_steps_(child), parent, **how)
         _, again = cut(name, width, hidden)
         on_cpu = args.device == "cpu"
         runtime = in_runtime(again, parent, args.batch, args.threads, args.seconds) if on_cpu else None
@@ -119,7 +119,7 @@ def main() -> None:
                 "ratio_folded": [folded.ratio, folded.ratio_low, folded.ratio_high],
                 "ratio_onnxruntime": runtime,
                 "share_of_merges": share(again),
-                "share_of_merges_folded": share(fold_merges_(cut(name, width, hidden)[1])),
+                "share_of_merges_folded": share(fold_steps_(cut(name, width, hidden)[1])),
                 "batch": args.batch,
                 "dtype": taken.dtype,
                 "threads": taken.threads,
