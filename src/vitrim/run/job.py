@@ -181,7 +181,7 @@ def prepare(
         raise DataError(f"data must be given, but there is none and {what}; give --data SRC")
     say(f"opening {recipe.model.name}")
     if parent is None:
-        parent = open_parent(**dump(recipe.model), seed=recipe.seed)
+        parent = open_parent(**dump(recipe.model), seed=recipe.seed, say=say)
     elif recipe.model != ModelRecipe(name=recipe.model.name):
         raise RecipeError("a model in memory must be taken as it is, but settings of model are given; leave them out")
     parent = parent.to(device_of(recipe.device)).eval()
@@ -263,7 +263,7 @@ def _teacher(recipe: Recipe, parent: nn.Module, spec: Spec, input: Input, say: C
     if recipe.teacher is None:
         return parent
     say(f"opening {recipe.teacher.name} to teach")
-    teacher = open_teacher(**dump(recipe.teacher), seed=recipe.seed).to(next(parent.parameters()).device)
+    teacher = open_teacher(**dump(recipe.teacher), seed=recipe.seed, say=say).to(next(parent.parameters()).device)
     theirs = Input.of(teacher)
     if (theirs.mean, theirs.std) != (input.mean, input.std):
         teacher = _Renormalised(teacher, input, theirs)
