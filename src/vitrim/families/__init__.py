@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from vitrim.families._given import called, check_methods, check_tensors, check_types, unwrapped, with_own_head
 from vitrim.nn import Block, make_block, settled
 from vitrim.nn.layers import input_channels
 from vitrim.words.errors import AdoptError, SpecError, WeightsError
@@ -95,8 +96,8 @@ def family_of(model: nn.Module) -> Family:
     name = name_of(model)
     if name is None:
         raise AdoptError(
-            f"a model must be of a family that vitrim knows ({', '.join(names())}), but got {type(model).__name__}; "
-            "see `vitrim models`"
+            f"a model must be of a family that vitrim knows ({', '.join(names())}), but got "
+            f"{called(model, lambda inner: name_of(inner) is not None)}"
         )
     return get(name)
 
@@ -148,7 +149,8 @@ def adopt(model: nn.Module) -> nn.Module:
     The argument is left as it was and shares no parameter with the result. Adopting twice is adopting once.
 
     Args:
-        model: a timm model of a known family, on any device and of any floating type.
+        model: a timm model of a known family, on any device and of any floating type; also inside `DataParallel`,
+            `torch.compile` or `AveragedModel`, and with another linear classifier in place of its own.
 
     Returns:
         A model of the same class, with the same parameter names and the same logits.
@@ -157,8 +159,12 @@ def adopt(model: nn.Module) -> nn.Module:
         AdoptError: naming the path and the reason, if a part cannot be represented, or if the logits differ.
         WeightsError: naming the parameter, if a weight is not finite.
     """
+    model = unwrapped(model)
+    check_types(model)
+    model = with_own_head(model)
     check_finite(model)
     spec, family = describe(model), family_of(model)
+    check_methods(model, family.foreign_blocks(model))
     blocks = []
     for (path, stage, node), arriving, old in zip(
         spec.blocks(), spec.arrivals(), family.foreign_blocks(model), strict=True
@@ -176,6 +182,7 @@ def adopt(model: nn.Module) -> nn.Module:
             parameter.requires_grad_(name not in frozen)
         blocks.append(settled(block))
     adopted = family.host(model, blocks)
+    check_tensors(adopted, lambda: build(spec))
     _prove(model, adopted, spec)
     return adopted
 

@@ -26,6 +26,7 @@ from vitrim.cut.observe import axes, listening
 from vitrim.data import eval_loader
 from vitrim.families import describe
 from vitrim.methods._contract import Data, Found
+from vitrim.nn.feed import fed
 from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError
 from vitrim.words.plain import Node
@@ -105,7 +106,6 @@ def taylor_scores(
     Raises:
         MethodError: if labels are asked for and missing, or the loss is not finite.
     """
-    device = next(model.parameters()).device
     scores = {path: torch.zeros(axis.size, dtype=torch.float64) for path, axis in axes(model).items()}
     draw = torch.Generator().manual_seed(seed)
     seen = 0
@@ -116,7 +116,7 @@ def taylor_scores(
         model.requires_grad_(False)
         for x, y in batches:
             seen += len(x)
-            _add(model, x.to(device), y, target, draw, scores)
+            _add(model, fed(x, model), y, target, draw, scores)
     finally:
         for module, mode in modes:
             module.training = mode

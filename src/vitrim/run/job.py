@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from vitrim.cut.fill import fill
 from vitrim.cut.observe import axes
 from vitrim.data import Images, Input, Splits, check_classes, split
+from vitrim.deploy import store
 from vitrim.deploy.parent import open_parent, open_teacher
 from vitrim.deploy.runtimes import check_runtimes
 from vitrim.families import AROUND, describe
+from vitrim.families._given import check_class
 from vitrim.methods._contract import Method
 from vitrim.run.latency_budget import table_for
 from vitrim.run.recipe import ModelRecipe, Recipe
@@ -185,6 +188,8 @@ def prepare(
     elif recipe.model != ModelRecipe(name=recipe.model.name):
         raise RecipeError("a model in memory must be taken as it is, but settings of model are given; leave them out")
     parent = parent.to(device_of(recipe.device)).eval()
+    if folder is not None and recipe.model.name.startswith("("):
+        _check_storable(parent, folder)
     spec = describe(parent)
     if spec.family in AROUND and any(source is not None for source in data):
         raise RecipeError(
@@ -209,6 +214,18 @@ def prepare(
         folder=folder,
         say=say,
     )
+
+
+def _check_storable(parent: nn.Module, folder: Path) -> None:
+    """Refuse a model in memory that is more than its spec, before a search whose child could not be stored.
+
+    Raises:
+        AdoptError: if its class has methods of its own.
+        StoreError: if anything else is not in its spec.
+    """
+    check_class(parent)
+    with tempfile.TemporaryDirectory(dir=next(place for place in folder.absolute().parents if place.exists())) as place:
+        store.save(parent, Path(place) / store.FILE)
 
 
 def _check_reach(parent: nn.Module, spec: Spec, budget: Budget, method: Method) -> None:

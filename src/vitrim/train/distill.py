@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrim.nn.feed import fed
 from vitrim.train.settings import Distill
 from vitrim.words.errors import RecipeError
 
@@ -114,7 +115,7 @@ class Objective:
         """Return the teacher's logits `(B, K)` for pictures `(B, C, h, w)`, or None where it has no say."""
         if self.teacher is None or self.alpha == 0:
             return None
-        logits: Tensor = self.teacher(pictures)
+        logits: Tensor = self.teacher(fed(pictures, self.teacher))
         return logits
 
     def loss(self, outputs: Any, labels: Tensor, teacher: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from vitrim.families import blocks_of
 from vitrim.nn import Attention, Block, Mlp
+from vitrim.nn.feed import fed, wide
 from vitrim.words.errors import MethodError
 
 __all__ = ["Importance", "frozen", "importances", "last_layers"]
@@ -77,7 +78,6 @@ def importances(model: nn.Module, batches: Iterable[Tensor], *, seed: int) -> di
     Raises:
         MethodError: if the model gives no logits, or they are not finite.
     """
-    device = next(model.parameters()).device
     draw = torch.Generator().manual_seed(seed)
     squares: dict[str, list[Tensor]] = {}
     metrics: dict[str, Tensor] = {}
@@ -91,7 +91,7 @@ def importances(model: nn.Module, batches: Iterable[Tensor], *, seed: int) -> di
                 stack.callback(layer.register_forward_hook(hook).remove)
         for x in batches:
             seen += len(x)
-            logits = model(x.to(device))
+            logits = model(fed(x, model))
             torch.autograd.backward(_loss(logits, draw))
     return {path: _importance(squares[path], metrics[path] / seen) for path in squares}
 
@@ -111,13 +111,14 @@ def _loss(logits: Tensor, draw: torch.Generator) -> Tensor:
         )
     chances = logits.detach().float().softmax(dim=-1).cpu()
     labels = torch.multinomial(chances, 1, generator=draw).squeeze(1).to(logits.device)
-    return F.cross_entropy(logits, labels, reduction="sum")
+    return F.cross_entropy(wide(logits), labels, reduction="sum")
 
 
 def _hook(
     path: str, squares: dict[str, list[Tensor]], metrics: dict[str, Tensor]
 ) -> Callable[[nn.Module, object, Tensor], None]:
     def heard(gradient: Tensor) -> None:
+        gradient = wide(gradient)
         squares.setdefault(path, []).append(gradient.square().sum(-1).float().cpu())
         flat = gradient.reshape(-1, gradient.shape[-1])
         more = (flat.mT @ flat).cpu().double()
