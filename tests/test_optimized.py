@@ -284,7 +284,7 @@ def test_masks_are_left_out_where_all_tokens_count_alike():
         assert block.step.keys(torch.zeros(1, 1, 1))[1] is None
     counted = child("vit", "plain", "grid-mean-sized")
     for block in blocks(optimized(counted)):
-        x = torch.zeros(2, block.step.seen.total, 48, dtype=torch.float64)
+        x = torch.zeros(2, block.step.attended.total, 48, dtype=torch.float64)
         given, mask = block.step.keys(x)
         assert given is x
         assert mask.shape == (1, 1, 1, x.shape[1])

@@ -149,7 +149,7 @@ def run(monkeypatch, *arguments):
 def test_from_the_command_line(model, tmp_path, monkeypatch, capsys):
     seen = {}
 
-    def told(net, path, calibration, *, test, opset, say):
+    def told(net, path, calibration, *, test, opset, say, as_stored):
         seen.update(calibration=len(calibration.dataset), test=len(test.dataset), mean=test.input.mean, opset=opset)
         return quantize.Quantized(
             path=str(path), opset=opset, bytes=10, bytes_before=40, calibration_images=16, test_images=450, top1=None,

@@ -22,7 +22,7 @@ import vitrim
 from vitrim import families
 from vitrim.cut import surgery
 from vitrim.data import Input, eval_loader, split
-from vitrim.deploy.parent import read_weights
+from vitrim.deploy.parent import open_teacher
 from vitrim.families import describe
 from vitrim.measure import counted
 from vitrim.measure.turns import spread, turns
@@ -107,10 +107,7 @@ def recover(model, dense, known, fitting, minutes, seed):
 
 def dense_model(name, weights):
     """The model of timm with these weights."""
-    state = read_weights(Path(weights))
-    model = timm.create_model(name, num_classes=len(state["head.weight"]))
-    model.load_state_dict(state)
-    return model.eval().requires_grad_(False)
+    return open_teacher(name, weights=str(weights)).requires_grad_(False)
 
 
 def table(records):

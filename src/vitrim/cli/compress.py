@@ -5,7 +5,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitrim.cli.shared import Presets, Random, Settings, Source, Weights, app, laid, read, say, show_table, warn
+from vitrim.cli.shared import (
+    Channels,
+    Classes,
+    ImageSize,
+    Presets,
+    Random,
+    Settings,
+    Source,
+    Weights,
+    WeightsKey,
+    app,
+    laid,
+    model_table,
+    read,
+    say,
+    show_table,
+    warn,
+)
 from vitrim.cli.transfer import transferred
 from vitrim.words.errors import RecipeError
 
@@ -26,7 +43,11 @@ def compress(
     data: Source = None,
     test: Annotated[str | None, typer.Option("--test", help="Images to measure on; no search sees them.")] = None,
     weights: Weights = None,
+    weights_key: WeightsKey = None,
     random_weights: Random = False,
+    image_size: ImageSize = None,
+    classes: Classes = None,
+    channels: Channels = None,
     epochs: Annotated[float, typer.Option("--epochs", help="Train the child so long; 0 cuts only.")] = 0,
     minutes: Annotated[
         float | None, typer.Option("--minutes", help="Distil the child from its parent so long, without labels.")
@@ -44,7 +65,7 @@ def compress(
     from vitrim.run.recipe import Recipe, merged, overrides
 
     asked = {
-        "model": {"name": model, "weights": weights, "random_weights": random_weights},
+        "model": model_table(model, weights, weights_key, random_weights, image_size, classes, channels),
         "data": {"train": data, "test": test},
         "method": _method(method, calibration),
         "budget": budget,

@@ -5,7 +5,20 @@ from typing import Annotated, Any
 
 import typer
 
-from vitrim.cli.shared import Random, Settings, Weights, app, say, show_table, warn
+from vitrim.cli.shared import (
+    Channels,
+    Classes,
+    ImageSize,
+    Random,
+    Settings,
+    Weights,
+    WeightsKey,
+    app,
+    model_table,
+    say,
+    show_table,
+    warn,
+)
 
 
 @app.command()
@@ -18,7 +31,11 @@ def pareto(
         list[str] | None, typer.Option("--budgets", help="What a model may cost, such as macs=0.5; several times.")
     ] = None,
     weights: Weights = None,
+    weights_key: WeightsKey = None,
     random_weights: Random = False,
+    image_size: ImageSize = None,
+    classes: Classes = None,
+    channels: Channels = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     set_: Settings = None,
 ) -> None:
@@ -29,7 +46,7 @@ def pareto(
     from vitrim.run.recipe import merged, overrides
 
     asked: dict[str, Any] = {
-        "model": {"name": model, "weights": weights, "random_weights": random_weights},
+        "model": model_table(model, weights, weights_key, random_weights, image_size, classes, channels),
         "data": {"train": data, "test": test},
         "seed": seed,
     }

@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitrim.cli.shared import Random, Settings, Weights, app, read, say, show_table
+from vitrim.cli.shared import (
+    Channels,
+    Classes,
+    ImageSize,
+    Random,
+    Settings,
+    Weights,
+    WeightsKey,
+    app,
+    model_table,
+    read,
+    say,
+    show_table,
+)
 from vitrim.cli.transfer import scenes_of, written_by
 from vitrim.words.errors import DataError, ExportError, RecipeError
 
@@ -32,7 +45,11 @@ def export(
     data: Annotated[str | None, typer.Option("--data", help="Images that --int8 calibrates on.")] = None,
     test: Annotated[str | None, typer.Option("--test", help="Images that --int8 is measured on.")] = None,
     weights: Weights = None,
+    weights_key: WeightsKey = None,
     random_weights: Random = False,
+    image_size: ImageSize = None,
+    classes: Classes = None,
+    channels: Channels = None,
     set_: Settings = None,
 ) -> None:
     """Write a model for another runtime, once its logits there are eager PyTorch's; or in int8, with its accuracy."""
@@ -47,7 +64,8 @@ def export(
         raise DataError("int8 must be calibrated on images, but none are given; give --data SRC")
     if not int8 and (data is not None or test is not None or set_):
         raise ExportError("--data, --test and --set must go with --int8, but it is not given; leave them out or add it")
-    net = open_parent(model, weights=weights, random_weights=random_weights)
+    asked = model_table(model, weights, weights_key, random_weights, image_size, classes, channels)
+    net = open_parent(**asked, say=say)
     if int8:
         asked = merged({"data": {"train": data, "test": test}}, overrides(set_ or []))
         _int8(net, model, out, {"opset": chosen, "as_stored": as_stored}, asked)

@@ -6,7 +6,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from vitrim.cli.shared import Random, Settings, Weights, app, read, say, show_table, warn
+from vitrim.cli.shared import (
+    Channels,
+    Classes,
+    ImageSize,
+    Random,
+    Settings,
+    Weights,
+    WeightsKey,
+    app,
+    model_table,
+    read,
+    say,
+    show_table,
+    warn,
+)
 from vitrim.cli.transfer import scored
 from vitrim.words.errors import RecipeError, RunError
 
@@ -19,7 +33,11 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A timm name, an hf-hub: name, or a file that vitrim stored.")],
     data: Annotated[str, typer.Option("--data", help="Images to measure on; of a divided source, its test split.")],
     weights: Weights = None,
+    weights_key: WeightsKey = None,
     random_weights: Random = False,
+    image_size: ImageSize = None,
+    classes: Classes = None,
+    channels: Channels = None,
     set_: Settings = None,
 ) -> None:
     """Measure top-1 of a model, or the mean IoU of a segmentor on the scenes of --data."""
@@ -37,7 +55,7 @@ def evaluate(
     from vitrim.words.plain import dump
 
     asked = {
-        "model": {"name": model, "weights": weights, "random_weights": random_weights},
+        "model": model_table(model, weights, weights_key, random_weights, image_size, classes, channels),
         "data": {"test": data},
     }
     asked = merged(asked, overrides(set_ or []))
@@ -45,7 +63,7 @@ def evaluate(
     source = read(DataRecipe, asked.pop("data"), at="recipe.data")
     if asked:
         raise RecipeError(f"a setting of evaluate must be of model or data, but got '{next(iter(asked))}'")
-    net = open_parent(**dump(named))
+    net = open_parent(**dump(named), say=say)
     spec = describe(net)
     if spec.family == "segmentor":
         scored(net, model, data, source)

@@ -6,7 +6,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitrim.cli.shared import Presets, Random, Settings, Source, Weights, app, laid, read, say, show_table
+from vitrim.cli.shared import (
+    Channels,
+    Classes,
+    ImageSize,
+    Presets,
+    Random,
+    Settings,
+    Source,
+    Weights,
+    WeightsKey,
+    app,
+    laid,
+    model_table,
+    read,
+    say,
+    show_table,
+)
 from vitrim.words.errors import MethodError, RecipeError
 
 if TYPE_CHECKING:
@@ -24,7 +40,11 @@ def search(
     trials: Annotated[int | None, typer.Option("--trials", min=1, help="Trials of all processes together.")] = None,
     data: Source = None,
     weights: Weights = None,
+    weights_key: WeightsKey = None,
     random_weights: Random = False,
+    image_size: ImageSize = None,
+    classes: Classes = None,
+    channels: Channels = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     out: Annotated[Path | None, typer.Option("--out", help="Write the best plan here, as plan.json.")] = None,
     preset: Presets = None,
@@ -43,7 +63,7 @@ def search(
         asked = read_toml(recipe_file(Path(model)))
     else:
         asked = {
-            "model": {"name": model, "weights": weights, "random_weights": random_weights},
+            "model": model_table(model, weights, weights_key, random_weights, image_size, classes, channels),
             "data": {"train": data},
             "method": {"name": method},
             "budget": budget,

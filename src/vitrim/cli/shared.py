@@ -11,13 +11,18 @@ from rich.text import Text
 from vitrim.words.errors import RecipeError
 
 __all__ = [
+    "Channels",
+    "Classes",
+    "ImageSize",
     "Presets",
     "Random",
     "Settings",
     "Source",
     "Weights",
+    "WeightsKey",
     "app",
     "laid",
+    "model_table",
     "print_table",
     "read",
     "say",
@@ -36,6 +41,14 @@ app = typer.Typer(
 Weights = Annotated[
     str | None, typer.Option("--weights", help="Weights file for a timm name (safetensors or PyTorch).")
 ]
+WeightsKey = Annotated[
+    str | None, typer.Option("--weights-key", help="Which of several state dicts in the file, such as model_ema.")
+]
+ImageSize = Annotated[
+    str | None, typer.Option("--image-size", help="Pixels, as in 256 or 224x320; positions are resampled for it.")
+]
+Classes = Annotated[int | None, typer.Option("--classes", min=0, help="Classes of the head; 0 opens features.")]
+Channels = Annotated[int | None, typer.Option("--channels", min=1, help="Channels of an image.")]
 Random = Annotated[bool, typer.Option("--random-weights", help="Leave a timm model's weights random.")]
 Source = Annotated[
     str | None,
@@ -48,6 +61,36 @@ Presets = Annotated[
     typer.Option("--preset", metavar="NAME", help="imagenet or finetune, see `vitrim recipes`; your own settings win."),
 ]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting of a recipe.")]
+
+
+def model_table(
+    name: str,
+    weights: str | None,
+    weights_key: str | None,
+    random_weights: bool,
+    image_size: str | None = None,
+    classes: int | None = None,
+    channels: int | None = None,
+) -> dict[str, Any]:
+    """Make the table ``model`` of a recipe from the options of a command.
+
+    Raises:
+        RecipeError: if the image size is neither a number nor two with an x between.
+    """
+    sides = [] if image_size is None else image_size.lower().split("x")
+    if len(sides) > 2 or not all(side.strip().isdecimal() and int(side) for side in sides):
+        raise RecipeError(f"an image size must look like 256 or 224x320, but got '{image_size}'")
+    pixels: int | list[int] | None = [int(side) for side in sides] or None
+    if len(sides) == 1:
+        pixels = int(sides[0])
+    given = {"img_size": pixels, "num_classes": classes, "in_chans": channels}
+    return {
+        "name": name,
+        "weights": weights,
+        "weights_key": weights_key,
+        "random_weights": random_weights,
+        "arguments": {key: value for key, value in given.items() if value is not None},
+    }
 
 
 def say(text: str) -> None:

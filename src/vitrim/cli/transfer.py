@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vitrim.cli.shared import Random, Settings, Weights, app, read, say, show_table
+from vitrim.cli.shared import Random, Settings, Weights, WeightsKey, app, model_table, read, say, show_table
 
 __all__ = ["scored", "seg", "transferred"]
 
@@ -27,6 +27,7 @@ def seg(
         str | None, typer.Option("--size", help="Height x width of crops, as in 512x512; the model's own by default.")
     ] = None,
     weights: Weights = None,
+    weights_key: WeightsKey = None,
     random_weights: Random = False,
     epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the scenes; 20 by default.")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
@@ -36,7 +37,7 @@ def seg(
     from vitrim.run.recipe import merged, overrides
 
     asked: dict[str, Any] = {
-        "model": {"name": backbone, "weights": weights, "random_weights": random_weights},
+        "model": model_table(backbone, weights, weights_key, random_weights),
         "data": {"train": data, "test": test, "ignore": ignore or [], "size": _size(size)},
         "head": {"kind": head},
         "seed": seed,

@@ -2,19 +2,21 @@
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from vitrim import families
 from vitrim.deploy import store
+from vitrim.deploy.checkpoint import read_checkpoint
+from vitrim.deploy.choose import read_weights
+from vitrim.deploy.fit import fill_, fit, load_weights_
 from vitrim.families import adopt
-from vitrim.nn.weights import why_not_weight
+from vitrim.families._parts import pretrained
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import AdoptError, RecipeError, WeightsError
 from vitrim.words.plain import did_you_mean, reason
@@ -22,30 +24,45 @@ from vitrim.words.progress import progress
 
 __all__ = ["guests", "load_weights_", "open_parent", "open_teacher", "read_weights"]
 
+Say = Callable[[str], None]
+
 
 def open_parent(
     name: str,
     *,
     weights: str | None = None,
+    weights_key: str | None = None,
     random_weights: bool = False,
     arguments: dict[str, Any] | None = None,
     seed: int = 0,
+    say: Say = lambda _: None,
 ) -> nn.Module:
     """Open and adopt a model, in evaluation mode on the CPU.
 
     Args:
         name: a timm name, an ``hf-hub:`` name, or the path of a file that vitrim stored.
         weights: a weights file for a timm name (safetensors, or a PyTorch file read without running code).
+        weights_key: which state dict of a file that holds several, as a part of the names in it: ``model_ema``.
         random_weights: whether to leave a timm model's weights random.
-        arguments: further keyword arguments of ``timm.create_model``.
+        arguments: further keyword arguments of ``timm.create_model``; what is not given is inferred from the shapes of
+            the weights where these show it.
         seed: of random weights, so that a run that goes on finds the same ones.
+        say: receives a line on each thing that was chosen, inferred, resampled or left out of a weights file.
 
     Raises:
         RecipeError: if the name is unknown, or weights are given twice.
         WeightsError: if the weights are unreadable, not finite, or do not fit.
         AdoptError: if the model has a part that cannot be represented.
     """
-    opened = open_teacher(name, weights=weights, random_weights=random_weights, arguments=arguments, seed=seed)
+    opened = open_teacher(
+        name,
+        weights=weights,
+        weights_key=weights_key,
+        random_weights=random_weights,
+        arguments=arguments,
+        seed=seed,
+        say=say,
+    )
     if store.is_stored(name):
         return opened
     with torch.random.fork_rng(devices=[]):
@@ -56,9 +73,11 @@ def open_teacher(
     name: str,
     *,
     weights: str | None = None,
+    weights_key: str | None = None,
     random_weights: bool = False,
     arguments: dict[str, Any] | None = None,
     seed: int = 0,
+    say: Say = lambda _: None,
 ) -> nn.Module:
     """Open any model, in evaluation mode on the CPU, whether or not it could be adopted; see `open_parent`.
 
@@ -68,34 +87,91 @@ def open_teacher(
     """
     if weights and random_weights:
         raise RecipeError("weights must come from one place, but both a file and random weights are asked for")
+    if weights_key and not weights:
+        raise RecipeError(f"a weights key must be of a weights file, but '{weights_key}' is given without one")
+    _check_not_weights(name)
     if store.is_stored(name):
         if weights or random_weights or arguments:
             raise RecipeError(f"{name}: a stored model must be taken as it is, but weights or arguments are given too")
         return store.load(name).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _guest(name, weights, random_weights, dict(arguments or {})).eval()
+        if weights is None:
+            _check_name(name)
+            model = _create(name, pretrained=not random_weights, **(arguments or {})).eval()
+            if not random_weights:
+                _tell_changes(model, name, arguments or {}, say)
+            return model
+        return _filled(name, Path(weights), weights_key, dict(arguments or {}), say).eval()
 
 
-def _guest(name: str, weights: str | None, random_weights: bool, arguments: dict[str, Any]) -> nn.Module:
-    on_hub = name.startswith(("hf-hub:", "hf_hub:"))
+def _check_name(name: str) -> None:
+    """Refuse a name that no model has.
+
+    Raises:
+        RecipeError: naming the nearest.
+    """
     if name.startswith("("):
         raise RecipeError(
             f"a model must be named, but {name} is gone with the program that held it; call compress there"
         )
-    if not on_hub and not timm.is_model(name):
+    if not name.startswith(("hf-hub:", "hf_hub:")) and not timm.is_model(name):
         if name.endswith(".safetensors") or "/" in name:
             raise RecipeError(f"{name}: a model must be a timm name or a file that vitrim stored, but this is neither")
         raise RecipeError(f"a model must be a name that timm knows, but got '{name}'{_near(name)}")
-    if weights is None:
-        return _create(name, pretrained=not random_weights, **arguments)
-    state = read_weights(Path(weights))
-    head = state.get("head.weight", state.get("head.fc.weight"))
-    if "num_classes" not in arguments and head is not None:
-        arguments["num_classes"] = len(head)
-    model = _create(name, pretrained=False, **arguments)
-    known = families.name_of(model) is not None
-    load_weights_(model, families.convert(model, state) if known else state, weights)
+
+
+def _check_not_weights(name: str) -> None:
+    """Refuse a file of PyTorch weights in the place of a model's name.
+
+    Raises:
+        RecipeError: saying where it belongs.
+    """
+    path = Path(name)
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        raise RecipeError(
+            f"{name}: a model must be a timm name or a file that vitrim stored, but this is a weights file; name the "
+            f"timm model, and give --weights {name}"
+        )
+
+
+def _tell_changes(model: nn.Module, name: str, given: dict[str, Any], say: Say) -> None:
+    """Tell what timm does to published weights for a model of other classes or another image size."""
+    known = pretrained(model)
+    if given.get("num_classes") and given["num_classes"] != known.get("num_classes"):
+        say(
+            f"{name}: the classifier of {given['num_classes']} classes is new and random, the published one has "
+            f"{known.get('num_classes')}"
+        )
+    size, published = given.get("img_size"), list(known.get("input_size", ())[1:])
+    sides = published if size is None else [size, size] if isinstance(size, int) else list(size)
+    if sides != published:
+        say(f"{name}: positions are resampled to images of {sides[0]} x {sides[1]} pixels, as timm does")
+
+
+def _filled(name: str, path: Path, key: str | None, given: dict[str, Any], say: Say) -> nn.Module:
+    """A model with the weights of a file, of the settings that are given and those that the weights show."""
+    _check_name(name)
+    held = read_checkpoint(path)
+    found = fit(held, name, _frame(name, given), given, source=str(path), key=key)
+    model = _create(name, pretrained=False, **found.arguments)
+    remarks = fill_(model, found)
+    for remark in (*found.remarks, *remarks):
+        say(f"{path.name}: {remark}")
+    return model
+
+
+def _frame(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """The model of these arguments, without data where timm can build it so."""
+    try:
+        with torch.device("meta"):
+            model: nn.Module = timm.create_model(name, **arguments)
+    except Exception:  # what is wrong with the arguments, or with the device, is told where it is built with data
+        return _create(name, pretrained=False, **arguments)
     return model
 
 
@@ -117,66 +193,6 @@ def _create(name: str, **arguments: Any) -> nn.Module:
 def _near(name: str) -> str:
     near = did_you_mean(name, timm.list_models())
     return near if near.startswith("; did you mean") else "; `vitrim models` lists those that vitrim can cut"
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict; a ``.safetensors`` file, or a PyTorch file (never running code from it).
-
-    Raises:
-        WeightsError: if the file is missing, damaged, or no state dict.
-    """
-    if not path.is_file():
-        raise WeightsError(f"{path}: the weights file must exist, but it does not")
-    try:
-        if path.suffix == ".safetensors":
-            return _plain_names(load_file(path))
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # torch raises pickle's own classes for what weights_only refuses, and many more
-        raise _damaged(path, problem) from None
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-            break
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise WeightsError(f"{path}: the file must hold a state dict of tensors, but it holds something else")
-    return _plain_names(loaded)
-
-
-def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the prefix that data parallelism puts before them."""
-    return {name.removeprefix("module."): value for name, value in state.items()}
-
-
-def _damaged(path: Path, problem: Exception) -> WeightsError:
-    return WeightsError(f"{path}: the weights file must be whole and readable, but {reason(problem)}")
-
-
-def load_weights_(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Fill `model` with `state`, strictly.
-
-    Raises:
-        WeightsError: naming the keys that are missing, unexpected or of another shape; the model is left as it was.
-    """
-    mine = model.state_dict()
-    missing = sorted(set(mine) - set(state))
-    extra = sorted(set(state) - set(mine))
-    shapes = [
-        f"{name} {tuple(state[name].shape)} for {tuple(mine[name].shape)}"
-        for name in mine
-        if name in state and state[name].shape != mine[name].shape
-    ]
-    parts = [
-        f"{word} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for word, names in (("misses", missing), ("has unknown", extra), ("has another shape for", shapes))
-        if names
-    ]
-    if parts:
-        raise WeightsError(f"{source}: weights must fit {type(model).__name__}, but the file {'; '.join(parts)}")
-    for name, value in state.items():
-        wrong = why_not_weight(name, value) if mine[name].is_floating_point() else None
-        if wrong is not None:
-            raise WeightsError(f"{source}: {wrong}")
-    model.load_state_dict(state)
 
 
 def guests(pattern: str = "*") -> Iterator[dict[str, Any]]:

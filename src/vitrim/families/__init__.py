@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from vitrim.families._given import called, check_methods, check_tensors, check_types, unwrapped, with_own_head
 from vitrim.nn import Block, computed, keep_settings, make_block
 from vitrim.nn.modes import random_state_kept
 from vitrim.nn.parity import find_difference
@@ -104,8 +105,8 @@ def family_of(model: nn.Module) -> Family:
     name = name_of(model)
     if name is None:
         raise AdoptError(
-            f"a model must be of a family that vitrim knows ({', '.join(names())}), but got {type(model).__name__}; "
-            "see `vitrim models`"
+            f"a model must be of a family that vitrim knows ({', '.join(names())}), but got "
+            f"{called(model, lambda inner: name_of(inner) is not None)}"
         )
     return get(name)
 
@@ -139,12 +140,16 @@ def describe(model: nn.Module) -> Spec:
     Raises:
         AdoptError: naming the path and the reason, if a part cannot be represented.
     """
+    _check_not_optimized(model)
+    return family_of(model).describe(model)
+
+
+def _check_not_optimized(model: nn.Module) -> None:
     if getattr(model, "is_optimized", False):
         raise AdoptError(
-            "a model must be as it is stored to be described, but this one is in the form that it runs in "
+            "a model must be as it is stored to be described, cut or saved, but this one is in the form that it runs in "
             "(vitrim.deploy.optimized); use the model that it was made from"
         )
-    return family_of(model).describe(model)
 
 
 def is_adopted(model: nn.Module) -> bool:
@@ -160,6 +165,7 @@ def blocks_of(model: nn.Module) -> list[tuple[str, Block]]:
     Raises:
         AdoptError: if the model was not adopted.
     """
+    _check_not_optimized(model)
     ours = []
     for stage, blocks in enumerate(family_of(model).blocks_by_stage(model)):
         for place, block in enumerate(blocks):
@@ -177,7 +183,8 @@ def adopt(model: nn.Module) -> nn.Module:
     The argument is left as it was and shares no parameter with the result. Adopting twice is adopting once.
 
     Args:
-        model: a timm model of a known family, on any device and of any floating type.
+        model: a timm model of a known family, on any device and of any floating type; also inside `DataParallel`,
+            `torch.compile` or `AveragedModel`, and with another linear classifier in place of its own.
 
     Returns:
         A model of the same class, with the same parameter names, the same logits and the same features.
@@ -186,9 +193,13 @@ def adopt(model: nn.Module) -> nn.Module:
         AdoptError: naming the path and the reason, if a part cannot be represented, or if logits or features differ.
         WeightsError: naming the tensor, if it is without data, of a type that is not computed in, or not finite.
     """
+    model = unwrapped(model)
+    check_types(model)
+    model = with_own_head(model)
     check_weights(model)
     spec, family = describe(model), family_of(model)
     old_blocks = [block for stage in family.blocks_by_stage(model) for block in stage]
+    check_methods(model, old_blocks)
     blocks = []
     for (path, stage, node), arriving, old in zip(spec.blocks(), spec.arrivals(), old_blocks, strict=True):
         with torch.device("meta"):
@@ -204,6 +215,7 @@ def adopt(model: nn.Module) -> nn.Module:
             parameter.requires_grad_(name not in frozen)
         blocks.append(keep_settings(computed(block), old))
     adopted = family.host(model, blocks)
+    check_tensors(adopted, lambda: build(spec))
     found = find_difference(adopted, model, spec.image, "adopt")
     if found is not None:
         raise AdoptError(

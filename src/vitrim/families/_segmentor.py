@@ -32,7 +32,7 @@ def segmentor(
     Args:
         model: a model of a family that vitrim knows, dense or compressed; left as it was.
         classes: K.
-        head: how features are read.
+        head: how features are read; it is of the backbone's floating type.
         size: height and width of the images in pixels; the model's own if None.
 
     Raises:
@@ -57,7 +57,9 @@ def segmentor(
     for name in ("norm", "fc_norm"):
         if hasattr(backbone, name):
             setattr(backbone, name, nn.Identity())
-    return Segmentor(backbone, classes, form, _places(families.describe(backbone), form))
+    made = Segmentor(backbone, classes, form, _places(families.describe(backbone), form))
+    made.head.to(next(backbone.parameters()))
+    return made
 
 
 def _resize_(backbone: Any, size: tuple[int, int]) -> None:

@@ -27,6 +27,7 @@ from vitrim.cut.outputs import as_classes, gives_values, own_loss
 from vitrim.data import eval_loader
 from vitrim.families import describe
 from vitrim.methods._contract import Data, Found
+from vitrim.nn.feed import fed
 from vitrim.nn.modes import evaluating
 from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError
@@ -101,14 +102,13 @@ def taylor_scores(
     Raises:
         MethodError: if labels are asked for and missing, or the loss is not finite.
     """
-    device = next(model.parameters()).device
     scores = {path: torch.zeros(axis.size, dtype=torch.float64) for path, axis in axes(model).items()}
     draw = torch.Generator().manual_seed(seed)
     seen, classes = 0, describe(model).classes
     with evaluating(model, frozen=True):
         for x, y in batches:
             seen += len(x)
-            _add(model, classes, x.to(device), y, target, draw, scores)
+            _add(model, classes, fed(x, model), y, target, draw, scores)
     return {path: score / seen for path, score in scores.items()}
 
 

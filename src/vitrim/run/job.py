@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,11 @@ from vitrim.cut.fill import fill
 from vitrim.cut.observe import axes
 from vitrim.cut.outputs import gives_values
 from vitrim.data import Input, Splits, images_of
+from vitrim.deploy import store
 from vitrim.deploy.parent import open_parent, open_teacher
 from vitrim.deploy.runtimes import check_runtimes
 from vitrim.families import AROUND, describe
+from vitrim.families._given import check_class
 from vitrim.methods._contract import Method
 from vitrim.run.images import FILE, about, check_record, known_order, open_splits
 from vitrim.run.latency_budget import table_for
@@ -183,10 +186,12 @@ def prepare(
         raise DataError(f"data must be given, but there is none and {what}; give --data SRC")
     say(f"opening {recipe.model.name}")
     if parent is None:
-        parent = open_parent(**dump(recipe.model), seed=recipe.seed)
+        parent = open_parent(**dump(recipe.model), seed=recipe.seed, say=say)
     elif recipe.model != ModelRecipe(name=recipe.model.name):
         raise RecipeError("a model in memory must be taken as it is, but settings of model are given; leave them out")
     parent = parent.to(device_of(recipe.device)).eval()
+    if folder is not None and recipe.model.name.startswith("("):
+        _check_storable(parent, folder)
     spec = describe(parent)
     if spec.family in AROUND and any(source is not None for source in data):
         raise RecipeError(
@@ -213,6 +218,18 @@ def prepare(
         folder=folder,
         say=say,
     )
+
+
+def _check_storable(parent: nn.Module, folder: Path) -> None:
+    """Refuse a model in memory that is more than its spec, before a search whose child could not be stored.
+
+    Raises:
+        AdoptError: if its class has methods of its own.
+        StoreError: if anything else is not in its spec.
+    """
+    check_class(parent)
+    with tempfile.TemporaryDirectory(dir=next(place for place in folder.absolute().parents if place.exists())) as place:
+        store.save(parent, Path(place) / store.FILE)
 
 
 def _check_reach(parent: nn.Module, spec: Spec, budget: Budget, method: Method) -> None:
@@ -283,7 +300,7 @@ def _teacher(recipe: Recipe, parent: nn.Module, spec: Spec, input: Input, say: C
     if recipe.teacher is None:
         return parent
     say(f"opening {recipe.teacher.name} to teach")
-    teacher = open_teacher(**dump(recipe.teacher), seed=recipe.seed).to(next(parent.parameters()).device)
+    teacher = open_teacher(**dump(recipe.teacher), seed=recipe.seed, say=say).to(next(parent.parameters()).device)
     theirs = Input.of(teacher)
     if (theirs.mean, theirs.std) != (input.mean, input.std):
         teacher = _Renormalised(teacher, input, theirs)

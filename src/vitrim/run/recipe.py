@@ -26,12 +26,14 @@ class ModelRecipe(Node):
     Attributes:
         name: a timm name, an ``hf-hub:`` name, or a file that vitrim stored.
         weights: a weights file for a timm name; its pretrained weights are fetched otherwise.
+        weights_key: which state dict of a file that holds several, such as ``model_ema``.
         random_weights: whether to start from random weights instead.
         arguments: further keyword arguments of ``timm.create_model``.
     """
 
     name: str
     weights: str | None = None
+    weights_key: str | None = None
     random_weights: bool = False
     arguments: dict[str, Any] = Field(default_factory=dict)
 

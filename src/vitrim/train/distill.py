@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrim.cut.outputs import as_classes, gives_values
+from vitrim.nn.feed import fed
 from vitrim.train.settings import Distill
 from vitrim.words.errors import RecipeError
 
@@ -152,7 +153,7 @@ class Objective:
         """Return the teacher's logits `(B, K)` for pictures `(B, C, h, w)`, or None where it has no say."""
         if self.teacher is None or self.alpha == 0:
             return None
-        logits: Tensor = self.teacher(pictures)
+        logits: Tensor = self.teacher(fed(pictures, self.teacher))
         return logits
 
     def loss(self, outputs: Any, labels: Tensor, teacher: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrim.cut.outputs import as_classes, gives_values
+from vitrim.nn.feed import fed
 from vitrim.nn.modes import evaluating
 from vitrim.words.errors import DataError, WeightsError
 from vitrim.words.plain import Node
@@ -127,8 +128,7 @@ def evaluate(
 
 @torch.inference_mode()
 def _forward(model: nn.Module, pictures: Tensor) -> Tensor:
-    first = next(model.parameters(), pictures)
-    logits: Tensor = model(pictures.to(first.device, non_blocking=True))
+    logits: Tensor = model(fed(pictures, model))
     if not torch.isfinite(logits).all():
         raise WeightsError("logits must be finite, but are not; the model's weights are damaged")
     return logits

@@ -27,6 +27,7 @@ from vitrim.train.loop import AfterStep, Log, Loop, Penalty
 from vitrim.train.optim import Groups, optimizer
 from vitrim.train.settings import Train
 from vitrim.train.start import Start, averages_of
+from vitrim.train.widen import narrow_, widen_
 from vitrim.words.errors import DataError, RecipeError, RunError
 from vitrim.words.plain import dump
 from vitrim.words.progress import progress
@@ -95,7 +96,8 @@ def fit(
 
     A step's loss is the mean task loss over its `settings.batch` images plus the penalty, once, however many processes
     and parts they are spread over. With a folder the run leaves checkpoints and goes on from the newest, to the same
-    result, bit for bit on a CPU. Buffers that are no part of `state_dict` are not kept.
+    result, bit for bit on a CPU. Buffers that are no part of `state_dict` are not kept. A model in float16 or bfloat16
+    is trained in float32 and rounded to its own type at the end.
 
     Args:
         model: a classifier, `(B, C, h, w)` to `(B, K)`, or to what the task's objective takes; moved to the device that
@@ -133,6 +135,7 @@ def fit(
     accelerator = _accelerator(settings)
     check_weights(model)
     generator = torch.get_rng_state()
+    types = widen_(model)
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(modes_kept(model, teacher))
@@ -150,7 +153,10 @@ def fit(
     finally:
         # The seeds of the steps are our own business.
         torch.set_rng_state(generator)
+        narrow_(model, types)
     ema = loop.ema.module if loop.ema is not None else None
+    if ema is not None:
+        narrow_(ema, types)
     return Fitted(
         model, ema, loop.state.step, loop.state.seconds, tuple(loop.state.history), averages_of(model, loop.optimizer)
     )

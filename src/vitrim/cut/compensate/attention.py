@@ -14,6 +14,7 @@ from vitrim.cut.compensate.heads import Heads
 from vitrim.cut.compensate.hear import attended
 from vitrim.cut.compensate.place import Choice, Kept, Place, Widths, part, unscaled
 from vitrim.nn import Attention
+from vitrim.nn.feed import wide
 from vitrim.nn.stream import tokens_of
 from vitrim.words.errors import MethodError
 from vitrim.words.spec import Attention as AttentionSpec
@@ -198,8 +199,8 @@ def _starts(sizes: Sequence[int]) -> list[int]:
 
 
 def _square(x: Tensor, weights: Tensor, at: str) -> Tensor:
-    flat = x.flatten(0, 1)
-    found = (flat.mT @ (weights.reshape(-1, 1) * flat)).cpu().double()
+    flat = wide(x.flatten(0, 1))
+    found = (flat.mT @ (weights.reshape(-1, 1).to(flat.dtype) * flat)).cpu().double()
     if not bool(torch.isfinite(found).all()):
         raise MethodError(
             f"{at}.qk: activations must be finite on the calibration images, but some are NaN or infinite; "

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from vitrim.nn.feed import wide
 from vitrim.words.errors import MethodError
 
 __all__ = ["Moments", "least_squares_queries", "query_key_maps", "refit", "removal_order", "root", "value_map"]
@@ -62,10 +63,10 @@ class Moments:
         Raises:
             MethodError: naming the place, if a value is not finite.
         """
-        f, t = features.flatten(0, -2), targets.flatten(0, -2)
+        f, t = wide(features.flatten(0, -2)), wide(targets.flatten(0, -2))
         w = weights.reshape(-1, 1).to(f.dtype)
-        # Products of a batch in the type of the model, sums over batches in float64: on the CPU, which every device
-        # has.
+        # Products of a batch in the type of the model or float32, sums over batches in float64: on the CPU, which
+        # every device has.
         heavy = w * f
         parts = (heavy.sum(0), f.mT @ heavy, (w * t).sum(0), t.mT @ heavy)
         sums = [part.cpu().double() for part in parts]

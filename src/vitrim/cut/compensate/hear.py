@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.nn import Attention, Block, Mlp
+from vitrim.nn.feed import fed
 from vitrim.nn.stream import Residual
 
 __all__ = ["Attended", "arriving", "attended", "hidden", "passed", "resumed"]
@@ -143,7 +144,6 @@ def arriving(
     them too, but takes milliseconds to say them.
     """
     found: list[Residual] = []
-    device = next(model.parameters()).device
 
     def hook(_module: nn.Module, inputs: tuple[Residual, ...]) -> None:
         found.append(inputs[0])
@@ -152,7 +152,7 @@ def arriving(
     with _hooked(blocks[index].register_forward_pre_hook(hook)):
         for number, x in enumerate(images):
             with contextlib.suppress(_Enough), resumed(blocks, index, None if before is None else before[number]):
-                model(x.to(device))
+                model(fed(x, model))
     return found
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vitrim.cut.outputs import gives_values, own_loss
 from vitrim.families import blocks_of, describe
 from vitrim.nn import Attention, Block, Mlp
+from vitrim.nn.feed import fed, wide
 from vitrim.nn.modes import evaluating
 
 __all__ = ["Importance", "importances", "last_layers"]
@@ -64,7 +65,6 @@ def importances(model: nn.Module, batches: Iterable[Tensor], *, seed: int) -> di
     """
     # Without labels, one output may be a logit or a value; the distance fits both.
     values = gives_values(describe(model).classes, labeled=False)
-    device = next(model.parameters()).device
     draw = torch.Generator().manual_seed(seed)
     squares: dict[str, list[Tensor]] = {}
     metrics: dict[str, Tensor] = {}
@@ -78,7 +78,7 @@ def importances(model: nn.Module, batches: Iterable[Tensor], *, seed: int) -> di
                 stack.callback(layer.register_forward_hook(hook).remove)
         for x in batches:
             seen += len(x)
-            torch.autograd.backward(own_loss(model(x.to(device)), values=values, draw=draw))
+            torch.autograd.backward(own_loss(wide(model(fed(x, model))), values=values, draw=draw))
     return {path: _importance(squares[path], metrics[path] / seen) for path in squares}
 
 
@@ -91,6 +91,7 @@ def _hook(
     path: str, squares: dict[str, list[Tensor]], metrics: dict[str, Tensor]
 ) -> Callable[[nn.Module, object, Tensor], None]:
     def heard(gradient: Tensor) -> None:
+        gradient = wide(gradient)
         squares.setdefault(path, []).append(gradient.square().sum(-1).float().cpu())
         flat = gradient.reshape(-1, gradient.shape[-1])
         more = (flat.mT @ flat).cpu().double()

@@ -20,6 +20,7 @@ from vitrim.cut.observe import axes, listening
 from vitrim.families import blocks_of, describe
 from vitrim.methods.mdc import hsic
 from vitrim.nn import Axis
+from vitrim.nn.feed import fed
 from vitrim.nn.modes import evaluating
 from vitrim.words.errors import MethodError
 
@@ -112,7 +113,7 @@ def score(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], settings: 
     count, varied = 0, False
     with evaluating(model):
         for x, y in batches:
-            x = x.to(next(model.parameters()).device)
+            x = fed(x, model)
             outputs = _outputs(model, x, y, settings, labels_seen)
             against = hsic.target(hsic.linear(outputs), settings.kind)
             varied |= bool(against.any())

@@ -27,6 +27,7 @@ from vitrim.data import Input
 from vitrim.families import describe
 from vitrim.methods.post_training.calibration import Calibration
 from vitrim.nn import Attention, Block
+from vitrim.nn.feed import fed
 from vitrim.nn.modes import evaluating
 from vitrim.nn.stream import Residual
 from vitrim.nn.weights import fingerprint
@@ -114,8 +115,7 @@ def _step(count: int) -> Merge | GridMerge | None:
 @torch.no_grad()
 def logits_of(model: nn.Module, images: Sequence[Tensor]) -> Tensor:
     """Logits on the CPU, ``(P, K)``."""
-    device = next(model.parameters()).device
-    return torch.cat([model(x.to(device)).float().cpu() for x in images])
+    return torch.cat([model(fed(x, model)).float().cpu() for x in images])
 
 
 def divergence(dense: Tensor, logits: Tensor) -> float:
@@ -250,11 +250,10 @@ class _Row:
         return self._loss(self.place.rebuilt(self.place.block.spec.mixer, len(kept), state))
 
     def _loss(self, block: Block) -> float:
-        device = next(self.model.parameters()).device
         found = []
         for x, images in zip(self.entering, self.probe, strict=True):
             with resumed(self.blocks, self.after, block(x)):
-                found.append(self.model(images.to(device)).float().cpu())
+                found.append(self.model(fed(images, self.model)).float().cpu())
         return divergence(self.dense, torch.cat(found))
 
 

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from vitrim import families
 from vitrim.cut.surgery import apply
-from vitrim.deploy.parent import load_weights_, read_weights
+from vitrim.deploy.checkpoint import read_checkpoint
+from vitrim.deploy.choose import choose
+from vitrim.deploy.fit import load_weights_
 from vitrim.families import adopt, describe
 from vitrim.methods.spvit import gates
 from vitrim.methods.spvit.planning import planned
@@ -57,12 +59,14 @@ def open_released(
         WeightsError: if the file is damaged, or does not fit the model.
     """
     source = "weights" if isinstance(weights, Mapping) else str(weights)
-    state = dict(weights) if isinstance(weights, Mapping) else read_weights(Path(weights))
-    if isinstance(model, str):
-        head = state.get("head.weight")
-        guest: nn.Module = timm.create_model(model, **({} if head is None else {"num_classes": len(head)}))
-    else:
-        guest = model
+    held = dict(weights) if isinstance(weights, Mapping) else read_checkpoint(Path(weights))
+    guest: nn.Module = timm.create_model(model) if isinstance(model, str) else model
+    # The dense model's own names are enough to find a training file's state dict: stem, norms and MLPs keep them.
+    shapes = {name: tuple(value.shape) for name, value in guest.state_dict().items()}
+    state = choose(held, shapes, source=source).state
+    head = state.get("head.weight")
+    if isinstance(model, str) and head is not None:
+        guest = timm.create_model(model, num_classes=len(head))
     dense = adopt(guest).eval()
     spec, how = describe(dense), layout(describe(dense), leaves=leaves)
     prefixes = [name for name, module in dense.named_modules() if hasattr(module, "drop_path1")]

@@ -107,7 +107,7 @@ def _prepare(recipe: TransferRecipe, folder: Path, backbone: nn.Module | None, s
     confusion(test.classes)  # a package that is missing should not be missed after the training
     say(f"opening {recipe.model.name}")
     if backbone is None:
-        backbone = open_parent(**dump(recipe.model), seed=recipe.seed)
+        backbone = open_parent(**dump(recipe.model), seed=recipe.seed, say=say)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = segmentor(backbone, train.classes, recipe.head, size=recipe.data.size)

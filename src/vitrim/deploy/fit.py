@@ -1,0 +1,278 @@
+"""Fit a weights file to a model: which state dict, which classifier, which settings, what is left out.
+
+D width of the features that the classifier reads, K classes.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.deploy.choose import Chosen, choose, listed
+from vitrim.deploy.infer import infer, near_name
+from vitrim.deploy.timm_names import named_for, shown
+from vitrim.families._parts import pretrained
+from vitrim.words.errors import WeightsError
+
+__all__ = ["Fit", "fill_", "fit", "load_weights_"]
+
+_TRAINING = re.compile(
+    r"(mask_token|mask_embed|decoder\w*|projector|projection_head|predictor|prototypes|criterion|\w*loss|queue\w*"
+    r"|n_averaged|logit_scale|logit_bias)(\..*)?|(.*\.)?(total_ops|total_params)"
+)
+"""Names of what only training needs: masked autoencoders' decoders, self-supervised heads, counters of tools."""
+
+_HEADS = ("head", "fc", "classifier", "cls", "linear", "heads", "logits", "cls_head", "head_cls")
+"""Last words of names that a classifier has; the first that is there is taken for it where several could be."""
+
+_NO_HEAD = re.compile(r"proj|loss|criterion|center|queue|prototype|decoder|predict|text|aux")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """How a weights file fits a model.
+
+    Attributes:
+        name: of the model.
+        source: the file, for messages.
+        chosen: its state dict.
+        shapes: of that under timm's names, not resampled, without data.
+        arguments: keyword arguments of ``timm.create_model``, given and inferred.
+        head: name in the file, weight `(K, D)` and bias `(K,)` of a classifier under another name than the model's.
+        remarks: what to tell, a line each.
+    """
+
+    name: str
+    source: str
+    chosen: Chosen
+    shapes: Mapping[str, Tensor]
+    arguments: dict[str, Any]
+    head: tuple[str, Tensor, Tensor | None] | None = None
+    remarks: list[str] = field(default_factory=list)
+
+
+def fit(
+    held: Mapping[str, Tensor], name: str, model: Any, given: Mapping[str, Any], *, source: str, key: str | None = None
+) -> Fit:
+    """Find out how to open a timm model with the weights of a file.
+
+    Args:
+        held: all tensors of the file.
+        name: of the model.
+        model: what it stands for, of the arguments that were given; without data, if need be.
+        given: these arguments.
+        source: the file, for messages.
+        key: see `vitrim.deploy.choose.choose`.
+
+    Raises:
+        WeightsError: if no state dict fits, several do, it is quantised, or its shapes are those of no such model.
+    """
+    state = model.state_dict()
+    wanted = {name: tuple(value.shape) for name, value in state.items()}
+    chosen = choose(held, wanted, source=source, key=key, shown=lambda state: shown(state, model))
+    shapes = shown(chosen.state, model)
+    _check_types(shapes, state, source)
+    found = infer(shapes, model, given, source)
+    target, *_ = _classifiers(model)
+    own = shapes.get(f"{target}.weight")
+    beside = chosen.parts() | _unknown(chosen, shapes, wanted)
+    head = find_head(beside, model) if own is None else None
+    classes = len(own) if own is not None else len(head[1]) if head is not None else 0
+    top = target.split(".")[0]
+    if "num_classes" not in given and not classes and any(name.startswith(f"{top}.") for name in shapes):
+        raise WeightsError(
+            f"{source}: a classifier must be one linear layer, but {top} has other layers in this file; --classes 0 "
+            "leaves it out and opens features"
+        )
+    if "num_classes" not in given and classes != model.num_classes:
+        found.arguments["num_classes"] = classes
+        if not classes:
+            found.remarks.append("no classifier, so the model gives features")
+    if given.get("num_classes") and not classes:
+        raise WeightsError(
+            f"{source}: {given['num_classes']} classes must have a classifier in the file, but there is none; "
+            "leave --classes out to open features"
+        )
+    remarks = [chosen.remark] if chosen.remark else []
+    remarks += ["the shapes show " + ", ".join(found.remarks)] if found.remarks else []
+    used = None if head is None or given.get("num_classes") == 0 else head
+    if used is not None:
+        remarks.append(f"took {used[0]} for the model's {target}")
+    ours = set() if used is None else {f"{used[0]}.weight", f"{used[0]}.bias"}
+    left = [
+        part
+        for part, tensors in chosen.parts().items()
+        if not ours & set(tensors) and not any(root.startswith(f"{part}.") for root in chosen.copies)
+    ]
+    left += _ignored(chosen.state, shapes, model)
+    remarks += [f"left out {listed(left)}"] if left else []
+    return Fit(
+        name=name,
+        source=source,
+        chosen=chosen,
+        shapes=shapes,
+        arguments={**given, **found.arguments},
+        head=used,
+        remarks=remarks,
+    )
+
+
+def fill_(model: nn.Module, fit: Fit) -> list[str]:
+    """Fill a model that was made with the arguments of `fit`, strictly.
+
+    Returns:
+        What to tell: a line on each thing that was resampled, dropped or filled.
+
+    Raises:
+        WeightsError: if the weights do not fit, see `load_weights_`.
+    """
+    state, remarks = named_for(fit.chosen.state, model, fit.source)
+    mine = model.state_dict()
+    target, *more = _classifiers(model)
+    if fit.head is not None:
+        at, weight, bias = fit.head
+        for leaf, value in (("weight", weight), ("bias", bias)):
+            state.pop(f"{at.removeprefix(fit.chosen.prefix)}.{leaf}", None)
+            if value is not None:
+                state[f"{target}.{leaf}"] = value
+    if f"{target}.weight" in state and f"{target}.bias" in mine and f"{target}.bias" not in state:
+        state[f"{target}.bias"] = torch.zeros_like(mine[f"{target}.bias"])
+        remarks.append("the classifier has no bias, and gets zeros")
+    heads = [name for name in state if name.startswith(tuple(f"{head}." for head in (target, *more)))]
+    if fit.arguments.get("num_classes") == 0 and heads:
+        state = {name: value for name, value in state.items() if name not in heads}
+        remarks.append(f"left out {target}, for no classes are asked for")
+    training = [name for name in state if name not in mine and _TRAINING.fullmatch(name)]
+    if training:
+        state = {name: value for name, value in state.items() if name not in training}
+        parts = [name if name.endswith(("total_ops", "total_params")) else name.split(".")[0] for name in training]
+        remarks.append(f"left out {listed(parts)}, which only training needs")
+    load_weights_(model, state, fit.source, hint=_way_out(fit, model, state))
+    return remarks
+
+
+def _way_out(fit: Fit, model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """What to do about weights that do not fit, to end a sentence; empty if nothing is known."""
+    other = near_name(fit.name, fit.shapes, model)
+    if other:
+        return other
+    extra = set(state) - set(model.state_dict())
+    if "norm.weight" in extra and "fc_norm.weight" not in state:
+        return "; in the file the norm stands before pooling: --set model.arguments.global_pool=token, or fc_norm=false"
+    if "norm_pre.weight" in extra:
+        return "; norm_pre is a layer of CLIP's: name a model of CLIP (`vitrim models '*clip*'` lists them)"
+    return ""
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    """Names of the layers that give the K logits, as timm knows them: ``head``, ``head.fc``, or two of a distilled."""
+    known = pretrained(model).get("classifier") or "head"
+    return (known,) if isinstance(known, str) else tuple(known)
+
+
+def _check_types(shapes: Mapping[str, Tensor], mine: Mapping[str, Tensor], source: str) -> None:
+    for name, value in shapes.items():
+        wanted = mine[name].is_floating_point() if name in mine else False
+        if wanted and (not value.is_floating_point() or value.dtype.itemsize < 2):
+            raise WeightsError(
+                f"{source}: weights must be floating-point numbers of 16 bits or more, but {name} is {value.dtype}, so "
+                "they are quantised; give those from before the quantisation"
+            )
+
+
+# -- what is not the model's
+
+
+def _unknown(chosen: Chosen, shapes: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, dict[str, Tensor]]:
+    """Tensors of the state dict that the model does not know, by the first word of their names."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name in shapes:
+        if name not in wanted and name in chosen.state and not _TRAINING.fullmatch(name):
+            whole = chosen.prefix + name
+            parts.setdefault(chosen.prefix + name.split(".")[0], {})[whole] = chosen.state[name]
+    return parts
+
+
+def _ignored(state: Mapping[str, Tensor], shapes: Mapping[str, Tensor], model: nn.Module) -> list[str]:
+    """Parts of a state dict that timm's conversion passes over, such as CLIP's text tower."""
+    parts = dict.fromkeys(name.split(".")[0] for name in state)
+    if len(shapes) >= len(state) or len(parts) < 2:
+        return []
+    ignored = []
+    for part in parts:
+        rest = {name: value for name, value in state.items() if name.split(".")[0] != part}
+        alone = part not in {name.split(".")[0] for name in shapes}
+        if (alone and _TRAINING.fullmatch(part)) or set(shown(rest, model)) == set(shapes):
+            ignored.append(part)
+    return ignored
+
+
+def find_head(parts: Mapping[str, Mapping[str, Tensor]], model: Any) -> tuple[str, Tensor, Tensor | None] | None:
+    """The one linear layer that can be the classifier, where the file has none under the model's own name.
+
+    It reads D features and is alone in its part of the file: a projector has several layers.
+
+    Args:
+        parts: tensors that the model does not know, by parts of the file.
+        model: whose D it is.
+
+    Returns:
+        Its name in the file, its weight `(K, D)` and bias `(K,)` or None; None if there is none, or no plain choice.
+    """
+    found = []
+    for tensors in parts.values():
+        weights = [name for name in tensors if name.endswith(".weight")]
+        if len(weights) != 1 or _NO_HEAD.search(weights[0]):
+            continue
+        at, weight = weights[0].removesuffix(".weight"), tensors[weights[0]]
+        bias = tensors.get(f"{at}.bias")
+        fits = weight.ndim == 2 and weight.shape[1] == model.num_features
+        if fits and len(tensors) == 1 + (bias is not None) and (bias is not None or _rank(at) < len(_HEADS)):
+            found.append((at, weight, bias))
+    best = [head for head in found if _rank(head[0]) == min(_rank(other[0]) for other in found)]
+    return best[0] if len(best) == 1 else None
+
+
+def _rank(at: str) -> int:
+    """Place of a layer's name among those of classifiers, by its last word that is no number."""
+    words = [word for word in at.split(".") if not word.isdecimal()]
+    return _HEADS.index(words[-1]) if words and words[-1] in _HEADS else len(_HEADS)
+
+
+# -- filling
+
+
+def load_weights_(model: nn.Module, state: Mapping[str, Tensor], source: str, *, hint: str = "") -> None:
+    """Fill `model` with `state`, strictly.
+
+    Args:
+        model: to be filled.
+        state: under its names.
+        source: the file, for messages.
+        hint: the way out, for the end of the sentence, if it does not fit.
+
+    Raises:
+        WeightsError: naming the keys that are missing, unexpected or of another shape; the model is left as it was.
+    """
+    mine = model.state_dict()
+    missing = sorted(set(mine) - set(state))
+    extra = sorted(set(state) - set(mine))
+    shapes = [
+        f"{name} {tuple(state[name].shape)} for {tuple(mine[name].shape)}"
+        for name in mine
+        if name in state and state[name].shape != mine[name].shape
+    ]
+    parts = [
+        f"{word} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for word, names in (("misses", missing), ("has unknown", extra), ("has another shape for", shapes))
+        if names
+    ]
+    if parts:
+        raise WeightsError(f"{source}: weights must fit {type(model).__name__}, but the file {'; '.join(parts)}{hint}")
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise WeightsError(f"{source}: weights must be finite, but {name} holds NaN or infinite values")
+    model.load_state_dict(dict(state))

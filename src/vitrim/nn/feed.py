@@ -1,0 +1,24 @@
+"""Images in the floating type of a model, and sums that need a wider one."""
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["fed", "wide"]
+
+
+def fed(images: Tensor, model: nn.Module) -> Tensor:
+    """Move images to the device of a model and into its floating type, those of its first floating parameter.
+
+    Loaders give float32, whatever the model computes in.
+
+    Args:
+        images: ``(B, C, h, w)``; labels and other whole numbers must not come here.
+        model: any; without parameters the images stay as they are.
+    """
+    first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
+    return images if first is None else images.to(first.device, first.dtype, non_blocking=True)
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32 where its type is shorter: products summed over tokens lose or overflow in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
