@@ -11,6 +11,7 @@ from vitrim import families
 from vitrim.cut.compensate import importances
 from vitrim.cut.outputs import as_classes, gives_values, own_loss
 from vitrim.data import Images, Input, eval_loader
+from vitrim.deploy.quantize import _compared
 from vitrim.methods.taylor import taylor_scores
 from vitrim.run.pipeline import compress
 from vitrim.train import Distill, Objective, Train, evaluate, fit
@@ -201,7 +202,17 @@ def test_methods_that_compare_answers_are_refused(method, classes, labels, told)
     with pytest.raises(
         RecipeError, match=f"{method} must have a model that tells classes apart.*{told}.*magnitude, random"
     ):
-        compress(model(classes), data(labels=labels), method=method, budget="macs=0.7", measure=QUIET)
+        compress(model(classes), data(120, labels), method=method, budget="macs=0.7", measure=QUIET)
+
+
+def test_answers_of_an_exported_model_are_compared_as_classes():
+    """One logit that is turned around gives the other answer; its first choice of one would always be the same."""
+    for classes, labels, agreement in ((1, 2, 0.0), (1, 0, None), (0, 0, None), (3, 3, 100.0)):
+        net = model(classes)
+        sign = -1 if classes == 1 else 1
+        found = _compared(net, lambda x, net=net, sign=sign: sign * net(x), batches(labels=labels))
+        assert found.agreement == agreement
+        assert (found.top1 is None) == (labels == 0)
 
 
 def test_data_of_other_classes_is_refused_for_one_logit():
