@@ -147,7 +147,7 @@ def describe(model: nn.Module) -> Spec:
 def _check_not_optimized(model: nn.Module) -> None:
     if getattr(model, "is_optimized", False):
         raise AdoptError(
-            "a model must be as it is stored to be described, cut or saved, but this one is in the form that it runs in "
+            "a model must be as it is stored to be described, cut or saved, but this is the form that it runs in "
             "(vitrim.deploy.optimized); use the model that it was made from"
         )
 
