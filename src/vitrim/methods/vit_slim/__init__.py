@@ -38,7 +38,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vitrim.cut.fill import Choice, fill, quantiles
-from vitrim.cut.observe import Gated, axes, masked
 from vitrim.cut.shares import (
     Rule,
     check_shares,
@@ -55,18 +54,16 @@ from vitrim.cut.shares import (
 from vitrim.data import Augment
 from vitrim.families import describe
 from vitrim.methods._contract import Data, Found
+from vitrim.methods.vit_slim.gates import TokenGated, gate_model, gate_scores, l1_penalty, token_scores
 from vitrim.train import Distill, Train, fit
 from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError, PlanError
 from vitrim.words.plain import Node
 from vitrim.words.plan import Plan
-from vitrim.words.spec import NO_WINDOWS, Spec
+from vitrim.words.spec import Spec
 from vitrim.words.steps.drop import Drop
 
 __all__ = ["Method", "TokenGated", "gate_model", "gate_scores", "l1_penalty", "token_scores"]
-
-START = 3.0
-"""Raw value that a token's gate starts from: tanh(3) = 0.995 (the authors' code)."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -264,138 +261,3 @@ class Method(Node):
         assert isinstance(gated, TokenGated)
         group = {"params": [*gated.gates.values(), *gated.tokens.values()], "weight_decay": self.train.weight_decay}
         return [group if self.gate_lr is None else group | {"lr": self.gate_lr}]
-
-
-class TokenGated(Gated):
-    """A gated model whose tokens have gates too, on the outputs of both norms of their block.
-
-    Args:
-        model: an adopted model; trained in place together with the gates.
-        gates: of channels, see `Gated`.
-        share: see `Gated`.
-        tokens: raw values ``(P,)`` or ``(N,)`` by path (``stages.0.blocks.3.tokens``), squashed by tanh; prefix tokens
-            without a value pass.
-    """
-
-    def __init__(
-        self, model: nn.Module, gates: Mapping[str, Tensor], share: Mapping[str, str], tokens: Mapping[str, Tensor]
-    ) -> None:
-        super().__init__(model, gates, share)
-        self.paths = tuple(tokens)
-        self.count = describe(model).stages[0].tokens
-        self.tokens = nn.ParameterDict({path.replace(".", "/"): nn.Parameter(raw) for path, raw in tokens.items()})
-
-    def forward(self, x: Tensor) -> Any:
-        """Logits of the gated model."""
-        with masked(self.model, {path: self._mask(gate) for path, gate in self.squashed().items()}):
-            return super().forward(x)
-
-    def squashed(self) -> dict[str, Tensor]:
-        """What multiplies the tokens, by path."""
-        return dict(zip(self.paths, map(torch.tanh, self.tokens.values()), strict=True))
-
-    def _mask(self, gate: Tensor) -> Tensor:
-        return torch.cat([gate.new_ones(self.count - gate.numel()), gate])
-
-
-def gate_model(
-    model: nn.Module, *, attention: bool = True, mlp: bool = True, tokens: bool = False, prefix: bool = False
-) -> TokenGated:
-    """Put gates on `model`: one for each head channel (queries, keys and values share it), each neuron and each patch.
-
-    Gates of channels are 1, those of tokens tanh(3). Where a norm stands between the queries and the logits, the gate
-    acts on the values alone, and so does the cut.
-
-    Args:
-        model: an adopted model; trained in place together with the gates.
-        attention: whether head channels have gates.
-        mlp: whether neurons have.
-        tokens: whether patches have.
-        prefix: whether prefix tokens have gates too.
-
-    Raises:
-        MethodError: if nothing of the model can be gated, or tokens are asked for and cannot be cut.
-    """
-    raw = _token_gates(model, prefix) if tokens else {}
-    gates: dict[str, Tensor] = {}
-    share: dict[str, str] = {}
-    like = next(model.parameters())
-    for path, axis in axes(model).items():
-        block = path.rpartition(".")[0]
-        if not axis.scales or axis.tied:
-            continue
-        if axis.name == "hidden" and mlp:
-            gates[path] = torch.ones(axis.size, device=like.device)
-        elif axis.name == "v" and attention:
-            gates[path] = torch.ones(axis.size, device=like.device)
-        elif axis.name == "qk" and attention and axis.groups == axes(model)[f"{block}.v"].groups:
-            share[path] = f"{block}.v"
-    share = {path: gate for path, gate in share.items() if gate in gates}
-    if not gates and not raw:
-        raise MethodError("a model must have channels that can be gated, but norms tie them all or all penalties are 0")
-    return TokenGated(model, gates, share, raw)
-
-
-def _token_gates(model: nn.Module, prefix: bool) -> dict[str, Tensor]:
-    spec = describe(model)
-    if any(stage.window is not None for stage in spec.stages):
-        raise MethodError(f"token_l1 must be 0 for this model: {NO_WINDOWS}")
-    if any(block.tokens is not None for _, _, block in spec.blocks()):
-        raise MethodError("token_l1 must be 0 for a model whose tokens were dropped before; gate the dense model")
-    like = next(model.parameters())
-    return {
-        f"{path}.tokens": torch.full((stage.tokens if prefix else stage.patches,), START, device=like.device)
-        for path, stage, _ in spec.blocks()
-    }
-
-
-def l1_penalty(attention: float, mlp: float, token: float = 0.0) -> Callable[[nn.Module], Tensor]:
-    """The penalty of a gated model: ``attention * sum |z_attention| + mlp * sum |z_mlp| + token * sum |tanh p|``."""
-
-    def penalty(gated: nn.Module) -> Tensor:
-        assert isinstance(gated, TokenGated)
-        sums = [
-            gate.abs().sum() * (mlp if path.endswith("/hidden") else attention) for path, gate in gated.gates.items()
-        ]
-        sums += [gate.abs().sum() * token for gate in gated.squashed().values()]
-        return torch.stack(sums).sum()
-
-    return penalty
-
-
-@torch.no_grad()
-def gate_scores(gated: Gated, ranking: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Gates as scores by path of an axis, and the list (attention or mlp) that each is ranked in.
-
-    Raises:
-        MethodError: if a gate is not finite.
-    """
-    scores: dict[str, Tensor] = {}
-    kinds: dict[str, str] = {}
-    known = axes(gated.model)
-    for path, axis in known.items():
-        block = path.rpartition(".")[0]
-        name = path if axis.name == "hidden" else f"{block}.v"
-        if not gated.has_gate(name) or (axis.name == "qk" and axis.groups != known[name].groups):
-            continue
-        gate = gated.gate(name).detach().double().cpu()
-        if not bool(torch.isfinite(gate).all()):
-            raise MethodError(f"{path}: gates must be finite, but some are not; lower method.train.lr or gate_lr")
-        scores[path] = gate.abs() if ranking == "absolute" else gate
-        kinds[path] = "mlp" if axis.name == "hidden" else "attention"
-    return scores, kinds
-
-
-@torch.no_grad()
-def token_scores(gated: TokenGated, ranking: str) -> dict[str, Tensor]:
-    """Squashed gates of tokens by path, ``(P,)`` or ``(N,)``.
-
-    Raises:
-        MethodError: if a gate is not finite.
-    """
-    scores = {}
-    for path, gate in gated.squashed().items():
-        if not bool(torch.isfinite(gate).all()):
-            raise MethodError(f"{path}: gates must be finite, but some are not; lower method.train.lr or gate_lr")
-        scores[path] = (gate.abs() if ranking == "absolute" else gate).double().cpu()
-    return scores
