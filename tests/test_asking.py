@@ -328,7 +328,7 @@ def test_a_method_of_ones_own_is_no_known_structure(counting):
     own_method(model)
     taken = len(counting)
     # It is the original's, and so cannot run without data; what was counted before is not told instead.
-    with pytest.raises(AdoptError, match="must run without data to be counted"):
+    with pytest.raises(AdoptError, match="must run on the meta device to be counted"):
         describe(model)
     assert len(counting) > taken
 
@@ -387,7 +387,7 @@ def test_paths_of_blocks_need_no_price(family, preset, monkeypatch):
     monkeypatch.setattr(_parts, "_KNOWN", {})
     assert [path for path, _ in blocks_of(model)] == [path for path, _, _ in spec.blocks()]
     assert [block.spec for _, block in blocks_of(model)] == [block for _, _, block in spec.blocks()]
-    with pytest.raises(AdoptError, match=r"its blocks are not ours; call vitrim\.adopt"):
+    with pytest.raises(AdoptError, match=r"its blocks are not vitrim's; call vitrim\.adopt"):
         blocks_of(timm_model(family, preset))
 
 

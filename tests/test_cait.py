@@ -452,7 +452,7 @@ class TestGoingOn:
         model = adopt(timm_model("vit", "plain", torch.float32))
         data = digits(model)
         start = Start(done=0.5, averages={"head.weight": {"exp_avg": torch.zeros(3, 3)}})
-        with pytest.raises(RunError, match=r"head\.weight: the state to go on from must be of this model"):
+        with pytest.raises(RunError, match=r"head\.weight: the state to continue from must be of this model"):
             fit(model, data.train, Train(epochs=1, batch=16), input=data.input, seed=0, start=start)
 
     def test_a_stopped_run_goes_on(self, tmp_path, monkeypatch):

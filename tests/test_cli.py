@@ -404,7 +404,7 @@ def test_wrong_data(compress, tmp_path):
     said(tmp_path / "void", "must have at least one image")
     said(pictures(tmp_path / "five", 2, classes=5), "must have the 4 classes of the model, but has 5")
     (pictures(tmp_path / "gap", 2) / "class4").mkdir()
-    said(tmp_path / "gap", "every class folder must hold an image, but 'class4' is empty")
+    said(tmp_path / "gap", "every class folder must contain an image, but 'class4' is empty")
     bad = pictures(tmp_path / "bad", 2) / "class1" / "1.png"
     bad.write_bytes(bad.read_bytes()[:60])
     said(tmp_path / "bad", "class1/1.png: every image must decode, but")
@@ -457,7 +457,7 @@ def test_plans_and_reports_that_cannot_be_read(call, tmp_path):
     (tmp_path / "plan.json").write_text('{"parent": {}, "plan": {}}')
     refused(call("explain", tmp_path / "plan.json"), "plan.json.parent.family: this field is required")
     (tmp_path / "plan.json").unlink()
-    refused(call("report", tmp_path), "must hold measured.json, but it does not")
+    refused(call("report", tmp_path), "must contain measured.json, but does not")
     refused(call("run", tmp_path / "recipe.toml"), "recipe.toml: the file must exist")
     (tmp_path / "recipe.toml").write_text("budget = 3")
     refused(call("run", tmp_path / "recipe.toml"), "this field is required")

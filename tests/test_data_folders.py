@@ -111,7 +111,7 @@ def test_what_lies_beside_the_splits_is_left_out_and_told(tmp_path, beside):
         assert [grey(test, n) for n in range(len(test))] == [30, 40]
         assert train.names == ("cat", "dog", "eel")
         name = next(iter(beside)).split("/")[0]
-        assert "images beside the splits" in left_out(train)
+        assert "images next to the split folders" in left_out(train)
         assert (f"{name}/" if "/" in next(iter(beside)) else "no folder") in left_out(train)
 
 
@@ -119,7 +119,7 @@ def test_a_split_or_a_class(tmp_path):
     lone = {"train/cat/1.png": 1, "train/dog/1.png": 2}
     one = open_source(str(fill(tmp_path / "one", lone | {"docs/figure.png": 3})))
     assert (one.split, one.names, "docs/" in left_out(one)) == ("train", ("cat", "dog"), True)
-    with pytest.raises(DataError, match="'train' must be a split or a class, but may be either beside 'backup'"):
+    with pytest.raises(DataError, match="'train' must be a split or a class, but may be either next to 'backup'"):
         open_source(str(fill(tmp_path / "two", lone | {"backup/cat/1.png": 3})))
     with pytest.raises(DataError, match="a split must have one folder, but val and valid are both validation"):
         open_source(str(fill(tmp_path / "three", DIVIDED | {"valid/cat/1.png": 1})))
@@ -130,7 +130,7 @@ def test_a_split_or_a_class(tmp_path):
 def test_splits_below_classes_are_refused(tmp_path):
     names = {"cat/train/1.png": 1, "cat/test/1.png": 2, "dog/train/1.png": 3}
     for depth in (None, 1, 2):
-        with pytest.raises(DataError, match="splits must stand above classes, as in train/cat"):
+        with pytest.raises(DataError, match="splits must be above classes, as in train/cat"):
             open_source(str(fill(tmp_path, names)), depth=depth)
 
 
@@ -149,7 +149,7 @@ def test_classes_in_two_levels_are_asked_for(tmp_path):
         assert "data.depth=2 makes 3 classes (poodle, siamese, terrier)" in text
         assert open_source(source, depth=1).names == ("cat", "dog")
         assert open_source(source, depth=2).names == ("poodle", "siamese", "terrier")
-        with pytest.raises(DataError, match=r"must lie in 3 folders, as data\.depth says"):
+        with pytest.raises(DataError, match=r"must be in 3 folders, as set by data\.depth"):
             open_source(source, depth=3)
 
 
@@ -199,7 +199,7 @@ def test_a_class_of_which_nothing_can_be_read_is_refused(tmp_path):
     fill(tmp_path, TREE)
     (tmp_path / "fox").mkdir()
     (tmp_path / "fox" / "1.heic").touch()
-    with pytest.raises(DataError, match="'fox' holds none that can be read"):
+    with pytest.raises(DataError, match="'fox' contains none that can be read"):
         open_source(str(tmp_path))
 
 
@@ -352,7 +352,8 @@ def test_tars_with_links(tmp_path):
         )
     )  # fmt: skip
     assert [grey(images, n) for n in range(len(images))] == [10, 10, 31]
-    for told in ("2 links (", "2 pipes, sockets or devices (", "1 members that a later one of the same name replaces"):
+    replaced = "1 members that a later member of the same name replaces"
+    for told in ("2 links (", "2 pipes, sockets or devices (", replaced):
         assert told in left_out(images)
 
 

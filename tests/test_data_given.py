@@ -76,7 +76,7 @@ def test_other_labels_are_one_sentence(value, told):
 
 def test_labels_of_loaders_and_targets():
     assert images_of([(torch.zeros(2, 3, 8, 8), torch.tensor([1, -1]))]).labels.tolist() == [1, -1]
-    with pytest.raises(DataError, match="one label an image, but gave 3 for 2"):
+    with pytest.raises(DataError, match="one label per image, but gave 3 for 2"):
         images_of([(torch.zeros(2, 3, 8, 8), [1, 2, 3])])
     with pytest.raises(DataError, match="but -100 came"):
         labels_array(np.array([0, -100]), "x")
@@ -149,7 +149,7 @@ def test_floating_tensors_are_ready(dtype):
         (np.zeros((8, 8, 7), np.uint8), r"of 1, 3 or 4 channels, but is \(8, 8, 7\)"),
         (np.zeros((2, 3, 8, 8), np.uint8), "of 1, 3 or 4 channels"),
         (np.zeros((0, 8, 3), np.uint8), "at least one pixel"),
-        (np.zeros((8, 8, 3), np.uint16), "grey of uint16, but is uint16"),
+        (np.zeros((8, 8, 3), np.uint16), "gray of uint16, but is uint16"),
         ("cat.png", "must be a PIL image, an array or a tensor, but is a str"),
         (Image.new("F", (8, 8)), "mode 'F' has no agreed range"),
     ],

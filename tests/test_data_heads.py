@@ -127,7 +127,7 @@ def test_mixup_of_one_logit():
     [
         (0, 0, {"kind": "hard"}, "a model without a head must learn its teacher's outputs by their distance"),
         (1, 0, {"kind": "hard"}, "a model with one output and images without labels must learn"),
-        (0, 2, {"alpha": 0.5}, "must be learned from a teacher alone, but the labels have a share"),
+        (0, 2, {"alpha": 0.5}, "must learn from a teacher alone, but the labels have a weight"),
         (0, 2, {"kind": "none"}, "but train.distill.kind is 'none'"),
     ],
 )

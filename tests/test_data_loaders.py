@@ -218,7 +218,7 @@ def test_tensors_pass_through():
 
 
 def test_bad_policies_are_refused():
-    with pytest.raises(DataError, match="policy that timm knows, but is 'rond-m9'"):
+    with pytest.raises(DataError, match="policy that timm accepts, but is 'rond-m9'"):
         train_loader(noise(), SMALL, Augment(kind="full", auto="rond-m9"), batch=4, seed=0)
 
 

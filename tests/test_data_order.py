@@ -73,7 +73,7 @@ def test_the_order_of_training_is_found(tmp_path, names, right, order):
     images = asked(source, model, len(names), told)
     assert (images.order, images.names) == (order, tuple(sort_classes(names, order)))
     assert model.training
-    assert f"classes are numbered in {order} order, as the model says" in told[0]
+    assert f"classes are numbered in {order} order, according to the model" in told[0]
 
 
 @pytest.mark.parametrize("names", [FEW, MANY])
@@ -84,7 +84,7 @@ def test_a_model_that_does_not_know_is_refused(tmp_path, names):
         with pytest.raises(DataError) as caught:
             asked(source, model, len(names))
         text = str(caught.value)
-        for word in ("the model does not tell", "plain order", "natural order", "data.class_order", "data.class_map"):
+        for word in ("predictions of the model", "plain order", "natural order", "data.class_order", "data.class_map"):
             assert word in text
     with pytest.raises(DataError, match="the model has 1 outputs for"):
         asked(source, Constant(1, 0), 1)

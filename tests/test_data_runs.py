@@ -75,7 +75,7 @@ def test_a_run_finds_says_and_keeps_the_order(trained, tmp_path):
     result = run(recipe(*trained), tmp_path / "run", say=said.append)
     assert result.measured["top1_parent"] > 90
     told = "\n".join(said)
-    assert "classes are numbered in plain order, as the model says" in told
+    assert "classes are numbered in plain order, according to the model" in told
     assert "64 images of data (train), 4 classes in plain order (0 '1', 1 '10', 2 '2', ...); nothing left out" in told
     record = read_json(tmp_path / "run" / FILE)
     assert (record["class_order"], record["names"]) == ("plain", ["1", "10", "2", "9"])
@@ -98,7 +98,7 @@ def test_a_resumed_run_reads_what_it_began_with(trained, tmp_path):
     said: list[str] = []
     run(recipe(model, data), out, say=said.append)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert not any("as the model says" in line for line in said), "the order is known"
+    assert not any("according to the model" in line for line in said), "the order is known"
 
     def refused(what: str) -> None:
         with pytest.raises(RunError, match=what):
@@ -126,7 +126,7 @@ def test_a_random_parent_is_refused_or_warned_of(trained, tmp_path):
         update={"model": recipe(*trained).model.model_copy(
             update={"name": "test_vit", "random_weights": True, "arguments": arguments})}
     )  # fmt: skip
-    with pytest.raises(DataError, match="the model does not tell: it is right on"):
+    with pytest.raises(DataError, match="the predictions of the model do not decide it: it is correct on"):
         run(unknown, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -184,7 +184,7 @@ def test_evaluate_says_error_and_source_and_never_measures_training_images(train
     shutil.copytree(data / "train", tmp_path / "only" / "train")
     code, _, err = call("evaluate", model, "--data", tmp_path / "only")
     assert code == 2
-    assert "must be no training images" in err
+    assert "must not be training images" in err
     code, out, _ = call("evaluate", model, "--data", f"{tmp_path / 'only'}:train")
     assert (code, out.split()[-1]) == (0, "64")
 

@@ -70,14 +70,14 @@ def test_training_takes_its_own_test_split(shards):
 def test_measuring_never_takes_training_images(shards):
     assert len(test_images(find_source(f"wds/{shards}"), Reading())) == 2
     (shards / "things-val-000.tar").unlink()
-    with pytest.raises(DataError, match=r"must be no training images, but there is only a train split; .*:train"):
+    with pytest.raises(DataError, match=r"must not be training images, but there is only a train split; .*:train"):
         test_images(find_source(f"wds/{shards}"), Reading())
     assert len(test_images(find_source(f"wds/{shards}:train"), Reading())) == 7
 
 
 def test_names_of_shards_tell_all_splits_or_none(shards):
     shard(shards / "more.tar", samples(0, 1))
-    with pytest.raises(DataError, match=r"must have their split or none, but 'more\.tar' has none"):
+    with pytest.raises(DataError, match=r"all shards or of none must contain their split, but 'more\.tar' has none"):
         open_source(f"wds/{shards}")
 
 
@@ -95,7 +95,7 @@ def test_info_names_splits(tmp_path):
     assert open_source(f"wds/{tmp_path}:validation").labels.tolist() == [0, 1]
     info["splits"]["train"]["num_samples"] = 9
     (tmp_path / "_info.json").write_text(json.dumps(info))
-    with pytest.raises(DataError, match=r"must hold the 9 samples that _info\.json promises, but hold 5"):
+    with pytest.raises(DataError, match=r"must contain the 9 samples given in _info\.json, but contain 5"):
         open_source(f"wds/{tmp_path}")
     for text in ("{", "[]", '{"splits": {"train": {"filenames": ["../x.tar"]}}}', '{"splits": {"train": {}}}'):
         (tmp_path / "_info.json").write_text(text)
@@ -241,7 +241,7 @@ def test_hfds_are_measured_on_images_with_labels(hub):
     hub.splits["test"] = [1]
     assert test_images(find_source("hfds/someone/things"), Reading()).labels.tolist() == [1]
     hub.splits = {"train": [0, 1]}
-    with pytest.raises(DataError, match="must be no training images"):
+    with pytest.raises(DataError, match="must not be training images"):
         test_images(find_source("hfds/someone/things"), Reading())
     parts = split("hfds/someone/things", seed=0, validation=0)
     assert parts.test is None

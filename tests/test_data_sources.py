@@ -163,7 +163,7 @@ def test_no_such_split(tmp_path):
 def test_empty_classes_are_named(tmp_path):
     folder = fill(tmp_path / "folder", TREE)
     (folder / "fox").mkdir()
-    with pytest.raises(DataError, match="every class folder must hold an image, but 'fox' is empty"):
+    with pytest.raises(DataError, match="every class folder must contain an image, but 'fox' is empty"):
         open_source(str(folder))
     tar = pack(tmp_path / "pack.tar", TREE, folders=("cat", "fox"))
     with pytest.raises(DataError, match="'fox' is empty"):
@@ -171,7 +171,7 @@ def test_empty_classes_are_named(tmp_path):
 
 
 def test_pictures_beside_class_folders_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"every image must lie in a class folder, but 'stray\.png' does not"):
+    with pytest.raises(DataError, match=r"every image must be in a class folder, but 'stray\.png' is not"):
         open_source(str(fill(tmp_path, TREE | {"stray.png": 1})))
 
 
@@ -294,7 +294,7 @@ def test_one_picture_a_class():
     taken = split(images, validation=5, seed=0)
     assert taken.validation is not None
     assert (len(taken.train), len(taken.validation)) == (15, 5)
-    with pytest.raises(DataError, match="must leave images to train on, but asks for 20 of 20"):
+    with pytest.raises(DataError, match="must leave images to train on, but takes 20 of 20"):
         split(images, validation=20, seed=0)
     with pytest.raises(DataError, match="at least 0"):
         split(images, calibration=-1, seed=0)

@@ -247,7 +247,7 @@ def test_bare_results_are_enough(tmp_path: Path):
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path):
-    with pytest.raises(RunError, match=r"none: a run folder must hold measured\.json.*vitrim run"):
+    with pytest.raises(RunError, match=r"none: a run folder must contain measured\.json.*vitrim run"):
         html([tmp_path / "none"])
     with pytest.raises(RunError, match="at least one run folder"):
         markdown([])
@@ -256,7 +256,7 @@ def test_a_folder_without_results_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "text", "error", "words"),
     [
-        ("measured.json", "[]", RunError, "must hold names and values"),
+        ("measured.json", "[]", RunError, "must contain names and values"),
         ("measured.json", "{", RunError, "must be JSON"),
         ("plan.json", "{}", PlanError, "required"),
         ("log.jsonl", "{\n{}\n", RunError, "line 1 is not"),

@@ -203,7 +203,7 @@ def on_meta(model: Any) -> None:
         (wider_head, r"head.weight is \(11, 48\), not \(10, 48\)"),
         (own_parameter, r"has besides temperature"),
         (hook, r"logits of the living one, but they differ by"),
-        (own_forward, r"cannot be stored: stem and head must run without data"),
+        (own_forward, r"cannot be stored: stem and head must run on the meta device"),
         (own_activation, r"logits of the living one, but they differ by"),
         (tied, r"must be a parameter's own, but are those of head_bias"),
         (on_meta, r"must hold data, but these are on the meta device"),
@@ -221,7 +221,7 @@ def test_more_than_a_spec_is_refused(change: Callable[[Any], None], says: str, f
 
 
 def test_a_raw_model_is_refused(file: Path):
-    with pytest.raises(StoreError, match=r"cannot be stored: .* its blocks are not ours; call vitrim.adopt$"):
+    with pytest.raises(StoreError, match=r"cannot be stored: .* its blocks are not vitrim's; call vitrim.adopt$"):
         store.save(families.get("vit").example(), file)
     with pytest.raises(StoreError, match=r"cannot be stored: .* but got Linear"):
         store.save(nn.Linear(2, 2), file)

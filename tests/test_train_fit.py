@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_refused():
     distilled = PLAIN.model_copy(update={"distill": Distill(kind="token")})
     with pytest.raises(RecipeError, match="must have a model with a distillation token"):
         fit(vit(), images(), distilled, input=INPUT, seed=0, teacher=vit())
-    with pytest.raises(MethodError, match="needs a gradient"):
+    with pytest.raises(MethodError, match="requires a gradient"):
         fit(nn.Sequential(vit()).requires_grad_(False), images(), PLAIN, input=INPUT, seed=0)
 
 

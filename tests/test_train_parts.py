@@ -36,7 +36,7 @@ def vit(**given):
         ({"lr": 0}, "train.lr: input should be greater than 0, but got 0"),
         ({"lrr": 0.1}, "Train has no field 'lrr'; did you mean 'lr'"),
         ({"distill": {"temprature": 2}}, "Distill has no field 'temprature'; did you mean 'temperature'"),
-        ({"betas": [0.9, 1.0]}, r"betas must lie in \[0, 1\)"),
+        ({"betas": [0.9, 1.0]}, r"betas must be in \[0, 1\)"),
         ({"warmup_epochs": 11}, "warmup_epochs must be at most epochs 10, but is 11"),
         ({"lr": 1e-7}, "min_lr must be at most lr"),
         ({"mixup": 0.2, "batch": 7}, "batch must be even"),
@@ -137,11 +137,11 @@ def test_extra_groups():
     made_by = optimizer(model, Train(lr=1e-3), lambda m: [{"params": m.pos_embed, "lr": 1e-2}])
     set_learning_rate(made_by, 5e-4)
     assert [group["lr"] for group in made_by.param_groups] == pytest.approx([5e-3, 5e-4, 5e-4])
-    with pytest.raises(MethodError, match="must hold parameters of the model"):
+    with pytest.raises(MethodError, match="must contain only parameters of the model"):
         parameter_groups(model, Train(), lambda m: [{"params": [nn.Parameter(torch.zeros(1))]}])
     with pytest.raises(MethodError, match="pos_embed: a parameter must be in one group, but is in two"):
         parameter_groups(model, Train(), lambda m: [{"params": [m.pos_embed]}] * 2)
-    with pytest.raises(MethodError, match="a parameter that needs a gradient"):
+    with pytest.raises(MethodError, match="a parameter that requires a gradient"):
         optimizer(model.requires_grad_(False), Train())
 
 

@@ -139,7 +139,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_module.os, "fsync", full)
-        text = r"room for a checkpoint of .* MiB, but the disk is full; the checkpoint .*2\.safetensors stays good"
+        text = r"room for a checkpoint of .* MiB, but the disk is full; the checkpoint .*2\.safetensors is unchanged"
         with pytest.raises(RunError, match=text):
             fit(vit(), images(), PLAIN, input=INPUT, seed=0, folder=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["train-00000002.safetensors"]

@@ -168,8 +168,8 @@ class TestSegmentor:
             (lambda: segmentor(vit(), 3, Head(taps=(0, 1, 2, 2))), RecipeError, "last of them block 3"),
             (lambda: segmentor(backbone("swin"), 3, Head(taps=(0, 1, 2, 3))), RecipeError, "must be empty"),
             (lambda: segmentor(vit(merges=((1, "h"), (2, "h"))), 3, SMALL, size=(8, 48)), DataError, "halved"),
-            (lambda: segmentor(stepped(Drop(kept=(0, 5)), "Drop"), 3), AdoptError, "every patch in its place"),
-            (lambda: segmentor(stepped(Merge(count=2), "Merge"), 3), AdoptError, "every patch in its place"),
+            (lambda: segmentor(stepped(Drop(kept=(0, 5)), "Drop"), 3), AdoptError, "every patch in its position"),
+            (lambda: segmentor(stepped(Merge(count=2), "Merge"), 3), AdoptError, "every patch in its position"),
             (lambda: segmentor(timm_model("swin", "windows"), 3), AdoptError, "one stage or 4"),
         ],
     )
@@ -181,7 +181,7 @@ class TestSegmentor:
         model = segmentor(vit(()), 3, SMALL)
         spec = describe(model)
         plan = Plan.of(spec, [BlockPlan(tokens=Drop(kept=(0, 1)))] * 4)
-        with pytest.raises(AdoptError, match="every patch in its place"):
+        with pytest.raises(AdoptError, match="every patch in its position"):
             apply(model, plan)
         assert describe(model) == spec
 

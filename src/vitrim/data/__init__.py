@@ -1,4 +1,4 @@
-"""Images: sources, splits, and the batches a model is trained and measured on."""
+"""Image sources, splits, and loaders that give the batches for training and evaluation."""
 
 from vitrim.data.augment import Augment
 from vitrim.data.folders import Ask, Reading

@@ -1,4 +1,4 @@
-"""What is done to training pictures: nothing, a small move, or all that DeiT does.
+"""Augmentation of training pictures: none, small shifts and rotations, or the full augmentation of DeiT.
 
 B images, C channels, (h, w) height and width of the input.
 """
@@ -30,18 +30,18 @@ class Augment(Node):
 
     Attributes:
         kind: `none`: the evaluation transform; `light`: that, then a random shift over reflected borders, rotation and
-            flip; `full`: random resized crop, RandAugment, colour jitter and random erasing with DeiT's settings.
-        hflip: chance of a left-right flip in `[0, 1]`; None is 0.5 for `full` and 0 for `light`, since a flipped digit
-            or letter is another one.
-        shift: largest shift of `light`, as a share of height and width in `[0, 0.5]`; 0.125 is CIFAR's custom.
+            flip; `full`: random resized crop, RandAugment, color jitter and random erasing with DeiT's settings.
+        hflip: probability of a left-right flip in `[0, 1]`; None is 0.5 for `full` and 0 for `light`, because flipping
+            can change the class of a digit or letter.
+        shift: largest shift of `light`, as a fraction of height and width in `[0, 0.5]`; 0.125 is usual for CIFAR.
         rotate: largest rotation of `light`, degrees in `[0, 180]`.
-        scale: least share of the area that a crop of `full` keeps, in `(0, 1]`.
+        scale: smallest fraction of the area that a crop of `full` keeps, in `(0, 1]`.
         auto: timm's policy string for `full`; empty for none.
-        jitter: brightness, contrast and saturation factor of `full`, `>= 0`; timm leaves it off beside a policy.
-        erase: chance that `full` erases a rectangle, in `[0, 1]`.
-        repeats: how often an epoch shows each picture it shows, `>= 1`, moved differently each time. An epoch keeps its
-            length, so that with 3 it shows a third of the pictures three times: the repeated augmentation that DeiT
-            trains with (Hoffer et al. 2020), whose copies stand in one batch.
+        jitter: brightness, contrast and saturation factor of `full`, `>= 0`; timm ignores it if `auto` is set.
+        erase: probability that `full` erases a rectangle, in `[0, 1]`.
+        repeats: number of copies of each picture in an epoch, `>= 1`, each augmented differently. The length of an
+            epoch does not change: with 3, it contains a third of the pictures three times. This is the repeated
+            augmentation that DeiT is trained with (Hoffer et al. 2020); the copies are next to each other in the order.
     """
 
     kind: Literal["none", "light", "full"] = "light"
@@ -56,25 +56,25 @@ class Augment(Node):
 
     @property
     def flips(self) -> float:
-        """Chance of a flip, the default resolved."""
+        """Probability of a flip, with the default for None resolved."""
         if self.hflip is not None:
             return self.hflip
         return 0.5 if self.kind == "full" else 0.0
 
 
 class Full:
-    """timm's training transform, its randomness decided by `(seed, epoch, index)` of the picture."""
+    """timm's training transform, with random numbers that depend only on `(seed, epoch, index)`."""
 
     def __init__(self, augment: Augment, input: Input, seed: int) -> None:
         """Build the transform.
 
         Raises:
-            DataError: timm refuses the policy.
+            DataError: timm rejects the policy.
         """
         self.seed = seed
         self.mode = "L" if input.channels == 1 else "RGB"
         if augment.auto and input.channels == 1:
-            raise DataError("augment.auto must be empty for grey pictures, since its colour steps need RGB")
+            raise DataError("augment.auto must be empty for gray pictures, because its color steps need RGB")
         try:
             self.transform = create_transform(
                 input_size=(input.channels, *input.size),
@@ -90,7 +90,7 @@ class Full:
                 re_mode="pixel",
             )
         except (AssertionError, ValueError, KeyError) as problem:
-            raise DataError(f"augment.auto must be a policy that timm knows, but is '{augment.auto}'") from problem
+            raise DataError(f"augment.auto must be a policy that timm accepts, but is '{augment.auto}'") from problem
         for step in self.transform.transforms:
             if isinstance(step, RandAugment):
                 _keep_a_bit(step)
@@ -99,7 +99,7 @@ class Full:
         """Return the augmented picture, float32 `(C, h, w)`.
 
         Raises:
-            DataError: the picture is a tensor already, or none.
+            DataError: the picture is a tensor, or not a picture.
         """
         picture = as_picture(given)
         if isinstance(picture, Tensor):
@@ -114,25 +114,25 @@ def _posterize(picture: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 def _keep_a_bit(policy: RandAugment) -> None:
-    """Let posterize keep at least one bit: timm 1.0.31 asks for 0 at the end of its scale, Pillow 13 refuses that."""
+    """Make posterize keep at least one bit: timm 1.0.31 passes 0 at the end of its scale, which Pillow 13 rejects."""
     for step in policy.ops:
         if step.name.startswith("Posterize"):
             step.aug_fn = _posterize
 
 
 def move(pictures: Tensor, augment: Augment, draws: NDArray[np.float64]) -> Tensor:
-    """Shift, flip and rotate a batch, each picture by its own draws.
+    """Shift, flip and rotate a batch, each picture by its own random numbers.
 
-    Working on the batch keeps an epoch of 1,347 pictures of 32x32 at 9 ms (2 cores, idle); timm's evaluation transform
-    alone, picture by picture, takes 240 ms.
+    Because the whole batch is processed at once, an epoch of 1,347 pictures of 32x32 takes 9 ms (2 cores, idle). timm's
+    evaluation transform alone, picture by picture, takes 240 ms.
 
     Args:
         pictures: `(B, C, h, w)`, any dtype.
-        augment: how far.
-        draws: uniform in `[0, 1)`, `(B, 4)`: down, right, flip, rotation.
+        augment: largest shift and rotation, and the probability of a flip.
+        draws: random numbers uniform in `[0, 1)`, `(B, 4)`: down, right, flip, rotation.
 
     Returns:
-        Of the shape and dtype of `pictures`; whole shifts and flips copy values, a rotation interpolates.
+        The batch, with the shape and dtype of `pictures`. Shifts and flips copy values; a rotation interpolates.
     """
     height, width = pictures.shape[-2:]
     flip = draws[:, 2] < augment.flips
@@ -166,7 +166,7 @@ def _reflect(places: NDArray[np.int64], size: int) -> NDArray[np.int64]:
 
 def _rotate(pictures: Tensor, degrees: NDArray[np.float64]) -> Tensor:
     angle = torch.from_numpy(degrees * (math.pi / 180)).to(pictures.device, torch.float32)
-    # Pixels need not be square in the grid's units, which run from -1 to 1 on both sides.
+    # The grid runs from -1 to 1 along both sides, so pixels are not square in its units if height and width differ.
     height, width = pictures.shape[-2:]
     zero = torch.zeros_like(angle)
     first = torch.stack([angle.cos(), -angle.sin() * (height / width), zero], -1)
@@ -177,14 +177,14 @@ def _rotate(pictures: Tensor, degrees: NDArray[np.float64]) -> Tensor:
 
 
 def normalize(pictures: Tensor, input: Input) -> Tensor:
-    """Turn bytes into what the model takes; a floating batch is ready already.
+    """Normalize a uint8 batch for the model; return a floating-point batch unchanged.
 
     Args:
-        pictures: `(B, C, h, w)`, uint8 or floating.
-        input: mean and std.
+        pictures: `(B, C, h, w)`, uint8 or floating point.
+        input: gives mean and std.
 
     Returns:
-        `(B, C, h, w)`, equal to the last bit to timm's own evaluation transform.
+        `(B, C, h, w)`, bit-identical to timm's own evaluation transform for uint8.
     """
     if pictures.dtype != torch.uint8:
         return pictures

@@ -1,4 +1,4 @@
-"""What number each class has: by a map that is given, by ImageNet's own labels, or by sorting the names."""
+"""Numbers of classes from a class map or from ImageNet's own labels."""
 
 import operator
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ _MOST_BYTES = 2**24
 
 
 def imagenet_numbers(names: Iterable[str], classes: int | None) -> dict[str, int] | None:
-    """Numbers of ImageNet's 1,000 classes by WordNet id, where a model has so many outputs and all names are ids."""
+    """Return ImageNet's class numbers by WordNet id if a model has 1,000 outputs and all names are ids, else None."""
     if classes != IMAGENET:
         return None
     known = {name: number for number, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}
@@ -26,21 +26,22 @@ def read_map(source: str, class_map: str | Mapping[str, int]) -> dict[str, int]:
     """Read names and their numbers.
 
     Args:
-        source: where a relative path is looked for, too.
-        class_map: a text file with one class name a line, from 0, UTF-8 with or without a byte order mark; lines after
-            the last name may be blank. Or names with their numbers; several names may share one.
+        source: second folder in which a relative path is searched, after the working directory.
+        class_map: a text file with one class name per line, numbered from 0, UTF-8 with or without a byte order mark;
+            lines after the last name may be blank. Or a mapping from names to numbers; several names may share one.
 
     Raises:
-        DataError: there is no such file, a line is blank, a name comes twice, or a number is none.
+        DataError: there is no such file, a line is blank, a name occurs twice, or a number is not a whole number of at
+            least 0.
     """
     return _read(source, class_map) if isinstance(class_map, str) else check_map(class_map)
 
 
 def check_map(given: Mapping[str, int]) -> dict[str, int]:
-    """Names with their numbers as plain integers.
+    """Return names with their numbers as plain integers.
 
     Raises:
-        DataError: a number is no whole number of at least 0.
+        DataError: a number is not a whole number of at least 0, or the map is empty.
     """
     found = {}
     for name, number in given.items():
@@ -61,7 +62,9 @@ def _read(source: str, class_map: str) -> dict[str, int]:
     if path is None:
         raise DataError(f"{class_map}: the class map must exist and be a file, but it does not")
     if path.suffix.lower() != ".txt":
-        raise DataError(f"{class_map}: a class map must be a .txt with one class name a line, but has another ending")
+        raise DataError(
+            f"{class_map}: a class map must be a .txt with one class name per line, but has another extension"
+        )
     lines = [line.strip() for line in _text(path, class_map).split("\n")]
     while lines and not lines[-1]:
         lines.pop()
@@ -86,7 +89,7 @@ def _read(source: str, class_map: str) -> dict[str, int]:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name that is too long, or holds a null character
+    except (OSError, ValueError):  # a name that is too long, or contains a null character
         return False
 
 

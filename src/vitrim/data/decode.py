@@ -1,7 +1,7 @@
-"""Which files are images, and how one becomes an 8-bit RGB `PIL.Image`.
+"""Recognize image files by extension, and decode them to 8-bit RGB `PIL.Image`.
 
-Decoded as torchvision's `ImageFolder` does, the first frame, without applying the EXIF orientation, alpha dropped; but
-grey images of more than 8 bits are scaled to 8 bits, where Pillow's own conversion would clip everything above 255.
+Images are decoded as by torchvision's `ImageFolder`: first frame, no EXIF orientation, alpha dropped. The exception is
+grayscale images of more than 8 bits. They are scaled to 8 bits, because Pillow's own conversion clips values above 255.
 """
 
 import functools
@@ -31,27 +31,27 @@ _FORMATS = {
 }
 # Formats that a build of Pillow may lack.
 _OPTIONAL = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}
-# Images that Pillow never reads, or only by running another program.
+# Image formats that Pillow cannot read, or only by running another program.
 _OTHERS = ".heic .heif .hif .jxl .svg .eps .psd .exr .cr2 .cr3 .nef .arw .dng .raw"
 
 IMAGE_ENDINGS = frozenset(" ".join([*_FORMATS.values(), _OTHERS]).split())
-"""Endings of files that a user takes for images, whether or not this Pillow can read them."""
+"""File extensions of image formats, including those that this build of Pillow cannot read."""
 
-# Pillow refuses more than 179 million pixels; 16-bit RGB of that size, not compressed, is 1.07e9 bytes.
+# Pillow rejects more than 179 million pixels; 16-bit RGB of that size, not compressed, is 1.07e9 bytes.
 _MOST_BYTES = 2**30
 _SIXTEEN = 65535
 
 
 @functools.cache
 def readable_endings() -> frozenset[str]:
-    """Endings of the files that are read as images by this build of Pillow, in lower case with the dot."""
+    """Return the file extensions that this build of Pillow reads as images, in lower case with the dot."""
     kept = [endings for name, endings in _FORMATS.items() if name not in _OPTIONAL or features.check(_OPTIONAL[name])]
     return frozenset(" ".join(kept).split())
 
 
 def ending(name: str) -> str:
-    """The ending of a file's name, in lower case with the dot; empty if it has none."""
-    return os.path.splitext(name)[1].lower()  # noqa: PTH122 a Path for each of a million files takes seconds
+    """Return the extension of a file name, in lower case with the dot; empty if it has none."""
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122 creating a Path for each of a million files takes seconds
 
 
 def is_image(name: str) -> bool:
@@ -60,7 +60,7 @@ def is_image(name: str) -> bool:
 
 
 def why_not_whole(size: int) -> str | None:
-    """Why an encoded image of `size` bytes is not read, or None if it may be."""
+    """Return why an encoded image of `size` bytes is too large to be read, or None."""
     return f"it has {size:,} bytes and at most {_MOST_BYTES:,} are read" if size > _MOST_BYTES else None
 
 
@@ -68,7 +68,7 @@ def read_whole(path: Path) -> bytes:
     """Read an image file.
 
     Raises:
-        DataError: it cannot be read, or has more than 1 GiB.
+        DataError: the file cannot be read, or is larger than 1 GiB.
     """
     try:
         with path.open("rb") as stream:
@@ -85,7 +85,7 @@ def decode(data: bytes | BinaryIO, name: str) -> Image.Image:
 
     Args:
         data: the encoded image.
-        name: its file, for the error text.
+        name: its file, for the error message.
 
     Raises:
         DataError: the image is damaged, or its values have no agreed range.
@@ -108,26 +108,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any image to 8-bit RGB.
 
     Args:
-        image: of any mode; grey of 9 to 16 bits is scaled so that the largest value becomes 255.
+        image: image of any mode; grayscale of 9 to 16 bits is scaled so that the largest possible value becomes 255.
 
     Raises:
-        ValueError: the image is 32-bit or floating, without a range that all programs agree on.
+        ValueError: the image is 32-bit or floating point, which has no agreed range of values.
     """
     if image.mode.startswith("I;16"):
         return _scaled(image, 2 ** _bits(image) - 1)
-    # PNG of 16 bits in older releases of Pillow, and PGM of more than 8 bits, which Pillow scales to 16.
+    # 16-bit PNG in older releases of Pillow, and PGM of more than 8 bits, which Pillow scales to 16 bits.
     if image.mode == "I" and image.format in ("PNG", "PPM"):
         return _scaled(image, _SIXTEEN)
     if image.mode in ("I", "F"):
         raise ValueError(f"its mode '{image.mode}' has no agreed range of values; convert it to 8 or 16 bits")
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        # Pillow warns of the direct way, which gives the same colors.
+        # The direct conversion gives the same colors, but Pillow warns.
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
 
 
 def _bits(image: Image.Image) -> int:
-    """Bits of a value: 16, but for TIFF files that say less (tag 258), such as those of 12-bit cameras."""
+    """Return the bits per value: 16, or fewer if tag 258 of a TIFF file says so, as for 12-bit cameras."""
     given = getattr(image, "tag_v2", {}).get(258, (16,))
     bits = given[0] if isinstance(given, tuple) else given
     return bits if 8 < bits < 16 else 16

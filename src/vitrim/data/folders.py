@@ -1,10 +1,13 @@
-"""Folders and tars of class folders: which folders are splits, which are classes, and what number each class has.
+"""Read folders and tars of class folders: find the splits, the classes, and the number of each class.
 
-timm's own dataset skips a damaged image with a log line and takes its neighbor, drops a class that is missing from a
-class map, follows links in circles and knows three endings of image files. So files are listed and decoded here.
+Files are listed and decoded here and not by timm's dataset. timm skips a damaged image with a log line and returns the
+next one, drops a class that is missing from a class map, follows circular links without end, and recognizes only three
+file extensions.
 
-Layouts: `<class>/*.jpg`, `<split>/<class>/*.jpg`, or images without class folders, which have no labels. Class numbers
-count over all splits, so that a class missing from one of them shifts nothing. F folders that hold images.
+Layouts: `<class>/*.jpg`, `<split>/<class>/*.jpg`, or images without class folders, which have no labels. Classes are
+numbered over all splits, so a class that is missing from one split does not shift the numbers of the others.
+
+F is the number of folders that contain images.
 """
 
 import dataclasses
@@ -33,22 +36,22 @@ _KNOWN = {name: split for split, names in SPLITS.items() for name in names}
 _SHOWN = 3
 
 Ask = Callable[[Mapping[str, Images]], str]
-"""Says which order of class folders is meant, given the training images with labels in each order."""
+"""A function that chooses the order of the class folders, given the training images labeled in each order."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How a source is read, where it can be read in several ways.
+    """Options for reading a source that can be read in more than one way.
 
     Attributes:
-        class_map: text file with one class name a line, or names with their numbers; empty for none.
-        classes: outputs of the model; with 1,000 of them, folders named by ImageNet ids find their ImageNet label.
+        class_map: text file with one class name per line, or a mapping from names to numbers; empty for no map.
+        classes: number of outputs of the model. If it is 1,000, folders named by ImageNet ids get their ImageNet label.
         class_order: how class folders are numbered: `plain` (by code point, as torchvision, Keras and Hugging Face
-            datasets do), `natural` (as timm does: digits as numbers, without regard to case), or `auto`: whichever
-            `ask` says, where the two differ.
-        ask: asked for the order; without it, folders whose orders differ are refused with `auto`.
-        depth: level of the folders that are the classes, from 1, below the source or its split folder; None where only
-            one reading is possible.
+            datasets do), `natural` (as timm does: digits as numbers, ignoring case), or `auto`. If the two orders
+            differ, `auto` uses the order that `ask` returns.
+        ask: function that chooses the order for `auto`. If it is None, `auto` raises for folders whose orders differ.
+        depth: level of the class folders, from 1, below the source or its split folder; None if only one level is
+            possible.
         skip_damaged: decode every image once and leave out those that do not decode.
     """
 
@@ -61,12 +64,12 @@ class Reading:
 
 
 def split_of(name: str) -> str | None:
-    """The split that a folder of this name stands for, or None."""
+    """Return the split that a folder name denotes, or None."""
     return _KNOWN.get(name.lower())
 
 
 def choose_split(source: str, divided: tuple[str, ...], split: str | None) -> str | None:
-    """The split that is meant, of those that a source is divided into; None for all of an undivided one.
+    """Return the split to read from a source divided into `divided`; None means all of an undivided source.
 
     Raises:
         DataError: there is no such split.
@@ -86,21 +89,21 @@ def choose_split(source: str, divided: tuple[str, ...], split: str | None) -> st
 
 
 class Folder:
-    """A folder or an uncompressed tar, listed once; every split of it is given from the one listing.
+    """A folder or an uncompressed tar. It is listed once, and every split is read from that listing.
 
     Attributes:
         source: its path as the user gave it.
-        splits: what it is divided into, in the order `train validation test`; empty if it is not divided.
-        by_names: True: classes are numbered by their names.
+        splits: its splits, in the order `train validation test`; empty if it is not divided.
+        by_names: always True: classes are numbered by their names.
     """
 
     by_names = True
 
     def __init__(self, source: str) -> None:
-        """List it.
+        """List the images.
 
         Raises:
-            DataError: it is damaged, has no image, or its splits cannot be told from classes.
+            DataError: the source is damaged, has no image, or its splits cannot be distinguished from classes.
         """
         root = Path(source)
         self.source = source
@@ -115,29 +118,30 @@ class Folder:
         self.splits = tuple(split for split in SPLITS if split in self._split)
 
     def images(self, split: str | None, reading: Reading) -> Images:
-        """The images of a split.
+        """Return the images of a split.
 
         Args:
-            split: `train`, `validation` or `test` of a divided source; None takes `train` there, else everything.
-                `test` falls back on `validation`, as ImageNet is laid out. Any source may serve whole as `train`.
-            reading: how to read it.
+            split: `train`, `validation` or `test`; None selects `train` of a divided source and everything of an
+                undivided one. If there is no `test`, `validation` is returned for it, as in the usual
+                ImageNet layout. For an undivided source, `train` selects everything.
+            reading: how to read the source.
 
         Raises:
-            DataError: an empty class, a class outside the map, no such split, or classes that can be read in several
-                ways.
+            DataError: a class is empty or not in the map, there is no such split, or the classes can be read in more
+                than one way.
         """
         listing = self._listing
         wanted = choose_split(self.source, self.splits, split)
         taken = np.asarray([divided is not None or not self.splits for divided in self._split])
         inside = np.asarray([divided == wanted or not self.splits for divided in self._split])
         index = None if inside.all() else np.flatnonzero(inside[listing.folder])
-        told = listing.left_out.sentences()
+        phrases = listing.left_out.sentences()
         level = self._level([b for b, t in zip(self._below, taken, strict=True) if t], reading.depth)
 
         def made(labels: NDArray[np.int64], count: int, names: tuple[str, ...] | None, order: str) -> Images:
             return Images(
                 listing.read, labels, classes=count, names=names, source=self.source, split=wanted, index=index,
-                left_out=told, order=order, fixed=True,
+                left_out=phrases, order=order, fixed=True,
             )  # fmt: skip
 
         if level is None:
@@ -160,7 +164,7 @@ class Folder:
             names = [""] * (max(mapping.values()) + 1)
             for name, number in mapping.items():
                 names[number] = name
-            # What lies beside the splits is in no part, so its label does not matter.
+            # Folders outside the split folders belong to no split, so their label does not matter.
             by_folder = np.asarray([mapping.get(leaf, -1) for leaf in leaves], dtype=np.int64)
             return made(by_folder[self._listing.folder], len(names), tuple(names), order)
 
@@ -186,15 +190,15 @@ class Folder:
         return given[reading.ask(given)]
 
     def _level(self, below: list[tuple[str, ...]], depth: int | None) -> int | None:
-        """Place of the class in the parts below the split, or None for images without class folders."""
+        """Return the position of the class in the path below the split, or None for images without class folders."""
         lengths = {len(parts) for parts in below}
         if lengths == {0} and depth is None:
             return None
         if min(lengths) < (depth or 1):
             place = next(n for n, parts in enumerate(self._below) if parts in below and len(parts) < (depth or 1))
             stray = self._listing.names[int(np.argmax(self._listing.folder == place))]
-            deep = "a class folder" if depth in (None, 1) else f"{depth} folders, as data.depth says"
-            raise DataError(f"{self.source}: every image must lie in {deep}, but '{stray}' does not")
+            deep = "a class folder" if depth in (None, 1) else f"{depth} folders, as set by data.depth"
+            raise DataError(f"{self.source}: every image must be in {deep}, but '{stray}' is not")
         _check_class_first(self.source, below)
         if depth is not None:
             return depth - 1
@@ -206,21 +210,23 @@ class Folder:
         return wrappers
 
     def _check_empty(self, level: int) -> None:
-        """Refuse a class folder without images: its number, or those after it, would be wrong."""
+        """Raise if a class folder has no images, because its number or the numbers after it would be wrong."""
         for path, files in sorted(self._listing.empty.items()):
             parts = path.split("/")
             inside = not self.splits or split_of("".join(parts[self._strip - 1 : self._strip])) in self.splits
             if inside and len(parts) == self._strip + level + 1:
-                held = "is empty" if not files else f"holds none that can be read ({files:,} other files)"
+                held = "is empty" if not files else f"contains none that can be read ({files:,} other files)"
                 raise DataError(
-                    f"{self.source}: every class folder must hold an image, but '{path}' {held}; remove it or fill it"
+                    f"{self.source}: every class folder must contain an image, but '{path}' {held}; remove it or add "
+                    "images"
                 )
 
 
 def _divide(source: str, listing: Listing, parts: list[tuple[str, ...]]) -> tuple[list[str | None], int]:
-    """The split of each folder, `(F,)`, and how many parts of its path come before the classes.
+    """Return the split of each folder, `(F,)`, and the number of path parts that come before the classes.
 
-    None is the split of all folders of an undivided source, and of those beside the splits, which are left out.
+    The split is None for all folders of an undivided source, and for folders next to the split folders, which are not
+    read.
     """
     base = _wrappers(parts)
     first = [path[base] if len(path) > base else "" for path in parts]
@@ -230,13 +236,13 @@ def _divide(source: str, listing: Listing, parts: list[tuple[str, ...]]) -> tupl
     if not names:
         return [None] * len(parts), 0
     if others and len(kinds) == 1:
-        # A class may be called "train": one such folder is a split only if class folders lie in it.
+        # A class may be called "train". A single folder of that name is a split only if it contains class folders.
         if not any(len(path) > base + 1 for path, name in zip(parts, first, strict=True) if name in names):
             return [None] * len(parts), 0
         if any(len(path) > base + 1 for path in others):
-            beside = next(path[base] for path in others if len(path) > base + 1)
+            other = next(path[base] for path in others if len(path) > base + 1)
             raise DataError(
-                f"{source}: '{names[0]}' must be a split or a class, but may be either beside '{beside}'; name "
+                f"{source}: '{names[0]}' must be a split or a class, but may be either next to '{other}'; name "
                 f"{source.rstrip('/')}/{'/'.join((*parts[0][:base], names[0]))} itself, or move one of them away"
             )
     for split in sorted(kinds, key=str):
@@ -247,12 +253,14 @@ def _divide(source: str, listing: Listing, parts: list[tuple[str, ...]]) -> tupl
     for path, name, count in zip(parts, first, counts, strict=True):
         if split_of(name) is None:
             kind = f"{name}/" if name else "no folder"
-            listing.left_out.add("images beside the splits", "/".join(path) or "the source itself", kind, int(count))
+            listing.left_out.add(
+                "images next to the split folders", "/".join(path) or "the source itself", kind, int(count)
+            )
     return [split_of(name) for name in first], base + 1
 
 
 def _wrappers(parts: list[tuple[str, ...]]) -> int:
-    """How many folders, one in the other, stand around all class or split folders."""
+    """Return the number of nested folders that enclose all class or split folders."""
     base = 0
     while all(len(path) > base + 1 for path in parts):
         names = {path[base] for path in parts}
@@ -263,12 +271,12 @@ def _wrappers(parts: list[tuple[str, ...]]) -> int:
 
 
 def _check_class_first(source: str, below: list[tuple[str, ...]]) -> None:
-    """Refuse splits within classes: whatever level is the class, training and test images would be mixed."""
+    """Raise if split folders are inside class folders, because training and test images would then be mixed."""
     for level in range(1, min(map(len, below))):
         kinds = {split_of(parts[level]) for parts in below}
         if None not in kinds and len(kinds) > 1:
             raise DataError(
-                f"{source}: splits must stand above classes, as in train/cat/1.jpg, but here they stand below, as in "
+                f"{source}: splits must be above classes, as in train/cat/1.jpg, but here they are below, as in "
                 f"{'/'.join(below[0])}; move them"
             )
 
@@ -279,7 +287,7 @@ def _why_not_one_level(source: str, below: list[tuple[str, ...]], wrappers: int)
     for level in range(wrappers, least):
         found = sorted({parts[level] for parts in below})
         some = ", ".join([*found[:_SHOWN], *(["..."] if len(found) > _SHOWN else [])])
-        ways.append(f"data.depth={level + 1} makes {len(found):,} classes ({some})")
+        ways.append(f"data.depth={level + 1} gives {len(found):,} classes ({some})")
     deep = "/".join(next(parts for parts in below if len(parts) == most))
     flat = "/".join(next(parts for parts in below if len(parts) == least))
     came = f"'{deep}' has {most} levels of folders" + (f" and '{flat}' has {least}" if least < most else "")
@@ -288,15 +296,15 @@ def _why_not_one_level(source: str, below: list[tuple[str, ...]], wrappers: int)
 
 def _why_unsure(source: str, given: Mapping[str, Images]) -> str:
     return (
-        f"{source}: the numbers of the classes must be known, but its folders are numbered in two ways: "
+        f"{source}: the numbers of the classes must be known, but its folders can be numbered in two ways: "
         f"{numbering(given['plain'])} in plain order (torchvision, Keras, Hugging Face), "
-        f"{numbering(given['natural'])} in natural order (timm); give data.class_order=plain or natural, or a "
+        f"{numbering(given['natural'])} in natural order (timm); set data.class_order=plain or natural, or a "
         "data.class_map"
     )
 
 
 def numbering(images: Images) -> str:
-    """The first three classes with their numbers: "0 '1', 1 '10', 2 '2'"."""
+    """Return the first three classes with their numbers: "0 '1', 1 '10', 2 '2'"."""
     names = images.names or ()
-    told = [f"{number} '{name}'" for number, name in enumerate(names) if name][:_SHOWN]
-    return ", ".join(told)
+    phrases = [f"{number} '{name}'" for number, name in enumerate(names) if name][:_SHOWN]
+    return ", ".join(phrases)

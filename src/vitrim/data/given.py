@@ -1,4 +1,4 @@
-"""Data in memory: datasets, loaders and batches that a caller gives, as `Images`."""
+"""Convert data in memory (datasets, loaders, batches) to `Images`."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,16 +17,19 @@ __all__ = ["images_of"]
 
 
 def images_of(source: Any, classes: int = 0) -> str | Images | None:
-    """Bring what a caller may give as data into one form.
+    """Convert any form of data that a caller may pass.
 
     Args:
-        source: a source string, opened images, a dataset of (picture, label) with pictures as
-            `vitrim.data.pictures.as_picture` takes them, a loader of batches of such, or None. Of a shuffled or random
-            loader one pass is kept, as it came.
-        classes: outputs of the model; what is in memory may hold some of them only.
+        source: a source string, opened images, a dataset of (picture, label) with pictures that
+            `vitrim.data.pictures.as_picture` accepts, a loader of batches of such pairs, or None. Of a loader, one pass
+            is kept in its order, even if it shuffles or augments.
+        classes: number of outputs of the model; data in memory may contain only some of the classes.
+
+    Returns:
+        A source string, images, or None if `source` is None.
 
     Raises:
-        DataError: if it is none of these, or a label is no whole number.
+        DataError: the data is none of these, or a label is not a whole number.
     """
     if source is None or isinstance(source, str | Images):
         return source
@@ -41,15 +44,15 @@ def images_of(source: Any, classes: int = 0) -> str | Images | None:
         labels = _labels(source, name)
         names = getattr(source, "classes", None)
         count = _count(source, labels, classes)
-        # Names of classes, as torchvision's datasets have them.
-        told = tuple(map(str, names)) if isinstance(names, list | tuple) and len(names) == count else None
+        # torchvision's datasets have the class names in `classes`.
+        class_names = tuple(map(str, names)) if isinstance(names, list | tuple) and len(names) == count else None
         items: Any = source
-        return Images(lambda i: items[i][0], labels, classes=count, names=told, source=name)
+        return Images(lambda i: items[i][0], labels, classes=count, names=class_names, source=name)
     raise DataError(f"data must be a source, a dataset or a loader of (images, labels), but got {name}")
 
 
 def _count(source: Any, labels: NDArray[np.int64], classes: int) -> int:
-    """Classes that the labels count over, by their names where there are such."""
+    """Return the number of classes: the number of class names if there are any."""
     names = getattr(source, "classes", None)
     most = int(labels.max(initial=-1)) + 1
     if not most:
@@ -88,7 +91,7 @@ def _unbatch(batches: Iterable[Any], name: str) -> tuple[list[Any], NDArray[np.i
         mine = list(batch[1]) if isinstance(batch[1], Iterable) else [batch[1]]
         if len(mine) != len(batch[0]):
             raise DataError(
-                f"{name}: a loader must give one label an image, but gave {len(mine)} for {len(batch[0])} images"
+                f"{name}: a loader must give one label per image, but gave {len(mine)} for {len(batch[0])} images"
             )
         pictures += list(batch[0])
         labels += mine

@@ -1,7 +1,4 @@
-"""Images of Hugging Face datasets, and what timm opens for us.
-
-P images.
-"""
+"""Images of Hugging Face datasets, opened through timm."""
 
 import dataclasses
 import importlib
@@ -26,7 +23,7 @@ __all__ = ["HubData", "create", "why_not_opened"]
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """The encoded images of a Hugging Face dataset, by number."""
+    """Decodes the images of a Hugging Face dataset by index."""
 
     dataset: Any
     column: str
@@ -45,7 +42,7 @@ class _Rows:
 
 
 class HubData:
-    """A dataset of the Hugging Face Hub, or of a local folder in its form."""
+    """A dataset of the Hugging Face Hub, or a local folder with the same layout."""
 
     by_names = False
 
@@ -56,7 +53,7 @@ class HubData:
         self.splits = tuple(split for split in SPLITS if split in kinds)
 
     def images(self, split: str | None, reading: Reading) -> Images:
-        """The images of a split, of which any expression of the library may be given; see `open_source`."""
+        """Return the images of a split; any split expression of the library is accepted; see `open_source`."""
         chosen = self._name(split)
         reader = create(self.source, split=chosen).reader
         columns = reader.dataset.column_names
@@ -80,7 +77,7 @@ class HubData:
         return images.without_damaged() if reading.skip_damaged else images
 
     def _name(self, split: str | None) -> str:
-        """The dataset's own name of a split; an expression is taken as it is."""
+        """Return the dataset's own name of a split; a split expression is returned unchanged."""
         kinds = {split_of(name): name for name in self._names}
         wanted = split or ("train" if "train" in kinds or not self._names else self._names[0])
         if wanted == "test" and "test" not in kinds and "validation" in kinds:
@@ -110,13 +107,13 @@ class HubData:
 
 
 def _hub_splits(source: str) -> tuple[str, ...]:
-    """Names of the splits of a Hugging Face dataset.
+    """Return the names of the splits of a Hugging Face dataset.
 
     Raises:
         DataError: the library is missing, or the dataset cannot be found.
     """
     try:
-        # Not needed by the rest of vitrim, so not installed with it.
+        # The library is optional, so it is imported here.
         library: Any = importlib.import_module("datasets")
         return tuple(str(name) for name in library.get_dataset_split_names(source.partition("/")[2]))
     except Exception as problem:
@@ -124,7 +121,7 @@ def _hub_splits(source: str) -> tuple[str, ...]:
 
 
 def create(source: str, **arguments: Any) -> Any:
-    """Call timm's `create_dataset`; whatever its many back ends raise becomes one sentence."""
+    """Call timm's `create_dataset`; raise any error of its back ends as a `DataError` of one sentence."""
     try:
         return create_dataset(source, **{name: value for name, value in arguments.items() if value is not None})
     except Exception as problem:
@@ -132,7 +129,7 @@ def create(source: str, **arguments: Any) -> Any:
 
 
 def why_not_opened(source: str, problem: Exception) -> DataError:
-    """What to raise for an error of a library that opens a source."""
+    """Return the error to raise if a library fails to open a source."""
     text = " ".join(str(problem).split()) or type(problem).__name__
     if isinstance(problem, ImportError):
         return DataError(f"{source}: its library must be installed, but {text}")

@@ -1,6 +1,6 @@
-"""What every source becomes: images that can be asked for by number, and their labels.
+"""Images by index with their labels: the common form of all sources.
 
-P images.
+P is the number of images.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,15 +28,15 @@ class Images(Dataset[tuple[Image.Image, int]]):
     """Images in a fixed order, each an RGB `PIL.Image` with an integer label.
 
     Attributes:
-        labels: one label an image, `(P,)`; -1 where the source has none.
-        classes: number of classes the labels count over; 0 when the source has no labels.
-        names: class names in the order of the labels, or None where the source has none.
-        source: what the user asked for, as in error texts.
-        split: name of the part of the source, or None for a source that is not divided.
-        left_out: phrases that say what the source holds besides, and why it is not read.
+        labels: one label per image, `(P,)`; -1 if the source has none.
+        classes: number of classes; 0 if the source has no labels.
+        names: class names in the order of the labels, or None if the source has none.
+        source: the source as the user gave it, for error messages.
+        split: name of the split, or None if the source is not divided.
+        left_out: phrases that describe the files of the source that are not read, and why.
         order: how the classes are numbered: `plain` or `natural` order of their folders, `map`, `imagenet`, or empty
-            where the source itself numbers them.
-        fixed: whether the image of a number is the same whenever it is read; else it may draw random numbers.
+            if the source itself numbers them.
+        fixed: whether an image is the same each time it is read; if not, reading it may draw random numbers.
     """
 
     def __init__(
@@ -56,16 +56,17 @@ class Images(Dataset[tuple[Image.Image, int]]):
         """Wrap a reader.
 
         Args:
-            read: gives the image of a number in `[0, P)`; must survive a fork, so it holds no open file.
-            labels: one label an image, `(P,)`, -1 for none.
+            read: function that returns the image at an index in `[0, P)`; must survive a fork, so it must not keep a
+                file open.
+            labels: one label per image, `(P,)`, -1 for no label.
             classes: number of classes, 0 without labels.
             names: class names.
-            source: name for error texts.
-            split: part of the source.
-            index: numbers to keep, `(P',)`, in their new order; None keeps all.
-            left_out: what the source holds besides.
+            source: name for error messages.
+            split: name of the split.
+            index: indices to keep, `(P',)`, in their new order; None keeps all.
+            left_out: phrases that describe what is not read.
             order: how the classes are numbered.
-            fixed: whether `read` always gives the same image for a number.
+            fixed: whether `read` always returns the same image for an index.
 
         Raises:
             DataError: there is no image, or a label is below -1 or not below `classes`.
@@ -96,12 +97,12 @@ class Images(Dataset[tuple[Image.Image, int]]):
         """Return the image and its label.
 
         Raises:
-            DataError: the file does not decode; the text names it.
+            DataError: the file does not decode; the message names it.
         """
         return self._read(int(self._index[index])), int(self.labels[index])
 
     def pick(self, index: Sequence[int] | NDArray[Any]) -> "Images":
-        """Return the images of these numbers, `(P',)`, in this order."""
+        """Return the images at these indices, `(P',)`, in this order."""
         return self._with(index=self._index[np.asarray(index, dtype=np.int64)])
 
     def unlabeled(self) -> "Images":
@@ -109,10 +110,10 @@ class Images(Dataset[tuple[Image.Image, int]]):
         return self._with(labels=np.full_like(self._everything, -1), classes=0, names=None, order="")
 
     def without_damaged(self) -> "Images":
-        """Decode every image once and return those that decode; what is left out is counted and the first named.
+        """Decode every image once and return those that decode; the others are counted and the first is named.
 
         Raises:
-            DataError: none decodes.
+            DataError: no image decodes.
         """
         good = np.ones(len(self), dtype=bool)
         left_out = LeftOut()
@@ -128,11 +129,11 @@ class Images(Dataset[tuple[Image.Image, int]]):
             return self
         if not good.any():
             raise DataError(f"{self.source}: a source must have an image that decodes, but none of {len(self):,} does")
-        told = (*self.left_out, *left_out.sentences())
-        return self._with(index=self._index[good], left_out=told)
+        listed = (*self.left_out, *left_out.sentences())
+        return self._with(index=self._index[good], left_out=listed)
 
     def _why_damaged(self, place: int) -> str | None:
-        """What is said of an image that does not decode, or None."""
+        """Return the error message of an image that does not decode, or None if it decodes."""
         try:
             self._read(int(self._index[place]))
         except DataError as problem:
@@ -154,11 +155,12 @@ class Images(Dataset[tuple[Image.Image, int]]):
         return Images(self._read, **(same | changes))
 
     def line(self, more: int = 0) -> str:
-        """What was read, in one line: images, classes, the first three class names with their numbers, what was not.
+        """Return a one-line summary: images, classes, the first three class names with numbers, and what was not read.
 
-        With `more`, that many images of the source that are not among these are counted, too.
+        Args:
+            more: number of images of the source that are not in this object, added to the count.
 
-        "1,347 images of digits (train), 10 classes (0 '0', 1 '1', 2 '2', ...); nothing left out".
+        Example: "1,347 images of digits (train), 10 classes (0 '0', 1 '1', 2 '2', ...); nothing left out".
         """
         part = f" ({self.split})" if self.split else ""
         if not self.classes:
@@ -166,19 +168,19 @@ class Images(Dataset[tuple[Image.Image, int]]):
         elif self.names is None:
             classes = f"{self.classes:,} classes without names"
         else:
-            told = [f"{number} '{name}'" for number, name in enumerate(self.names) if name]
-            dots = ["..."] if len(told) > _SHOWN else []
+            listed = [f"{number} '{name}'" for number, name in enumerate(self.names) if name]
+            dots = ["..."] if len(listed) > _SHOWN else []
             order = f" in {self.order} order" if self.order in ("plain", "natural") else ""
-            classes = f"{self.classes:,} classes{order} ({', '.join([*told[:_SHOWN], *dots])})"
+            classes = f"{self.classes:,} classes{order} ({', '.join([*listed[:_SHOWN], *dots])})"
         left = f"left out: {'; '.join(self.left_out)}" if self.left_out else "nothing left out"
         count = len(self) + more
         return f"{count:,} {'image' if count == 1 else 'images'} of {self.label}{part}, {classes}; {left}"
 
     @property
     def label(self) -> str:
-        """The source as reports tell it: without the folders that a path leads through."""
+        """Name of the source for reports: a path is shortened to its last part."""
         kind, slash, rest = self.source.partition("/")
-        # Names of the Hub are owner/name; anything longer is a path.
+        # Names on the Hub are owner/name. Anything longer is a path.
         if slash and kind.lower() in ("torch", "hfds") and rest.count("/") < 2 and not rest.startswith(("/", ".")):
             return self.source
         last = self.source.rstrip("/").rpartition("/")[2]
@@ -186,7 +188,7 @@ class Images(Dataset[tuple[Image.Image, int]]):
 
 
 def labels_of(dataset: Dataset[Any]) -> NDArray[np.int64]:
-    """Return the labels of any map-style dataset of `(image, label)`, `(P,)`, reading the images if it must."""
+    """Return the labels of any map-style dataset of `(image, label)`, `(P,)`; may have to read the images."""
     if isinstance(dataset, Images):
         return dataset.labels
     count = len(dataset)  # type: ignore[arg-type]
@@ -194,14 +196,14 @@ def labels_of(dataset: Dataset[Any]) -> NDArray[np.int64]:
 
 
 def check_classes(dataset: Dataset[Any], classes: int) -> None:
-    """Check that labels and model count the same classes; data without labels fits every model.
+    """Raise if data and model have different numbers of classes; data without labels fits every model.
 
     Args:
-        dataset: what the model is to be trained or evaluated on.
-        classes: outputs of the model; one output is the logit of the second of two classes.
+        dataset: data that the model is to be trained or evaluated on.
+        classes: number of outputs of the model; a single output is the logit of the second of two classes.
 
     Raises:
-        DataError: the counts differ.
+        DataError: the numbers of classes differ.
     """
     if not isinstance(dataset, Images) or dataset.classes in (0, classes) or (dataset.classes, classes) == (2, 1):
         return

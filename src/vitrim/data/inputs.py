@@ -1,4 +1,4 @@
-"""How a picture becomes the tensor a model expects, and the loader for measuring.
+"""Transform pictures into the tensors that a model expects, and load batches for evaluation.
 
 B images, C channels, (h, w) height and width of the input.
 """
@@ -26,15 +26,15 @@ _OWN = 6
 
 
 class Input(Node):
-    """What a model takes: size in pixels, channels, normalisation, and how evaluation pictures are cut.
+    """Input of a model: size in pixels, channels, normalization, and the crop of evaluation pictures.
 
     Attributes:
         size: height and width, pixels.
-        channels: 1 (grey) or 3 (RGB).
-        mean: subtracted from values in `[0, 1]`, one a channel.
-        std: divides after that, one a channel, > 0.
+        channels: 1 (grayscale) or 3 (RGB).
+        mean: subtracted from values in `[0, 1]`, one value per channel.
+        std: divisor after that, one value per channel, > 0.
         interpolation: `nearest bilinear bicubic lanczos box hamming`.
-        crop_pct: share of the shorter side that the centre crop keeps, in `(0, 2]`.
+        crop_pct: fraction of the shorter side that the center crop keeps, in `(0, 2]`.
         crop_mode: `center`, `squash` or `border`, as in timm.
     """
 
@@ -59,14 +59,14 @@ class Input(Node):
 
     @classmethod
     def of(cls, model: nn.Module, **overrides: Any) -> "Input":
-        """Read the input of a timm model: its own config, and the image size it is built for now.
+        """Return the input of a timm model, from its config and the image size that it is currently built for.
 
         Args:
             model: a timm model, before or after a cut.
-            overrides: fields of `Input` to set instead.
+            overrides: fields of `Input` that replace the model's values.
 
         Raises:
-            DataError: an override is malformed, or the model takes other than 1 or 3 channels.
+            DataError: an override is malformed, or the model does not take 1 or 3 channels.
         """
         config = resolve_model_data_config(model)
         channels, *size = config["input_size"]
@@ -88,14 +88,14 @@ class Input(Node):
 
 
 def _fit(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """The config of a grey model often still lists three colours; their mean is what the grey picture has."""
+    """Return one value per channel. The config of a grayscale model often still lists three colors: use their mean."""
     if len(values) == channels:
         return tuple(values)
     return (sum(values) / len(values),) * channels
 
 
 class _Eval:
-    """Picture to tensor, without randomness; a tensor of floating values passes as it is."""
+    """Transform a picture to a tensor, without randomness; a floating-point tensor is returned unchanged."""
 
     def __init__(self, input: Input, normalize: bool) -> None:
         self.mode = "L" if input.channels == 1 else "RGB"
@@ -121,21 +121,21 @@ class _Eval:
 
 
 def to_tensor(input: Input) -> _Eval:
-    """Return the evaluation transform: RGB picture to float32 `(C, h, w)`, normalised."""
+    """Return the evaluation transform: RGB picture to float32 `(C, h, w)`, normalized."""
     return _Eval(input, normalize=True)
 
 
 def to_bytes(input: Input) -> _Eval:
-    """Return the same up to the normalisation: RGB picture to uint8 `(C, h, w)`."""
+    """Return the evaluation transform without normalization: RGB picture to uint8 `(C, h, w)`."""
     return _Eval(input, normalize=False)
 
 
 class Fetch(Dataset[tuple[Tensor, int] | DataError]):
     """A dataset with its transform, for worker processes.
 
-    An error comes back as a value: torch would wrap it in the worker's traceback, and ours is one sentence. What a
-    dataset draws itself from the global generators depends on the number of the picture alone, so every pass, worker
-    and process gets the same, and the global generators stay as they are.
+    An error is returned as a value, because torch would wrap it in the traceback of the worker. The random numbers that
+    a dataset draws from the global generators depend only on the index of the picture. Every pass, worker and process
+    gets the same ones, and the state of the global generators does not change.
     """
 
     def __init__(self, dataset: Dataset[Any], transform: Any) -> None:
@@ -155,7 +155,7 @@ class Fetch(Dataset[tuple[Tensor, int] | DataError]):
 
 
 def collate(items: list[tuple[Tensor, int | Tensor] | DataError]) -> Batch | DataError:
-    """Stack items, or hand on the first error among them; labels are numbers, or masks of one size."""
+    """Stack items, or return the first error among them; labels are numbers, or masks of one size."""
     good = []
     for item in items:
         if isinstance(item, DataError):
@@ -166,7 +166,7 @@ def collate(items: list[tuple[Tensor, int | Tensor] | DataError]) -> Batch | Dat
 
 
 def unwrap(batches: Any) -> Iterator[Batch]:
-    """Raise what `Fetch` handed on, and give the rest."""
+    """Yield the batches; raise an error that `Fetch` returned as a value."""
     for batch in batches:
         if isinstance(batch, DataError):
             raise batch
@@ -176,14 +176,14 @@ def unwrap(batches: Any) -> Iterator[Batch]:
 class Loader:
     """Batches in a fixed order, the same on every pass.
 
-    Iterating gives float32 `(B, C, h, w)` and int64 labels `(B,)`, -1 for none; the last batch may be short.
+    Iterating yields float32 `(B, C, h, w)` and int64 labels `(B,)`, -1 for no label; the last batch may be short.
     """
 
     def __init__(self, dataset: Dataset[Any], input: Input, batch: int, workers: int) -> None:
         self.dataset = dataset
         self.input = input
         self.classes = dataset.classes if isinstance(dataset, Images) else 0
-        # With a generator of its own the loader does not draw from torch's global one, on which resuming relies.
+        # The loader has its own generator, because drawing from torch's global one would break resuming.
         self._loader: DataLoader[Any] = DataLoader(
             Fetch(dataset, to_tensor(input)),
             batch_size=batch,
@@ -201,13 +201,13 @@ class Loader:
 
 
 def eval_loader(dataset: Dataset[Any], input: Input, *, batch: int = 64, workers: int = 0) -> Loader:
-    """Return a loader for measuring: the order kept, nothing random.
+    """Return a loader for evaluation: fixed order, no randomness.
 
     Args:
-        dataset: map-style, of `(picture, label)`, see `vitrim.data.pictures.as_picture`.
+        dataset: map-style dataset of `(picture, label)`, see `vitrim.data.pictures.as_picture`.
         input: what the model takes.
-        batch: images a batch, `>= 1`.
-        workers: processes that decode, 0 for none.
+        batch: number of images per batch, `>= 1`.
+        workers: number of worker processes that decode; 0 decodes in this process.
 
     Raises:
         DataError: `batch` is below 1, or (while iterating) a picture is damaged.

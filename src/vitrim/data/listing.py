@@ -1,7 +1,8 @@
 """Walk a folder once and list the images below it.
 
-Links to folders are followed, each real folder is read once: a link that leads back, or to a folder that is part of the
-source anyway, is left out. What is no image is counted by reason. P images, F folders that hold some.
+Links to folders are followed, and each real folder is read once. A link to a parent folder, or to a folder that is
+already part of the source, is skipped. Files that are not images are counted by reason. P is the number of images, F
+the number of folders that contain images.
 """
 
 import dataclasses
@@ -34,11 +35,12 @@ class Listing:
 
     Attributes:
         names: paths of the images relative to the source, separated by "/", `(P,)`.
-        folders: paths of the folders that hold images, in order of their first image, `(F,)`; "" for the source itself.
+        folders: paths of the folders that contain images, in order of their first image, `(F,)`; "" is the source
+            itself.
         folder: number of the folder of each image, int32 `(P,)`.
-        read: decodes the image of a number in `[0, P)`.
-        empty: paths of the folders without subfolders that hold no image, with the number of files they hold.
-        left_out: what is not read.
+        read: function that decodes the image at an index in `[0, P)`.
+        empty: paths of the folders without subfolders and without images, with the number of files in them.
+        left_out: files and folders that are not read.
     """
 
     names: Names
@@ -50,7 +52,7 @@ class Listing:
 
 
 class Maker:
-    """Gathers the parts of a listing, image by image, folder by folder."""
+    """Builds a listing image by image, folder by folder."""
 
     def __init__(self) -> None:
         self.names = Names()
@@ -65,18 +67,18 @@ class Maker:
         self._folder.append(self._folders.setdefault(folder, len(self._folders)))
 
     def listing(self, read: Callable[[int], Image.Image]) -> Listing:
-        """What was gathered."""
+        """Return the listing of all images added so far."""
         folder = np.frombuffer(self._folder, dtype=np.int32) if self._folder else np.zeros(0, dtype=np.int32)
         return Listing(self.names, tuple(self._folders), folder, read, self.empty, self.left_out)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name was left by a program: `.ipynb_checkpoints`, `._x.png`, `__MACOSX`."""
+    """Whether a name is hidden or is a service file or folder: `.ipynb_checkpoints`, `._x.png`, `__MACOSX`."""
     return name.startswith(".") or name.lower() in _SERVICE
 
 
 def why_left_out(name: str) -> tuple[str, str]:
-    """Why a regular file that is not read as an image is left out, and what kind it is."""
+    """Return why a regular file that is not read as an image is left out, and its file extension."""
     kind = ending(name)
     if kind in IMAGE_ENDINGS:
         return "images that this Pillow cannot read", kind
@@ -112,7 +114,7 @@ class _Walk:
         self.seen: set[tuple[int, int]] = set()
 
     def folder(self, at: str, real: str, depth: int) -> bool:
-        """List the folder `at`, whose path without links is `real`; returns whether there is an image in it."""
+        """List the folder `at`, whose path without links is `real`; return whether it contains an image."""
         path = os.path.join(self.root, at)  # noqa: PTH118
         if depth > _DEEPEST:
             raise DataError(
@@ -120,7 +122,7 @@ class _Walk:
             )
         files, folders, others = self._entries(at, path, real)
         found = bool(files)
-        # One list of both, for `a.png`, `b/` and `c.png` come in this order.
+        # Files and folders are sorted together: `a.png`, `b/`, `c.png`.
         entries: list[tuple[str, str, str | None]] = [(natural_key(name), name, None) for name in files]
         entries += [(natural_key(f"{name}/"), name, inside) for name, inside in folders.items()]
         del files
@@ -135,7 +137,7 @@ class _Walk:
         return found
 
     def _entries(self, at: str, path: str, real: str) -> tuple[list[str], dict[str, str], int]:
-        """Images of a folder, its folders with their real paths, and how many other files it holds."""
+        """Return the images of a folder, its subfolders with their real paths, and the number of other files."""
         files: list[str] = []
         folders: dict[str, str] = {}
         others = 0
@@ -178,7 +180,7 @@ class _Walk:
         folders[entry.name] = real
 
     def _other(self, files: list[str], folders: dict[str, str], at: str, real: str, entry: os.DirEntry[str]) -> int:
-        """A link, or what is neither file nor folder; returns 1 for what is left out."""
+        """Handle a link, or an entry that is neither file nor folder; return 1 if it counts as a skipped file."""
         if entry.is_symlink():
             try:
                 about = entry.stat()

@@ -1,9 +1,10 @@
-"""Batches to train on, each a pure function of (seed, epoch, step): a resumed run needs no replay.
+"""Training batches. Each is a pure function of (seed, epoch, step), so a resumed run does not replay earlier steps.
 
-A dataset may draw numbers itself, as torchvision's random transforms do: from Python's, NumPy's or torch's global
-generators, which are seeded anew for each picture and epoch, so that it is the same on every process and worker.
+A dataset may draw random numbers itself, as torchvision's random transforms do, from the global generators of Python,
+NumPy or torch. These are reseeded for each picture and epoch, so the result is the same in every process and worker.
 
-B images of a step over all processes, b of one share of it, C channels, (h, w) height and width, P pictures.
+B is the number of images of a step over all processes, b the number in one share of it, C channels, (h, w) height and
+width, P pictures.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,18 +25,20 @@ from vitrim.words.errors import DataError
 
 __all__ = ["TrainLoader", "train_loader"]
 
-# Prepared pictures stay in memory up to here, as bytes: CIFAR-10 takes 0.14 GiB, ImageNet at 224 would take 180.
+# Prepared pictures are kept in memory up to this size, as uint8. CIFAR-10 takes 0.14 GiB; ImageNet at 224 pixels would
+# take 180 GiB.
 _CACHE_BYTES = 2**30
 _ORDER, _MOVE, _OWN = 1, 2, 7
-# Pictures that are read twice before any is kept, for a dataset may have a generator of its own.
+# Number of pictures that are read twice before any is cached, because a dataset may have its own random generator.
 _TWICE = 4
 
 
 def share(batch: NDArray[np.int64], part: int, parts: int) -> NDArray[np.int64]:
     """Return one of `parts` shares of a batch, `(b,)`.
 
-    A share holds places `a .. b` of the first half and their mirror images of the second. timm's mixup pairs place i
-    with place B-1-i; so each pair lies in one share, and mixing share by share equals mixing the whole batch.
+    A share contains positions `a .. b` of the first half and the mirrored positions of the second half. timm's mixup
+    pairs position i with position B-1-i. Each pair is therefore in one share, and mixing share by share equals mixing
+    the whole batch.
     """
     half = len(batch) // 2
     edges = np.linspace(0, half, parts + 1).round().astype(np.int64)
@@ -45,9 +48,9 @@ def share(batch: NDArray[np.int64], part: int, parts: int) -> NDArray[np.int64]:
 
 
 class _Keyed(Dataset[tuple[Tensor, int] | DataError]):
-    """Pictures by `(epoch, number)`, so that workers need not be told the epoch.
+    """Pictures indexed by `(epoch, number)`, so that the epoch reaches the worker processes with the index.
 
-    The numbers of a picture's copies lie `count` apart.
+    The numbers of the copies of a picture differ by `count`.
     """
 
     def __init__(self, dataset: Dataset[Any], transform: Callable[..., Tensor], count: int, seed: int) -> None:
@@ -67,7 +70,7 @@ class _Keyed(Dataset[tuple[Tensor, int] | DataError]):
 
 
 class _Watched(Dataset[tuple[Tensor, int] | DataError]):
-    """Pictures by number, each with its label twice over: 2 x label + 1 where reading it drew a number."""
+    """Pictures by number. The label is 2 x label, plus 1 if reading the picture drew a random number."""
 
     def __init__(self, dataset: Dataset[Any], transform: Callable[[Any], Tensor]) -> None:
         self.dataset = dataset
@@ -84,7 +87,7 @@ class _Watched(Dataset[tuple[Tensor, int] | DataError]):
 
 
 class _Plain:
-    """The evaluation transform without its normalization, called as `Full` is."""
+    """The evaluation transform without normalization, with the call signature of `Full`."""
 
     def __init__(self, input: Input) -> None:
         self.transform = to_bytes(input)
@@ -97,8 +100,8 @@ class TrainLoader:
     """Shuffled, augmented batches; see `train_loader`.
 
     Attributes:
-        size: images of a step over all processes.
-        classes: classes of the dataset, 0 where unknown.
+        size: number of images of a step over all processes.
+        classes: number of classes of the dataset, 0 if unknown.
     """
 
     def __init__(
@@ -136,7 +139,7 @@ class TrainLoader:
         self._caching = self._keyed is None and bytes_needed <= _CACHE_BYTES
 
     def _by_key(self) -> Dataset[Any] | None:
-        """Items by `(epoch, number)`, where they are augmented one by one; None where batches are moved as a whole."""
+        """Return items by `(epoch, number)` if they are augmented one by one; None if whole batches are augmented."""
         if self.augment.kind != "full":
             return None
         return _Keyed(self.dataset, Full(self.augment, self.input, self.seed), self.count, self.seed)
@@ -152,7 +155,7 @@ class TrainLoader:
             )
 
     def __len__(self) -> int:
-        """Number of steps an epoch; a last short batch is dropped."""
+        """Return the number of steps per epoch; a last short batch is dropped."""
         return self.count // self.size if self.size > 1 else self.count
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -160,11 +163,11 @@ class TrainLoader:
 
         Args:
             epoch: number of the epoch, from 0.
-            start_step: first step to give, as if the earlier ones had been taken.
+            start_step: first step to return, as if the earlier steps had already been taken.
 
         Returns:
-            For each step `accumulate` shares in order: pictures, float32 `(b, C, h, w)`, and labels, int64 `(b,)`.
-            The union over processes and shares is the batch that one process would get.
+            For each step, `accumulate` shares in order: pictures, float32 `(b, C, h, w)`, and labels, int64 `(b,)`.
+            The union over processes and shares is the batch that a single process would get.
 
         Raises:
             DataError: a picture is damaged.
@@ -219,7 +222,7 @@ class TrainLoader:
             yield pictures[places], labels[places]
 
     def _filled(self) -> tuple[Tensor, Tensor] | None:
-        """All pictures and labels, or None if the dataset draws numbers, so that each epoch must read it anew."""
+        """Return all pictures and labels, or None if the dataset draws random numbers and must be reread each epoch."""
         watched = _Watched(self.dataset, to_bytes(self.input))
         if self._differs(watched):
             return None
@@ -233,7 +236,7 @@ class TrainLoader:
         return torch.cat(pictures), torch.cat(labels)
 
     def _differs(self, watched: _Watched) -> bool:
-        """Whether one of the first pictures is another one when it is read again, by a generator of its own."""
+        """Whether any of the first pictures differs when read again, because the dataset has its own generator."""
         for index in range(min(_TWICE, self.count)):
             one, two = watched[index], watched[index]
             if not isinstance(one, DataError) and not isinstance(two, DataError) and not torch.equal(one[0], two[0]):
@@ -242,7 +245,7 @@ class TrainLoader:
 
     @property
     def labelled(self) -> bool:
-        """Whether the pictures have labels; of a dataset that is no `Images`, the first one tells."""
+        """Whether the pictures have labels; for a dataset other than `Images`, only the first picture is checked."""
         if isinstance(self.dataset, Images):
             return bool((self.dataset.labels >= 0).all())
         return pair_of(self.dataset[0])[1] >= 0
@@ -264,26 +267,26 @@ def train_loader(
 ) -> TrainLoader:
     """Return a loader for training.
 
-    Order and augmentation of a picture, and what the dataset draws for it, depend on `(seed, epoch, picture)` alone:
-    not on the number of workers or processes, nor on what was drawn before. Small datasets that draw nothing are kept
-    in memory after the first epoch.
+    The order and augmentation of a picture, and the random numbers that the dataset draws for it, depend only on
+    `(seed, epoch, picture)`. They do not depend on the number of workers or processes, nor on earlier draws. Small
+    datasets that draw no random numbers are kept in memory after the first epoch.
 
     Args:
-        dataset: map-style, of `(picture, label)`, see `vitrim.data.pictures.as_picture`; may draw numbers from the
-            global generators.
+        dataset: map-style dataset of `(picture, label)`, see `vitrim.data.pictures.as_picture`; may draw random
+            numbers from the global generators.
         input: what the model takes.
-        augment: what is done to a picture.
-        batch: images of a step, over all processes and accumulated parts.
-        seed: decides order and augmentation, `>= 0`.
-        workers: processes that decode and augment, 0 for none.
+        augment: augmentation of a picture.
+        batch: number of images of a step, over all processes and accumulated parts.
+        seed: seed of order and augmentation, `>= 0`.
+        workers: number of worker processes that decode and augment; 0 decodes in this process.
         rank: number of this process, in `[0, world)`.
         world: number of processes.
-        accumulate: shares that a process takes one after another for a step.
-        even: make the batch even, as mixup needs.
-        device: where the batches are to lie; None is the CPU.
+        accumulate: number of shares that a process handles one after another in a step.
+        even: make the batch size even, as mixup requires.
+        device: device of the returned batches; None is the CPU.
 
     Raises:
-        DataError: the batch is too small for its shares, or timm refuses the policy.
+        DataError: the batch is too small for its shares, or timm rejects the policy.
     """
     return TrainLoader(
         dataset,

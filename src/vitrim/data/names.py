@@ -1,6 +1,6 @@
-"""Names of files and classes: how they are sorted, and a million of them in little memory.
+"""Names of files and classes: sort orders, and compact storage for millions of names.
 
-P names.
+P is the number of names.
 """
 
 import re
@@ -12,42 +12,42 @@ import numpy as np
 __all__ = ["ORDERS", "Names", "natural_key", "sort_classes", "tree_key"]
 
 ORDERS = ("plain", "natural")
-"""Both ways in which programs number class folders."""
+"""The two orders in which common programs number class folders."""
 
 _DIGITS = re.compile(r"\d+")
-# Characters that a run of digits may have; a longer one is compared as text.
+# Longest run of digits, in characters, that is compared as a number. A longer run is compared as text.
 _LONGEST = 1000
 
 
 def _number(run: re.Match[str]) -> str:
     text = run[0]
     digits = str(int(text)) if len(text) <= _LONGEST else text
-    # The length first, so that text compares as the numbers do; below every character that a name may hold.
+    # The length comes first, so that the texts compare like the numbers. The null character sorts before all others.
     return f"\0{chr(len(digits))}{digits}"
 
 
 def natural_key(name: str) -> str:
-    """A text by which names sort as timm's `natural_key` sorts them: runs of digits as numbers, without regard to case.
+    """Return a sort key that orders names like timm's `natural_key`: runs of digits as numbers, ignoring case.
 
-    One string takes a third of the memory of timm's list of pieces, which counts where a folder holds a million files.
+    One string takes a third of the memory of timm's list of parts, which matters for a folder with a million files.
     """
     return _DIGITS.sub(_number, name.lower())
 
 
 def tree_key(path: str) -> str:
-    """A text by which whole paths sort as a folder is walked: level by level, each as `natural_key` says.
+    """Return a sort key that orders paths as a folder walk does: level by level, each level by `natural_key`.
 
-    Names that are equal to it (`01` and `1`, `Cat` and `cat`) are sorted plainly.
+    Names with equal natural keys (`01` and `1`, `Cat` and `cat`) are sorted by code point.
     """
     *folders, name = path.split("/")
     return "".join(natural_key(f"{folder}/") + folder for folder in folders) + f"{natural_key(name)}\0\0{name}"
 
 
 def sort_classes(names: Iterable[str], order: str) -> list[str]:
-    """Sort names of classes, whose places are their numbers.
+    """Sort class names; the position of a name is its class number.
 
     Args:
-        names: different names.
+        names: distinct names.
         order: `plain`: by code point, as torchvision, Keras and Hugging Face datasets number class folders;
             `natural`: as timm does.
     """
@@ -56,10 +56,10 @@ def sort_classes(names: Iterable[str], order: str) -> list[str]:
 
 
 class Names:
-    """Many paths in one text: a million take their characters and 8 bytes each, and worker processes share them.
+    """Many paths in one buffer. Each path takes its characters and 8 bytes, and worker processes share the buffer.
 
-    A list of strings would take 70 bytes more for each, and each worker a copy of its own as soon as it counts
-    references.
+    A list of strings would take 70 bytes more per path. Each worker would also get its own copy, because reference
+    counts are written to the pages that hold the strings.
     """
 
     def __init__(self) -> None:
@@ -75,11 +75,11 @@ class Names:
         return len(self._ends)
 
     def __getitem__(self, index: int) -> str:
-        """The name of a number in `[0, P)`."""
+        """Return the name at `index` in `[0, P)`."""
         start = self._ends[index - 1] if index else 0
         return bytes(self._text[start : self._ends[index]]).decode("utf-8", "surrogatepass")
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the names take."""
+        """Memory used by the names, in bytes."""
         return len(self._text) + np.dtype(np.int64).itemsize * len(self._ends)

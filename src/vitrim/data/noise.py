@@ -1,4 +1,4 @@
-"""Randomness that is a function of a key: a killed and resumed run draws what the uninterrupted one drew."""
+"""Random numbers as a function of a key, so that a resumed run draws the same ones as an uninterrupted run."""
 
 import contextlib
 import random
@@ -11,15 +11,15 @@ __all__ = ["Drawn", "numbers", "reading", "seeded"]
 
 
 def numbers(*key: int) -> np.random.Generator:
-    """Return a generator of its own for this key (non-negative integers)."""
+    """Return a new generator seeded with this key (non-negative integers)."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
 @contextlib.contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's CPU generators from the key, and put their states back at the end.
+    """Seed the global CPU generators of Python, NumPy and torch from the key, and restore their states at the end.
 
-    torch's generators on accelerators are left alone: `torch.manual_seed` would reseed those as well.
+    torch's generators on accelerators are not changed; `torch.manual_seed` would reseed those as well.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     one, two, three = (int(word) for word in np.random.SeedSequence(key).generate_state(3))
@@ -35,15 +35,15 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 def reading(dataset: object, *key: int) -> contextlib.AbstractContextManager[None]:
-    """Seed the global generators while a picture is read, unless the dataset says that it draws nothing.
+    """Seed the global generators while a picture is read, unless the dataset is `fixed` and draws no random numbers.
 
-    Putting the generators' states back takes 0.1 ms a picture, more than an image of 32 x 32 takes to be read.
+    Restoring the states of the generators takes 0.1 ms per picture, more than reading an image of 32 x 32 pixels.
     """
     return contextlib.nullcontext() if getattr(dataset, "fixed", False) is True else seeded(*key)
 
 
 class Drawn:
-    """Tells whether Python's, NumPy's or torch's global CPU generators were drawn from since it was made."""
+    """True if a global CPU generator of Python, NumPy or torch has been used since this object was created."""
 
     def __init__(self) -> None:
         self._states = self._now()

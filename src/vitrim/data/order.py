@@ -1,8 +1,8 @@
-"""Ask a model which numbering of the class folders it was trained with.
+"""Determine from a model's predictions which numbering of the class folders it was trained with.
 
-timm numbers class folders in natural order, torchvision, Keras and Hugging Face datasets in plain order, and nothing in
-a weights file says which. The model itself does: on images of classes whose numbers differ, it gives the number that it
-was trained with.
+timm numbers class folders in natural order; torchvision, Keras and Hugging Face datasets number them in plain order. A
+weights file does not record which. It can be determined from the model: on images of classes whose numbers differ, the
+model predicts the number that it was trained with.
 
 P images, K classes.
 """
@@ -23,11 +23,12 @@ from vitrim.words.errors import DataError
 __all__ = ["LEVEL", "Fit", "ask_model", "fit_of"]
 
 LEVEL = 0.001
-"""Two-sided chance of an error that is allowed in telling the orders apart."""
+"""Significance level of the two-sided test that decides between the orders."""
 
 _IMAGES = 256
 _PER_CLASS = 16
-# Eleven classes that all fit one order have a chance of 2^-10 < LEVEL under the other hypothesis; ten have not.
+# If neither order fits better, eleven classes all favor the same order with probability 2^-10 < LEVEL; for ten classes
+# it is 2^-9 > LEVEL.
 _CLASSES = 11
 _LEAST = 0.5
 
@@ -35,25 +36,25 @@ _LEAST = 0.5
 class Fit:
     """How well a model fits two numberings of the same images.
 
-    A paired sign test, exact: an image on which the model is right under one numbering is wrong under the other, so
-    under the hypothesis that neither fits better both kinds are equally likely. Images of one class are not independent
-    of one another, so classes are counted where at least 11 have differing numbers: a class votes for the numbering
-    under which more of its images are right. With fewer, images are counted, and at least half of them must be right,
-    for a model that knows nothing of the classes may still give each of a few a number of its own.
+    This is an exact paired sign test. An image on which the model is correct under one numbering is wrong under the
+    other. If neither numbering fits better, both cases are equally likely. Images of one class are not independent of
+    each other. So if at least 11 classes have differing numbers, classes are counted: a class counts for the numbering
+    under which more of its images are correct. With fewer classes, images are counted, and at least half of them must
+    be correct, because a model that was not trained on these classes may still predict a different number for each.
 
     Attributes:
-        better: `plain` or `natural`, whichever fits better, or None if neither does significantly.
-        right: share of the images that are right under each, in `[0, 1]`.
-        count: images that were asked for, P.
-        chance: two-sided probability of so great a difference if neither fitted better.
+        better: `plain` or `natural`, the one that fits better, or None if the difference is not significant.
+        right: fraction of the images that are correct under each, in `[0, 1]`.
+        count: number of images used, P.
+        chance: two-sided probability of a difference at least this large if neither fits better.
     """
 
     def __init__(self, answers: NDArray[np.int64], labels: Mapping[str, NDArray[np.int64]]) -> None:
-        """Compare.
+        """Run the test.
 
         Args:
-            answers: first choice of the model, `(P,)`.
-            labels: by order, `(P,)` each; where both agree, nothing can be told.
+            answers: class that the model predicts for each image, `(P,)`.
+            labels: labels in each order, `(P,)` each; images with equal labels do not affect the result.
         """
         plain, natural = answers == labels["plain"], answers == labels["natural"]
         self.count = len(answers)
@@ -66,18 +67,18 @@ class Fit:
         tail = sum(math.comb(ours + theirs, more) for more in range(max(ours, theirs), ours + theirs + 1))
         self.chance = min(1.0, 2 * tail / 2 ** (ours + theirs))
         better = "plain" if ours > theirs else "natural"
-        knows = several or self.right[better] >= _LEAST
-        self.better = better if self.chance < LEVEL and knows else None
+        enough = several or self.right[better] >= _LEAST
+        self.better = better if self.chance < LEVEL and enough else None
 
 
 def fit_of(model: nn.Module, given: Mapping[str, Images], input: Input, *, seed: int = 0) -> Fit:
-    """Ask a model on at most 256 of the images whose numbers differ, evenly drawn over their classes.
+    """Run a model on at most 256 images whose class numbers differ, drawn evenly over the classes, and test the fit.
 
     Args:
-        model: gives logits `(B, K)`; left as it was.
+        model: returns logits `(B, K)`; its modes are restored.
         given: the same images with labels in `plain` and in `natural` order.
         input: what the model takes.
-        seed: decides which images.
+        seed: seed of the choice of images.
     """
     plain, natural = given["plain"].labels, given["natural"].labels
     places = _drawn(plain, np.flatnonzero(plain != natural), seed)
@@ -98,7 +99,7 @@ def fit_of(model: nn.Module, given: Mapping[str, Images], input: Input, *, seed:
 
 
 def _drawn(labels: NDArray[np.int64], places: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """Some of `places`, as many of each class as it has, up to 16 and 256 in all."""
+    """Return some of `places`: up to 16 of each class, up to 256 in all."""
     generator = np.random.default_rng([seed, 0x0DE5])
     classes = generator.permutation(np.unique(labels[places]))
     per_class = min(_PER_CLASS, max(2, _IMAGES // len(classes)))
@@ -112,39 +113,40 @@ def _drawn(labels: NDArray[np.int64], places: NDArray[np.int64], seed: int) -> N
 def ask_model(
     model: nn.Module, input: Input, *, classes: int, seed: int = 0, say: Callable[[str], None] = lambda _: None
 ) -> Ask:
-    """Return a function that asks `model` which order of class folders is meant; see `Fit` for the test.
+    """Return a function that determines the order of the class folders from `model`; see `Fit` for the test.
 
     Args:
-        model: gives logits `(B, K)`.
-        input: what it takes.
-        classes: outputs of the model, K; with less than 2 there is nothing to ask.
-        seed: decides which images are looked at.
-        say: is told what was found.
+        model: returns logits `(B, K)`.
+        input: what the model takes.
+        classes: number of outputs of the model, K; with fewer than 2 the order cannot be determined.
+        seed: seed of the choice of images.
+        say: called with a sentence about the result.
 
     Raises:
-        DataError: from the function: neither order fits significantly better, or the classes are not the model's.
+        DataError: raised by the returned function: neither order fits significantly better, or the number of classes
+            differs from the model's.
     """
 
     def ask(given: Mapping[str, Images]) -> str:
         one = given["plain"]
         ways = (
-            f"plain order (torchvision, Keras, Hugging Face) makes {numbering(one)}, natural order (timm) makes "
+            f"plain order (torchvision, Keras, Hugging Face) gives {numbering(one)}, natural order (timm) gives "
             f"{numbering(given['natural'])}"
         )
         if classes < 2 or one.classes != classes:
             said = f"the model has {classes} outputs for {one.classes} classes"
         else:
             fit = fit_of(model, given, input, seed=seed)
-            told = (
-                f"it is right on {100 * fit.right['plain']:.1f} % of {fit.count} images in plain order and on "
+            shares = (
+                f"it is correct on {100 * fit.right['plain']:.1f} % of {fit.count} images in plain order and on "
                 f"{100 * fit.right['natural']:.1f} % in natural order (p = {fit.chance:.1g})"
             )
             if fit.better is not None:
-                say(f"{one.source}: classes are numbered in {fit.better} order, as the model says: {told}")
+                say(f"{one.source}: classes are numbered in {fit.better} order, according to the model: {shares}")
                 return fit.better
-            said = f"the model does not tell: {told}"
+            said = f"the predictions of the model do not decide it: {shares}"
         raise DataError(
-            f"{one.source}: the numbers of the classes must be known, but {said}; {ways}; give "
+            f"{one.source}: the numbers of the classes must be known, but {said}; {ways}; set "
             "data.class_order=plain or natural, or a data.class_map"
         )
 

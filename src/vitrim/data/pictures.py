@@ -1,6 +1,6 @@
-"""What a dataset may give as a picture: an image, an array, or the tensor that a model takes.
+"""Convert the pictures of a dataset: PIL images, arrays, or tensors that are ready for the model.
 
-C channels, (h, w) height and width.
+C is the number of channels, (h, w) the height and width.
 """
 
 from typing import Any
@@ -21,10 +21,10 @@ _CHANNELS = (1, 3, 4)
 
 
 def pair_of(item: Any) -> tuple[Any, int]:
-    """Take an item of a dataset apart into picture and label.
+    """Split an item of a dataset into picture and label.
 
     Raises:
-        DataError: it is no such pair, or the label no whole number.
+        DataError: the item is not a pair, or the label is not a whole number.
     """
     if not isinstance(item, list | tuple) or len(item) != 2:
         raise DataError(f"a dataset must give (image, label) for each index, but gave a {type(item).__name__}; wrap it")
@@ -32,23 +32,23 @@ def pair_of(item: Any) -> tuple[Any, int]:
 
 
 def as_picture(given: Any) -> Image.Image | Tensor:
-    """Read a picture.
+    """Convert a picture to an RGB or grayscale image or to a float32 tensor.
 
     Args:
         given: one of
 
             - a `PIL.Image` of any mode;
-            - 8-bit values, a uint8 array or tensor `(h, w)`, `(h, w, C)` or `(C, h, w)` of 1, 3 or 4 channels: an
-              image, resized and normalized as one;
-            - 16-bit grey values, a uint16 array `(h, w)`: an image, scaled to 8 bits;
-            - floating values `(C, h, w)`, array or tensor of any precision: what the model takes, resized and
-              normalized already; it becomes float32.
+            - 8-bit values, a uint8 array or tensor `(h, w)`, `(h, w, C)` or `(C, h, w)` with 1, 3 or 4 channels: an
+              image, which is later resized and normalized;
+            - 16-bit gray values, a uint16 array `(h, w)`: an image, scaled to 8 bits;
+            - floating-point values `(C, h, w)`, array or tensor of any precision: already resized and normalized for
+              the model; converted to float32.
 
     Returns:
-        An image, or a ready tensor, float32 `(C, h, w)`.
+        An image, or a tensor that is ready for the model, float32 `(C, h, w)`.
 
     Raises:
-        DataError: it is none of these.
+        DataError: the picture is none of these.
     """
     if isinstance(given, Image.Image):
         return _rgb(given)
@@ -65,7 +65,7 @@ def as_picture(given: Any) -> Image.Image | Tensor:
         if given.dtype == np.uint16 and given.ndim == 2:
             return _rgb(Image.fromarray(given))
         raise DataError(
-            f"a picture must be of uint8 or floating values, or grey of uint16, but is {given.dtype} {given.shape}; "
+            f"a picture must be of uint8 or floating values, or gray of uint16, but is {given.dtype} {given.shape}; "
             "convert it"
         )
     raise DataError(

@@ -1,4 +1,4 @@
-"""Batches of scenes to train on: scaled, cropped, flipped and distorted, picture and mask alike.
+"""Training batches of scenes. Picture and mask are scaled, cropped and flipped together; only pictures are distorted.
 
 B images, C channels, (h, w) height and width of the input.
 """
@@ -31,10 +31,10 @@ class SceneAugment(Node):
     """Augmentation of training scenes.
 
     Attributes:
-        ratio: least and largest scale, > 0, drawn evenly; 1 brings the shorter side of a picture to the shorter side of
-            the input. Then a random crop of the input's size is cut; what it has beyond the picture is the mean colour
-            and ignored.
-        hflip: chance of a left-right flip in `[0, 1]`.
+        ratio: smallest and largest scale, > 0, drawn uniformly; 1 scales the shorter side of a picture to the shorter
+            side of the input. Then a random crop of the input's size is taken. Where the crop extends beyond the
+            picture, it is filled with the mean color and labeled as ignored.
+        hflip: probability of a left-right flip in `[0, 1]`.
         distort: whether brightness, contrast, saturation and hue change (torchvision's `RandomPhotometricDistort`).
     """
 
@@ -50,12 +50,12 @@ class SceneAugment(Node):
 
 
 def to_pixels(picture: Image.Image, input: Input, size: tuple[int, int]) -> Tensor:
-    """Resize a picture, uint8 `(C, *size)`.
+    """Return a resized picture, uint8 `(C, *size)`.
 
     Args:
-        picture: any.
-        input: channels and interpolation.
-        size: height and width.
+        picture: an image of any mode.
+        input: gives channels and interpolation.
+        size: height and width in pixels.
     """
     picture = picture.convert("L" if input.channels == 1 else "RGB")
     if (picture.height, picture.width) != size:
@@ -65,7 +65,7 @@ def to_pixels(picture: Image.Image, input: Input, size: tuple[int, int]) -> Tens
 
 
 class _Keyed(Dataset[tuple[Tensor, Tensor] | DataError]):
-    """Augmented scenes by `(epoch, number)`."""
+    """Augmented scenes indexed by `(epoch, number)`."""
 
     def __init__(self, scenes: Scenes, input: Input, augment: SceneAugment, seed: int) -> None:
         self.scenes, self.input, self.augment, self.seed = scenes, input, augment, seed
@@ -91,9 +91,9 @@ class _Keyed(Dataset[tuple[Tensor, Tensor] | DataError]):
         return max(1, round(picture.height * factor)), max(1, round(picture.width * factor))
 
     def _cut(self, pixels: Tensor, labels: Tensor, draws: tuple[float, float], flip: float) -> tuple[Tensor, Tensor]:
-        """One crop of the input's size, `(C, h, w)` and `(h, w)`, flipped by chance."""
+        """Return a crop of the input's size, `(C, h, w)` and `(h, w)`, with a random flip."""
         beyond = [max(0, want - have) for want, have in zip(self.input.size, labels.shape, strict=True)]
-        # Zero is the mean colour here.
+        # The pixels are normalized, so zero is the mean color.
         pixels = F.pad(pixels, (0, beyond[1], 0, beyond[0]))
         labels = F.pad(labels, (0, beyond[1], 0, beyond[0]), value=IGNORE)
         (height, width), (all_rows, all_columns) = self.input.size, labels.shape
@@ -106,15 +106,15 @@ class _Keyed(Dataset[tuple[Tensor, Tensor] | DataError]):
 
 
 class SceneLoader(TrainLoader):
-    """As `vitrim.data.train_loader` gives, but with masks, int64 `(b, h, w)`, as labels."""
+    """Like the loader of `vitrim.data.train_loader`, but with masks, int64 `(b, h, w)`, as labels."""
 
     def __init__(self, scenes: Scenes, input: Input, augment: SceneAugment, **rest: Any) -> None:
         """Build the loader.
 
         Args:
-            scenes: what to train on.
+            scenes: training scenes.
             input: what the model takes.
-            augment: what is done to a scene.
+            augment: augmentation of a scene.
             rest: `batch seed workers rank world accumulate even device` as for `vitrim.data.train_loader`.
 
         Raises:
@@ -128,5 +128,5 @@ class SceneLoader(TrainLoader):
 
     @property
     def labelled(self) -> bool:
-        """Whether the scenes have labels: always."""
+        """Always True: every scene has a mask."""
         return True

@@ -1,10 +1,10 @@
-"""Pictures with a mask that names the class of every pixel.
+"""Scenes: pictures with a mask that gives the class of every pixel.
 
-B images, (h, w) height and width of the input, K classes that count.
+B images, (h, w) height and width of the input, K classes that are not ignored.
 
-A folder or an uncompressed tar: `images/*.jpg` with `masks/*.png` of the same stem and size, either in split folders
-(`train val test`) or alone, and `classes.txt` with one name a line. A mask is 8-bit (grey or palette), its values are
-lines of that file from 0; 255 is ignored.
+A source is a folder or an uncompressed tar. It contains `images/*.jpg` with `masks/*.png` of the same stem and size,
+either in split folders (`train val test`) or directly, and `classes.txt` with one name per line. A mask is 8-bit
+(grayscale or palette). Its values are line numbers of that file, from 0; 255 is ignored.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from vitrim.words.progress import progress
 __all__ = ["IGNORE", "Scenes", "open_scenes", "scene_splits"]
 
 IGNORE = 255
-"""Value of a pixel that is not learned from and not counted."""
+"""Mask value of pixels that are ignored in training and evaluation."""
 
 _INVALID = 254
 _KNOWN = {name: split for split, names in SPLITS.items() for name in names}
@@ -36,7 +36,7 @@ _KNOWN = {name: split for split, names in SPLITS.items() for name in names}
 
 @dataclasses.dataclass(frozen=True)
 class _Store:
-    """Files of a folder or tar by relative name; without an open file, so workers may fork at any moment."""
+    """Files of a folder or tar by relative name. No file is kept open, so workers may fork at any time."""
 
     root: Path
     ranges: dict[str, tuple[int, int]] | None
@@ -58,15 +58,15 @@ class _Store:
 
 
 class Scenes(Dataset[tuple[Image.Image, Image.Image]]):
-    """Scenes in a fixed order, each an RGB picture and a mask of its size, mode ``L``.
+    """Scenes in a fixed order, each an RGB picture and a mask of the same size, mode ``L``.
 
-    A mask's values are below `classes`, or `IGNORE`.
+    The values of a mask are below `classes`, or `IGNORE`.
 
     Attributes:
-        names: names of the classes that count, in the order of the masks' values.
+        names: names of the classes that are not ignored, in the order of the mask values.
         classes: K, their number.
-        source: what the user asked for, as in error texts.
-        split: part of the source, or None.
+        source: the source as the user gave it, for error messages.
+        split: name of the split, or None.
     """
 
     def __init__(
@@ -88,26 +88,26 @@ class Scenes(Dataset[tuple[Image.Image, Image.Image]]):
         """Return a picture and its mask.
 
         Raises:
-            DataError: a file does not decode, the mask has another size than the picture, or a value is no class.
+            DataError: a file does not decode, the mask has another size than the picture, or a value is not a class.
         """
         name, mask = self._pairs[index]
         picture = decode(self._store.read(name), f"{self.source}: {name}")
         return picture, Image.fromarray(self._mask(mask, picture.size))
 
     def line(self) -> str:
-        """What was read, in one line: scenes, classes, the first three class names with their numbers."""
-        told = [f"{number} '{name}'" for number, name in enumerate(self.names)]
-        first = ", ".join([*told[:3], *(["..."] if len(told) > 3 else [])])
+        """Return a one-line summary: scenes, classes, the first three class names with their numbers."""
+        numbered = [f"{number} '{name}'" for number, name in enumerate(self.names)]
+        first = ", ".join([*numbered[:3], *(["..."] if len(numbered) > 3 else [])])
         part = f" ({self.split})" if self.split else ""
         source = self.source.rstrip("/").rpartition("/")[2]
         return f"{len(self):,} scenes of {source}{part}, {self.classes:,} classes ({first})"
 
     def name(self, index: int) -> str:
-        """The file of a picture, relative to the source."""
+        """Return the file of a picture, relative to the source."""
         return self._pairs[index][0]
 
     def size(self, index: int) -> tuple[int, int]:
-        """Height and width of a picture, read from its header."""
+        """Return the height and width of a picture, read from its header."""
         name = self._pairs[index][0]
         try:
             with Image.open(io.BytesIO(self._store.read(name))) as image:
@@ -116,15 +116,15 @@ class Scenes(Dataset[tuple[Image.Image, Image.Image]]):
             raise DataError(f"{self.source}: {name}: every image must decode, but {problem}") from None
 
     def pick(self, index: Sequence[int]) -> "Scenes":
-        """Return the scenes of these numbers, in this order."""
+        """Return the scenes at these indices, in this order."""
         pairs = [self._pairs[int(place)] for place in index]
         return Scenes(self._store, pairs, self._table, self.names, self.source, self.split)
 
     def checked(self) -> NDArray[np.int64]:
-        """Read every mask once and return how many pixels each class has, `(K,)`.
+        """Read every mask once and return the number of pixels of each class, `(K,)`.
 
         Raises:
-            DataError: a mask has another size than its image, a value that is no class, or no pixel that counts.
+            DataError: a mask has another size than its image, a value that is not a class, or only ignored pixels.
         """
         pixels = np.zeros(256, dtype=np.int64)
         with progress(f"masks of {self.split or self.source}", len(self)) as advance:
@@ -150,7 +150,7 @@ class Scenes(Dataset[tuple[Image.Image, Image.Image]]):
             reason = str(problem).strip() or type(problem).__name__
             raise DataError(f"{at}: every mask must decode, but {reason}; replace this file") from None
         if mode not in ("L", "P"):
-            raise DataError(f"{at}: a mask must be 8-bit grey or palette, one label a pixel, but its mode is {mode}")
+            raise DataError(f"{at}: a mask must be 8-bit gray or palette, one label per pixel, but its mode is {mode}")
         if (values.shape[1], values.shape[0]) != size:
             raise DataError(
                 f"{at}: a mask must have the size of its image, {size[0]} x {size[1]}, but has "
@@ -162,7 +162,7 @@ class Scenes(Dataset[tuple[Image.Image, Image.Image]]):
             lines = int((self._table != _INVALID).sum()) - 1
             raise DataError(
                 f"{at}: a label must be one of the {lines} lines of classes.txt (0 to {lines - 1}) or {IGNORE} for "
-                f"ignored pixels, but {wrong} came; add the class or mend the mask"
+                f"ignored pixels, but {wrong} came; add the class or correct the mask"
             )
         return labels
 
@@ -181,13 +181,13 @@ def open_scenes(source: str, split: str | None = None, *, ignore: Sequence[str] 
 
     Args:
         source: its path.
-        split: `train`, `validation` or `test`; None takes `train` of a divided source, else everything. `test` falls
-            back on `validation`.
-        ignore: names in `classes.txt` whose pixels are not learned from and not counted.
+        split: `train`, `validation` or `test`; None selects `train` of a divided source and everything of an undivided
+            one. If there is no `test`, `validation` is returned for it.
+        ignore: names in `classes.txt` whose pixels are ignored in training and evaluation.
 
     Raises:
         DataError: the source is missing, damaged or empty, has an image without mask or a mask without image, or its
-            classes are not as they must be.
+            `classes.txt` is missing or malformed.
     """
     store = _open(source)
     names = store.names()
@@ -239,7 +239,7 @@ def _pairs(source: str, names: Sequence[str], split: str | None) -> list[tuple[s
     lone = sorted(images.keys() ^ masks.keys(), key=natural_key)
     if not images or not masks:
         raise DataError(
-            f"{source}: images must lie in {f'{split}/' if split else ''}images/ and masks (.png) in masks/, but "
+            f"{source}: images must be in {f'{split}/' if split else ''}images/ and masks (.png) in masks/, but "
             f"there are {len(images)} and {len(masks)}"
         )
     if lone:
@@ -256,7 +256,7 @@ def _add(source: str, found: dict[str, str], path: PurePosixPath) -> None:
 
 def _classes(source: str, store: _Store, names: Sequence[str]) -> tuple[str, ...]:
     if "classes.txt" not in names:
-        raise DataError(f"{source}: must have a classes.txt with one class name a line, but has none")
+        raise DataError(f"{source}: must have a classes.txt with one class name per line, but has none")
     try:
         lines = store.read("classes.txt").decode("utf-8").splitlines()
     except UnicodeDecodeError as problem:

@@ -2,7 +2,8 @@
 
 A sample is a run of members with one key (the path up to the first dot of the file's name): an image and its label, a
 whole number in `.cls`, a class name in `.cls` or `.txt` with a class map, or a field of `.json` that `_info.json`
-names. Only headers and labels are read beforehand; images are decoded when they are asked for. P images.
+names. Only headers and labels are read when a source is opened; images are decoded on access. P is the number of
+images.
 """
 
 import dataclasses
@@ -43,10 +44,10 @@ _Member = tuple[int, int]
 
 
 def braces(pattern: str) -> list[str]:
-    """Expand `a-{000..002}.tar` and `{a,b}.tar`, several in one name too, and names joined by `::`.
+    """Expand `a-{000..002}.tar` and `{a,b}.tar`, also several in one name, and names joined by `::`.
 
     Raises:
-        DataError: it stands for more than 100,000 names.
+        DataError: the pattern expands to more than 100,000 names.
     """
     return [name for part in pattern.split("::") for name in _expand(part)]
 
@@ -67,13 +68,13 @@ def _expand(pattern: str) -> list[str]:
         end = found.end()
     total = max(total, int(np.prod([len(each) for each in choices], dtype=np.float64)) if choices else 1)
     if total > _MOST_SHARDS:
-        raise DataError(f"{pattern}: a pattern must stand for at most {_MOST_SHARDS:,} shards, but stands for more")
+        raise DataError(f"{pattern}: a pattern must expand to at most {_MOST_SHARDS:,} shards, but expands to more")
     return ["".join(parts) for parts in itertools.product(*choices, [pattern[end:]])]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """The shards of a split; `field` of the JSON is the label where it is not empty, `count` is what is promised."""
+    """The shards of a split. `field`, if not empty, is the JSON field of the label. `count` is the expected size."""
 
     shards: tuple[Path, ...]
     field: str = ""
@@ -82,7 +83,7 @@ class _Part:
 
 @dataclasses.dataclass(frozen=True)
 class _Decode:
-    """Decodes the images of several shards; where one is damaged, its shard is looked through and all are counted."""
+    """Decodes the images of several shards. If one is damaged, all damaged images of its shard are counted."""
 
     shards: tuple[TarImages, ...]
     ends: NDArray[np.int64]
@@ -116,11 +117,11 @@ def _is_damaged(images: TarImages, place: int) -> bool:
 
 
 class Shards:
-    """A folder of shards, or some shards of one.
+    """A folder of shards, or some of its shards.
 
     Attributes:
-        source: as the user gave it.
-        splits: what the shards are divided into by `_info.json` or by a word in their names (`train-000.tar`),
+        source: the source as the user gave it.
+        splits: the splits of the shards, given by `_info.json` or by a word in their names (`train-000.tar`),
             in the order `train validation test`; empty if they are not divided.
     """
 
@@ -128,7 +129,7 @@ class Shards:
         """Find the shards.
 
         Args:
-            source: for error texts.
+            source: name for error messages.
             path: a folder, or one followed by a pattern of names, see `braces`.
 
         Raises:
@@ -144,16 +145,16 @@ class Shards:
         self.splits = tuple(split for split in SPLITS if split in kinds)
 
     def images(self, split: str | None, reading: Reading) -> Images:
-        """The images of a split.
+        """Return the images of a split.
 
         Args:
-            split: `train`, `validation` or `test`, or the name that `_info.json` or the shards have for one; None takes
-                `train` of divided shards, else everything.
-            reading: how to read labels that are names, and whether to leave out damaged samples.
+            split: `train`, `validation` or `test`, or the name of a split in `_info.json` or in the shard names; None
+                selects `train` of divided shards and everything of undivided ones.
+            reading: how to read labels that are names, and whether to skip damaged samples.
 
         Raises:
-            DataError: no such split, a damaged shard or label, a sample without image or label, fewer samples than
-                `_info.json` says.
+            DataError: there is no such split, a shard or label is damaged, a sample has no image or label, or there are
+                fewer samples than given in `_info.json`.
         """
         name = self._name(split)
         part = self._parts[name]
@@ -168,7 +169,7 @@ class Shards:
         bare = found == _MISSING
         index = None
         if bare.any() and not bare.all():
-            reason, first = "samples without a label beside others that have one", f"number {int(bare.argmax())}"
+            reason, first = "samples without a label among others that have one", f"number {int(bare.argmax())}"
             left_out.add(reason, first, count=int(bare.sum()))
             index = np.flatnonzero(~bare)
         found = np.where(bare, -1, found)
@@ -202,17 +203,17 @@ class Shards:
         raise DataError(f"{self.source}: must have a split '{split}', but the shards have {there}")
 
     def _check(self, count: int, part: _Part, left_out: LeftOut, skip: bool) -> None:
-        told = left_out.sentences()
-        if told and not skip:
+        phrases = left_out.sentences()
+        if phrases and not skip:
             raise DataError(
-                f"{self.source}: every sample must be whole, but there are {'; '.join(told)}; write these shards "
+                f"{self.source}: every sample must be whole, but there are {'; '.join(phrases)}; write these shards "
                 "again, or set data.skip_damaged"
             )
         if not count:
             raise DataError(f"{self.source}: a source must have at least one image, but has none")
-        if part.count and count != part.count and not told:
+        if part.count and count != part.count and not phrases:
             raise DataError(
-                f"{self.source}: the shards must hold the {part.count:,} samples that _info.json promises, but hold "
+                f"{self.source}: the shards must contain the {part.count:,} samples given in _info.json, but contain "
                 f"{count:,}; fetch them again, or correct the file"
             )
 
@@ -223,7 +224,7 @@ def _named(source: str, folder: Path, pattern: str) -> dict[str, _Part]:
     missing = [shard for shard in shards if not shard.is_file()]
     if missing:
         raise DataError(f"{source}: every shard must exist, but {missing[0]} does not")
-    # Named one by one, they are taken as they are.
+    # Shards that are named explicitly are not divided into splits.
     return {"": _Part(shards, count=int(count) if count.isdecimal() and len(count) < 19 else 0)}
 
 
@@ -233,15 +234,18 @@ def _parts(source: str, folder: Path) -> dict[str, _Part]:
         return _told(source, folder, info)
     found = sorted((p for p in folder.glob("*.tar") if not is_hidden(p.name)), key=lambda p: (natural_key(p.name), p))
     if not found:
-        raise DataError(f"{source}: the folder must hold a shard (.tar), but holds none")
-    told = {path: next((w for w in _WORD.findall(path.stem) if split_of(w) is not None), "") for path in found}
-    strange = [path.name for path, word in told.items() if not word]
-    if 0 < len(strange) < len(found):
+        raise DataError(f"{source}: the folder must contain a shard (.tar), but contains none")
+    split_words = {path: next((w for w in _WORD.findall(path.stem) if split_of(w) is not None), "") for path in found}
+    unnamed = [path.name for path, word in split_words.items() if not word]
+    if 0 < len(unnamed) < len(found):
         raise DataError(
-            f"{source}: the names of all shards must have their split or none, but '{strange[0]}' has none beside "
-            f"others; name those that you mean, as in wds/{folder}/train-{{000..009}}.tar"
+            f"{source}: the names of all shards or of none must contain their split, but '{unnamed[0]}' has none "
+            f"and others have one; name those that you mean, as in wds/{folder}/train-{{000..009}}.tar"
         )
-    return {word: _Part(tuple(path for path in found if told[path] == word)) for word in dict.fromkeys(told.values())}
+    return {
+        word: _Part(tuple(path for path in found if split_words[path] == word))
+        for word in dict.fromkeys(split_words.values())
+    }
 
 
 def _told(source: str, folder: Path, info: Path) -> dict[str, _Part]:
@@ -290,7 +294,7 @@ def _index(
 
 
 def _samples(shard: Path) -> Iterator[tuple[str, dict[str, _Member]]]:
-    """Runs of members with one key, in the order of the tar."""
+    """Yield runs of members with the same key, in the order of the tar."""
     key, members = None, dict[str, _Member]()
     for name, place in file_ranges(shard).items():
         folder, _, file = name.rpartition("/")
@@ -307,7 +311,7 @@ def _samples(shard: Path) -> Iterator[tuple[str, dict[str, _Member]]]:
 
 
 def _why_no_sample(image: str | None, members: Mapping[str, _Member], field: str) -> str | None:
-    """Why these members are no sample, or None."""
+    """Return why these members are not a complete sample, or None."""
     if image is None:
         return "without an image"
     if not members[image][1]:
@@ -318,7 +322,7 @@ def _why_no_sample(image: str | None, members: Mapping[str, _Member], field: str
 
 
 def _label(shard: Path, members: Mapping[str, _Member], field: str, mapping: Mapping[str, int] | None) -> int:
-    """The label of a sample, -1 if it says so, `_MISSING` if it has none."""
+    """Return the label of a sample; -1 if the label file contains -1, `_MISSING` if there is no label file."""
     wanted = (".json",) if field else (".cls", ".txt") if mapping is not None else (".cls",)
     name = next((name for want in wanted for name in members if ending(name) == want), None)
     if name is None:
@@ -341,6 +345,6 @@ def _label(shard: Path, members: Mapping[str, _Member], field: str, mapping: Map
     if isinstance(value, bool) or not re.fullmatch(r"-1|\d{1,9}", digits):
         raise DataError(
             f"{at}: a label must be a whole number from 0, or -1 for none, but is '{digits[:80]}'; "
-            "for names give a class map"
+            "for names, give a class map"
         )
     return int(digits)

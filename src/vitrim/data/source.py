@@ -1,6 +1,6 @@
-"""Which source is meant: `digits`, a folder or tar, or a name that timm's `create_dataset` knows.
+"""Find and open image sources: `digits`, a folder or tar, or a name that timm's `create_dataset` accepts.
 
-P images.
+P is the number of images.
 """
 
 import dataclasses
@@ -29,13 +29,13 @@ _DIGITS_TEST = 450
 
 
 class Source(Protocol):
-    """Where images come from, opened once, whatever parts of it are asked for.
+    """A source of images. It is opened once, and all splits are read from it.
 
     Attributes:
-        source: as the user gave it.
-        splits: what it is divided into, in the order `train validation test`; empty if it is not divided.
-        by_names: whether classes are folders, numbered by sorting their names, so that another folder with fewer
-            classes needs a map to number them alike.
+        source: the source as the user gave it.
+        splits: its splits, in the order `train validation test`; empty if it is not divided.
+        by_names: whether classes are folders that are numbered by sorting their names. Another folder with fewer
+            classes then needs a class map to get the same numbers.
     """
 
     source: str
@@ -43,7 +43,7 @@ class Source(Protocol):
     by_names: bool
 
     def images(self, split: str | None, reading: Reading) -> Images:
-        """The images of a split; see `open_source`."""
+        """Return the images of a split; see `open_source`."""
         ...
 
 
@@ -71,18 +71,19 @@ class _Torchvision:
 
 
 def find_source(source: str) -> Source:
-    """Find a source of images and list what it holds, once.
+    """Find a source of images and list its contents once.
 
     Args:
-        source: `digits` (1,797 real 8x8 digits of scikit-learn, enlarged to 32x32); a folder or an uncompressed tar,
-            of class folders, of split folders with class folders, or of images alone (no labels); `torch/NAME`
-            (torchvision, downloaded to `$VITRIM_DATA` or `~/.cache/vitrim`); `hfds/NAME` (Hugging Face datasets);
-            `wds/FOLDER` or `wds/FOLDER/PATTERN` (webdataset shards, e.g. `wds/shards/train-{000..009}.tar`). Any of
-            them may name a split after a colon: `hfds/NAME:validation`, `hfds/NAME:train[:10%]`, `wds/FOLDER:test`;
-            that one is given whatever is asked for.
+        source: `digits` (1,797 real 8x8 digits of scikit-learn, enlarged to 32x32); a folder or an uncompressed tar
+            with class folders, with split folders that contain class folders, or with only images (no labels);
+            `torch/NAME` (torchvision, downloaded to `$VITRIM_DATA` or `~/.cache/vitrim`); `hfds/NAME`
+            (Hugging Face datasets); `wds/FOLDER` or `wds/FOLDER/PATTERN` (webdataset shards, e.g.
+            `wds/shards/train-{000..009}.tar`). Any of them may name a split after a colon:
+            `hfds/NAME:validation`, `hfds/NAME:train[:10%]`, `wds/FOLDER:test`.
+            Then only this split is returned, regardless of the split requested later.
 
     Raises:
-        DataError: unknown, damaged or empty source.
+        DataError: the source is unknown, damaged or empty.
     """
     kind, slash, rest = source.partition("/")
     if slash and kind.lower() in ("torch", "hfds", "wds"):
@@ -116,12 +117,12 @@ def open_source(
 
     Args:
         source: see `find_source`.
-        split: `train`, `validation` or `test`; None takes `train` of a divided source, else everything. `hfds` takes
-            any split expression of its own.
-        class_map: text file with one class name a line, or names with their numbers.
-        classes: outputs of the model; with 1,000 of them, folders named by ImageNet ids find their ImageNet label.
+        split: `train`, `validation` or `test`; None selects `train` of a divided source and everything of an undivided
+            one. `hfds` also accepts its own split expressions.
+        class_map: text file with one class name per line, or a mapping from names to numbers.
+        classes: number of outputs of the model. If it is 1,000, folders named by ImageNet ids get their ImageNet label.
         class_order: `plain`, `natural` or `auto`, see `vitrim.data.folders.Reading`.
-        ask: asked for the order with `auto`.
+        ask: function that chooses the order for `auto`.
         depth: level of the class folders, from 1.
         skip_damaged: whether to leave out images that do not decode.
 
@@ -129,8 +130,8 @@ def open_source(
         Images in a fixed order.
 
     Raises:
-        DataError: unknown, damaged or empty source, class outside the map, no such split, or folders that can be read
-            in several ways.
+        DataError: the source is unknown, damaged or empty, a class is not in the map, there is no such split, or the
+            folders can be read in more than one way.
     """
     reading = Reading(class_map, classes, class_order, ask, depth, skip_damaged)
     return find_source(source).images(split, reading)
@@ -149,20 +150,21 @@ def splits_of(source: str) -> tuple[str, ...]:
 
 
 def test_images(found: Source, reading: Reading) -> Images:
-    """The images of a source that a model is to be measured on: never training images, unless the source names them.
+    """Return the images on which to evaluate a model; never training images, unless the source names that split.
 
     Args:
-        found: of a divided source, its `test` is taken, or its `validation` if the test images have no labels.
-        reading: how to read it.
+        found: a source. If it is divided, its `test` split is used, or `validation` if there is no `test` split or the
+            test images have no labels.
+        reading: how to read the source.
 
     Raises:
-        DataError: the source is divided and has neither; or it cannot be read.
+        DataError: the source is divided and has neither split, or it cannot be read.
     """
     if not found.splits:
         return found.images(None, reading)
     if not {"test", "validation"} & set(found.splits):
         raise DataError(
-            f"{found.source}: images to measure on must be no training images, but there is only a train split; to "
+            f"{found.source}: images to measure on must not be training images, but there is only a train split; to "
             f"measure on that, name it as {found.source}:train"
         )
     images = found.images("test" if "test" in found.splits else "validation", reading)
@@ -175,7 +177,7 @@ test_images.__test__ = False  # type: ignore[attr-defined]
 
 
 class _Pinned:
-    """A source with a split that the user named."""
+    """A source restricted to the split that the user named."""
 
     def __init__(self, source: str, found: Source, split: str) -> None:
         self.source = source
@@ -190,7 +192,7 @@ class _Pinned:
 def _exists(path: str) -> bool:
     try:
         return Path(path).exists()
-    except (OSError, ValueError):  # a name that is too long, or holds a null character
+    except (OSError, ValueError):  # a name that is too long, or contains a null character
         return False
 
 
@@ -201,12 +203,12 @@ def _short(text: str) -> str:
 def _near(source: str) -> str:
     path = Path(source)
     try:
-        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        neighbors = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     except (OSError, ValueError):
-        beside = []
+        neighbors = []
     if path.name == source:
-        beside.append("digits")
-    near = difflib.get_close_matches(path.name[:200], beside, n=1)
+        neighbors.append("digits")
+    near = difflib.get_close_matches(path.name[:200], neighbors, n=1)
     return f"; did you mean '{near[0] if path.name == source else path.parent / near[0]}'?" if near else ""
 
 
@@ -216,7 +218,7 @@ def _digit_arrays() -> tuple[NDArray[np.uint8], NDArray[np.int64], dict[str, NDA
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    # Sixteen grey levels in the source.
+    # The source has gray levels from 0 to 16.
     small = (digits.images * (255 / 16)).round().astype(np.uint8)
     large = [Image.fromarray(each).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB") for each in small]
     labels = digits.target.astype(np.int64)
@@ -261,7 +263,7 @@ class _Torch:
         if chosen not in SPLITS:
             raise DataError(f"{self.source}: split must be one of {', '.join(SPLITS)}, but is '{chosen}'")
         root = Path(os.environ.get("VITRIM_DATA", "~/.cache/vitrim")).expanduser()
-        # torchvision's sets have two parts, which timm calls train and everything else.
+        # torchvision's datasets have two parts. timm returns the first for `train`, and the second for any other name.
         part = "train" if chosen == "train" else "validation"
         dataset = create(self.source, root=str(root), split=part, download=True)
         labels = _torch_labels(dataset, self.source)
@@ -292,4 +294,6 @@ class _Wds:
 
 def _no_map(source: str, reading: Reading) -> None:
     if reading.class_map:
-        raise DataError(f"{source}: a class map must go with folders, tars, hfds or wds, but came with this source")
+        raise DataError(
+            f"{source}: a class map must be used with folders, tars, hfds or wds, but was given with this source"
+        )

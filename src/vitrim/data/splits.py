@@ -1,4 +1,4 @@
-"""Who sees which images: training, calibration, validation and test."""
+"""Divide images into training, calibration, validation and test images."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,14 +16,13 @@ __all__ = ["Splits", "split"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Splits:
-    """Four parts of the data; a search is never given `test`.
+    """The four parts of the data. A search never uses `test`.
 
     Attributes:
-        train: images to learn from.
-        calibration: some of the training images, used without labels or to score; part of `train` and never of
-            `validation`.
-        validation: held out from the training images, disjoint from `train` and `calibration`; None if none asked.
-        test: images of their own source or split; None if there is none.
+        train: training images.
+        calibration: some of the training images, used without labels or for scores; a subset of `train`.
+        validation: images held out from training, disjoint from `train` and `calibration`; None if none were requested.
+        test: images of a separate source or split; None if there is none.
     """
 
     train: Images
@@ -48,27 +47,28 @@ def split(
 ) -> Splits:
     """Divide the training images and find the test images.
 
-    Calibration and validation are drawn from the training images alone, class by class in turn where labels are
-    known, so that their class counts differ by at most one as far as the classes reach. Each source is listed once.
+    Calibration and validation images are drawn only from the training images. If there are labels, they are drawn from
+    each class in turn, so the class counts differ by at most one until a class has no images left. Each source is
+    listed once.
 
     Args:
-        source_train: source (see `vitrim.data.source.find_source`) or opened images to train on; of a divided source,
-            its `train`.
-        source_test: source or opened images to test on; of a divided source, its `test` or `validation`. None
-            takes the test split of `source_train`, where it has one.
-        calibration: number of calibration images, `>= 0`; a smaller source gives all it may.
-        validation: share of the training images in `[0, 1)`, or a number of them `>= 1`. A share never takes the last
-            image of a class (one image a class then gives no validation part); a number does if it must.
-        seed: decides the draw.
-        class_map: text file with one class name a line, or names with their numbers.
-        classes: outputs of the model; with 1,000 of them, folders named by ImageNet ids find their ImageNet label.
+        source_train: source (see `vitrim.data.source.find_source`) or opened images for training; of a divided source,
+            the `train` split is used.
+        source_test: source or opened images for testing; of a divided source, `test` or `validation` is used. None
+            uses the test split of `source_train`, if it has one.
+        calibration: number of calibration images, `>= 0`; if there are fewer training images, all are used.
+        validation: fraction of the training images in `[0, 1)`, or a number of images `>= 1`. A fraction never takes
+            the last image of a class, so a source with one image per class gets no validation images. A number may.
+        seed: seed of the draw.
+        class_map: text file with one class name per line, or a mapping from names to numbers.
+        classes: number of outputs of the model. If it is 1,000, folders named by ImageNet ids get their ImageNet label.
         class_order: `plain`, `natural` or `auto`, see `vitrim.data.folders.Reading`.
-        ask: asked for the order with `auto`.
+        ask: function that chooses the order for `auto`.
         depth: level of the class folders, from 1.
         skip_damaged: whether to leave out images that do not decode.
 
     Raises:
-        DataError: a source is unfit, or `validation` leaves nothing to train on.
+        DataError: a source cannot be read, or `validation` leaves no images for training.
     """
     if calibration < 0 or validation < 0:
         raise DataError(f"calibration and validation must be at least 0, but are {calibration} and {validation}")
@@ -98,7 +98,7 @@ def _test(found: Source | None, source_test: str | Images | None, images: Images
         found = found if found is not None and source_test == found.source else find_source(source_test)
     elif found is None or not {"test", "validation"} & set(found.splits):
         return None
-    # A test folder with fewer classes must not shift their numbers, so it counts by the training names.
+    # A test folder with fewer classes must not shift the class numbers, so the numbers of the training names are used.
     names = images.names
     if names and not reading.class_map and found.by_names:
         if reading.classes is None or images.classes == reading.classes:
@@ -109,7 +109,7 @@ def _test(found: Source | None, source_test: str | Images | None, images: Images
 
 
 def _check_numbers(train: Images, test: Images) -> None:
-    """Refuse test images whose classes have the names but not the numbers of the training images."""
+    """Raise if a class has the same name but another number in the test images than in the training images."""
     mine = {name: number for number, name in enumerate(train.names or ()) if name}
     for number, name in enumerate(test.names or ()):
         if mine.get(name, number) != number:
@@ -120,13 +120,13 @@ def _check_numbers(train: Images, test: Images) -> None:
 
 
 def _balanced(labels: NDArray[np.int64], seed: int, last: bool = False) -> NDArray[np.int64]:
-    """Return all places, `(P,)`: one random image of each class, then a second of each, and so on.
+    """Return all indices, `(P,)`: one random image of each class, then a second of each, and so on.
 
-    With `last`, each class gives its images in the opposite order, so that two such draws meet as late as possible.
+    With `last`, the images of each class are in the opposite order, so that two such draws overlap as late as possible.
     """
     generator = np.random.Generator(np.random.PCG64([seed, 0x5917]))
     shuffled = generator.permutation(len(labels))
-    # The places of each class in a row, in their shuffled order.
+    # The indices grouped by class, each group in shuffled order.
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
     within = np.arange(len(labels)) - np.repeat(starts, counts)
@@ -140,7 +140,7 @@ def _held_out(images: Images, seed: int, validation: float) -> NDArray[np.int64]
     wanted = round(validation * len(images)) if validation < 1 else int(validation)
     if wanted >= len(images):
         raise DataError(
-            f"{images.source}: validation must leave images to train on, but asks for {wanted} of {len(images)}"
+            f"{images.source}: validation must leave images to train on, but takes {wanted} of {len(images)}"
         )
     left = np.bincount(images.labels + 1)
     held: list[int] = []

@@ -1,7 +1,7 @@
-"""List the files of an uncompressed tar by byte range, reading its headers alone.
+"""List the files of an uncompressed tar by byte range, reading only its headers.
 
-Nothing is extracted. A tar is read once from header to header, in bounded memory: neither the size that a header claims
-nor the number of members makes more of it needed than the names and ranges of the images.
+Nothing is extracted. A tar is read once from header to header. Only the names and byte ranges of the images are kept in
+memory, regardless of the sizes that headers claim and of the number of other members.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from vitrim.words.errors import DataError
 __all__ = ["TarImages", "file_ranges", "list_tar", "read_range"]
 
 _END = 1024
-# Long names and pax headers are read into memory whole; those of real archives take some hundred bytes.
+# Limit for long names and pax headers, which are read into memory whole. In real archives they take some hundred bytes.
 _HEADER_BYTES = 2**20
 _LONGEST_NAME = 1024
 _Range = tuple[int, int]
@@ -34,11 +34,11 @@ _Range = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class TarImages:
-    """Decodes the images of a tar by byte range: no open file is shared, so workers may fork at any moment.
+    """Decodes the images of a tar by byte range. No open file is shared, so workers may fork at any time.
 
     Attributes:
         tar: path of the tar.
-        names: of the images.
+        names: paths of the images in the tar.
         ranges: start and size of each in bytes, int64 `(P, 2)`.
     """
 
@@ -47,17 +47,17 @@ class TarImages:
     ranges: NDArray[np.int64]
 
     def __call__(self, index: int) -> Image.Image:
-        """Decode the image of a number in `[0, P)`.
+        """Decode the image at an index in `[0, P)`.
 
         Raises:
-            DataError: it is damaged, or the tar cannot be read.
+            DataError: the image is damaged, or the tar cannot be read.
         """
         start, size = (int(value) for value in self.ranges[index])
         return decode(read_range(self.tar, start, size), f"{self.tar}:{self.names[index]}")
 
 
 def read_range(tar: str, start: int, size: int) -> bytes:
-    """Read `size` bytes of a file from `start` on.
+    """Read `size` bytes of a file from offset `start`.
 
     Raises:
         DataError: the file cannot be read.
@@ -71,7 +71,7 @@ def read_range(tar: str, start: int, size: int) -> bytes:
 
 
 class _Part(io.RawIOBase):
-    """A range of an open file as a file of its own; one read gives at most `_HEADER_BYTES`, for it is of headers."""
+    """A byte range of an open file as a file object. A read of more than `_HEADER_BYTES` raises."""
 
     def __init__(self, stream: Any, start: int, size: int) -> None:
         self._stream, self._start, self._size, self._at = stream, start, size, 0
@@ -101,10 +101,10 @@ class _Part(io.RawIOBase):
 
 
 def _members(root: Path, start: int = 0, size: int | None = None) -> Iterator[tarfile.TarInfo]:
-    """Each member of a tar, or of the tar that lies at `start` in another; `offset_data` counts from the file's begin.
+    """Yield each member of a tar, or of the tar at offset `start` in another; `offset_data` counts from the file start.
 
     Raises:
-        DataError: the tar is damaged or ends early, so that this is told here and not at image 40,000.
+        DataError: the tar is damaged or ends early. The check is here so that it does not fail at image 40,000.
     """
     size = root.stat().st_size - start if size is None else size
     try:
@@ -119,7 +119,7 @@ def _members(root: Path, start: int = 0, size: int | None = None) -> Iterator[ta
             stream.seek(start + max(0, size - _END))
             if any(stream.read(min(_END, size))):
                 raise tarfile.ReadError("it ends before its end mark")
-    # A pax header may claim a size that is no number, or beyond what the system can seek to.
+    # A pax header may claim a size that is not a number, or that is larger than the system can seek to.
     except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as problem:
         reason = getattr(problem, "strerror", None) or str(problem)
         raise DataError(f"{root}: the tar must be whole, but {reason}; fetch it again") from None
@@ -135,10 +135,12 @@ def _check_tar(root: Path) -> None:
 
 
 def file_ranges(root: Path) -> dict[str, tuple[int, int]]:
-    """Start and size in bytes of each regular file of an uncompressed tar, by its name; of equal names the last.
+    """Return start and size in bytes of each regular file of an uncompressed tar, by name.
+
+    If a name occurs more than once, the last file counts.
 
     Raises:
-        DataError: the file is no tar, or damaged.
+        DataError: the file is not a tar, or is damaged.
     """
     _check_tar(root)
     return {
@@ -149,7 +151,7 @@ def file_ranges(root: Path) -> dict[str, tuple[int, int]]:
 
 
 class _Found:
-    """What the members of a tar are: images by name, folders, and what is left out."""
+    """The members of a tar by kind: images by name, folders, and files that are left out."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -163,7 +165,7 @@ class _Found:
         if len(name) > _LONGEST_NAME:
             self.left_out.add(f"members whose names have more than {_LONGEST_NAME:,} characters", name)
         elif any(is_hidden(part) for part in name.split("/") if part != ".."):
-            # Folders are told by what they hold.
+            # A hidden folder is reported through the files in it.
             if not info.isdir():
                 self.left_out.add(HIDDEN, name)
         elif info.isdir():
@@ -181,7 +183,7 @@ class _Found:
             self._file(info, name, nested)
 
     def _link(self, info: tarfile.TarInfo, name: str, prefix: str) -> None:
-        """A hard link: another name of a file that came before."""
+        """Handle a hard link, which is another name of an earlier file."""
         target = self.images.get(prefix + PurePosixPath(info.linkname).as_posix())
         if target is None or not is_image(name):
             self._leave("links", name)
@@ -204,7 +206,7 @@ class _Found:
 
     def _image(self, name: str, place: _Range) -> None:
         if name in self.images:
-            self.left_out.add("members that a later one of the same name replaces", name)
+            self.left_out.add("members that a later member of the same name replaces", name)
         self.images[name] = place
 
     def _leave(self, reason: str, name: str, kind: str = "") -> None:
@@ -214,10 +216,10 @@ class _Found:
 
 
 def list_tar(root: Path) -> Listing:
-    """List the images of an uncompressed tar, in the order of a folder; tars in it are taken for folders, one level.
+    """List the images of an uncompressed tar in folder order; tars inside it are read as folders, one level deep.
 
     Raises:
-        DataError: the file is no tar, damaged, or holds an image of more than 1 GiB.
+        DataError: the file is not a tar, is damaged, or contains an image of more than 1 GiB.
     """
     _check_tar(root)
     found = _Found(root)
@@ -235,7 +237,7 @@ def list_tar(root: Path) -> Listing:
 
 
 def _empty(found: _Found) -> dict[str, int]:
-    """Folders that hold no image and no other folder."""
+    """Return the folders that contain no image and no other folder, with the number of their files."""
     filled = {folder for name in found.images for folder in _above(name)}
     folders = found.folders | set(found.others)
     inner = {folder for name in folders for folder in _above(name)}

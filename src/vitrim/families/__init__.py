@@ -1,7 +1,7 @@
-"""Families of models: one file each, found because the file exists.
+"""Families of models, one file each. A file in this package is registered as a family automatically.
 
-A family describes a model as a spec, hosts our blocks in it, and builds an empty one from a spec. Everything else in
-the house asks here and does not know how many families there are.
+A family describes a model as a spec, replaces the blocks of a model by vitrim's, and builds an empty model from a spec.
+The other packages use only these functions and do not depend on the set of families.
 """
 
 import functools
@@ -57,7 +57,7 @@ class Family(Protocol):
         ...
 
     def describe(self, model: nn.Module) -> Spec:
-        """The spec of a living model, timm's or ours."""
+        """The spec of a model, timm's or adopted."""
         ...
 
     def blocks_by_stage(self, model: nn.Module) -> list[list[nn.Module]]:
@@ -135,7 +135,7 @@ def convert(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def describe(model: nn.Module) -> Spec:
-    """The spec of a living model, timm's or ours; always read from the model itself, so it stays true.
+    """Return the spec of a model, timm's or adopted; it is always read from the modules, so it is up to date.
 
     Raises:
         AdoptError: naming the path and the reason, if a part cannot be represented.
@@ -171,14 +171,14 @@ def blocks_of(model: nn.Module) -> list[tuple[str, Block]]:
         for place, block in enumerate(blocks):
             if not isinstance(block, Block):
                 raise AdoptError(
-                    "a model must be adopted before it is cut, but its blocks are not ours; call vitrim.adopt"
+                    "a model must be adopted before it is cut, but its blocks are not vitrim's; call vitrim.adopt"
                 )
             ours.append((f"stages.{stage}.blocks.{place}", block))
     return ours
 
 
 def adopt(model: nn.Module) -> nn.Module:
-    """Take a timm model in: a copy whose blocks are ours, filled with its weights and proved to be the same function.
+    """Return a copy of a timm model with vitrim's blocks and the same weights, after checking that the outputs agree.
 
     The argument is left as it was and shares no parameter with the result. Adopting twice is adopting once.
 

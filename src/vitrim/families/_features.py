@@ -1,9 +1,9 @@
-"""Methods of timm's ``VisionTransformer`` that must know of cut tokens: features, image sizes, heads, pruned layers.
+"""Replacements for methods of timm's ``VisionTransformer`` that depend on cut tokens (features, image size, head).
 
 B images, N tokens, D width, (h, w) rows and columns of the patches that leave a block.
 
-timm's class is not changed: a model with such blocks has these as attributes of its own, in place of the methods of its
-class, and a `feature_info` of its own.
+timm's class is not changed. A model whose blocks cut tokens has these as instance attributes, which replace the methods
+of its class, and its own `feature_info`.
 """
 
 import copy
@@ -24,11 +24,11 @@ from vitrim.words.steps import Tokens, flow_of, why_not_tokens
 __all__ = ["Intermediates", "Restore", "give_methods_"]
 
 Restore = Literal["nearest", "bilinear"]
-"""How merged patches are laid out on the grid of the dense model, see `vitrim.nn.unmerge`."""
+"""Interpolation of merged patches to the grid of the dense model, see `vitrim.nn.unmerge`."""
 
 
 def give_methods_(model: Any) -> None:
-    """Mark the last block of a model of ours, and give the model the methods that its blocks ask for."""
+    """Set `is_last` of the blocks of an adopted model, and set the methods that its blocks require."""
     for name in ("forward_intermediates", "set_input_size", "reset_classifier", "prune_intermediate_layers"):
         vars(model).pop(name, None)
     blocks = list(model.blocks)
@@ -46,15 +46,15 @@ def give_methods_(model: Any) -> None:
 
 @dataclass(eq=False)
 class Classifier:
-    """In place of timm's `reset_classifier` on a model whose last block leaves no patches."""
+    """Replaces timm's `reset_classifier` for a model whose last block returns no patches."""
 
     model: Any
 
     def __call__(self, num_classes: int, global_pool: str | None = None) -> None:
-        """As timm's, for a head that reads the prefix tokens.
+        """Reset the classifier as timm does, for a head that uses the prefix tokens.
 
         Raises:
-            DataError: if the new head would pool patches, of which none is left.
+            DataError: the new head would pool patches, but there are none.
         """
         pool = self.model.global_pool if global_pool is None else global_pool
         wrong = why_not_pooled(pool, self.model.blocks[-1].spec.only_prefix)
@@ -65,15 +65,15 @@ class Classifier:
 
 @dataclass(eq=False)
 class Prune:
-    """In place of timm's `prune_intermediate_layers` on a model whose tokens are cut."""
+    """Replaces timm's `prune_intermediate_layers` for a model whose tokens are cut."""
 
     model: Any
 
     def __call__(self, indices: Any = 1, *arguments: Any, **options: Any) -> Any:
-        """As timm's.
+        """Prune layers as timm does.
 
         Raises:
-            DataError: if the head that is left could not read what the last block leaves; nothing changes then.
+            DataError: the remaining head cannot use the tokens that the last block returns; nothing changes then.
         """
         model, before = self.model, self.model.blocks
         _, last = feature_take_indices(len(before), indices)
@@ -89,36 +89,36 @@ class Prune:
 
 @dataclass(eq=False)
 class Intermediates:
-    """In place of timm's `forward_intermediates` on a model whose tokens are cut.
+    """Replaces timm's `forward_intermediates` for a model whose tokens are cut.
 
-    timm lays what comes out of a block on the dense grid, and where the numbers of the tokens that are left happen to
-    divide (147 of 196 at width 384) it would do so silently with other tokens' features side by side.
+    timm reshapes the output of a block to the dense grid. If the number of remaining tokens happens to divide (147 of
+    196 at width 384), timm silently mixes the features of different tokens.
 
     Attributes:
-        model: the host.
-        restore: what `restore` is where a caller does not say, as timm's feature extractors do not.
+        model: the model.
+        restore: default of `restore` for callers that do not pass it, such as timm's feature extractors.
     """
 
     model: Any
     restore: Restore | None = None
 
     def __call__(self, x: Tensor, *arguments: Any, restore: Restore | None = None, **options: Any) -> Any:
-        """As timm's; a map has the grid of the patches that leave its block, ``(B, D, h, w)``.
+        """Return features as timm does; a map has the grid of the patches that leave its block, ``(B, D, h, w)``.
 
         Args:
             x: images, ``(B, 3, height, width)``.
-            arguments: as timm's.
-            restore: lay every map out on the grid of the dense model.
-            options: as timm's. With ``output_fmt="NLC"`` entries hold the patches that leave their block.
+            arguments: as for timm's method.
+            restore: interpolate every map to the grid of the dense model; None does not.
+            options: as for timm's method. With ``output_fmt="NLC"`` entries contain the patches that leave their block.
 
         Raises:
-            DataError: if maps are asked for where patches were dropped or no longer fill a grid, or if tokens were
-                merged by likeness.
+            DataError: maps are requested but patches were dropped or do not fill a grid, or tokens were merged by
+                similarity.
         """
         if any(tokens.stands_for is not None for tokens in _leaving(self.model)[:-1]):
             raise DataError(
                 "features of single blocks must be tokens alone, but in a model that merges tokens they come with the "
-                "number of patches that each stands for; take them from the dense model, or use forward_features"
+                "number of patches that each represents; take them from the dense model, or use forward_features"
             )
         kind = type(self.model)
         bound = inspect.signature(kind.forward_intermediates).bind(self.model, x, *arguments, **options)
@@ -129,7 +129,7 @@ class Intermediates:
         taken = _taken(len(leaving), bound.arguments["indices"])
         if any(leaving[index].grid is None for index in taken):
             raise DataError(
-                "maps of features must have every patch, but this model drops some; ask for output_fmt='NLC', whose "
+                "maps of features must have every patch, but this model drops some; use output_fmt='NLC', whose "
                 "tokens are the prefix tokens and the patches of spec.stages[0].blocks[i].tokens.kept"
             )
         bound.arguments["output_fmt"] = "NLC"
@@ -153,7 +153,7 @@ class Intermediates:
 
 
 def _taken(blocks: int, indices: Any) -> list[int]:
-    """The blocks whose outputs timm hands out, in its order."""
+    """Return the indices of the blocks whose outputs timm returns, in timm's order."""
     if indices is None:
         return list(range(blocks))
     if isinstance(indices, int):
@@ -167,14 +167,14 @@ def _dense(model: Any) -> tuple[int, int]:
 
 
 def _leaving(model: Any, dense: tuple[int, int] | None = None) -> list[Tokens]:
-    """The tokens that leave each block, by the blocks' own specs.
+    """Return the tokens after each block, computed from the blocks' specs.
 
     Args:
-        model: the host.
-        dense: rows and columns of the dense grid; the model's if None.
+        model: the model.
+        dense: rows and columns of the dense grid; None uses the model's.
 
     Raises:
-        DataError: if a step is not possible on that grid.
+        DataError: a step is not possible on that grid.
     """
     rows, columns = dense or _dense(model)
     here = Tokens(model.num_prefix_tokens, rows * columns, (rows, columns))
@@ -190,19 +190,19 @@ def _leaving(model: Any, dense: tuple[int, int] | None = None) -> list[Tokens]:
 
 
 def tell_reduction_(model: Any) -> None:
-    """Write down how much smaller than the image the maps of each block are, where neighbours are merged.
+    """Set `feature_info` to the reduction of each block's maps relative to the image, if neighbors are merged.
 
-    timm's field `reduction` is one number and may only rise: it is the larger of both; ``reduction_hw`` has those of
-    rows and columns.
+    timm's field `reduction` is one number that may not decrease. It is set to the larger of rows and columns;
+    ``reduction_hw`` contains both.
     """
     dense, leaving = _dense(model), _leaving(model)
     if not leaving or leaving[-1].halved == (0, 0):
         return
     patch = [side // places for side, places in zip(model.patch_embed.img_size, dense, strict=True)]
-    told = []
+    infos = []
     for index, tokens in enumerate(leaving):
         both = tuple(step << often for step, often in zip(patch, tokens.halved, strict=True))
-        told.append(
+        infos.append(
             {
                 "module": f"blocks.{index}",
                 "num_chs": model.embed_dim,
@@ -210,27 +210,27 @@ def tell_reduction_(model: Any) -> None:
                 "reduction_hw": both,
             }
         )
-    model.feature_info = told
+    model.feature_info = infos
 
 
 @dataclass(eq=False)
 class InputSize:
-    """In place of timm's `set_input_size` on a model whose blocks must be told their grid."""
+    """Replaces timm's `set_input_size` for a model whose blocks depend on their grid."""
 
     model: Any
 
     def __call__(self, *arguments: Any, **options: Any) -> None:
-        """As timm's.
+        """Set the input size as timm does, and update the grid of each block.
 
         Raises:
-            DataError: if a step belongs to the present grid, or the new grid is too small for the steps; nothing
-                changes then.
+            DataError: a step is bound to the present grid, or the new grid is too small for the steps; nothing changes
+                then.
         """
         model: Any = self.model
         for index, block in enumerate(model.blocks):
             wrong = None if block.spec.tokens is None else block.spec.tokens.why_not_resized()
             if wrong is not None:
-                raise DataError(f"stages.0.blocks.{index}.tokens: the input size must stay as it is, for {wrong}")
+                raise DataError(f"stages.0.blocks.{index}.tokens: the input size must not change, because {wrong}")
         trial = copy.deepcopy(model.patch_embed)
         trial.set_input_size(*arguments, **options)
         dense = (int(trial.grid_size[0]), int(trial.grid_size[1]))

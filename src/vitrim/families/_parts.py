@@ -1,4 +1,4 @@
-"""How families read a living timm model: its MLPs, norms and drop paths, what its host costs, what timm knows of it."""
+"""Functions that families use to read a timm model: MLPs, norms, drop paths, cost outside the blocks, timm's config."""
 
 import copy
 import enum
@@ -41,11 +41,11 @@ __all__ = [
 
 
 class Hole(nn.Identity):
-    """Stands where a block will be; takes whatever timm gives a block, at no cost."""
+    """Placeholder for a block: accepts the arguments that timm passes to a block, and has no parameters."""
 
 
 def norm_maker(norm: Norm) -> Any:
-    """What timm's constructors take as ``norm_layer``."""
+    """Return a function that builds the norm, for the argument ``norm_layer`` of timm's constructors."""
 
     def layer(width: int, device: Any = None, dtype: Any = None, **_: Any) -> nn.Module:
         return make_norm(norm, width).to(device=device, dtype=dtype)
@@ -54,10 +54,10 @@ def norm_maker(norm: Norm) -> Any:
 
 
 def read_mlp(mlp: Any, at: str) -> dict[str, Any]:
-    """The fields of a form that an MLP decides.
+    """Return the fields of a `Form` that describe an MLP.
 
     Raises:
-        AdoptError: if it is none that our blocks can be.
+        AdoptError: vitrim's blocks do not support this MLP.
     """
     kinds = {TimmMlp: "plain", GluMlp: "glu", SwiGLU: "swiglu", GeGluMlp: "geglu"}
     kind = kinds.get(type(mlp))
@@ -76,10 +76,10 @@ def read_mlp(mlp: Any, at: str) -> dict[str, Any]:
 
 
 def check_linear(module: nn.Module, names: Sequence[str], at: str) -> None:
-    """Refuse a layer that is not linear.
+    """Check that layers are linear.
 
     Raises:
-        AdoptError: naming it.
+        AdoptError: a layer is not linear; the message has its path.
     """
     for name in names:
         layer = getattr(module, name)
@@ -88,29 +88,29 @@ def check_linear(module: nn.Module, names: Sequence[str], at: str) -> None:
 
 
 def same_norm(norms: Sequence[tuple[str, nn.Module]]) -> Norm:
-    """The one kind of several norms, each given with its path.
+    """Return the common kind of several norms, each given with its path.
 
     Raises:
-        AdoptError: if they are of several kinds, or of none that is known.
+        AdoptError: the norms are of different kinds, or of a kind that is not supported.
     """
     (at, module), *rest = norms
     norm = norm_of(module, at)
     for path, other in rest:
         if norm_of(other, path) != norm:
-            raise AdoptError(f"{path}: must be the same norm as {at}, but got {norm_of(other, path)} beside {norm}")
+            raise AdoptError(f"{path}: must be the same norm as {at}, but got {norm_of(other, path)} and {norm}")
     return norm
 
 
 def optional_norm(module: nn.Module, at: str) -> Norm | None:
-    """A norm, or None for an identity."""
+    """Return the norm, or None for an identity."""
     return None if isinstance(module, nn.Identity) else norm_of(module, at)
 
 
 def checked_stage(at: str, **fields: Any) -> Stage:
-    """A stage of a living model.
+    """Return the stage of a model that has these fields.
 
     Raises:
-        AdoptError: naming the path, if its blocks contradict one another.
+        AdoptError: the blocks of the stage are inconsistent; the message has the path.
     """
     try:
         return Stage(**fields)
@@ -120,7 +120,7 @@ def checked_stage(at: str, **fields: Any) -> Stage:
 
 
 def read_rates(block: Any) -> Rates:
-    """What training drops in a block, timm's or ours, as its modules say now."""
+    """Return the dropout and drop path rates of a block, timm's or vitrim's, read from its modules."""
     attention, mlp = block.attn, block.mlp
     return Rates(
         attention=_dropout(attention, "attn_drop"),
@@ -138,12 +138,12 @@ def _dropout(part: Any, name: str) -> float:
 
 
 def _drop_path(module: nn.Module) -> float:
-    """How often a branch is dropped in training."""
+    """Return the probability that a branch is dropped in training."""
     return float(module.drop_prob or 0.0) if isinstance(module, DropPath) else 0.0
 
 
 def pretrained(model: Any) -> dict[str, Any]:
-    """What timm knows of the weights and their input, as plain values; empty for a model built by hand."""
+    """Return timm's config of the weights and their input, as plain values; empty for a model without one."""
     known = getattr(model, "pretrained_cfg", None)
     known = known if isinstance(known, dict) else known.to_dict() if known is not None else {}
     plain = (str, int, float, bool)
@@ -155,14 +155,14 @@ def pretrained(model: Any) -> dict[str, Any]:
 
 
 def give_pretrained_(model: Any, known: dict[str, Any]) -> None:
-    """Give a built host what `pretrained` read; timm keeps tuples where plain values have lists."""
+    """Set the config that `pretrained` returned on a model, with lists converted to timm's tuples."""
     if known:
         restored = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
         model.pretrained_cfg = model.default_cfg = restored
 
 
 def bare(model: nn.Module, without: Iterable[nn.Module]) -> nn.Module:
-    """A copy of `model` in which nothing has data and runs of blocks are empty; for `count`."""
+    """Return a copy of `model` on the meta device with empty sequences of blocks, for `count`."""
     runs = list(without)
     inside = {id(p) for run in runs for p in run.parameters()}
     memo: dict[int, Any] = {
@@ -175,14 +175,14 @@ def bare(model: nn.Module, without: Iterable[nn.Module]) -> nn.Module:
 
 
 def params_outside(model: nn.Module, without: Iterable[nn.Module]) -> int:
-    """Number of parameters that `model` has outside the runs of blocks `without`."""
+    """Return the number of parameters of `model` outside the sequences of blocks `without`."""
     runs = list(without)
     inside, outside = _parameters(runs, []), _parameters([model], runs)
     return sum(p.numel() for key, p in outside.items() if key not in inside)
 
 
 def _parameters(modules: Iterable[nn.Module], without: Iterable[nn.Module]) -> dict[int, nn.Parameter]:
-    """All parameters by identity; `named_parameters` takes ten times as long, for the names."""
+    """Return all parameters by `id`; `named_parameters` takes ten times as long because it builds the names."""
     found: dict[int, nn.Parameter] = {}
     todo, seen = list(modules), {id(run) for run in without}
     while todo:
@@ -198,13 +198,13 @@ def _parameters(modules: Iterable[nn.Module], without: Iterable[nn.Module]) -> d
 
 
 def count(call: Any, x: Tensor) -> int:
-    """Multiply-accumulates of ``call(x)``, as PyTorch counts them."""
+    """Return the multiply-accumulates of ``call(x)``, counted by PyTorch."""
     try:
         return operations(lambda: call(x)) // 2
     except RuntimeError as problem:
         raise AdoptError(
-            f"stem and head must run without data to be counted, but do not: {reason(problem)}; "
-            "remove methods and hooks of your own from the model"
+            f"stem and head must run on the meta device to be counted, but do not: {reason(problem)}; "
+            "remove your own methods and hooks from the model"
         ) from None
 
 
@@ -212,17 +212,17 @@ T = TypeVar("T")
 
 _KNOWN: dict[Hashable, Any] = {}
 _MOST = 256
-"""Structures whose numbers are kept; when there are more, all are counted again."""
+"""Largest number of cached results; if there are more, the cache is cleared."""
 
 
 def remembered(model: nn.Module, without: Sequence[nn.Module], question: Hashable, answer: Callable[[], T]) -> T:
-    """Return ``answer()``, which is asked once for each structure of `model` outside the runs of blocks `without`.
+    """Return ``answer()``, cached by the structure of `model` outside the sequences of blocks `without`.
 
     Args:
-        model: what the answer is about; nothing of it may matter but what `_structure` tells.
-        without: modules that do not matter.
-        question: what is asked, with all else that the answer depends on, such as the size of the image.
-        answer: gives it.
+        model: the model; the result may depend only on what `_structure` returns for it.
+        without: modules that the result does not depend on.
+        question: key of the computation, with everything else that the result depends on, such as the image size.
+        answer: function that computes the result.
     """
     known = _structure(model, without)
     if known is None:
@@ -239,7 +239,7 @@ def remembered(model: nn.Module, without: Sequence[nn.Module], question: Hashabl
 
 
 class _Unclear(Exception):
-    """A part of a model is nothing that two structures could be told apart by."""
+    """A part of a model cannot be compared with that of another model."""
 
 
 _EMPTY = frozenset(vars(nn.Module()))
@@ -253,9 +253,10 @@ _ASIDE = frozenset(
 
 
 def _structure(model: nn.Module, without: Sequence[nn.Module]) -> Hashable | None:
-    """All that decides what a forward pass computes, but for values of weights: types, shapes and plain attributes.
+    """Return everything that a forward pass depends on except the values of weights: types, shapes, plain attributes.
 
-    None where hooks, methods put on a single module, or attributes of other kinds could decide it as well.
+    The result is None if the forward pass could also depend on hooks, on methods set on a single module, or on
+    attributes of other types.
     """
     seen: dict[int, int] = {id(run): -1 for run in without}
     found: list[Any] = []
@@ -289,10 +290,10 @@ def _attributes(module: nn.Module) -> list[Hashable]:
 
 
 def _plainly(value: Any) -> Hashable:
-    """`value` as what is equal for equal values of one type alone; functions and classes stand for themselves.
+    """Return a key that is equal for equal values of the same type; for functions and classes the object itself.
 
     Raises:
-        _Unclear: if it may hold what cannot be compared.
+        _Unclear: the value may contain parts that cannot be compared.
     """
     kind = type(value)
     if value is None or kind in (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device):

@@ -1,9 +1,9 @@
-"""What every family hosted by timm's ``VisionTransformer`` shares: reading a spec off a model, and building the host.
+"""Common functions of the families based on timm's ``VisionTransformer``: read the spec of a model, and build a model.
 
 D width, N tokens.
 
-The families differ in their stems, and so in the keyword arguments that build them; blocks, tokens, pooling and head
-are read here.
+These families differ in their stems and in the keyword arguments for them. Blocks, tokens, pooling and head are read
+here.
 """
 
 import copy
@@ -44,20 +44,20 @@ __all__ = ["arguments", "blocks_by_stage", "build", "describe", "host", "keyword
 
 
 def blocks_by_stage(model: Any) -> list[list[nn.Module]]:
-    """The blocks of the one stage there is, timm's or ours."""
+    """Return the blocks of the single stage, timm's or vitrim's."""
     return [list(model.blocks)]
 
 
 def describe(model: Any, family: str, host_arguments: dict[str, Any]) -> Spec:
-    """Read the spec off a living model.
+    """Return the spec of a model.
 
     Args:
         model: a ``VisionTransformer``.
-        family: whose model it is.
-        host_arguments: what `build` of that family needs besides `arguments`.
+        family: name of its family.
+        host_arguments: arguments that `build` of that family needs in addition to `arguments`.
 
     Raises:
-        AdoptError: naming the path and the reason, if a block has a part that cannot be represented.
+        AdoptError: a block has a part that cannot be represented; the message has the path and the reason.
     """
     blocks: list[BlockSpec] = []
     forms: list[Form] = []
@@ -91,7 +91,7 @@ def describe(model: Any, family: str, host_arguments: dict[str, Any]) -> Spec:
 
 
 def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
-    """A copy of `model` with other blocks; hooks on the old blocks are not taken along."""
+    """Return a copy of `model` with other blocks; hooks on the old blocks are not copied."""
     for block in blocks:
         block.is_last = block is blocks[-1]
     run = nn.Sequential(*blocks)
@@ -102,10 +102,10 @@ def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
 
 
 def build(spec: Spec, construct: Callable[[], Any]) -> Any:
-    """An empty host for `spec`: what `construct` makes of `keywords`, with holes where blocks will be.
+    """Return the model that `construct` builds for `spec`, with placeholders for the blocks.
 
     Raises:
-        SpecError: if the installed timm cannot build it.
+        SpecError: the installed timm cannot build it.
     """
     try:
         model = construct()
@@ -114,7 +114,7 @@ def build(spec: Spec, construct: Callable[[], Any]) -> Any:
     except (LookupError, TypeError, ValueError, RuntimeError, AssertionError) as problem:
         raise SpecError(
             f"host: the installed timm {timm.__version__} must build {spec.host.name or 'VisionTransformer'}, "
-            f"but it refuses: {type(problem).__name__}: {problem}"
+            f"but fails: {type(problem).__name__}: {problem}"
         ) from None
     form = spec.stages[0].form
     if form.norm.bias is False and isinstance(model.norm, nn.LayerNorm) and model.norm.bias is not None:
@@ -124,7 +124,7 @@ def build(spec: Spec, construct: Callable[[], Any]) -> Any:
 
 
 def keywords(spec: Spec) -> dict[str, Any]:
-    """The host's arguments as timm's constructor takes them."""
+    """Return the keyword arguments for timm's constructor."""
     known = dict(spec.host.arguments)
     norm, activation = Norm(**known.pop("norm")), known.pop("activation")
     return known | {
@@ -174,7 +174,7 @@ def _read_block(block: Any, at: str) -> tuple[BlockSpec, Form]:
 
 
 def _layer_scale(block: Any, at: str) -> bool:
-    scale = timm_vit.LayerScale  # before timm 1.0.21 a class of that file's own, with the same parameter
+    scale = timm_vit.LayerScale  # before timm 1.0.21 a separate class of that module, with the same parameter
     kinds = {type(block.ls1), type(block.ls2)}
     if kinds not in ({scale}, {nn.Identity}):
         raise AdoptError(f"{at}.ls1: layer scale must be timm's on both branches or none, but got {kinds}")
@@ -187,10 +187,10 @@ def _image(model: Any) -> tuple[int, int]:
 
 
 def arguments(model: Any, form: Form) -> dict[str, Any]:
-    """Keyword arguments that make timm build this host again, read from the living model, as plain values.
+    """Return the keyword arguments with which timm builds this model again, read from its modules, as plain values.
 
-    timm does not keep them (before 1.0.31), and they may have changed since (`reset_classifier`, `set_input_size`).
-    Those of the stem are the family's.
+    timm does not store them (before 1.0.31), and they may have changed since construction (`reset_classifier`,
+    `set_input_size`). The arguments of the stem are read by the family.
     """
     pool = model.attn_pool
     final = next((n for n in (model.norm, model.fc_norm, model.norm_pre) if not isinstance(n, nn.Identity)), None)
@@ -213,10 +213,10 @@ def arguments(model: Any, form: Form) -> dict[str, Any]:
 
 
 def _host_macs(model: Any, image: tuple[int, int]) -> tuple[int, int]:
-    """Multiply-accumulates of stem and head on one image, and of the head for each token more.
+    """Return the multiply-accumulates of stem and head on one image, and those of the head per additional token.
 
-    Counted by PyTorch on a copy without blocks and without data (4 ms for DeiT-B): stem and head are timm's, and a
-    formula for each of them would be ours to keep true. Once for each structure of stem and head.
+    They are counted by PyTorch on a copy without blocks on the meta device (4 ms for DeiT-B). Stem and head are timm's,
+    and formulas for them would have to be updated with every timm release. The count is cached by their structure.
     """
     return remembered(model, [model.blocks], ("plain", image), lambda: _counted_host(model, image))
 

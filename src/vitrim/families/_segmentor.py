@@ -1,6 +1,6 @@
-"""Segmentors as a family: around a backbone of any other, whose blocks are theirs.
+"""The segmentor family: a segmentation head on a backbone of any other family. The blocks are those of the backbone.
 
-It is not among `families.names()`, for no model of timm's is one, and its outputs are not those of a classifier.
+It is not in `families.names()`, because no timm model is a segmentor, and its outputs are not those of a classifier.
 """
 
 import copy
@@ -27,17 +27,18 @@ HOSTS = (Segmentor,)
 def segmentor(
     model: nn.Module, classes: int, head: Head | None = None, *, size: tuple[int, int] | None = None
 ) -> Segmentor:
-    """Put a segmentation head, with random weights, on a copy of a model.
+    """Return a copy of a model with a segmentation head that has random weights.
 
     Args:
-        model: a model of a family that vitrim knows, dense or compressed; left as it was.
+        model: a model of a supported family, dense or compressed; it is not changed.
         classes: K.
-        head: how features are read; it is of the backbone's floating type.
-        size: height and width of the images in pixels; the model's own if None.
+        head: settings of the head; None uses the defaults. Its weights get the backbone's
+            floating-point type.
+        size: height and width of the images in pixels; None uses the model's own.
 
     Raises:
-        AdoptError: if the model cannot be adopted, or does not keep every patch in place; or a package is missing.
-        RecipeError: if it cannot take images of that size, or taps are not its blocks.
+        AdoptError: the model cannot be adopted, or drops or moves patches; or a package is missing.
+        RecipeError: the model cannot take images of that size, or the taps are not blocks of the model.
     """
     form = head or Head()
     if isinstance(model, Segmentor):
@@ -46,14 +47,14 @@ def segmentor(
     spec = families.describe(backbone)
     if any(block.only_prefix for _, _, block in spec.blocks()):
         raise AdoptError(
-            "a backbone must keep its patches to the end, but in this model the last block leaves the prefix tokens "
-            "alone; compress without only_prefix"
+            "a backbone must keep its patches to the end, but in this model the last block keeps only the prefix "
+            "tokens; compress without only_prefix"
         )
     if size is not None and size != spec.image:
         _resize_(backbone, size)
     check_covered(backbone, size or spec.image)
     backbone.reset_classifier(0, "")
-    # Each map has a norm of its own in the head; these would stay without gradients, and be stored for nothing.
+    # Each map has its own norm in the head. These norms would get no gradients and would be stored for nothing.
     for name in ("norm", "fc_norm"):
         if hasattr(backbone, name):
             setattr(backbone, name, nn.Identity())
@@ -75,11 +76,11 @@ def _resize_(backbone: Any, size: tuple[int, int]) -> None:
 
 
 def _places(spec: Spec, head: Head) -> Places:
-    """Where the maps come from.
+    """Return the blocks or stages from which the head takes its maps.
 
     Raises:
-        AdoptError: if a map would lack patches, or the family has neither one stage nor four.
-        RecipeError: if taps are not the model's blocks.
+        AdoptError: a map would lack patches, or the family has neither one stage nor four.
+        RecipeError: the taps are not blocks of the model.
     """
     if len(spec.stages) == LEVELS:
         if head.taps:
@@ -99,19 +100,19 @@ def _places(spec: Spec, head: Head) -> Places:
     for tap, tokens in zip(taps, leaving, strict=True):
         if tokens.grid is None:
             raise AdoptError(
-                f"stages.0.blocks.{tap}: a segmentation head must find every patch in its place, but tokens were "
-                "dropped or merged by likeness before; merge neighbours (method cait), or cut channels alone"
+                f"stages.0.blocks.{tap}: a segmentation head must have every patch in its position, but tokens were "
+                "dropped or merged by likeness before; merge neighbors (method cait), or cut only channels"
             )
     return Places(taps, (stage.width,) * LEVELS, tuple(tokens.halved for tokens in leaving), 4)
 
 
 def blocks_by_stage(model: Any) -> list[list[nn.Module]]:
-    """The blocks of each stage of the backbone in order."""
+    """Return the blocks of each stage of the backbone in order."""
     return families.family_of(model.backbone).blocks_by_stage(model.backbone)
 
 
 def describe(model: Any) -> Spec:
-    """Read the spec off a living segmentor: the backbone's, with the head as a part of the host.
+    """Return the spec of a segmentor: that of the backbone, with the segmentation head in `Spec.host`.
 
     Raises:
         AdoptError: as for the backbone.
@@ -131,7 +132,7 @@ def describe(model: Any) -> Spec:
 
 @functools.cache
 def _head_macs(form: Head, places: Places, classes: int, grid: tuple[int, int]) -> int:
-    """Multiply-accumulates of a head, counted by PyTorch on one without data."""
+    """Return the multiply-accumulates of a head, counted by PyTorch on the meta device."""
     with torch.device("meta"):
         head: Any = HEADS[form.kind](form, places, classes).eval()
     maps = []
@@ -147,10 +148,10 @@ def _head_macs(form: Head, places: Places, classes: int, grid: tuple[int, int]) 
 
 
 def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
-    """A copy of `model` whose backbone has other blocks.
+    """Return a copy of `model` whose backbone has other blocks.
 
     Raises:
-        AdoptError: if a map would lack patches.
+        AdoptError: a map would lack patches.
     """
     backbone = families.host(model.backbone, blocks)
     shell: Segmentor = copy.deepcopy(model, {id(model.backbone): backbone})
@@ -161,11 +162,11 @@ def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
 
 
 def build(spec: Spec) -> nn.Module:
-    """An empty host for `spec`, with holes where the backbone's blocks will be.
+    """Return a segmentor for `spec` with placeholders for the blocks of the backbone.
 
     Raises:
-        SpecError: if the installed timm cannot build the backbone.
-        AdoptError: if a package is missing.
+        SpecError: the installed timm cannot build the backbone.
+        AdoptError: a package is missing.
     """
     inner = _inner(spec)
     head = Head(**spec.host.arguments["head"])
@@ -173,7 +174,7 @@ def build(spec: Spec) -> nn.Module:
 
 
 def _inner(spec: Spec) -> Spec:
-    """The backbone's spec."""
+    """Return the spec of the backbone."""
     if spec.family != "segmentor":
         return spec
     known = spec.host.arguments

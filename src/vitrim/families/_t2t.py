@@ -1,11 +1,11 @@
-"""T2T-ViT: a Vision Transformer whose stem turns pixels into tokens in three steps that overlap.
+"""T2T-ViT: a Vision Transformer whose stem turns pixels into tokens in three overlapping steps.
 
 B images, N tokens, D width, C input channels, K unfolded channels, c token width of the stem, m random features.
 
 Yuan et al.: Tokens-to-Token ViT, ICCV 2021, section 3; its performer is that of Choromanski et al.: Rethinking
-Attention with Performers, ICLR 2021, section 2.3. Written from the definition; parameters are named as timm names them.
+Attention with Performers, ICLR 2021, section 2.3. Written from the definition; parameter names follow timm.
 
-The stem has one head and is not cut: a constant 0.30 G multiply-accumulates with performer layers (6 % of T2T-ViT-14),
+The stem has one head and is not cut. It takes 0.30 G multiply-accumulates with performer layers (6 % of T2T-ViT-14) and
 1.60 G with transformer layers.
 """
 
@@ -27,16 +27,17 @@ from vitrim.words.plain import did_you_mean
 __all__ = ["KINDS", "REDUCTION", "T2TVisionTransformer", "TokensToToken", "performer", "sinusoid"]
 
 REDUCTION = 16
-"""Pixels along each side of what becomes one token, by strides of 4, 2 and 2."""
+"""Pixels per token along each side, from strides of 4, 2 and 2."""
 
 _EPS = 1e-5
 
 
 def performer(q: Tensor, k: Tensor, v: Tensor, features: Tensor) -> Tensor:
-    """Attention by random features, ``phi(q) (phi(k)' v) / (phi(q) . sum phi(k))``, linear in the number of tokens.
+    """Return attention by random features, ``phi(q) (phi(k)' v) / (phi(q) . sum phi(k))``, linear in the tokens.
 
-    ``phi(u) = exp(W u - |u|^2 / 2) / sqrt(m)``, with no ``1 / sqrt(c)`` on q or k. It runs in float32 or finer whatever
-    the precision around it: exponentials overflow in half precision, and sums over thousands of tokens lose their end.
+    ``phi(u) = exp(W u - |u|^2 / 2) / sqrt(m)``, with no ``1 / sqrt(c)`` on q or k. It is computed in float32 or
+    finer, also under autocast, because exponentials overflow in half precision and sums over thousands of tokens lose
+    their last digits.
 
     Args:
         q: queries, ``(B, N, c)``.
@@ -56,14 +57,14 @@ def performer(q: Tensor, k: Tensor, v: Tensor, features: Tensor) -> Tensor:
 
 
 def _phi(u: Tensor, features: Tensor) -> Tensor:
-    # The division by sqrt(m) is one more number to subtract under the exponential, of which there is one a token.
+    # The division by sqrt(m) is done in the exponent, where it is one subtraction per token.
     half = torch.linalg.vector_norm(u, dim=-1, keepdim=True).square() / 2 + math.log(features.shape[0]) / 2
     estimate: Tensor = (u @ features.mT - half).exp()
     return estimate
 
 
 def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Autocast off, on devices that have it at all (the meta device does not)."""
+    """Return a context that disables autocast, on devices that support it (the meta device does not)."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
@@ -72,17 +73,17 @@ def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[A
 class TokenLayer(nn.Module):
     """One layer of the stem, from width K to c: ``u = v + proj(attention)``, then ``u + mlp(norm2(u))``.
 
-    The values pass by the attention, not the input, for the two widths differ.
+    The skip connection adds the values and not the input, because the input has another width.
 
     Args:
         width: K.
         out: c.
-        bias: whether the linear layer to keys, queries and values has one.
+        bias: whether the linear layer for keys, queries and values has a bias.
         drop: dropout of both branches' outputs.
     """
 
     product: str
-    """Name of the linear layer to keys, queries and values; it says their order."""
+    """Name of the linear layer for keys, queries and values; its letters are their order."""
 
     def __init__(self, width: int, out: int, *, bias: bool, drop: float) -> None:
         super().__init__()
@@ -107,7 +108,7 @@ class TokenLayer(nn.Module):
 
 
 class PerformerLayer(TokenLayer):
-    """A token layer with `performer` attention; its random features, half as many as channels, are never trained.
+    """A token layer with `performer` attention; its random features, half as many as channels, are not trained.
 
     Args:
         width: K.
@@ -124,8 +125,8 @@ class PerformerLayer(TokenLayer):
     def reset_parameters(self) -> None:
         """Draw orthonormal rows times ``sqrt(m)``.
 
-        An unbiased estimate of the softmax kernel needs rows of length ``sqrt(c)``; the published weights were trained
-        with these.
+        An unbiased estimate of the softmax kernel needs rows of length ``sqrt(c)``, but the published weights were
+        trained with these rows.
         """
         nn.init.orthogonal_(self.features, gain=math.sqrt(len(self.features)))
 
@@ -135,7 +136,7 @@ class PerformerLayer(TokenLayer):
 
 
 class TransformerLayer(TokenLayer):
-    """A token layer with softmax attention, whose logit scale is that of the layer's input, ``K ** -0.5``.
+    """A token layer with softmax attention; the logit scale uses the width of the input, ``K ** -0.5``.
 
     Args:
         width: K.
@@ -165,7 +166,7 @@ KINDS: dict[str, type[PerformerLayer | TransformerLayer]] = {
 
 
 class TokensToToken(nn.Module):
-    """The stem: unfold 7x7 by 4, layer, unfold 3x3 by 2, layer, unfold 3x3 by 2, linear; a patch embedding to timm.
+    """The stem: unfold 7x7 by 4, layer, unfold 3x3 by 2, layer, unfold 3x3 by 2, linear. timm's `patch_embed`.
 
     Unfolded channels are ordered by input channel, then row, then column.
 
@@ -177,7 +178,7 @@ class TokensToToken(nn.Module):
         token_width: c.
 
     Raises:
-        RecipeError: if a size or a kind cannot be.
+        RecipeError: a size or kind is not valid.
     """
 
     def __init__(
@@ -202,7 +203,7 @@ class TokensToToken(nn.Module):
         """Map images ``(B, C, height, width)`` to tokens ``(B, N, D)``.
 
         Raises:
-            DataError: if the images have another size than the stem was built for.
+            DataError: the images have another size than the stem was built for.
         """
         if tuple(x.shape[-2:]) != self.img_size:
             raise DataError(
@@ -216,26 +217,28 @@ class TokensToToken(nn.Module):
         return out
 
     def _again(self, x: Tensor, rows: int, columns: int) -> Tensor:
-        """Lay tokens out as a picture and unfold that, ``(B, N, c)`` to ``(B, N / 4, 9 c)``."""
+        """Arrange tokens as a picture and unfold it, ``(B, N, c)`` to ``(B, N / 4, 9 c)``."""
         picture = x.mT.reshape(x.shape[0], -1, rows, columns)
         return F.unfold(picture, kernel_size=3, stride=2, padding=1).mT
 
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
-        """Take images of another size; no parameter here depends on it.
+        """Set the image size; no parameter of the stem depends on it.
 
         Raises:
-            RecipeError: if a side is no multiple of 16, or patches are to be of another size; nothing changes then.
+            RecipeError: a side is not a multiple of 16, or `patch_size` is not 16; nothing changes then.
         """
         if patch_size is not None and _pair(patch_size) != self.patch_size:
-            raise RecipeError(f"patch_size must be {REDUCTION}, by the strides of the T2T stem, but got {patch_size}")
+            raise RecipeError(
+                f"patch_size must be {REDUCTION}, the product of the strides of the T2T stem, but got {patch_size}"
+            )
         if img_size is None:
             return
         rows, columns = _pair(img_size)
         if min(rows, columns) < REDUCTION or rows % REDUCTION or columns % REDUCTION:
             raise RecipeError(
-                f"img_size must be multiples of {REDUCTION} for T2T-ViT, by the strides of its stem, "
+                f"img_size must be multiples of {REDUCTION} for T2T-ViT, because of its strides, "
                 f"but got {rows} x {columns}; the nearest is {_times([_near(rows), _near(columns)])}"
             )
         self.img_size = (rows, columns)
@@ -243,18 +246,18 @@ class TokensToToken(nn.Module):
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        """Pixels along a side of a token, as timm asks for it."""
+        """Return the pixels per token along a side; part of timm's interface of patch embeddings."""
         return REDUCTION if as_scalar else self.patch_size
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of tokens for an image size, as timm asks for it."""
+        """Return rows and columns of tokens for an image size; part of timm's interface of patch embeddings."""
         return int(img_size[0]) // REDUCTION, int(img_size[1]) // REDUCTION
 
 
 class T2TVisionTransformer(VisionTransformer):  # type: ignore[misc]
     """A timm ``VisionTransformer`` with the T2T stem and fixed positions.
 
-    Modifications: `patch_embed` is `TokensToToken`; `pos_embed` holds the sinusoid table and is not trained; blocks
+    Differences: `patch_embed` is `TokensToToken`; `pos_embed` contains the sinusoid table and is not trained; blocks
     have no qkv bias, LayerNorm eps 1e-5 and drop path up to 0.1.
 
     Args:
@@ -265,12 +268,12 @@ class T2TVisionTransformer(VisionTransformer):  # type: ignore[misc]
         token_width: c.
         mlp_ratio: M / D.
         qkv_bias: whether queries, keys and values have a bias.
-        drop_path_rate: that of the last block; it rises linearly from 0.
-        norm_layer: norm of the blocks and of the end; LayerNorm with eps 1e-5 where not given.
+        drop_path_rate: drop path rate of the last block; it rises linearly from 0.
+        norm_layer: norm of the blocks and the final norm; None is LayerNorm with eps 1e-5.
         **others: further arguments of ``VisionTransformer``, for blocks, pooling and head.
 
     Raises:
-        RecipeError: if an argument would change the stem or the positions.
+        RecipeError: an argument would change the stem or the positions.
     """
 
     def __init__(
@@ -304,7 +307,7 @@ class T2TVisionTransformer(VisionTransformer):  # type: ignore[misc]
         self._fix_positions()
 
     def init_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Draw weights as timm does; the positions keep their table."""
+        """Initialize the weights as timm does, and the positions with their table."""
         super().init_weights(*args, **kwargs)
         self._fix_positions()
 
@@ -316,13 +319,13 @@ class T2TVisionTransformer(VisionTransformer):  # type: ignore[misc]
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
-        """Take images of another size: the positions are interpolated, so that near tokens keep near positions.
+        """Set the image size, and interpolate the positions so that neighboring tokens keep similar positions.
 
-        The table of a model that is built at that size numbers its tokens anew; weights trained at one size do not
-        know those numbers at another.
+        A model that is built at the new size has another table, because the table depends on the index of a token.
+        Weights trained at one size do not fit the table of another size.
 
         Raises:
-            RecipeError: if a side is no multiple of 16; nothing changes then.
+            RecipeError: a side is not a multiple of 16; nothing changes then.
         """
         super().set_input_size(img_size=img_size, patch_size=patch_size)
         self.pos_embed.requires_grad_(False)
@@ -346,7 +349,7 @@ def _stem(
     dtype: Any = None,
     **_: Any,
 ) -> TokensToToken:
-    """The stem as timm's constructor asks for a patch embedding."""
+    """Return the stem; has the signature with which timm's constructor builds a patch embedding."""
     with torch.device(device) if device is not None else contextlib.nullcontext():
         stem = TokensToToken(img_size, in_chans, embed_dim, tokens, token_width)
     stem.set_input_size(patch_size=patch_size)
@@ -367,10 +370,10 @@ def _times(size: Sequence[int]) -> str:
 
 
 def sinusoid(places: int, width: int) -> Tensor:
-    """Positions as sines (even channels) and cosines (odd) of ``place / 10000 ** (2 floor(channel / 2) / D)``.
+    """Return positions as sines (even channels) and cosines (odd) of ``place / 10000 ** (2 floor(channel / 2) / D)``.
 
     Returns:
-        ``(places, width)`` in float32, computed in float64; place 0 is the class token's.
+        ``(places, width)`` in float32, computed in float64; place 0 is the class token.
     """
     channel = torch.arange(width, dtype=torch.float64)
     place = torch.arange(places, dtype=torch.float64)[:, None]

@@ -1,9 +1,10 @@
-"""Swin Transformers, first version: windows that shift, a bias for each offset, patches that merge (Swin, S3).
+"""Swin Transformers, first version: shifted windows, relative position bias, patch merging (Swin, S3).
 
 D width, R x C rows and columns of the grid of patches.
 
-timm stays the host: patch embedding, merging of patches, final norm and head are timm's own modules, and a compressed
-model *is* a ``timm.models.SwinTransformer``. What merging costs belongs to the host: no cut changes the grid or D.
+Only the blocks are replaced. Patch embedding, patch merging, final norm and head remain timm's own modules, and a
+compressed model *is* a ``timm.models.SwinTransformer``. The cost of patch merging is counted with stem and head,
+because no cut changes the grid or D.
 """
 
 import copy
@@ -66,26 +67,26 @@ TEST_PRESETS: dict[str, dict[str, object]] = {
 }
 
 HOSTS = (SwinTransformer, SwinTransformerV2, SwinTransformerV2Cr)
-"""The second version too, to be refused with its reason."""
+"""Includes the second version, so that `describe` can raise an error with the reason."""
 
 _COMPUTED = ("relative_position_index", "attn_mask")
 
 
 def example(**arguments: Any) -> nn.Module:
-    """A small random Swin (two stages of two blocks, width 24, on 8 x 8 patches) for laws and tests."""
+    """Return a small random Swin (two stages of two blocks, width 24, on 8 x 8 patches) for tests."""
     return SwinTransformer(**{**_SMALL, **arguments})  # type: ignore[no-any-return]
 
 
 def blocks_by_stage(model: Any) -> list[list[nn.Module]]:
-    """The blocks of each stage in order, timm's or ours."""
+    """Return the blocks of each stage in order, timm's or vitrim's."""
     return [list(layer.blocks) for layer in model.layers]
 
 
 def describe(model: Any) -> Spec:
-    """Read the spec off a living Swin.
+    """Return the spec of a Swin.
 
     Raises:
-        AdoptError: naming the path and the reason, if a part cannot be represented.
+        AdoptError: a part cannot be represented; the message has the path and the reason.
     """
     if not isinstance(model, SwinTransformer):
         raise AdoptError(
@@ -105,7 +106,7 @@ def describe(model: Any) -> Spec:
 
 
 def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
-    """A copy of `model` with other blocks; hooks on the old blocks are not taken along."""
+    """Return a copy of `model` with other blocks; hooks on the old blocks are not copied."""
     rest = iter(blocks)
     runs: dict[int, Any] = {}
     for layer in model.layers:
@@ -116,22 +117,22 @@ def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
 
 
 def build(spec: Spec) -> Any:
-    """An empty host for `spec`: timm's own constructor, with holes where blocks will be.
+    """Return a Swin for `spec`, built by timm's own constructor with placeholders for the blocks.
 
     Raises:
-        SpecError: if the installed timm cannot build it.
+        SpecError: the installed timm cannot build it.
     """
     known = dict(spec.host.arguments)
     final, reference = known.pop("final_norm"), known.pop("reference")
     place = torch.empty(0).device
     try:
-        # Older versions of timm read numbers off a tensor while they build, which a device without data has not.
+        # Older versions of timm read values of a tensor in the constructor, which fails on the meta device.
         with torch.device("cpu"):
             model = SwinTransformer(**_keywords(spec, known)).to(place)
     except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as problem:
         raise SpecError(
             f"host: the installed timm {timm.__version__} must build {spec.host.name or 'SwinTransformer'}, "
-            f"but it refuses: {type(problem).__name__}: {problem}"
+            f"but fails: {type(problem).__name__}: {problem}"
         ) from None
     for layer, stage in zip(model.layers, spec.stages, strict=True):
         layer.blocks, layer.depth = nn.Sequential(*(Hole() for _ in stage.blocks)), len(stage.blocks)
@@ -145,9 +146,9 @@ def build(spec: Spec) -> Any:
 
 
 def convert(weights: dict[str, Tensor], _: Any) -> dict[str, Tensor]:
-    """Weights of the authors' release under timm's names; what a model computes for itself is left out.
+    """Return weights of the authors' release under timm's names, without buffers that the model computes itself.
 
-    The authors merge patches after a stage where timm does before it: their stage 0 has a merging, timm's has none.
+    The authors merge patches after a stage, timm before it. So their stage 0 has a merging layer, and timm's has none.
     """
     weights = {name: value for name, value in weights.items() if not name.endswith(_COMPUTED)}
     if not any(name.startswith("layers.0.downsample.") for name in weights):
@@ -161,7 +162,7 @@ def _renamed(name: str) -> str:
 
 
 def _keywords(spec: Spec, known: dict[str, Any]) -> dict[str, Any]:
-    """The host's arguments as timm's constructor takes them, without blocks."""
+    """Return the keyword arguments for timm's constructor, for a model without blocks."""
     (rows, columns), stages = known["patch_size"], len(spec.stages)
     return known | {
         "img_size": spec.image,
@@ -187,7 +188,7 @@ def _stages(model: Any) -> tuple[Stage, ...]:
             raise AdoptError(f"{at}.blocks: a stage must have at least one block, but it has none")
         for place, (_, *common) in enumerate(parts):
             if common != list(parts[0][1:]):
-                raise AdoptError(f"{at}.blocks.{place}: every block must be formed as block 0, but this one differs")
+                raise AdoptError(f"{at}.blocks.{place}: every block must be built like block 0, but this one differs")
         _, form, window, width = parts[0]
         blocks = tuple(part[0] for part in parts)
         stages.append(
@@ -205,11 +206,11 @@ def _stages(model: Any) -> tuple[Stage, ...]:
 
 
 def _block(block: Any, at: str, grid: tuple[int, int]) -> tuple[BlockSpec, Form, Window, int]:
-    """Spec, form, window and width of a block that runs on `grid`."""
+    """Return spec, form, window and width of a block that runs on `grid`."""
     ours = isinstance(block, WindowBlock)
     believed = tuple(block.grid if ours else getattr(block, "input_resolution", grid))
     if believed != grid:
-        # Older versions of timm round odd grids down where their merging pads them: masks would be for another grid.
+        # Older versions of timm round odd grids down, but patch merging pads them, so the masks have another grid.
         raise AdoptError(f"{at}: the block must be made for its grid {grid}, but is for {believed}; use a newer timm")
     if ours:
         return block.spec.model_copy(update={"rates": read_rates(block)}), block.form, block.window, block.width
@@ -238,9 +239,9 @@ def _block(block: Any, at: str, grid: tuple[int, int]) -> tuple[BlockSpec, Form,
 
 
 def _arguments(model: Any) -> dict[str, Any]:
-    """Keyword arguments that make timm build this host again, read from the living model, as plain values.
+    """Return the keyword arguments with which timm builds this model again, read from its modules, as plain values.
 
-    ``reference``: the windows, and the grid they are for, that timm (from 1.0.31 on) scales in `set_input_size`.
+    ``reference`` contains the windows, and their grid, that timm (from 1.0.31) scales in `set_input_size`.
     """
     embed, head = model.patch_embed, model.head
     norms = [("patch_embed.norm", embed.norm)]
@@ -268,7 +269,7 @@ def _arguments(model: Any) -> dict[str, Any]:
 
 
 def _host_macs(model: Any, image: tuple[int, int]) -> int:
-    """Multiply-accumulates of patch embedding, merging and head on one image, counted on a copy without blocks."""
+    """Return macs of patch embedding, patch merging and head on one image, counted on a copy without blocks."""
     runs = [layer.blocks for layer in model.layers]
 
     def counted() -> int:

@@ -1,9 +1,10 @@
-"""T2T-ViT, plain blocks behind a stem of overlapping steps; timm has none, so its names are registered here.
+"""T2T-ViT: plain blocks after a stem of overlapping steps. timm has no T2T-ViT, so its names are registered here.
 
 D width.
 
-Cut are heads, head channels and neurons of the backbone's blocks, and those whole. The stem stays whole: one head of
-width 64, 0.30 G multiply-accumulates with performer layers and 1.60 G with transformer layers, at 224 pixels.
+Heads, head channels and neurons of the backbone's blocks can be cut, and whole blocks. The stem is not cut: it has one
+head of width 64, and takes 0.30 G multiply-accumulates with performer layers and 1.60 G with transformer layers, at 224
+pixels.
 """
 
 import math
@@ -42,31 +43,31 @@ _VARIANTS = {
     "t2t_vit_t_19": (19, 448, 7, 3.0, "transformer"),
     "t2t_vit_t_24": (24, 512, 8, 3.0, "transformer"),
 }
-"""Depth, width, heads, MLP ratio and kind of the stem's layers."""
+"""Depth, width, heads, MLP ratio, and kind of the layers of the stem, by name."""
 
 
 def example(**arguments: Any) -> nn.Module:
-    """A small random T2T-ViT (3 blocks of width 64 on 2 x 2 tokens) for laws and tests."""
+    """Return a small random T2T-ViT (3 blocks of width 64 on 2 x 2 tokens) for tests."""
     small = {"img_size": 32, "embed_dim": 64, "depth": 3, "num_heads": 4, "num_classes": 10, "token_width": 16}
     model: nn.Module = T2TVisionTransformer(**(small | arguments))
     return model
 
 
 def describe(model: nn.Module) -> Spec:
-    """Read the spec off a living T2T-ViT.
+    """Return the spec of a T2T-ViT.
 
     Raises:
-        AdoptError: naming the path and the reason, if a block has a part that cannot be represented.
+        AdoptError: a block has a part that cannot be represented; the message has the path and the reason.
     """
     stem: Any = model.patch_embed
     return _plain.describe(model, "t2t", {"tokens": stem.tokens, "token_width": stem.token_width})
 
 
 def build(spec: Spec) -> nn.Module:
-    """An empty host for `spec`, with holes where blocks will be.
+    """Return a T2T-ViT for `spec` with placeholders for the blocks.
 
     Raises:
-        SpecError: if the installed timm cannot build it.
+        SpecError: the installed timm cannot build it.
     """
     model: nn.Module = _plain.build(spec, lambda: T2TVisionTransformer(**_plain.keywords(spec)))
     return model
@@ -120,9 +121,9 @@ _OFFICIAL = (
 
 
 def convert(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Weights of the authors' release under timm's names, and positions of another image size interpolated.
+    """Return weights of the authors' release under timm's names, with positions interpolated to the model's image size.
 
-    Names that are neither's stay as they are, for the loader to complain of.
+    Names that are in neither naming scheme are not changed, so that loading them raises an error.
     """
     renamed = {_renamed(name): value for name, value in weights.items()}
     positions = renamed.get("pos_embed")
@@ -140,7 +141,7 @@ def _renamed(name: str) -> str:
 
 
 def _resized(positions: Tensor, model: Any) -> Tensor:
-    """Interpolate positions of a square grid; leave any other, whose rows and columns no file tells."""
+    """Interpolate positions of a square grid; return others unchanged, because their rows and columns are unknown."""
     side = math.isqrt(positions.shape[1] - 1)
     if side * side != positions.shape[1] - 1 or positions.shape[2] != model.embed_dim:
         return positions

@@ -2,8 +2,8 @@
 
 D width, N tokens.
 
-timm stays the host: patch embedding, position embedding, prefix tokens, pooling and head are timm's own modules, and a
-compressed model *is* a ``timm.models.VisionTransformer``.
+Only the blocks are replaced. Patch embedding, position embedding, prefix tokens, pooling and head remain timm's own
+modules, and a compressed model *is* a ``timm.models.VisionTransformer``.
 """
 
 import functools
@@ -53,26 +53,26 @@ HOSTS = (VisionTransformer,)
 
 
 def example(*, distilled: bool = False, **arguments: Any) -> nn.Module:
-    """A small random ViT (3 blocks of width 48 on 4 x 4 patches) for laws and tests."""
+    """Return a small random ViT (3 blocks of width 48 on 4 x 4 patches) for tests."""
     kind = VisionTransformerDistilled if distilled else VisionTransformer
     model: nn.Module = kind(**{**_SMALL, **arguments})
     return model
 
 
 def describe(model: nn.Module) -> Spec:
-    """Read the spec off a living ViT.
+    """Return the spec of a ViT.
 
     Raises:
-        AdoptError: naming the path and the reason, if a block has a part that cannot be represented.
+        AdoptError: a block has a part that cannot be represented; the message has the path and the reason.
     """
     return _plain.describe(model, "vit", _arguments(model))
 
 
 def build(spec: Spec) -> nn.Module:
-    """An empty host for `spec`: timm's own constructor, with holes where blocks will be.
+    """Return a ViT for `spec`, built by timm's own constructor with placeholders for the blocks.
 
     Raises:
-        SpecError: if the installed timm cannot build it.
+        SpecError: the installed timm cannot build it.
     """
     model: nn.Module = _plain.build(spec, functools.partial(_construct, spec))
     return model
@@ -87,13 +87,13 @@ def _construct(spec: Spec) -> Any:
         arguments.pop("patch_size")
         return timm.create_model(spec.host.name, pretrained=False, **arguments)
     if distilled:
-        # timm before 1.0.21 refuses to skip the initialisation of this one class
+        # timm before 1.0.21 does not allow skipping the initialization of this class
         return VisionTransformerDistilled(**arguments | {"weight_init": ""})
     return VisionTransformer(**arguments)
 
 
 def _arguments(model: Any) -> dict[str, Any]:
-    """What tells this ViT's stem and tokens from others', as plain values."""
+    """Return the constructor arguments of the stem and the tokens, as plain values."""
     embed = model.patch_embed
     hybrid = not hasattr(embed, "patch_size") or not isinstance(getattr(embed, "proj", None), nn.Conv2d)
     arguments = {

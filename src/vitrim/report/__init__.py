@@ -1,4 +1,4 @@
-"""Run folders to one self-contained page or to Markdown, and a plan to rows; no torch."""
+"""Reports of run folders as one self-contained page or Markdown, and tables of plans. Does not import torch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,14 +31,14 @@ __all__ = [
 
 
 def curve(records: Sequence[dict[str, Any]]) -> str:
-    """The curve of several runs as an SVG file, see `vitrim.report.frontier`; matplotlib is loaded only here."""
+    """Return the score-cost curve of several runs as an SVG file, see `vitrim.report.frontier`; imports matplotlib."""
     from vitrim.report.frontier import frontier as draw
 
     return draw(records)
 
 
 def times(lines: Sequence[dict[str, Any]]) -> str:
-    """The times of a bench as an SVG file, see `vitrim.report.bars`; matplotlib is loaded only here."""
+    """Return the times of a benchmark as an SVG file, see `vitrim.report.bars`; imports matplotlib."""
     from vitrim.report.bars import bars
 
     return bars(lines)

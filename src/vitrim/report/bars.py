@@ -1,4 +1,4 @@
-"""How long models take in each runtime: a bar each, a panel a batch, with the spread as a line."""
+"""Plot the time per batch of models in each runtime: one panel per batch size, with the spread as a line."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +11,11 @@ from vitrim.report.folder import Record, number
 __all__ = ["bars"]
 
 HIGH = 0.3
-"""Inches of a bar."""
+"""Height of a bar in inches."""
 
 
 def bars(lines: Sequence[Record]) -> str:
-    """Milliseconds of a batch, grouped by runtime, as an SVG file.
+    """Return the milliseconds per batch, grouped by runtime, as an SVG file.
 
     Args:
         lines: records with ``model``, ``runtime``, ``batch``, ``seconds``, ``seconds_low``, ``seconds_high`` and

@@ -1,6 +1,6 @@
-"""What a plan keeps, block by block, with what each block costs before and after.
+"""Compute what a plan keeps of each block, and the cost of each block before and after.
 
-Light on purpose: ``vitrim explain`` answers from here without loading torch or matplotlib.
+This module imports neither torch nor matplotlib, so that ``vitrim explain`` starts fast.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from vitrim.words.spec import Attention, Block, Conv, Spec
 __all__ = ["HOST", "Fate", "Head", "Row", "convolution", "fates", "sheet", "total"]
 
 HOST = "stem and head"
-"""Path of the row for all that is not a block."""
+"""Path of the row for everything outside the blocks."""
 
 
 class Head(NamedTuple):
-    """Channels of one head of the parent: kept and had, of queries and keys, and of values."""
+    """Channels of one head of the parent, before and after, of queries and keys, and of values."""
 
     qk: int
     qk_before: int
@@ -27,16 +27,16 @@ class Head(NamedTuple):
 
     @property
     def lives(self) -> bool:
-        """Whether the head is still there."""
+        """Whether the head is kept."""
         return self.v > 0
 
 
 class Fate(NamedTuple):
-    """What becomes of one block.
+    """What a plan does to one block.
 
-    `heads` lists every head of the parent, None where the parent has no attention; `attention` and `mlp` say
-    ``"kept"``, ``"skipped"`` where the plan takes the branch away, or ``"none"`` where the parent had none. `conv` is
-    the side of the kernel where the child convolves in place of attending, else 0.
+    `heads` lists every head of the parent; it is empty if the parent has no attention. `attention` and `mlp` are
+    ``"kept"``, ``"skipped"`` if the plan removes the branch, or ``"none"`` if the parent has no such branch. `conv` is
+    the side of the kernel if attention is replaced by a convolution, else 0.
     """
 
     path: str
@@ -55,7 +55,7 @@ class Fate(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One line of the sheet; `share` is macs after over macs before, None where there were none."""
+    """One row of the table of a plan; `share` is macs after divided by macs before, None if there were none before."""
 
     path: str
     heads: str
@@ -71,10 +71,10 @@ class Row(NamedTuple):
 
 
 def fates(parent: Spec, plan: Plan) -> list[Fate]:
-    """What becomes of every block of `parent`.
+    """Return what the plan does to every block of `parent`.
 
     Raises:
-        PlanError: if the plan does not fit `parent`.
+        PlanError: the plan does not fit `parent`.
     """
     child = plan.child(parent)
     return [
@@ -86,7 +86,7 @@ def fates(parent: Spec, plan: Plan) -> list[Fate]:
 
 
 class _Place(NamedTuple):
-    """A block where it stands."""
+    """A block with its cost, and the number of tokens that leave it."""
 
     block: Block
     cost: tuple[int, int]
@@ -138,10 +138,10 @@ def _heads(block: Block, plan: BlockPlan) -> tuple[Head, ...]:
 
 
 def sheet(parent: Spec, plan: Plan) -> list[Row]:
-    """One row a block and a last one for stem and head; their sums are the cost of parent and child.
+    """Return one row per block and a last one for stem and head; their sums are the cost of parent and child.
 
     Raises:
-        PlanError: if the plan does not fit `parent`.
+        PlanError: the plan does not fit `parent`.
     """
     return [*(_row(fate) for fate in fates(parent, plan)), _host_row(parent, plan)]
 
@@ -166,7 +166,7 @@ def _row(fate: Fate) -> Row:
 
 
 def convolution(fate: Fate) -> str:
-    """What stands in place of attention, in words; empty if attention or nothing does."""
+    """Return a description of the convolution that replaces attention; empty if there is none."""
     return f"{fate.conv} x {fate.conv} convolution" if fate.conv else ""
 
 
@@ -176,13 +176,13 @@ def _host_row(parent: Spec, plan: Plan) -> Row:
 
 
 def _host_cost(spec: Spec) -> tuple[int, int]:
-    """All that is no block's; a head may be priced by the tokens that the last block leaves it."""
+    """Return macs and params outside the blocks; the macs of a head may depend on the tokens after the last block."""
     whole, blocks = cost_of(spec), [place.cost for place in _places(spec)]
     return whole.macs - sum(macs for macs, _ in blocks), whole.params - sum(params for _, params in blocks)
 
 
 def total(rows: Sequence[Row]) -> Row:
-    """The sum of all rows."""
+    """Return the sum of all rows."""
     before, after = sum(row.macs_before for row in rows), sum(row.macs for row in rows)
     params_before, params = sum(row.params_before for row in rows), sum(row.params for row in rows)
     return Row("total", "", "", "", "", before, after, _share(after, before), params_before, params)
@@ -193,7 +193,7 @@ def _share(after: int, before: int) -> float | None:
 
 
 def widths(values: Sequence[int]) -> str:
-    """Widths of heads in order, equal neighbours together: ``2x64 + 48``; a range where that would be long."""
+    """Return the widths of heads in order, equal neighbors grouped: ``2x64 + 48``; a range if that is too long."""
     if not values:
         return "0"
     runs = [(value, len(list(group))) for value, group in groupby(values)]

@@ -1,7 +1,7 @@
-"""Curves and scatters, drawn by matplotlib as SVG that takes its colours and fonts from the page.
+"""Line and scatter plots, drawn by matplotlib as SVG that uses the colors and fonts of the page.
 
-matplotlib draws in stand-in colours, which are then replaced by the page's variables: one drawing is readable on a
-light and on a dark page.
+matplotlib draws in placeholder colors, which are then replaced by the variables of the page. So one drawing is readable
+on a light and on a dark page.
 """
 
 import io
@@ -62,13 +62,13 @@ _STYLE: dict[str, Any] = {
     "ytick.major.size": 0,
 }
 LETTERS = 115
-"""Letters of a line of a legend that fit below a figure, with the signs before the names."""
+"""Number of characters of a legend line that fit below a figure, including the markers."""
 POINTS = 300
-"""Most points of a curve; more are averaged, since a page of a long run should stay small."""
+"""Largest number of points of a curve; more are averaged, to keep the page of a long run small."""
 
 
 def curves(log: Sequence[Record]) -> str | None:
-    """Loss and top-1 of each stage over its steps, a panel each; None where there is neither."""
+    """Return plots of loss and top-1 over the steps of each stage, one panel each; None if there are neither."""
     stages: dict[str, list[Record]] = {}
     for line in log:
         stages.setdefault(str(line.get("stage", "")), []).append(line)
@@ -93,7 +93,7 @@ def curves(log: Sequence[Record]) -> str | None:
 
 
 def trials(records: Sequence[Record]) -> str | None:
-    """Score of each trial against its MACs, or its number where they are not told; None where there is no score."""
+    """Return a plot of the score of each trial against its MACs, or its number without MACs; None without scores."""
     across = "macs" if all(number(record, "macs") is not None for record in records) else "trial"
     points = [(x, y) for r in records if (x := number(r, across)) is not None and (y := number(r, "score")) is not None]
     if not points:
@@ -127,10 +127,10 @@ def _scores(axes: Any, name: str, lines: Sequence[Record]) -> None:
 
 
 def series(lines: Sequence[Record], key: str) -> list[tuple[float, float]]:
-    """Points (step, value) of the lines that have `key`; a line without a step stands at its place.
+    """Return the points (step, value) of the lines that have `key`; a line without a step uses its index.
 
-    A stage logs its steps and, besides, a mean at the end of each epoch: where there are steps, these make the curve.
-    A run that was killed and resumed logs some steps twice; the last word counts.
+    A stage logs steps, and a mean at the end of each epoch. If there are steps, only these are used. A run that was
+    killed and resumed logs some steps twice; the last record is used.
     """
     points: dict[float, float] = {}
     steps = [line for line in lines if line.get("event") == "step" and number(line, key) is not None]
@@ -142,14 +142,14 @@ def series(lines: Sequence[Record], key: str) -> list[tuple[float, float]]:
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Means over equal runs of points, at most `POINTS` of them."""
+    """Return means over groups of consecutive points of equal size, at most `POINTS` groups."""
     size = -(-len(points) // POINTS)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [fmean(x for x, _ in group) for group in groups], [fmean(y for _, y in group) for group in groups]
 
 
 def legend(figure: Figure) -> None:
-    """Name what all panels show, once, below the figure."""
+    """Add one legend for all panels below the figure."""
     named: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -159,9 +159,9 @@ def legend(figure: Figure) -> None:
 
 
 def drawn(draw: Callable[[Figure], None], words: str, wide: float, high: float) -> str:
-    """Draw a figure of `wide` x `high` inches, and return it as SVG that belongs into a page."""
+    """Draw a figure of `wide` x `high` inches, and return it as SVG to be embedded in a page."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": words}), warnings.catch_warnings():
-        # The browser has glyphs that matplotlib's measuring font lacks.
+        # matplotlib measures text in a font that may lack glyphs that the browser has.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure = Figure(figsize=(wide, high), layout="constrained")
         FigureCanvasSVG(figure)
@@ -172,7 +172,7 @@ def drawn(draw: Callable[[Figure], None], words: str, wide: float, high: float) 
 
 
 def _adopted(svg: str, words: str) -> str:
-    """An inline SVG without what a page has itself: prolog, metadata, global style, names of groups, sizes, colours."""
+    """Return an inline SVG without prolog, metadata, global style, group names and sizes, in the colors of the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
@@ -188,7 +188,7 @@ def _adopted(svg: str, words: str) -> str:
 
 
 def standing(svg: str) -> str:
-    """An SVG of `drawn` as a file of its own, in the colours of a light page."""
+    """Return an SVG of `drawn` as a standalone file, in the colors of a light page."""
     colors = dict(re.findall(r"(--[\w-]+): (#[0-9a-fA-F]{6})", STYLE.split("@media", 1)[0]))
     svg = re.sub(r"var\((--[\w-]+)\)", lambda found: colors[found[1]], svg)
     start = '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" '

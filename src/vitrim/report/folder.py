@@ -1,4 +1,4 @@
-"""Reading a run folder: plain values only, and whatever an unfinished run has not written yet is left out."""
+"""Read run folders. Files that an unfinished run has not written yet are left out."""
 
 import json
 import math
@@ -17,7 +17,7 @@ Record = dict[str, Any]
 
 
 class Run(NamedTuple):
-    """What a run folder says; an absent part is None or empty."""
+    """The contents of a run folder; a part that is missing is None or empty."""
 
     name: str
     measured: Record
@@ -26,16 +26,16 @@ class Run(NamedTuple):
     plan: Plan | None
     trials: list[Record]
     log: list[Record]
-    classes: list[Record] = []  # noqa: RUF012 a tuple's defaults are shared, and nobody changes this one
+    classes: list[Record] = []  # noqa: RUF012 the default is shared by all instances, but never changed
     pictures: tuple[Path, ...] = ()
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read run folders, each named by the end of its path that no other has.
+    """Read run folders. Each is named by the shortest end of its path that distinguishes the folders.
 
     Raises:
-        RunError: if there is no folder, or one has no ``measured.json``, or a file in it is damaged.
-        PlanError: if a ``plan.json`` is damaged.
+        RunError: there is no folder, or one has no ``measured.json``, or a file in it is damaged.
+        PlanError: a ``plan.json`` is damaged.
     """
     if not folders:
         raise RunError("a report must have at least one run folder, but got none; name one")
@@ -43,7 +43,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def names_apart(folders: Sequence[str | Path]) -> list[str]:
-    """Last parts of each path, one where that tells all apart and more where it does not."""
+    """Return the last part of each path, or as many last parts as are needed to distinguish the paths."""
     parts = [Path(folder).resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
@@ -69,11 +69,11 @@ def _read(folder: Path, name: str) -> Run:
 
 
 def _classes(path: Path) -> list[Record]:
-    """The classes of a segmentation, in the order of their labels."""
+    """Return the classes of a segmentation, in the order of their labels."""
     known = read_json(path, RunError) if path.exists() else []
     if not isinstance(known, list) or not all(isinstance(each, dict) for each in known):
         raise RunError(
-            f"{path}: the file must hold a list of records, but holds something else; run the transfer again"
+            f"{path}: the file must contain a list of records, but contains something else; run the transfer again"
         )
     return known
 
@@ -82,12 +82,12 @@ def _measured(folder: Path) -> Record:
     path = folder / "measured.json"
     if not path.exists():
         raise RunError(
-            f"{folder}: a run folder must hold measured.json, but it does not; "
+            f"{folder}: a run folder must contain measured.json, but does not; "
             f"finish the run with 'vitrim run {folder / 'recipe.toml'}'"
         )
     measured = read_json(path, RunError)
     if not isinstance(measured, dict):
-        raise RunError(f"{path}: the file must hold names and values, but holds a {type(measured).__name__}")
+        raise RunError(f"{path}: the file must contain names and values, but contains a {type(measured).__name__}")
     return measured
 
 
@@ -109,18 +109,20 @@ def _lines(path: Path) -> list[Record]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as problem:
-            # A run that was killed, or is still writing, leaves half of a last line.
+            # The last line may be incomplete if the run was killed or is still writing.
             if index == len(lines) - 1:
                 break
             raise RunError(f"{path}: each line must be JSON, but line {index + 1} is not: {problem.msg}") from None
         if not isinstance(record, dict):
-            raise RunError(f"{path}: each line must hold names and values, but line {index + 1} holds {line[:40]}")
+            raise RunError(
+                f"{path}: each line must contain names and values, but line {index + 1} contains {line[:40]}"
+            )
         records.append(record)
     return records
 
 
 def number(record: Record, name: str) -> float | None:
-    """The finite number called `name`, or None where there is none."""
+    """Return the value of `name` if it is a finite number, else None."""
     value = record.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None

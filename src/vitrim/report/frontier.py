@@ -1,4 +1,4 @@
-"""The curve of a model and its smaller forms: how good they still are, against what they cost."""
+"""Plot the accuracy of a model and its compressed versions against their cost."""
 
 from collections.abc import Sequence
 
@@ -16,9 +16,9 @@ _ACROSS = (
 
 
 def frontier_plot(records: Sequence[Record]) -> str | None:
-    """Top-1 against MACs and against measured latency, as SVG for a page; agreement where there is no top-1.
+    """Return a plot of top-1 against MACs and measured latency, as SVG for a page; agreement if there is no top-1.
 
-    None where fewer than two records have such a score.
+    The result is None if fewer than two records have such a score.
     """
     key = "top1" if all(number(record, "top1") is not None for record in records) else "agreement"
     words = "top-1 in percent" if key == "top1" else "same answer as the parent, percent"
@@ -44,7 +44,7 @@ def frontier_plot(records: Sequence[Record]) -> str | None:
 
 
 def frontier(records: Sequence[Record]) -> str:
-    """The same as a file of its own, in the colours of a light page; without enough scores an empty picture."""
+    """Return the same plot as a standalone SVG file in light colors; an empty picture if there are too few scores."""
     svg = frontier_plot(records) or '<svg class="plot" viewBox="0 0 1 1">'
     if not svg.endswith("</svg>"):
         svg += "</svg>"

@@ -1,4 +1,4 @@
-"""Many runs in one picture: accuracy against each cost with its Pareto front, and the training of all."""
+"""Plots of several runs: accuracy against each cost with its Pareto front, and the training curves."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,10 +14,10 @@ __all__ = ["courses", "front", "fronts"]
 
 _COSTS = (("macs", "multiply-accumulates"), ("params", "parameters"), ("latency", "measured latency"))
 _PLACE = ("device", "runtime", "threads", "batch", "dtype")
-"""What must be the same of two times before they are shown on one axis."""
+"""Fields that must be equal for all runs before their times are shown on one axis."""
 MARKERS = "osD^vP*X"
 NAMED = 12
-"""Most lines that can be told apart."""
+"""Largest number of lines that are easy to distinguish."""
 _SCORES = (
     ("top1", "top-1 in percent", "Top-1"),
     ("miou", "mean IoU in percent", "Mean IoU"),
@@ -33,7 +33,7 @@ class _Point(NamedTuple):
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points (cost, score) that no other beats: none is as good for less, nor better for as much."""
+    """Return the Pareto front of (cost, score): points for which no other costs at most as much and scores as high."""
     best: list[tuple[float, float]] = []
     for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
         if not best or score > best[-1][1]:
@@ -42,12 +42,12 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def fronts(runs: Sequence[Run]) -> str | None:
-    """Top-1 against MACs, parameters and measured latency, a panel each; or mean IoU, or agreement, as known.
+    """Return plots of top-1 against MACs, parameters and latency, one panel each; mean IoU or agreement without top-1.
 
-    A number beside a point is the run's place among `runs`, from 1.
+    The number next to a point is the position of the run in `runs`, from 1.
 
-    Costs are shares of the parent where all parents cost the same, else absolute; times of different machines or
-    settings are always shares. None where fewer than two runs have a score.
+    Costs are relative to the parent if all parents have the same cost, and absolute otherwise. Times of different
+    machines or settings are always relative. The result is None if fewer than two runs have a score.
     """
     key, label, title = next(
         (s for s in _SCORES if all(number(r.measured, s[0]) is not None for r in runs)), _SCORES[-1]
@@ -98,7 +98,7 @@ def _panel(axes: Any, found: Sequence[_Point], methods: Sequence[str]) -> None:
     for index, method in enumerate(methods):
         mine = [point for point in found if _method(point.run) == method]
         color, marker = SERIES[index % len(SERIES)], MARKERS[index // len(SERIES) % len(MARKERS)]
-        # A label that starts with an underscore would be left out of the legend.
+        # matplotlib leaves labels that start with an underscore out of the legend.
         label = method.lstrip("_") or "?"
         costs, scores = [point.cost for point in mine], [point.score for point in mine]
         axes.scatter(costs, scores, s=34, color=color, marker=marker, label=label, zorder=3)
@@ -116,9 +116,9 @@ def _parents(axes: Any, found: Sequence[_Point], key: str) -> None:
 
 
 def courses(runs: Sequence[Run]) -> str | None:
-    """Loss and top-1 of the training of all runs, a line a run; None where fewer than two logged one.
+    """Return plots of training loss and top-1, one line per run; None if fewer than two runs logged one of them.
 
-    Of more than `NAMED` runs those of one method look alike.
+    With more than `NAMED` runs, all runs of one method have the same color and style.
     """
     logs = [(run, [line for line in run.log if line.get("stage") == "train"]) for run in runs]
     panels: list[tuple[str, list[tuple[Run, list[tuple[float, float]]]]]] = []

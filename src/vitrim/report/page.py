@@ -1,4 +1,4 @@
-"""The report as one self-contained page, and its tables as Markdown."""
+"""Build the report as one self-contained HTML page, and its tables as Markdown or CSV."""
 
 import importlib
 from collections.abc import Sequence
@@ -28,16 +28,16 @@ LEGEND = (
 
 
 def html(folders: Sequence[Path]) -> str:
-    """One page about one run, or about several with a comparison first.
+    """Return an HTML page about one run, or about several runs with a comparison first.
 
-    It holds its style and pictures, loads nothing, and is the same for the same folders.
+    The page contains its style and pictures and loads nothing. The same folders always give the same page.
 
     Args:
-        folders: run folders; each needs ``measured.json``, any other part is left out while it is missing.
+        folders: run folders; each must have ``measured.json``. Sections for other files that are missing are left out.
 
     Raises:
-        RunError: if there is no folder, or one cannot be read.
-        PlanError: if a ``plan.json`` is damaged.
+        RunError: there is no folder, or one cannot be read.
+        PlanError: a ``plan.json`` is damaged.
     """
     runs = read_runs(folders)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
@@ -56,14 +56,14 @@ def html(folders: Sequence[Path]) -> str:
 
 
 def markdown(folders: Sequence[Path]) -> str:
-    """The tables of `html` as Markdown.
+    """Return the tables of `html` as Markdown.
 
     Args:
         folders: run folders, as for `html`.
 
     Raises:
-        RunError: if there is no folder, or one cannot be read.
-        PlanError: if a ``plan.json`` is damaged.
+        RunError: there is no folder, or one cannot be read.
+        PlanError: a ``plan.json`` is damaged.
     """
     runs = read_runs(folders)
     parts = [] if len(runs) == 1 else ["# Runs", as_markdown(tables.comparison(runs))]
@@ -78,14 +78,14 @@ def markdown(folders: Sequence[Path]) -> str:
 
 
 def csv(folders: Sequence[Path]) -> str:
-    """All that was measured of each run, unrounded, as comma-separated values.
+    """Return all measured values of each run, unrounded, as comma-separated values.
 
     Args:
         folders: run folders, as for `html`.
 
     Raises:
-        RunError: if there is no folder, or one cannot be read.
-        PlanError: if a ``plan.json`` is damaged.
+        RunError: there is no folder, or one cannot be read.
+        PlanError: a ``plan.json`` is damaged.
     """
     return tables.as_csv(tables.everything(read_runs(folders)))
 
@@ -98,14 +98,16 @@ def _alone(run: Run) -> str:
 def _together(runs: Sequence[Run]) -> str:
     parts = [
         f"<header><h1>{len(runs)} runs</h1>",
-        '<p class="outcome">Each run is a smaller model made from a parent; the sections below tell them one by one.'
-        "</p></header>",
+        '<p class="outcome">Each run is a smaller model made from a parent; the sections below describe them one by '
+        "one.</p></header>",
         _table(tables.comparison(runs), "small", links=[f"run-{i}" for i in range(len(runs))]),
         _copies(runs),
     ]
     many = _plots("fronts")
     if plot := many.fronts(runs):
-        words = '<p class="note">Numbers are those of the table; the grey line joins the runs that no other beats.</p>'
+        words = (
+            '<p class="note">Numbers refer to rows of the table; the gray line joins the runs on the Pareto front.</p>'
+        )
         parts += ["<h3>Accuracy against cost</h3>", words, _figure(plot)]
     known = [(run.name, fates(run.parent, run.plan)) for run in runs if run.parent is not None and run.plan is not None]
     if known:
@@ -123,7 +125,7 @@ def _together(runs: Sequence[Run]) -> str:
 
 
 def _copies(runs: Sequence[Run]) -> str:
-    """The comparison as text to copy: Markdown of what is shown, CSV of all that was measured, unrounded."""
+    """Return the comparison as text to copy: the table as Markdown, and all measured values as CSV, unrounded."""
     rest = "".join(
         f"<details><summary>{words}</summary><pre>{escape(text)}</pre></details>"
         for words, text in (
@@ -147,7 +149,7 @@ def _outcome(run: Run) -> str:
 
 
 def _figures(run: Run) -> list[Table | None]:
-    """The tables of what a run made."""
+    """Return the tables of the results of a run."""
     if _segments(run):
         return [scenes.segmented(run.measured), scenes.class_table(run.classes)]
     return [tables.result(run.measured), tables.block_table(run)]
@@ -189,7 +191,8 @@ def _course(run: Run) -> list[str]:
 
 
 def _plots(name: str = "curves") -> ModuleType:
-    # matplotlib takes longer to load than `vitrim explain` may take, and that needs this package only for its rows.
+    # matplotlib is imported only here. `vitrim explain` uses this package without plots, and importing matplotlib would
+    # take longer than the whole command may take.
     return importlib.import_module(f"vitrim.report.{name}")
 
 

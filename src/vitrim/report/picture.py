@@ -1,8 +1,8 @@
-"""The picture of what was kept: a line a block, drawn by hand so that it follows the page's colours and fonts.
+"""Draw what a plan keeps, one line per block, as SVG that uses the colors and fonts of the page.
 
-Every head of the parent is a cell as wide as any other; the bars in it show the share of its channels that stayed,
-queries and keys above, values below. A cell without bars is a dead head. Where attention became a convolution, the line
-is one bar that says so. The MLP is one bar beside them.
+Every head of the parent is a cell of equal width. The bars in it show the fraction of its channels that is kept:
+queries and keys above, values below. A cell without bars is a removed head. If attention is replaced by a convolution,
+the line is a single labeled bar. The MLP is one bar to the right of the heads.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ MLP_AT, MLP_WIDTH = 572, 168
 COST_AT, COST_WIDTH = 764, 84
 NUMBERS_AT = WIDTH
 CROWDED = 16
-"""Blocks above which lines stand closer."""
+"""Number of blocks above which lines are closer together."""
 
 
 def picture(fates: Sequence[Fate]) -> str:
-    """An SVG of all blocks, 960 units wide; colours come from classes in the page's style."""
+    """Return an SVG of all blocks, 960 units wide; colors are set by classes in the style of the page."""
     line, bar = (34, 24) if len(fates) <= CROWDED else (24, 16)
     most = max((fate.macs_before for fate in fates), default=0)
     widest = max((fate.hidden_before for fate in fates), default=0)

@@ -1,4 +1,4 @@
-"""What a report says of a segmentation: its scores, every class, and pictures of predictions."""
+"""The report of a segmentation: its scores, every class, and pictures of predictions."""
 
 import base64
 import re
@@ -13,11 +13,11 @@ from vitrim.words.errors import RunError
 
 __all__ = ["class_table", "gallery", "segmented", "spoken"]
 
-_COLOUR = re.compile(r"#[0-9a-f]{6}")
+_COLOR = re.compile(r"#[0-9a-f]{6}")
 
 
 def segmented(measured: Record) -> Table:
-    """The whole segmentor in figures."""
+    """Return the table of scores and costs of a segmentor."""
     batch = number(measured, "batch")
     time = number(measured, "latency_ms")
     rows = [
@@ -35,7 +35,7 @@ def segmented(measured: Record) -> Table:
 
 
 def class_table(classes: Sequence[Mapping[str, Any]]) -> Table:
-    """Every class: intersection over union, share of its pixels that are found, share of all pixels."""
+    """Return the table of classes: intersection over union, recall in pixels, and fraction of all pixels."""
     total = sum(number(dict(each), "pixels") or 0 for each in classes)
     rows = []
     for each in classes:
@@ -49,7 +49,7 @@ def class_table(classes: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def spoken(measured: Record) -> str:
-    """What came of a transfer, in one sentence."""
+    """Return the result of a transfer in one sentence."""
     head, model, device = (measured.get(key) for key in ("head", "model", "device"))
     score, time = number(measured, "miou"), number(measured, "latency_ms")
     parts = [f"{head} on {model} segments {measured.get('test_scenes', DASH)} test scenes"]
@@ -63,13 +63,13 @@ def spoken(measured: Record) -> str:
 
 
 def gallery(run: Run) -> list[str]:
-    """Pictures of predictions with their colours, in HTML; empty where there are none."""
+    """Return pictures of predictions with the colors of the classes, in HTML; empty if there are none."""
     if not run.pictures:
         return []
     keys = "".join(
-        f'<span><i class="swatch" style="background:{colour}"></i>{escape(str(each.get("name", "")))}</span>'
+        f'<span><i class="swatch" style="background:{color}"></i>{escape(str(each.get("name", "")))}</span>'
         for each in run.classes
-        if _COLOUR.fullmatch(colour := str(each.get("colour", "")))
+        if _COLOR.fullmatch(color := str(each.get("colour", "")))
     )
     drawn = "\n".join(
         f'<img class="scene" alt="scene, mask and prediction {escape(path.stem)}" src="{_embedded(path)}">'

@@ -1,4 +1,4 @@
-"""What many runs keep of every block, a line a run: how full a cell is says how much of the block's work stayed."""
+"""Draw what several runs keep of every block: one line per run, cells filled by the fraction of the block's MACs."""
 
 from collections.abc import Sequence
 from html import escape
@@ -10,14 +10,14 @@ __all__ = ["strips"]
 WIDTH, LABEL, HIGH, GAP = 960, 200, 26, 10
 TOP = 18
 LONGEST = 30
-"""Letters of a name that fit beside its line."""
+"""Number of characters of a name that fit next to its line."""
 
 
 def strips(runs: Sequence[tuple[str, Sequence[Fate]]]) -> str:
-    """The picture as SVG.
+    """Return the picture as SVG.
 
     Args:
-        runs: names, and what became of each block of the parent.
+        runs: name of each run, and what it keeps of each block of the parent.
     """
     most = max(len(blocks) for _, blocks in runs)
     wide = (WIDTH - LABEL) / most

@@ -1,4 +1,4 @@
-"""The look of the page: system fonts, one column, the same in light and dark."""
+"""The style sheet of the page: system fonts, one column, a light and a dark color scheme."""
 
 __all__ = ["STYLE"]
 

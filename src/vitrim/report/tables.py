@@ -1,4 +1,4 @@
-"""The tables of a report as rows of text; the page and the Markdown lay out the same cells."""
+"""The tables of a report as rows of text. The page and the Markdown show the same cells."""
 
 import csv
 import io
@@ -27,11 +27,11 @@ __all__ = [
     "warnings",
 ]
 
-DASH = "–"  # noqa: RUF001 an en dash says "no value" in a cell
+DASH = "–"  # noqa: RUF001 an en dash means "no value" in a cell
 
 
 class Table(NamedTuple):
-    """A caption, a heading and rows of cells; the first column names the row, all others are numbers."""
+    """A caption, a heading and rows of cells. The first column is the name of the row; the others are values."""
 
     caption: str
     head: tuple[str, ...]
@@ -39,7 +39,7 @@ class Table(NamedTuple):
 
 
 def short(value: float | None) -> str:
-    """A count with its unit: ``2.30 G``, ``22.1 M``."""
+    """Return a count with its unit prefix: ``2.30 G``, ``22.1 M``."""
     if value is None:
         return DASH
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -50,7 +50,7 @@ def short(value: float | None) -> str:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share in percent: ``71.3 %``."""
+    """Return a percentage as text: ``71.3 %``."""
     return DASH if value is None else f"{value:.{digits}f} %"
 
 
@@ -63,12 +63,12 @@ def _milliseconds(value: float | None) -> str:
 
 
 def _points(value: float) -> str:
-    # Rounding first, so that a loss of 0.04 points reads as 0.0 and not as a minus nothing.
+    # Round first, so that a loss of 0.04 points is shown as +0.0 and not as -0.0.
     return f"{round(value, 1) + 0.0:+.1f}".replace("-", "\N{MINUS SIGN}") + " points"
 
 
 def result(measured: Record) -> Table:
-    """Parent and child side by side."""
+    """Return the table that compares parent and child."""
     batch = number(measured, "batch")
     latency = "latency" if batch is None else f"latency, batch of {batch:g}"
     rows = [
@@ -108,7 +108,7 @@ def _with_spread(measured: Record, name: str) -> str:
 
 
 def comparison(runs: Sequence[Run]) -> Table:
-    """One row a run."""
+    """Return the table of all runs, one row per run."""
     head: tuple[str, ...] = ("run", "method", "MACs", "of parent", "parameters", "of parent")
     head = (*head, "top-1", "parent's", "latency ratio")
     rows: list[tuple[str, ...]] = [_compared(run) for run in runs]
@@ -139,19 +139,19 @@ def _error(measured: Record, name: str) -> str:
 
 
 def everything(runs: Sequence[Run]) -> Table:
-    """Every value that was measured, unrounded: one row a run, a column for each name that any run has."""
+    """Return all measured values, unrounded: one row per run, one column per name that occurs in any run."""
     names = list(dict.fromkeys(name for run in runs for name in run.measured))
     rows = [(run.name, *("" if (v := run.measured.get(name)) is None else str(v) for name in names)) for run in runs]
     return Table("All that was measured", ("run", *names), rows)
 
 
 def block_table(run: Run) -> Table | None:
-    """What every block keeps, and the sums; None while there is no plan."""
+    """Return the table of what every block keeps, with sums; None if there is no plan yet."""
     return None if run.parent is None or run.plan is None else plan_table(run.parent, run.plan)
 
 
 def plan_table(parent: Spec, plan: Plan) -> Table:
-    """What every block keeps of `parent`, and the sums; tokens where the plan drops some."""
+    """Return the table of what every block keeps of `parent`, with sums; with tokens if the plan drops some."""
     rows = sheet(parent, plan)
     drops = any(block.tokens is not None for block in plan.blocks())
     head = ("block", "heads", "q/k widths", "v widths", "neurons", *["tokens"] * drops, "MACs before", "after", "share")
@@ -165,7 +165,7 @@ def _line(row: Row, drops: bool) -> tuple[str, ...]:
 
 
 def provenance(measured: Record) -> Table:
-    """Everything measured or set that the other tables do not show."""
+    """Return the table of all measured values and settings that the other tables do not show."""
     shown = {"top1", "top1_parent", "agreement", "latency_ms", "latency_parent_ms", "miou", "accuracy", "macs_head"}
     shown |= {"top1_error", "top1_parent_error", "distance", "warnings"}
     for name in ("macs", "params", "latency"):
@@ -181,7 +181,7 @@ def _plain(value: object) -> str:
 
 
 def outcome(measured: Record) -> str:
-    """What came of a run, in one sentence."""
+    """Return the result of a run in one sentence."""
     who = str(measured.get("method", "the run"))
     share = number(measured, "macs_ratio")
     kept = "a smaller model" if share is None else f"a model with {100 * share:.1f} % of the multiply-accumulates"
@@ -200,7 +200,7 @@ def outcome(measured: Record) -> str:
 
 
 def _measured_on(measured: Record) -> str:
-    """Standard error of top-1, how many images it was measured on, and which; empty where that is not known."""
+    """Return the standard error of top-1, and the number and source of the test images; empty if unknown."""
     count, source = number(measured, "test_images"), measured.get("test_source")
     text = _error(measured, "top1_error")
     if count is not None and isinstance(source, str):
@@ -209,26 +209,26 @@ def _measured_on(measured: Record) -> str:
 
 
 def warnings(measured: Record) -> list[str]:
-    """What a reader should not overlook, one sentence each."""
-    told = measured.get("warnings")
-    return [line for line in told.splitlines() if line.strip()] if isinstance(told, str) else []
+    """Return the warnings of a run, one sentence each."""
+    text = measured.get("warnings")
+    return [line for line in text.splitlines() if line.strip()] if isinstance(text, str) else []
 
 
 def as_markdown(table: Table) -> str:
-    """A table in Markdown, whatever stands in its cells."""
+    """Return a table in Markdown, with escaped cells."""
     rule = ("---", *("---:" for _ in table.head[1:]))
     lines = [table.head, rule, *table.rows]
     return "\n".join("| " + " | ".join(map(markdown_text, cells)) + " |" for cells in lines)
 
 
 def markdown_text(text: str) -> str:
-    """Text that stays one cell and no markup, whatever stands in it."""
+    """Return text escaped so that it stays in one cell and is not read as markup."""
     flat = " ".join(text.split())
     return "".join(f"\\{sign}" if sign in "\\`*_[]|#" else sign for sign in escape(flat, quote=False))
 
 
 def as_csv(table: Table) -> str:
-    """A table as comma-separated values with a heading; cells that a spreadsheet would run as a formula are quoted."""
+    """Return a table as comma-separated values with a heading; cells that look like a formula are quoted."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for cells in (table.head, *table.rows):

@@ -1,4 +1,4 @@
-"""Training and measuring: the only loop, and what it is told."""
+"""The training loop with its settings, and evaluation."""
 
 from vitrim.train.distill import Objective
 from vitrim.train.evaluate import Evaluated, evaluate, reference_logits

@@ -1,6 +1,6 @@
-"""Where a training run stands, in one file: a safetensors of all tensors with the rest as JSON in its header.
+"""Checkpoints: one safetensors file with all tensors, and the rest of the state as JSON in its header.
 
-One file, so that no two halves of different moments can meet; no pickle, so that reading runs no code.
+It is one file, so that parts of different checkpoints cannot be mixed. It is not a pickle, so reading it runs no code.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ _FORMAT = 1
 
 @dataclasses.dataclass
 class Progressed:
-    """How far a run is, besides its tensors.
+    """Progress of a run, without its tensors.
 
     Attributes:
-        step: optimiser steps taken.
+        step: number of optimizer steps taken.
         seconds: time spent so far, over all resumed parts.
         window: sums since the last log record: task loss, penalty, steps.
-        epoch: the same since the beginning of the epoch.
+        epoch: the same sums since the beginning of the epoch.
         history: the records of finished epochs.
         scaler: state of the fp16 loss scaler.
     """
@@ -46,24 +46,24 @@ class Progressed:
 
 
 def pack(model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return copies on the CPU of all that training changes, under `model. ema. optim.<parameter>.` names."""
+    """Return CPU copies of all tensors that training changes, named `model.*`, `ema.*`, `optim.<parameter>.*`."""
     found = {f"model.{name}": value for name, value in model.state_dict().items()}
     if ema is not None:
         found |= {f"ema.{name}": value for name, value in ema.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             found[f"optim.{name}.{key}"] = value
-    # Copied also on the CPU: safetensors refuses tensors that share memory, as tied weights do.
+    # CPU tensors are copied too, because safetensors rejects tensors that share memory, such as tied weights.
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in found.items()}
 
 
 def unpack(
     tensors: dict[str, Tensor], model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer, path: Path
 ) -> None:
-    """Put what `pack` gave back in place.
+    """Load the tensors that `pack` returned into model, averaged weights and optimizer.
 
     Raises:
-        RunError: the checkpoint is of another model; nothing was changed then.
+        RunError: the checkpoint belongs to another model; nothing is changed then.
     """
     wanted = {f"model.{name}": value for name, value in model.state_dict().items()}
     if ema is not None:
@@ -90,30 +90,30 @@ def unpack(
 def write(
     folder: Path, stage: str, tensors: dict[str, Tensor], progressed: Progressed, run: dict[str, Any], keep: int
 ) -> Path:
-    """Write a checkpoint in one step, then remove all but the newest `keep` of this stage.
+    """Write a checkpoint atomically, then remove all but the newest `keep` of this stage.
 
     Args:
-        folder: where; made if missing.
+        folder: folder to write to; created if missing.
         stage: name of the stage.
-        tensors: what `pack` gave.
-        progressed: the rest.
-        run: what the run was asked for, see `compare`.
-        keep: checkpoints that stay.
+        tensors: tensors returned by `pack`.
+        progressed: progress of the run.
+        run: settings of the run, see `compare`.
+        keep: number of checkpoints to keep.
 
     Raises:
-        RunError: the file cannot be written; earlier checkpoints are as they were.
+        RunError: the file cannot be written; earlier checkpoints are unchanged.
     """
     path = folder / f"{stage}-{progressed.step:08d}.safetensors"
     about = {"format": _FORMAT, "progressed": dataclasses.asdict(progressed), "run": run}
     data = save(tensors, {_KEY: json.dumps(about, allow_nan=False)})
     try:
-        with writing(path) as beside, beside.open("wb") as stream:
+        with writing(path) as temporary, temporary.open("wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as problem:
         earlier = newest(folder, stage)
-        kept = f"the checkpoint {earlier} stays good" if earlier else "there is no earlier checkpoint"
+        kept = f"the checkpoint {earlier} is unchanged" if earlier else "there is no earlier checkpoint"
         need = f"{len(data) / 2**20:.1f} MiB"
         reason = "the disk is full" if problem.errno == errno.ENOSPC else f"{problem.strerror or problem}"
         raise RunError(f"{folder}: must have room for a checkpoint of {need}, but {reason}; {kept}") from None
@@ -134,10 +134,10 @@ def newest(folder: Path, stage: str) -> Path | None:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], Progressed, dict[str, Any]]:
-    """Read a checkpoint: tensors on the CPU, progress, and what the run was asked for.
+    """Read a checkpoint: tensors on the CPU, progress, and the settings of the run.
 
     Raises:
-        RunError: the file is damaged or something else.
+        RunError: the file is damaged or is not a checkpoint.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -153,10 +153,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], Progressed, dict[str, Any]]:
 
 
 def compare(path: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
-    """Check that a checkpoint is of the run that is asked for.
+    """Check that a checkpoint belongs to a run with these settings.
 
     Raises:
-        RunError: naming the first setting that differs, and both its values.
+        RunError: a setting differs; the message names the first one and both values.
     """
     old, new = _flat(was), _flat(now)
     for name in sorted(old.keys() | new.keys()):

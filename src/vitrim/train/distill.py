@@ -1,8 +1,8 @@
-"""The loss of a step: labels, a teacher, or both.
+"""The loss of a step, from labels, a teacher, or both.
 
-B images, K classes, T temperature. A model with one output gives the logit z of the second of two classes where there
-are labels, and is taken for one with logits (0, z); outputs that are no classes are compared by their squared distance,
-see `vitrim.cut.outputs`.
+B images, K classes, T temperature. If there are labels, the output z of a model with one output is the logit of the
+second of two classes, and the logits are (0, z). Outputs that are not classes are compared by their squared distance.
+See `vitrim.cut.outputs`.
 
 Sources: Hinton et al. 2015 (soft); Touvron et al. 2021, "Training data-efficient image transformers" (hard, token).
 """
@@ -27,8 +27,8 @@ def labels_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tenso
 
     Args:
         logits: `(B, K)`.
-        labels: int64 `(B,)`, or distributions `(B, K)`, which are taken as they are.
-        smoothing: share of each label that is spread over all classes, in `[0, 1)`; for int64 labels only.
+        labels: int64 `(B,)`, or distributions `(B, K)`, which are used unchanged.
+        smoothing: fraction of each label that is spread over all classes, in `[0, 1)`; for int64 labels only.
     """
     logits = _wide(logits)
     if labels.ndim == 2:
@@ -37,7 +37,7 @@ def labels_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tenso
 
 
 def hard_loss(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean cross-entropy with the teacher's first choice, scalar.
+    """Return the mean cross-entropy with the teacher's predicted class, scalar.
 
     Args:
         logits: `(B, K)`.
@@ -63,8 +63,8 @@ def distance_loss(outputs: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean squared difference from the teacher's outputs, scalar.
 
     Args:
-        outputs: `(B, ...)`, of any meaning.
-        teacher: the teacher's, of the same shape.
+        outputs: `(B, ...)`, of any kind.
+        teacher: the teacher's outputs, of the same shape.
     """
     return F.mse_loss(_wide(outputs), teacher.to(_wide(outputs).dtype))
 
@@ -72,13 +72,13 @@ def distance_loss(outputs: Tensor, teacher: Tensor) -> Tensor:
 def token_loss(
     outputs: tuple[Tensor, Tensor], labels: Tensor | None, teacher: Tensor, alpha: float, smoothing: float
 ) -> Tensor:
-    """Return DeiT's loss: the class head learns the labels, the distillation head the teacher's first choice.
+    """Return DeiT's loss: the class head learns the labels, the distillation head the teacher's predicted class.
 
     Args:
         outputs: logits of the class head and of the distillation head, each `(B, K)`.
-        labels: as in `labels_loss`; None without labels, and then both heads learn the teacher's first choice.
+        labels: as in `labels_loss`; None if there are none; then both heads learn the teacher's predicted class.
         teacher: the teacher's logits, `(B, K)`.
-        alpha: share of the teacher.
+        alpha: weight of the teacher, in `[0, 1]`.
         smoothing: as in `labels_loss`.
     """
     first, second = outputs
@@ -88,20 +88,20 @@ def token_loss(
 
 
 def _wide(logits: Tensor) -> Tensor:
-    """A cross-entropy over half-precision logits loses small differences."""
+    """Return half-precision logits as float32, because a cross-entropy in half precision loses small differences."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 class Objective:
-    """The task loss of a run, and the teacher it asks."""
+    """The task loss of a run, and the teacher."""
 
     def __init__(self, settings: Distill, smoothing: float, teacher: nn.Module | None, labelled: bool) -> None:
-        """Decide what is learned from.
+        """Choose the sources of the loss: labels, teacher, or both.
 
         Args:
-            settings: how a teacher teaches.
+            settings: settings of distillation.
             smoothing: label smoothing.
-            teacher: gives logits `(B, K)` in eval mode; None to learn from labels alone.
+            teacher: returns logits `(B, K)` in eval mode; None to learn only from labels.
             labelled: whether every picture has a label.
 
         Raises:
@@ -123,10 +123,10 @@ class Objective:
         """Choose the loss that fits a model with this many classes.
 
         Args:
-            classes: outputs that tell classes apart, 0 for a model without a head.
+            classes: number of outputs of the model, 0 for a model without a head.
 
         Raises:
-            RecipeError: the outputs stand for no classes, but are to be learned from labels or compared as classes.
+            RecipeError: the outputs are not classes, but the loss uses labels or compares the outputs as classes.
         """
         self.values = gives_values(classes, self.labelled)
         if not self.values:
@@ -139,18 +139,18 @@ class Objective:
             )
         if self.alpha < 1:
             raise RecipeError(
-                f"a model {what} must be learned from a teacher alone, but the labels have a share; set "
+                f"a model {what} must learn from a teacher alone, but the labels have a weight; set "
                 "train.distill.alpha=1"
             )
 
     @property
     def token(self) -> bool:
-        """Whether the student must give the outputs of both heads."""
+        """Whether the student must return the outputs of both heads."""
         return self.kind == "token"
 
     @torch.no_grad()
     def ask(self, pictures: Tensor) -> Tensor | None:
-        """Return the teacher's logits `(B, K)` for pictures `(B, C, h, w)`, or None where it has no say."""
+        """Return the teacher's logits `(B, K)` for pictures `(B, C, h, w)`, or None if the teacher is not used."""
         if self.teacher is None or self.alpha == 0:
             return None
         logits: Tensor = self.teacher(fed(pictures, self.teacher))
@@ -161,8 +161,8 @@ class Objective:
 
         Args:
             outputs: the student's logits `(B, K)`, or those of both heads for `token`.
-            labels: int64 `(B,)` or distributions `(B, K)`; not looked at without labels.
-            teacher: what `ask` gave.
+            labels: int64 `(B,)` or distributions `(B, K)`; not used if the data has no labels.
+            teacher: the result of `ask`.
         """
         if self.values and teacher is not None:
             return distance_loss(outputs, teacher)
@@ -184,7 +184,7 @@ class Objective:
 
 
 def two_heads(model: nn.Module) -> Callable[[bool], None]:
-    """Return the switch that makes a distilled timm model give the outputs of both heads.
+    """Return a function that turns the outputs of both heads of a distilled timm model on or off.
 
     Raises:
         RecipeError: the model has no distillation token.

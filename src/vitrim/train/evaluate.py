@@ -1,6 +1,6 @@
-"""How good a model is on data.
+"""Evaluate a model on data.
 
-B images of a batch, P pictures in all, K classes.
+B images of a batch, P pictures in total, K classes.
 """
 
 import time
@@ -21,18 +21,19 @@ __all__ = ["Evaluated", "evaluate", "reference_logits"]
 
 
 class Evaluated(Node):
-    """What an evaluation found.
+    """Result of an evaluation.
 
     Attributes:
-        top1: pictures whose label the model puts first, percent; None without labels.
-        top5: pictures whose label is among the model's first five, percent; None without labels, or with one output.
+        top1: percentage of pictures whose label is the predicted class; None without labels.
+        top5: percentage of pictures whose label is among the five largest logits; None without labels, or with one
+            output.
         loss: mean cross-entropy with the labels, nats; None without labels.
-        agreement: pictures on which the reference has the same first choice, percent; None without a reference, or
-            where the outputs are no classes.
-        distance: root of the squared distance from the reference's outputs over that of those outputs from zero; None
-            without a reference, or where the outputs are classes.
+        agreement: percentage of pictures for which the reference predicts the same class; None without a reference, or
+            if the outputs are not classes.
+        distance: Euclidean norm of the difference from the reference's outputs, divided by the norm of these outputs;
+            None without a reference, or if the outputs are classes.
         count: number of pictures.
-        seconds: wall-clock time, with loading.
+        seconds: wall-clock time, including loading.
     """
 
     top1: float | None
@@ -45,10 +46,10 @@ class Evaluated(Node):
 
 
 def reference_logits(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Run a model once over a loader, to compare many others with.
+    """Return the logits of a model over a loader, as a reference for evaluating other models.
 
     Args:
-        model: gives logits `(B, K)`.
+        model: returns logits `(B, K)`.
         loader: batches in a fixed order, see `vitrim.data.eval_loader`.
 
     Returns:
@@ -72,17 +73,18 @@ def evaluate(
     reference: nn.Module | Tensor | None = None,
     classes: int | None = None,
 ) -> Evaluated:
-    """Measure a model; it is left as it was.
+    """Evaluate a model; its train or eval modes are restored.
 
     Args:
-        model: gives logits `(B, K)` in eval mode; with one output, and labels, that of the second of two classes.
-            Without a head (`num_classes` is 0) labels are not looked at.
-        loader: batches of pictures `(B, C, h, w)` and labels `(B,)`, -1 for none, in a fixed order.
-        reference: another model, or what `reference_logits` gave for this loader.
-        classes: K that the data needs; None takes any.
+        model: returns logits `(B, K)` in eval mode. With one output and labels, the output is the logit of the second
+            of two classes. Without a head (`num_classes` is 0), labels are not used.
+        loader: batches of pictures `(B, C, h, w)` and labels `(B,)`, -1 for no label, in a fixed order.
+        reference: another model, or the result of `reference_logits` for this loader.
+        classes: number of classes of the data, which K must equal; None accepts any K.
 
     Raises:
-        DataError: K differs, a label is not below K, there is no picture, or the reference counts other pictures.
+        DataError: K differs, a label is not below K, there is no picture, or the reference has another number of
+            pictures.
         WeightsError: a logit is not finite.
     """
     other = reference if isinstance(reference, nn.Module) else None
@@ -147,7 +149,7 @@ def _check_batch(logits: Tensor, labels: Tensor, classes: int | None) -> None:
 
 
 def _score(logits: Tensor, labels: Tensor) -> Tensor:
-    """Number of hits among the first one and first five, and the summed loss, `(3,)` on the CPU."""
+    """Return the number of top-1 hits and top-5 hits, and the summed loss, `(3,)` on the CPU."""
     labels = labels.to(logits.device)
     best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
     loss = F.cross_entropy(logits.double(), labels.clamp_min(0), reduction="sum")

@@ -1,4 +1,4 @@
-"""The only way vitrim trains: on one CPU, one GPU or many processes, with or without a teacher.
+"""Train a model on one CPU, one GPU or several processes, with or without a teacher.
 
 B images, C channels, (h, w) height and width, K classes.
 """
@@ -34,18 +34,18 @@ from vitrim.words.progress import progress
 
 __all__ = ["Fitted", "Task", "fit", "steps_of"]
 
-# What a resumed run may be asked for anew, since it does not touch the result.
+# Settings that may change when a run is resumed, because they do not affect the result.
 _FREE = {"checkpoint_every", "keep", "log_every", "workers"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is learned, where it is not the classes of whole pictures.
+    """Loader and objective of a training task. The default is classification of whole pictures.
 
     Attributes:
-        loader: what gives the batches, called as `vitrim.data.train_loader`.
-        objective: what gives the loss, called as `vitrim.train.distill.Objective`. Its loss must be a mean over the
-            batch's pictures, so that it does not depend on how many processes and parts they are spread over.
+        loader: returns the batches; has the signature of `vitrim.data.train_loader`.
+        objective: returns the loss; has the signature of `vitrim.train.distill.Objective`. Its loss must be a mean over
+            the pictures of the batch, so that it does not depend on the number of processes and parts.
     """
 
     loader: Callable[..., TrainLoader] = train_loader
@@ -54,15 +54,15 @@ class Task:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fitted:
-    """What training gave.
+    """Result of training.
 
     Attributes:
-        model: the model that came in, trained, in the mode it was in.
-        ema: a copy with the averaged weights, in eval mode; None if not asked for.
-        steps: optimiser steps taken, over all resumed parts.
-        seconds: time they took, over all resumed parts.
+        model: the model that was passed in, trained, with its original train or eval modes.
+        ema: a copy with the averaged weights, in eval mode; None if `settings.ema` is None.
+        steps: number of optimizer steps, over all resumed parts.
+        seconds: duration of these steps, over all resumed parts.
         history: the records of the epochs.
-        averages: the optimiser's state of each parameter, by name.
+        averages: the optimizer's state of each parameter, by name.
     """
 
     model: nn.Module
@@ -94,43 +94,43 @@ def fit(
 ) -> Fitted:
     """Train a model in place.
 
-    A step's loss is the mean task loss over its `settings.batch` images plus the penalty, once, however many processes
-    and parts they are spread over. With a folder the run leaves checkpoints and goes on from the newest, to the same
-    result, bit for bit on a CPU. Buffers that are no part of `state_dict` are not kept. A model in float16 or bfloat16
-    is trained in float32 and rounded to its own type at the end.
+    The loss of a step is the mean task loss over its `settings.batch` images plus the penalty. It does not depend on
+    the number of processes and parts. With a folder, the run writes checkpoints and resumes from the newest one. The
+    result equals that of an uninterrupted run, bit for bit on a CPU. Buffers that are not in `state_dict` are not
+    saved. A model in float16 or bfloat16 is trained in float32 and rounded to its own type at the end.
 
     Args:
-        model: a classifier, `(B, C, h, w)` to `(B, K)`, or to what the task's objective takes; moved to the device that
-            Accelerate names.
-        dataset: map-style, of `(picture, label)`; with label -1 the teacher alone is learned from.
-        settings: how to train.
+        model: a classifier, `(B, C, h, w)` to `(B, K)`, or to the input of the task's objective; moved to the device
+            that Accelerate selects.
+        dataset: map-style dataset of `(picture, label)`; if the labels are -1, only the teacher's outputs are learned.
+        settings: settings of the training loop.
         input: what the model takes.
-        seed: decides order, augmentation, mixup and dropout, `>= 0`.
-        teacher: gives logits `(B, K)` for the same pictures; asked in eval mode, left as it was.
-        penalty: model to scalar; called once a part.
-        groups: model to extra parameter groups, see `vitrim.train.optim.parameter_groups`.
-        folder: for checkpoints, shared by all processes; None for none.
-        log: takes flat records of `stage event epoch step loss task penalty lr seconds` and, of epochs, `top1`; `event`
-            is `step` or `epoch`, `loss` the mean since the last such record. A resumed run sends again what came
-            after its checkpoint.
-        validation: pictures to measure top-1 on after each epoch.
+        seed: seed of order, augmentation, mixup and dropout, `>= 0`.
+        teacher: returns logits `(B, K)` for the same pictures; run in eval mode, then restored to its modes.
+        penalty: function from the model to a scalar; called once per part.
+        groups: function from the model to extra parameter groups, see `vitrim.train.optim.parameter_groups`.
+        folder: folder for checkpoints, shared by all processes; None writes no checkpoints.
+        log: called with flat records of `stage event epoch step loss task penalty lr seconds`, and `top1` for epochs.
+            `event` is `step` or `epoch`; `loss` is the mean since the last record of this kind. A resumed run repeats
+            the records after its checkpoint.
+        validation: pictures on which top-1 is measured after each epoch.
         stage: name in records, errors and checkpoint files.
-        after_step: called with the model and the number of the step, gradients still in place; may raise
-            `vitrim.train.Stop` to end training there.
-        start: what to go on from; the learning rate goes on from there to the end of its cycle.
-        until: share of the cycle of the learning rate that this training ends at, above that of `start`, at most 1.
-        task: what is learned; the classes of whole pictures if None.
+        after_step: called with the model and the step number while the gradients are still set; may raise
+            `vitrim.train.Stop` to end training after this step.
+        start: state to continue from; the learning rate continues from there to the end of its cycle.
+        until: fraction of the learning rate cycle at which this training ends, above `start.done`, at most 1.
+        task: loader and objective; None is classification of whole pictures.
 
     Returns:
-        The model, averaged weights if asked for, and what happened.
+        The trained model, the averaged weights if requested, and the history.
 
     Raises:
-        DataError: data does not fit the model, or a picture is damaged.
+        DataError: the data does not fit the model, or a picture is damaged.
         MethodError: an extra group is malformed.
-        RecipeError: settings do not fit model or teacher.
-        RunError: a checkpoint is of another run, damaged, or cannot be written.
+        RecipeError: the settings do not fit the model or teacher.
+        RunError: a checkpoint belongs to another run, is damaged, or cannot be written.
         TrainError: a loss or gradient is not finite.
-        WeightsError: a weight is not finite to begin with, or cannot be computed with.
+        WeightsError: a weight of the given model is not finite, or has a type that cannot be trained.
     """
     accelerator = _accelerator(settings)
     check_weights(model)
@@ -151,7 +151,7 @@ def fit(
             advance = stack.enter_context(progress(stage, loop.steps, accelerator.is_main_process))
             loop.go(advance)
     finally:
-        # The seeds of the steps are our own business.
+        # The steps seed torch's global generator; the caller's state is restored.
         torch.set_rng_state(generator)
         narrow_(model, types)
     ema = loop.ema.module if loop.ema is not None else None
@@ -163,7 +163,7 @@ def fit(
 
 
 def steps_of(dataset: Dataset[Any], settings: Train, input: Input) -> int:
-    """Optimiser steps that `fit` takes over `dataset`."""
+    """Return the number of optimizer steps that `fit` takes over `dataset`."""
     return _steps(
         settings,
         train_loader(dataset, input, settings.augment, batch=settings.batch, seed=0, even=settings.mixes),
@@ -175,10 +175,10 @@ def _steps(settings: Train, loader: TrainLoader) -> int:
 
 
 def _within_cycle(loop: Loop, start: Start | None, until: float) -> Loop:
-    """Let the learning rate and the averaged weights go on from `start`, and end at `until`."""
+    """Continue the learning rate and the averaged weights from `start`, and end the cycle at `until`."""
     done = 0.0 if start is None else start.done
     if not 0 <= done < until <= 1:
-        raise RecipeError(f"a training must end later in its cycle than it starts, but goes from {done:g} to {until:g}")
+        raise RecipeError(f"a training must end later in its cycle than it starts, but runs from {done:g} to {until:g}")
     if start is not None:
         start.give_(loop.model, loop.optimizer, loop.ema.module if loop.ema is not None else None)
     if (done, until) == (0.0, 1.0):
@@ -274,7 +274,7 @@ def _prepare(
 
 
 def _classes(model: nn.Module, input: Input) -> int:
-    """Run one blank picture: what a model really gives out, whatever its attributes say."""
+    """Return the number of outputs, measured on a blank picture because attributes of the model may be wrong."""
     first = next(model.parameters())
     blank = torch.zeros(1, input.channels, *input.size, device=first.device, dtype=first.dtype)
     with evaluating(model), torch.no_grad():
@@ -291,7 +291,7 @@ def _run(settings: Train, loader: TrainLoader, input: Input, seed: int, stage: s
 
 
 def _resume(loop: Loop, folder: Path) -> Loop:
-    """Put the newest checkpoint of this stage in place, if there is one."""
+    """Load the newest checkpoint of this stage, if there is one."""
     path = newest(folder, loop.stage)
     if path is not None:
         tensors, state, run = read(path)
@@ -301,6 +301,6 @@ def _resume(loop: Loop, folder: Path) -> Loop:
         if state.scaler:
             loop.scaler.load_state_dict(state.scaler)
         loop = dataclasses.replace(loop, state=state)
-    # No process may write or remove a checkpoint before all have read theirs.
+    # No process may write or remove a checkpoint before all processes have read it.
     loop.accelerator.wait_for_everyone()
     return loop

@@ -1,4 +1,4 @@
-"""What keeps a run safe: whole steps, a stochastic depth that is taken off again."""
+"""Context managers for training: delayed ctrl-C, and temporary stochastic depth."""
 
 import contextlib
 import signal
@@ -16,9 +16,9 @@ __all__ = ["Interrupts", "drop_path"]
 
 
 class Interrupts:
-    """Holds ctrl-C back until a step is whole; a second one comes through at once.
+    """Delays ctrl-C until the current step is complete; a second ctrl-C raises at once.
 
-    Outside the main thread, where Python allows no handler, it does nothing.
+    Outside the main thread, where Python does not allow signal handlers, it does nothing.
 
     Attributes:
         came: whether ctrl-C was pressed.
@@ -47,16 +47,16 @@ class Interrupts:
 
 @contextlib.contextmanager
 def drop_path(model: nn.Module, rate: float | None) -> Iterator[None]:
-    """Set the stochastic depth of a timm model for the time of the block.
+    """Set the stochastic depth of a timm model inside a `with` block.
 
-    timm builds an `Identity` where the rate is 0, so those places are filled and emptied again.
+    timm uses an `Identity` for a rate of 0, so these modules are replaced, and restored at the end.
 
     Args:
-        model: it, or a model inside it, has `blocks` with children named `drop_path*`.
-        rate: of the last block, in `[0, 1)`; it rises linearly from 0 at the first. None changes nothing.
+        model: a model with `blocks` (also in a model inside it) that have children named `drop_path*`.
+        rate: drop rate of the last block, in `[0, 1)`; it rises linearly from 0 at the first. None changes nothing.
 
     Raises:
-        RecipeError: the model has no such place.
+        RecipeError: the model has no such children.
     """
     if rate is None:
         yield

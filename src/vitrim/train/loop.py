@@ -1,10 +1,11 @@
-"""The loop itself: one optimiser step after another, from wherever the run stands.
+"""The training loop: optimizer steps from the current state to the end of the run.
 
 B images of a step over all processes and accumulated parts, b of one part on one process, C channels, (h, w) height and
 width, K classes.
 
-What a step draws depends on (seed, step) alone: pictures and their augmentation come from the loader, mixup and dropout
-from seeds set here. So a checkpoint holds no generator state, and a resumed run repeats the uninterrupted one.
+The random numbers of a step depend only on (seed, step): the loader seeds the order and augmentation of pictures, and
+the loop seeds mixup and dropout. So a checkpoint contains no generator state, and a resumed run takes the same steps as
+an uninterrupted one.
 """
 
 import contextlib
@@ -42,40 +43,40 @@ _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 
 class Stop(Exception):
-    """What `after_step` raises to end training with the step just taken.
+    """Raised by `after_step` to end training after the current step.
 
-    That step leaves no checkpoint, so a run that is resumed takes it again and stops at the same place.
+    No checkpoint is written after that step, so a resumed run repeats it and stops at the same step.
     """
 
 
 @dataclasses.dataclass(kw_only=True)
 class Loop:
-    """All that a step needs.
+    """Everything that a step needs, and the state of the run.
 
     Attributes:
-        model: the model as the caller knows it.
-        wrapped: the same, as its forward is to be called (with gradients averaged over processes).
-        loader: batches.
-        settings: how to train.
+        model: the model that the caller passed.
+        wrapped: the same model, wrapped so that gradients are averaged over processes; its forward is called.
+        loader: training batches.
+        settings: settings of the training loop.
         objective: task loss and teacher.
         optimizer: see `vitrim.train.optim.optimizer`.
-        scaler: loss scaler of fp16, switched off otherwise.
+        scaler: loss scaler for fp16, disabled otherwise.
         ema: averaged weights, or None.
-        accelerator: processes.
+        accelerator: device and processes.
         classes: K.
-        input: of the validation pictures.
-        seed: decides every draw.
+        input: input of the model, for the validation pictures.
+        seed: seed of all random numbers.
         stage: name in records, errors and files.
         steps: number of steps of the whole run.
-        run: what checkpoints are compared by.
-        penalty: added to the loss once a step.
-        after_step: called after each step, gradients still in place.
-        folder: for checkpoints, or None.
-        log: takes records.
-        validation: pictures to measure on after each epoch, or None.
-        state: how far the run is.
-        cycle: steps of a whole cycle of the learning rate, if that is longer than the run; 0 for the run's own.
-        before: steps of the cycle before the run's first.
+        run: settings that a checkpoint must match.
+        penalty: added to the loss once per step, or None.
+        after_step: called after each step while the gradients are still set, or None.
+        folder: folder for checkpoints, or None.
+        log: called with each record, or None.
+        validation: pictures to evaluate on after each epoch, or None.
+        state: progress of the run.
+        cycle: steps of a whole cycle of the learning rate, if it is longer than the run; 0 if the run is a whole cycle.
+        before: steps of the cycle before the first step of the run.
     """
 
     model: nn.Module
@@ -130,7 +131,7 @@ class Loop:
         )
 
     def go(self, advance: Callable[[float], None]) -> None:
-        """Take the steps that are left; ctrl-C leaves a checkpoint of the last whole step.
+        """Take the remaining steps; on ctrl-C, write a checkpoint of the last complete step.
 
         Raises:
             TrainError: a loss or gradient is not finite.
@@ -140,7 +141,7 @@ class Loop:
         advance(self.state.step)
         try:
             with Interrupts() as interrupts:
-                if self._late():  # a run that was stopped after its minutes
+                if self._late():  # a resumed run that has already used its minutes
                     self.steps = self.state.step
                 while self.state.step < self.steps:
                     self._epoch(advance, interrupts)
@@ -170,7 +171,7 @@ class Loop:
                 return
 
     def _late(self) -> bool:
-        """Whether the minutes are over; the processes agree on it."""
+        """Whether the time limit is reached; the same on all processes."""
         if self.settings.minutes is None:
             return False
         seconds = torch.tensor(self.state.seconds, device=self.device)
@@ -179,7 +180,7 @@ class Loop:
         return float(seconds) >= 60 * self.settings.minutes
 
     def _horizon(self) -> int:
-        """Steps that the run will have taken: those of its epochs, or as many as its minutes seem to allow."""
+        """Return the expected total number of steps: those of the epochs, or fewer by the time limit."""
         if self.settings.minutes is None or not self.state.step:
             return self.steps
         allowed = round(60 * self.settings.minutes * self.state.step / max(self.state.seconds, 1e-9))
@@ -213,13 +214,14 @@ class Loop:
         return learning_rate(self.before + step, self.cycle or self._horizon(), self.warmup, self.settings)
 
     def _part(self, pictures: Tensor, labels: Tensor, step: int, part: int) -> Tensor:
-        """Add the gradients of one part, and return its share of task loss and penalty, `(2,)`."""
+        """Add the gradients of one part, and return its contribution to task loss and penalty, `(2,)`."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         count = len(labels)
         pictures = pictures.to(self.dtype)
         labels = labels if self.objective.labelled else labels.clamp_min(0)
         if self.mixup is not None:
-            # The same draw on each part and process: shares keep mixup's pairs together, see `share`.
+            # Every part and process uses the same random numbers, because shares keep mixup's pairs together, see
+            # `vitrim.data.loader.share`.
             with seeded(self.seed, step, _MIX):
                 pictures, labels = self.mixup(pictures, labels)
         key = numbers(self.seed, step, part * world + rank, _DROP)
@@ -227,28 +229,29 @@ class Loop:
         with torch.autocast(self.device.type, _AUTOCAST[self.settings.precision], self.settings.precision != "fp32"):
             teacher = self.objective.ask(pictures)
             outputs = self.wrapped(pictures)
-        # Gradients are averaged over processes, so each counts its pictures `world` times over the batch of them all.
+        # Gradients are averaged over processes, so a part is weighted by `world` times its share of the batch.
         task = self.objective.loss(outputs, labels, teacher) * (count * world / self.loader.size)
         total = task
         penalty = task.new_zeros(())
         if self.penalty is not None:
-            # The same on every process, so the average over processes counts it once.
+            # The penalty is the same on every process, so averaging over processes counts it once.
             penalty = self.penalty(self.model) / self.settings.accumulate
             total = task + penalty
         self.scaler.scale(total).backward()
         return torch.stack([task.detach(), penalty.detach().to(task.dtype)]).to(self.window.dtype)
 
     def _clip(self) -> Tensor:
-        """Clip the gradients, and return their norm before it, scalar."""
+        """Clip the gradients, and return their norm before clipping, scalar."""
         self.scaler.unscale_(self.optimizer)
         if self.settings.clip is not None:
             return nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
         return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def _guard(self, loss: Tensor, norm: Tensor, step: int) -> None:
-        """Stop at a loss or gradient that is not finite.
+        """Raise if the loss or the gradient norm is not finite.
 
-        On the CPU before the step is taken; on a device one step later, so that the device need not be waited for.
+        On a CPU this is checked before the step is taken. On another device it is checked one step later, so that the
+        host does not wait for the device.
         """
         if self.device.type != "cpu":
             self._settle()
@@ -261,7 +264,7 @@ class Loop:
             return
         (loss, norm, step), self.pending = self.pending, None
         table = "train" if self.stage == "train" else "method.train"
-        # fp16 overflows now and then; its scaler skips such a step.
+        # Gradients in fp16 may overflow occasionally; the loss scaler skips such a step.
         kinds = {"loss": loss} if self.scaler.is_enabled() else {"loss": loss, "gradient": norm}
         for kind, value in kinds.items():
             if not torch.isfinite(value):
@@ -309,7 +312,7 @@ class Loop:
     def _measure(self, last: bool) -> dict[str, float | None]:
         if self.validation is None:
             return {}
-        # Twice the images of a part fit where training does: no gradients are kept.
+        # Twice the images of a part need no more memory than training, because no gradients are stored.
         part = self.settings.batch // (self.settings.accumulate * self.accelerator.num_processes)
         loader = eval_loader(self.validation, self.input, batch=max(1, 2 * part), workers=self.settings.workers)
         found = {"top1": evaluate(self.model, self._typed(loader)).top1}
@@ -326,7 +329,7 @@ class Loop:
             self.log(record)
 
     def _save(self) -> None:
-        """Write a checkpoint, unless there is one of this step or no folder; never one of weights gone bad."""
+        """Write a checkpoint, unless there is one of this step or no folder; raise first if the loss is not finite."""
         self._settle()
         if self.folder is None or self.saved == self.state.step or not self.accelerator.is_main_process:
             return

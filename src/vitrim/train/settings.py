@@ -1,4 +1,4 @@
-"""What can be said about a training run."""
+"""Settings of training and distillation."""
 
 from typing import Any, Literal
 
@@ -11,15 +11,15 @@ __all__ = ["DISTILLED", "RATES", "Distill", "Train"]
 
 
 class Distill(Node):
-    """How a teacher teaches.
+    """Settings of distillation from a teacher.
 
     Attributes:
-        kind: `none`; `hard`: cross-entropy with the teacher's first choice; `soft`: Kullback-Leibler divergence from
-            the teacher's distribution; `token`: DeiT's, the distillation head learns the teacher's first choice;
-            `distance`: mean squared difference of the outputs, for models whose outputs are no classes, and what `soft`
-            comes to where that is known.
-        alpha: share of the teacher in `[0, 1]`, the labels have the rest; 1 is used on data without labels.
-        temperature: divides both sides' logits for `soft`, > 0; the term is multiplied by its square.
+        kind: `none`; `hard`: cross-entropy with the teacher's predicted class; `soft`: Kullback-Leibler divergence from
+            the teacher's distribution; `token`: DeiT's distillation, where the distillation head learns the teacher's
+            predicted class; `distance`: mean squared difference of the outputs, for models whose outputs are not
+            classes. `soft` is replaced by `distance` for a model that is known to have no classes.
+        alpha: weight of the teacher in `[0, 1]`; the labels have weight 1 - alpha. Data without labels uses 1.
+        temperature: divisor of the logits of student and teacher for `soft`, > 0; the term is multiplied by its square.
     """
 
     kind: Literal["none", "hard", "soft", "token", "distance"] = "soft"
@@ -31,36 +31,36 @@ class Train(Node):
     """Settings of the training loop.
 
     Attributes:
-        epochs: passes over the data, `>= 0`; a fraction stops inside one.
-        minutes: stop after so many minutes of steps, > 0, and let the learning rate fall over them; `epochs` still is
-            the most. None for no such bound; with one, what is trained depends on the machine.
-        batch: images of one optimiser step, over all processes and accumulated parts, `>= 1`.
-        accumulate: parts a process splits its share of a step into, `>= 1`; saves memory. The loss stays the mean over
-            the whole batch, but each part of each process draws dropout and drop path anew, and a batch norm sees one
-            part at a time: for a model with batch norms or drawn gates (`spvit`) the ``batch / (accumulate *
-            processes)`` images of a part are a setting of their own.
+        epochs: passes over the data, `>= 0`; a fraction stops within an epoch.
+        minutes: time limit for the steps in minutes, > 0; the learning rate decreases over this time. `epochs` is still
+            an upper limit. None for no time limit; with one, the result depends on the machine.
+        batch: images of one optimizer step, over all processes and accumulated parts, `>= 1`.
+        accumulate: number of parts into which a process splits its share of a step, `>= 1`; saves memory. The loss is
+            still the mean over the whole batch. But each part of each process draws its own dropout and drop path, and
+            a batch norm computes its statistics over one part. So for a model with batch norms or random gates
+            (`spvit`), the part size ``batch / (accumulate * processes)`` also affects the result.
         lr: learning rate after warm-up, > 0; see `lr_batch`.
-        lr_batch: number of images that `lr` is meant for, `>= 1`: the rate after warm-up is ``lr * batch / lr_batch``.
-            None for `lr` as it is, whatever the batch.
+        lr_batch: batch size to which `lr` refers, `>= 1`: the rate after warm-up is ``lr * batch / lr_batch``. None
+            uses `lr` unchanged for any batch size.
         weight_decay: AdamW's decoupled decay, `>= 0`; none on one-dimensional parameters.
         betas: AdamW's averages, each in `[0, 1)`.
         warmup_epochs: epochs of linear warm-up, `>= 0`, part of `epochs`.
         warmup_lr: learning rate at step 0 of a warm-up, `>= 0`.
-        min_lr: learning rate that the cosine or polynomial ends on, `>= 0`.
-        schedule: `cosine`, `constant` or `poly` (the share of steps that is left, to the power `power`) after warm-up.
+        min_lr: learning rate at the end of the cosine or polynomial schedule, `>= 0`.
+        schedule: after warm-up, `cosine`, `constant` or `poly` (the fraction of remaining steps to the power `power`).
         power: exponent of `poly`, > 0.
-        clip: largest norm of all gradients together, > 0; None for no clipping.
+        clip: largest total norm of all gradients, > 0; None for no clipping.
         mixup: alpha of mixup, `>= 0`; 0 for none.
-        cutmix: alpha of cutmix, `>= 0`; 0 for none. With both, each step takes one by chance.
+        cutmix: alpha of cutmix, `>= 0`; 0 for none. With both, each step uses one of them at random.
         smoothing: label smoothing in `[0, 1)`.
-        ema: decay of the averaged weights in `[0, 1)`, reached by a warm-up; None for none.
-        precision: `fp32`, or autocast to `bf16` or `fp16` (with loss scaling); weights stay as they are.
-        drop_path: stochastic depth of the last block in `[0, 1)`, rising linearly from 0; None leaves the model's own.
-        augment: what is done to training pictures.
-        distill: how a teacher teaches; has no effect without a teacher.
-        workers: processes that decode and augment, `>= 0`.
-        checkpoint_every: steps between checkpoints, `>= 0`; 0 for one at each end of an epoch only.
-        keep: number of checkpoints that stay, `>= 1`.
+        ema: decay of the averaged weights in `[0, 1)`, reached after a warm-up; None for no averaging.
+        precision: `fp32`, or autocast to `bf16` or `fp16` (with loss scaling); the weights keep their type.
+        drop_path: stochastic depth of the last block in `[0, 1)`, rising linearly from 0; None keeps the model's own.
+        augment: augmentation of training pictures.
+        distill: settings of distillation; no effect without a teacher.
+        workers: number of worker processes that decode and augment, `>= 0`.
+        checkpoint_every: steps between checkpoints, `>= 0`; 0 writes them only at the end of each epoch.
+        keep: number of checkpoints to keep, `>= 1`.
         log_every: steps between log records, `>= 1`.
     """
 
@@ -94,7 +94,7 @@ class Train(Node):
     @model_validator(mode="after")
     def _check(self) -> "Train":
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must lie in [0, 1), but are {self.betas}")
+            raise ValueError(f"betas must be in [0, 1), but are {self.betas}")
         if self.warmup_epochs > self.epochs > 0:
             raise ValueError(f"warmup_epochs must be at most epochs {self.epochs:g}, but is {self.warmup_epochs:g}")
         if self.schedule != "constant" and self.min_lr > self.rate:
@@ -115,7 +115,7 @@ class Train(Node):
 
 
 RATES = ("lr", "lr_batch", "batch", "warmup_epochs", "min_lr", "schedule", "power")
-"""Settings that the learning rate of a step after warm-up depends on, besides the length of the cycle."""
+"""Settings, other than the length of the cycle, that determine the learning rate of a step after warm-up."""
 
 DISTILLED: dict[str, Any] = {
     "epochs": 1000,
@@ -124,6 +124,7 @@ DISTILLED: dict[str, Any] = {
     "augment": {"kind": "full", "scale": 0.5, "auto": "", "jitter": 0, "erase": 0},
     "distill": {"kind": "soft", "alpha": 1},
 }
-"""Label-free distillation for some minutes (``minutes`` is to be added): divergence from the teacher's output on crops
-and their mirror images. A compressed model is near its teacher already, and larger steps lead away from it; a thousand
-images without crops are known by heart after two epochs (see docs/methods/post_training.md)."""
+"""Label-free distillation for some minutes (add ``minutes``): Kullback-Leibler divergence from the teacher's output on
+crops and their mirror images. The learning rate is small because a compressed model is already close to its teacher,
+and larger steps increase the distance. The crops are needed because without them the model overfits a thousand images
+after two epochs (see docs/methods/post_training.md)."""

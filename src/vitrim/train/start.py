@@ -1,4 +1,4 @@
-"""What a training goes on from where another one left off."""
+"""State of a training run from which another run continues."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ _DONE = "vitrim.done"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """The state of a training that another one goes on with: both share one cycle of the learning rate.
+    """The state from which a training continues an earlier one; both are parts of one learning rate cycle.
 
     Attributes:
-        done: share of the cycle that has passed, in ``[0, 1)``.
-        averages: the optimiser's state of each parameter, by name; parameters without one start anew.
+        done: fraction of the cycle that has passed, in ``[0, 1)``.
+        averages: the optimizer's state of each parameter, by name; a parameter without one starts with a new state.
         ema: averaged weights and buffers by name, or None.
     """
 
@@ -32,21 +32,21 @@ class Start:
     ema: Mapping[str, Tensor] | None = None
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file, in one step."""
+        """Write one safetensors file atomically."""
         tensors = {
             f"optim.{name}.{key}": value for name, state in self.averages.items() for key, value in state.items()
         }
         tensors |= {f"ema.{name}": value for name, value in (self.ema or {}).items()}
         copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-        with writing(path) as beside:
-            save_file(copies, beside, metadata={_DONE: repr(self.done)})
+        with writing(path) as temporary:
+            save_file(copies, temporary, metadata={_DONE: repr(self.done)})
 
     @classmethod
     def load(cls, path: Path) -> "Start":
-        """Read what `save` wrote.
+        """Read a file written by `save`.
 
         Raises:
-            RunError: if the file is damaged.
+            RunError: the file is damaged.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -66,17 +66,17 @@ class Start:
         return cls(done=done, averages=averages, ema=ema or None)
 
     def give_(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> None:
-        """Put the state in place.
+        """Load the state into optimizer and averaged weights.
 
         Raises:
-            RunError: if it is of another model; nothing was changed then.
+            RunError: the state belongs to another model; nothing is changed then.
         """
         parameters = dict(model.named_parameters())
         for name, state in self.averages.items():
             shapes = {tuple(value.shape) for value in state.values() if value.dim()}
             if name not in parameters or shapes - {tuple(parameters[name].shape)}:
                 raise RunError(
-                    f"{name}: the state to go on from must be of this model, but has {sorted(shapes)} for it"
+                    f"{name}: the state to continue from must be of this model, but has {sorted(shapes)} for it"
                 )
         for name, state in self.averages.items():
             parameter = parameters[name]
@@ -86,7 +86,7 @@ class Start:
 
 
 def averages_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """The optimiser's state of each parameter of `model`, by name."""
+    """Return the optimizer's state of each parameter of `model`, by name."""
     return {
         name: dict(optimizer.state[parameter])
         for name, parameter in model.named_parameters()
