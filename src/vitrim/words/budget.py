@@ -129,7 +129,7 @@ class Budget(Node):
         """Return the largest allowed integer of each bounded quantity, for a model made from `parent`.
 
         Raises:
-            BudgetError: if an absolute bound is larger than the parent's cost, or if latency is bounded without a table.
+            BudgetError: if an absolute bound exceeds the parent's cost, or if latency is bounded without a table.
         """
         limits = {}
         for name, value in self.bounds().items():

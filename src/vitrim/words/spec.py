@@ -73,8 +73,8 @@ class Window(Node):
 class Stage(Node):
     """Consecutive blocks with one width and one grid of patches; prefix tokens come before the patches.
 
-    A stage with a `window` has no prefix tokens. Its tokens cannot be cut because windows, shifts and patch merging need
-    the whole grid.
+    A stage with a `window` has no prefix tokens. Its tokens cannot be cut because windows, shifts and patch merging
+    need the whole grid.
     """
 
     width: PositiveInt

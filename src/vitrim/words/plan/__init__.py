@@ -320,7 +320,7 @@ def _compose(first: Sequence[Kept], living: Sequence[int], later: Sequence[Kept]
 
 
 def write_plan(path: Path, parent: Spec, plan: Plan) -> None:
-    """Write a plan together with the spec of its parent."""
+    """Write a plan together with the spec it is for."""
     write_json(path, {"format": FORMAT, "parent": dump(parent), "plan": dump(plan)})
 
 
