@@ -31,8 +31,7 @@ class Head(Node):
     """Settings of a segmentation head.
 
     Attributes:
-        kind: ``fpn`` is Semantic FPN on four maps; ``linear`` is a linear layer on the last map, resized to the dense
-            grid.
+        kind: ``fpn`` is Semantic FPN on four maps; ``linear`` is a linear layer on the last map, on the dense grid.
         width: channels of the pyramid.
         channels: channels of its branches, whose sum is classified; a multiple of 32.
         dropout: share of these channels that is dropped in training, in ``[0, 1)``.
@@ -57,8 +56,8 @@ class Places(NamedTuple):
         taps: index of each map in ``forward_intermediates``; an index may occur twice.
         widths: D of each map.
         halved: how often rows and columns of the grid of each map were halved, counted from the patch embedding.
-        finer: factor by which the finest level of the pyramid is finer than the grid of the patch embedding: 4 for
-            plain ViTs, whose patches have the stride of the third level, 1 for families with four stages.
+        finer: rows of the finest level of the pyramid for each row of the grid of the patch embedding: 4 for plain
+            ViTs, whose patches have the stride of the third level, 1 for families with four stages.
     """
 
     taps: tuple[int, ...]
