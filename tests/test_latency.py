@@ -119,7 +119,7 @@ def test_heads_of_several_widths_take_longer():
 
 def test_a_table_of_another_model_is_refused():
     other = describe(families.adopt(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).eval()))
-    with pytest.raises(BudgetError, match="knows no stage of width 192"):
+    with pytest.raises(BudgetError, match="has no stage of width 192"):
         proportional(describe(small_vit())).latency(other)
 
 

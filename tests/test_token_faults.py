@@ -110,7 +110,7 @@ class TestImageSizes:
 class TestHeads:
     def test_no_patch_left_for_a_head_that_pools(self):
         child = cut(random(small_vit()), BlockPlan(), BlockPlan(), BlockPlan(tokens=Drop(kept=())))
-        with pytest.raises(DataError, match=r"a head that pools patches \(avg\) must be left one at least"):
+        with pytest.raises(DataError, match=r"a head that pools patches \(avg\) must have at least one"):
             child.reset_classifier(5, "avg")
         child.reset_classifier(5)
         assert torch.isfinite(child(torch.randn(1, 3, 32, 32))).all()

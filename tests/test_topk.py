@@ -202,7 +202,7 @@ def test_impossible_choices_are_refused(fields, words):
 
 
 def test_words_are_strict():
-    with pytest.raises(ValidationError, match="weights must be given for hsic_attn alone"):
+    with pytest.raises(ValidationError, match="weights must be given for hsic_attn only"):
         TopK(kept=3, weights=(1.0,))
     swin = describe(adopted("swin", next(p for f, p in PRESETS if f == "swin")))
     with pytest.raises(PlanError, match="windowed attention"):

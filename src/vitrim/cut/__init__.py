@@ -1,1 +1,1 @@
-"""All that makes a model smaller, whatever the method."""
+"""Functions that choose what to cut, cut it, and compensate for it; shared by all methods."""

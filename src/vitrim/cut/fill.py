@@ -1,11 +1,12 @@
-"""Spend a budget exactly: from a score for every channel to the widths of every block.
+"""Choose the widths of every block from a score for every channel, so that the model fits a budget as well as possible.
 
 H heads, K channels of a head, M hidden neurons.
 
-Everything that may go is laid out as *ladders*, one for each thing whose width is chosen by itself. A rung takes a few
-channels away, the worst of what is left, and is worth what it saves. All rungs of all ladders stand in one row, the
-least valuable first; as many are taken from the front as the budget needs, then what was taken too much is given back
-from the best down. Savings are plain multiples of channels, so a row of 46,000 rungs (DeiT-B) is walked in a second.
+For every width that is chosen independently there is a *ladder* of allowed widths. Each rung removes a few channels,
+those with the lowest scores, and saves some cost. All rungs of all ladders are sorted in one list, the least valuable
+first. Rungs are removed from the start of the list until the budget is met. Then removed rungs are restored, the most
+valuable first, while the budget allows it. Savings are proportional to the number of channels, so a list of 46,000
+rungs (DeiT-B) takes about a second.
 """
 
 import itertools
@@ -26,7 +27,7 @@ from vitrim.words.spec import Attention, Spec
 __all__ = ["ALIGN", "Choice", "fill", "quantiles"]
 
 _TRIES = 12
-"""Limits that are tried until a child's whole time spends its budget: halvings come to 1 in 4,000."""
+"""Limits that are tried until the latency of the child is close to its budget; bisection resolves 1 in 4,000."""
 
 
 def fill(
@@ -42,17 +43,17 @@ def fill(
     Args:
         spec: the parent.
         scores: by path of an axis (``stages.0.blocks.3.hidden``, ``….qk``, ``….v``), one number for each channel, all
-            heads in a row; larger is more valuable. An axis without scores is left alone.
-        budget: what the child may cost.
+            heads concatenated; larger is more valuable. An axis without scores is not cut.
+        budget: upper bounds on the cost of the child.
         choice: which widths are allowed.
-        by: order of rungs. ``density``: by score lost for each share of the budget saved, right for scores that add
-            up (an estimate of loss). ``score``: by the mean score alone, right for ranks.
+        by: order of rungs. ``density``: by lost score for each saved share of the budget, for scores that are additive
+            (an estimate of the loss). ``score``: by the mean score only, for ranks.
 
     Returns:
-        A plan whose child is admitted by `budget`. Of each head and MLP the best channels are kept.
+        A plan whose child is within `budget`. In each head and MLP the channels with the highest scores are kept.
 
     Raises:
-        BudgetError: naming the least possible, if the budget is out of reach.
+        BudgetError: if the budget cannot be reached; the message names the smallest possible.
         MethodError: if a score is not finite or scores do not fit the axes.
     """
     parent = budget.cost(spec)
@@ -64,7 +65,7 @@ def fill(
 
 @dataclass(frozen=True)
 class _Filling:
-    """Ladders, the scores that they were made of, and what bounds them."""
+    """Ladders, the scores from which they were made, and the limits."""
 
     spec: Spec
     ladders: Sequence[Ladder]
@@ -76,7 +77,7 @@ class _Filling:
     by: Literal["score", "density"]
 
     def at(self, limits: Mapping[str, int]) -> Plan:
-        """The plan at `limits`, taken at the savings of single rungs."""
+        """Return the plan for `limits`, computed from the savings of single rungs."""
         for ladder in self.ladders:
             ladder.level = 0
         whole = self.parent._asdict()
@@ -87,10 +88,10 @@ class _Filling:
         return plan if self.choice == "free" else _top_up(self.spec, plan, self.ranked, self.budget)
 
     def within_time(self) -> Plan:
-        """The slowest plan that the table finds fast enough.
+        """Return the slowest plan whose latency by the table is within the limit.
 
-        Times of heads do not add up as macs do, so what single rungs save is a guess: the limit that they are taken at
-        moves until the whole child meets the one that was asked for.
+        Times of heads are not additive, unlike macs, so the savings of single rungs are estimates. The limit for these
+        estimates is bisected until the latency of the whole child is close to the requested limit.
         """
         low, high, best = 0.0, float(self.parent.latency), None
         aim = float(self.limits["latency"])
@@ -113,7 +114,7 @@ class _Filling:
         return best
 
     def too_slow(self) -> BudgetError:
-        """What to say where no choice is fast enough, with the fastest there is."""
+        """Return the error for a budget that no choice of widths can meet; its message names the fastest child."""
         for ladder in self.ladders:
             ladder.level = len(ladder.widths) - 1
         fastest = self.budget.cost(_plan(self.spec, self.ladders, self.ranked).child(self.spec)).latency
@@ -125,14 +126,14 @@ class _Filling:
 
 
 def quantiles(scores: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[str, Tensor]:
-    """Replace scores by their place in the ranking of their kind, from 0 to 1.
+    """Return, for each score, its position in the ranking of its kind, from 0 to 1.
 
-    Filling by quantiles keeps the same share of every kind, which is how the ViT-Slim paper sets its budgets (sec. 2.3
-    of its text: one list for each kind, over all blocks). Ties keep the order of the axes.
+    With quantiles as scores, `fill` keeps the same share of every kind. The ViT-Slim paper sets its budgets this way
+    (sec. 2.3 of its text: one list for each kind, over all blocks). Ties keep the order of the axes.
 
     Args:
         scores: by path of an axis.
-        kinds: by path of an axis, the name of the list that it is ranked in.
+        kinds: by path of an axis, the name of the list in which it is ranked.
     """
     ranked: dict[str, Tensor] = {}
     for kind in sorted(set(kinds.values())):
@@ -149,7 +150,7 @@ def quantiles(scores: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[st
 
 
 def _checked(spec: Spec, scores: Mapping[str, Tensor]) -> dict[str, list[Array]]:
-    """Scores of each axis, one array a head."""
+    """Return the scores of each axis as one array for each head, after checking sizes and values."""
     groups: dict[str, tuple[int, ...]] = {}
     for path, _, block in spec.blocks():
         if isinstance(block.mixer, Attention):
@@ -168,7 +169,7 @@ def _checked(spec: Spec, scores: Mapping[str, Tensor]) -> dict[str, list[Array]]
 
 
 def _row(ladders: Sequence[Ladder], need: Array, by: str) -> list[tuple[int, int]]:
-    """All rungs as (ladder, rung), the least valuable first; a rung never stands before the one above it."""
+    """Return all rungs as (ladder, rung), the least valuable first; a rung always comes after the one above it."""
     weights = np.maximum(need, 0) / max(float(np.maximum(need, 0).max()), 1.0)
     keys: list[tuple[float, int, int]] = []
     for number, ladder in enumerate(ladders):
@@ -182,10 +183,10 @@ def _row(ladders: Sequence[Ladder], need: Array, by: str) -> list[tuple[int, int
 
 
 def _pooled(lost: Sequence[float], saved: Sequence[float]) -> list[float]:
-    """What each rung loses for what it saves, rising.
+    """Return the ratio of lost score to saved cost of each rung, made non-decreasing.
 
-    A rung that is dearer than the one below it stands with it, at what both lose for what both save: where only every
-    fourth rung saves time, four go together.
+    If the ratio of a rung is larger than that of the next one, both are pooled and get the ratio of their sums. For
+    example, if only every fourth rung saves time, four rungs are pooled.
     """
     pools: list[tuple[float, float, int]] = []
     for loss, save in zip(lost, saved, strict=True):
@@ -204,7 +205,7 @@ def _channels(ladder: Ladder, rung: int) -> int:
 def _take(
     ladders: Sequence[Ladder], row: list[tuple[int, int]], need: Array, parent: Price, limits: Mapping[str, int]
 ) -> Array:
-    """Go down rung by rung until `need` is met; return what was saved too much."""
+    """Remove rungs in order until `need` is met, and return how much more than `need` was saved."""
     left = need.astype(float)
     for number, rung in row:
         if (left <= 0).all():
@@ -222,7 +223,7 @@ def _take(
 
 
 def _give_back(ladders: Sequence[Ladder], row: list[tuple[int, int]], spare: Array) -> None:
-    """Climb back, the most valuable rung first, wherever the budget allows it."""
+    """Restore removed rungs, the most valuable first, if the budget allows it."""
     for number, rung in reversed(row):
         ladder = ladders[number]
         if ladder.level == rung + 1 and (ladder.saves[rung] <= spare).all():
@@ -267,13 +268,13 @@ def _heads(
 
 
 def _best(values: Array, count: int) -> Kept:
-    """Indices of the `count` largest, rising; ties keep the first."""
+    """Return the indices of the `count` largest values, increasing; of equal values the first are kept."""
     order = np.argsort(-values, kind="stable")[:count]
     return tuple(int(i) for i in np.sort(order))
 
 
 def _top_up(spec: Spec, plan: Plan, ranked: Mapping[str, Array], budget: Budget) -> Plan:
-    """Where steps of 8 leave more than the slack unspent (tiny models), give single neurons back."""
+    """Restore single neurons if steps of 8 leave more than the slack of the budget unused, as in tiny models."""
     parent = budget.cost(spec)
     limits = budget.limits(parent)
     blocks = plan.blocks()

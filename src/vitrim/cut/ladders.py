@@ -1,8 +1,8 @@
-"""Everything that may be cut, laid out as ladders: one for each width that is chosen by itself.
+"""Ladders: the allowed widths of everything that may be cut, one ladder for each width that is chosen independently.
 
 H heads, K channels of a head, M hidden neurons.
 
-A rung takes a few channels away, the worst of what is left, and is worth what it saves.
+Each rung of a ladder removes a few channels, those with the lowest scores, and saves some cost.
 """
 
 import math
@@ -20,23 +20,26 @@ from vitrim.words.steps import Tokens
 __all__ = ["ALIGN", "Array", "Choice", "Ladder", "Rate", "hidden_rate", "ladders_of"]
 
 Choice = Literal["free", "even", "heads"]
-"""``free``: every head its own width. ``even``: one width for all heads of a block. ``heads``: whole heads.
+"""``free``: every head has its own width. ``even``: all heads of a block have one width. ``heads``: only whole heads go.
 
-The last two take neurons in steps of 8.
+The last two cut neurons in steps of 8.
 """
 
 ALIGN = 8
-"""Widths that kernels like are multiples of this."""
+"""Kernels are fast for widths that are multiples of this."""
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 Rate = Callable[[int, int, int], Array]
-"""What cutting (qk channels, v channels, heads), or (0, neurons, 0), saves, in the order of `Price`."""
+"""Function of the numbers of cut (qk channels, v channels, heads) or (0, neurons, 0); returns the saved cost.
+
+The result has the order of `Price`.
+"""
 
 
 @dataclass(slots=True)
 class Ladder:
-    """One width to be chosen: `values[i]` and `saves[i]` are the score and the cost of rung `i`."""
+    """The allowed widths of one choice; `values[i]` is the mean score and `saves[i]` the saved cost of rung `i`."""
 
     block: int
     field: Literal["attention", "hidden"]
@@ -48,7 +51,10 @@ class Ladder:
 
 
 def ladders_of(spec: Spec, scores: Mapping[str, list[Array]], choice: Choice, budget: Budget) -> Iterator[Ladder]:
-    """Every ladder of `spec`; axes without scores have none. `scores` hold one array ``(K,)`` a head, or ``(M,)``."""
+    """Yield every ladder of `spec`; axes without scores have none.
+
+    `scores` contains, for each axis, one array ``(K,)`` for each head, or one array ``(M,)`` of neurons.
+    """
     for index, ((path, stage, block), arriving) in enumerate(zip(spec.blocks(), spec.arrivals(), strict=True)):
         if isinstance(block.mixer, Attention) and block.mixer.v and f"{path}.v" in scores:
             rates = _attention_rate(stage, block, arriving, budget)
@@ -89,12 +95,12 @@ def _attention_ladders(
 
 
 def _levels(size: int, step: int) -> list[int]:
-    """`size`, then every smaller multiple of `step` down to 0."""
+    """Return `size`, then every smaller multiple of `step` down to 0."""
     return [size, *range((math.ceil(size / step) - 1) * step, -1, -step)]
 
 
 def _joint_levels(qk: int, v: int, step: int, tied_qk: bool, tied_v: bool) -> list[tuple[int, int]]:
-    """Widths of queries/keys and values that go down together; a norm over one of them leaves it alone."""
+    """Return pairs of query/key and value widths that decrease together; a width that a norm ties is not cut."""
     if tied_v:
         return [] if tied_qk else [(n, v) for n in _levels(qk, step) if n]
     levels = _levels(max(qk, v), step)
@@ -104,13 +110,13 @@ def _joint_levels(qk: int, v: int, step: int, tied_qk: bool, tied_v: bool) -> li
 
 
 def _rate(stage: Stage, arriving: Tokens, build: Callable[[int], Block]) -> tuple[int, int]:
-    """Cost of one channel: macs and parameters are straight lines in every width."""
+    """Return the (macs, params) of one channel; both are linear in every width."""
     one, two = (block_cost(build(n), stage, arriving) for n in (1, 2))
     return two[0] - one[0], two[1] - one[1]
 
 
 def hidden_rate(stage: Stage, block: Block, arriving: Tokens, budget: Budget) -> Rate:
-    """What cutting neurons saves."""
+    """Return a function that computes the cost saved by cutting neurons."""
     macs, params = _rate(stage, arriving, lambda hidden: block.model_copy(update={"hidden": hidden}))
 
     def time(gone: int) -> int:
@@ -122,9 +128,10 @@ def hidden_rate(stage: Stage, block: Block, arriving: Tokens, budget: Budget) ->
 
 
 def _attention_rate(stage: Stage, block: Block, arriving: Tokens, budget: Budget) -> Rate:
-    """What cutting (qk channels, v channels, heads) saves; a head's own share is its column of position biases.
+    """Return a function that computes the cost saved by cutting (qk channels, v channels, heads).
 
-    Times are those of heads of one width with as many channels in all.
+    A cut head also saves its column of position biases. Latency is that of heads of equal width with the same total
+    number of channels.
     """
     mixer = block.mixer
     assert isinstance(mixer, Attention)
@@ -162,7 +169,7 @@ def _ladder(
     v: list[Array],
     rate: Rate,
 ) -> Ladder:
-    """A ladder whose rung `i` leads from `widths[i]` to `widths[i + 1]`, for every head of `team` at once."""
+    """Build a ladder whose rung `i` goes from `widths[i]` to `widths[i + 1]`, for all heads of `team` together."""
     falls_qk = [np.cumsum(np.sort(qk[h])) for h in team]
     falls_v = [np.cumsum(np.sort(v[h])) for h in team]
     totals, counts, saves = [], [], []

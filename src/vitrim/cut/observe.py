@@ -1,12 +1,12 @@
-"""Listen to an axis at its taps, mask it there, or gate it through the weights.
+"""Observe an axis at its taps, mask it there, or gate it through the weights.
 
 B images, N tokens, C channels of an axis.
 
-Axes are named by one path everywhere: ``stages.0.blocks.3.qk``, ``….v``, ``….hidden``; the two branches of a block are
-``….mixer`` and ``….mlp``, each an axis of one channel that a mask can switch off. ``….tokens`` are the outputs of both
-norms of a block; a mask of them has one value for each token that the block runs on, prefix tokens first. ``….heads``
-are the heads' outputs before any norm and the projection, all heads' channels in a row; they are listened to, never
-masked (a mask of ``….v`` is one of them).
+Axes are named by their paths: ``stages.0.blocks.3.qk``, ``….v``, ``….hidden``. The two branches of a block are
+``….mixer`` and ``….mlp``; each is an axis of one channel that a mask can switch off. ``….tokens`` are the outputs of
+both norms of a block; a mask of them has one value for each token that the block runs on, prefix tokens first.
+``….heads`` are the heads' outputs before any norm and the projection, with the channels of all heads concatenated. They
+can be observed but not masked; masking ``….v`` has the same effect.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _BRANCHES = {"mixer": "drop_path1", "mlp": "drop_path2"}
 
 
 def axes(model: nn.Module) -> dict[str, Axis]:
-    """Every axis of an adopted model, by path, in order."""
+    """Return every axis of an adopted model, by path, in order."""
     return {f"{path}.{axis.name}": axis for path, block in blocks_of(model) for axis in block.axes()}
 
 
@@ -54,11 +54,11 @@ def _find(taps: Mapping[str, list[nn.Module]], path: str) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def masked(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
-    """Multiply axes at their taps while the block runs.
+    """Multiply axes at their taps by masks within the context.
 
     Args:
         model: an adopted model.
-        masks: by path, a tensor of C values (all heads' channels in a row), one value for a branch, N for tokens.
+        masks: by path, a tensor of C values (channels of all heads), one value for a branch, or N values for tokens.
     """
     taps = _taps(model)
     with contextlib.ExitStack() as stack:
@@ -72,10 +72,14 @@ def masked(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def listening(model: nn.Module, hear: Mapping[str, Callable[[Tensor], Any]]) -> Iterator[None]:
-    """Hand what passes the taps of an axis, ``(B, N, C)``, to a function while the block runs.
+    """Call a function with the activations at the taps of an axis, ``(B, N, C)``, within the context.
 
-    An axis with two taps (``qk``) calls its function for queries first and then for keys. What the function returns is
-    ignored; the tensor is the living one, with its graph.
+    For an axis with two taps (``qk``), the function is called with the queries first and then with the keys. The return
+    value is ignored. The tensor is not detached from the autograd graph.
+
+    Args:
+        model: an adopted model.
+        hear: by path of an axis, the function to call.
     """
     taps = _taps(model)
     with contextlib.ExitStack() as stack:
@@ -97,11 +101,11 @@ def listening(model: nn.Module, hear: Mapping[str, Callable[[Tensor], Any]]) -> 
 
 @contextlib.contextmanager
 def stepping(model: nn.Module, steps: Mapping[str, StepModule]) -> Iterator[None]:
-    """Put token steps into blocks for a while; weights and structure stay as they are.
+    """Replace the token steps of blocks within the context; weights and structure are not changed.
 
     Args:
         model: an adopted model without windows.
-        steps: by path of a block (``stages.0.blocks.3``), its step; the number of tokens may change from there on.
+        steps: by path of a block (``stages.0.blocks.3``), its step, which may change the number of tokens.
     """
     blocks: dict[str, Block] = dict(blocks_of(model))
     before = {path: blocks[path].step for path in steps}
@@ -118,17 +122,18 @@ class Gated(nn.Module):
     """A model whose axes are multiplied by trainable gates, through its weights.
 
     Multiplying a linear layer's rows (or columns) by a gate equals multiplying its activations, with the same gradients
-    for weights and gates and no activation memory: the products are as large as the weights, not as the batch.
+    for weights and gates. It needs no activation memory because the products have the size of the weights and not of
+    the batch.
 
     Args:
         model: an adopted model; trained in place together with the gates.
-        gates: by path, C values or a tensor that broadcasts to them; a gate may serve several axes (`share`).
+        gates: by path, C values or a tensor that broadcasts to them; several axes may use one gate (`share`).
         share: by path of an axis, the path of the gate that it uses.
-        once: whether of two members that are multiplied with each other (queries and keys) the first alone is gated, so
+        once: whether only the first of two members that are multiplied with each other (queries and keys) is gated, so
             that the product is scaled by the gate and not by its square.
 
     Raises:
-        MethodError: if an axis cannot be gated through the weights (a norm stands between).
+        MethodError: if an axis cannot be gated through the weights because there is a norm in between.
     """
 
     def __init__(
@@ -145,11 +150,11 @@ class Gated(nn.Module):
         self._scales = _scales(model, uses, once)
 
     def forward(self, x: Tensor) -> Any:
-        """Logits of the gated model."""
+        """Return the logits of the gated model."""
         return functional_call(self.model, self.scaled(), (x,))
 
     def scaled(self) -> dict[str, Tensor]:
-        """The gated parameters by name: what the model's own would be if the gates were folded in."""
+        """Return the gated parameters by name, which are the model's parameters after folding the gates in."""
         parameters = dict(self.model.named_parameters())
         scaled = {}
         for name, (dim, pieces) in self._scales.items():
@@ -164,16 +169,16 @@ class Gated(nn.Module):
         return self.held(gate).flatten().to(like.dtype)
 
     def held(self, key: str) -> Tensor:
-        """What multiplies the axes that use a gate, by the gate's name in the module."""
+        """Return the factor on the axes that use a gate, by the gate's name in the module."""
         gate: Tensor = self.gates[key]
         return gate
 
     def has_gate(self, path: str) -> bool:
-        """Whether the axis at `path` has a gate of its own."""
+        """Return whether the axis at `path` has its own gate."""
         return key_of(path) in self.gates
 
     def gate(self, path: str) -> nn.Parameter:
-        """The gate of an axis."""
+        """Return the gate of an axis."""
         found: nn.Parameter = self.gates[key_of(path)]
         return found
 
@@ -187,14 +192,14 @@ class Gated(nn.Module):
 
 
 def key_of(path: str) -> str:
-    """The path of a gate as PyTorch takes it for a name of a parameter or buffer, without dots."""
+    """Return the path of a gate without dots, which PyTorch does not allow in names of parameters and buffers."""
     return path.replace(".", "/")
 
 
 def _scales(
     model: nn.Module, uses: Mapping[str, str], once: bool
 ) -> dict[str, tuple[int, list[tuple[str | None, int]]]]:
-    """For each gated parameter: the dimension, and the run of gates (or ones) along it."""
+    """Return, for each gated parameter, the dimension and the gates (None for ones) with their sizes along it."""
     known = axes(model)
     modules = {id(module): name for name, module in model.named_modules()}
     blocks: dict[str, Block] = dict(blocks_of(model))

@@ -1,12 +1,11 @@
-"""What a model's outputs are compared by: classes, one logit, or values that stand for no classes.
+"""Interpretation of a model's outputs: class logits, one logit of two classes, or values.
 
 B images, K outputs.
 
-With K >= 2 outputs are class logits, told apart by a softmax. One output is the logit of the second of two classes
-where the images have labels (the binary cross-entropy is the cross-entropy of logits (0, z)); without labels it may as
-well be a regression's value. Features (`num_classes=0`) and such values are compared by their squared distance. A
-softmax over them would mean nothing, and over one output it is constant: every loss and every gradient of it is exactly
-zero.
+With K >= 2, outputs are class logits and are compared by their softmax. With labeled images, one output is the logit of
+the second of two classes (binary cross-entropy is the cross-entropy of logits (0, z)). Without labels, one output may
+also be the value of a regression. Features (`num_classes=0`) and such values are compared by their squared distance. A
+softmax over them would have no meaning. Over one output it is constant, so every loss and gradient is exactly zero.
 """
 
 import torch
@@ -19,37 +18,37 @@ __all__ = ["as_classes", "gives_values", "own_loss"]
 
 
 def gives_values(classes: int, labeled: bool) -> bool:
-    """Whether a model's outputs stand for no classes.
+    """Return whether a model's outputs are values and not class logits.
 
     Args:
-        classes: of the model's spec; 0 for a model without a head.
+        classes: number of classes in the model's spec; 0 for a model without a head.
         labeled: whether the images have labels.
     """
     return classes == 0 or (classes == 1 and not labeled)
 
 
 def as_classes(logits: Tensor) -> Tensor:
-    """Class logits, `(B, K)` with K >= 2: one logit z, `(B, 1)`, becomes (0, z)."""
+    """Return class logits, `(B, K)` with K >= 2; one logit z, `(B, 1)`, becomes (0, z)."""
     return F.pad(logits, (1, 0)) if logits.shape[-1] == 1 else logits
 
 
 def own_loss(outputs: Tensor, *, values: bool, draw: torch.Generator) -> Tensor:
-    """A loss whose gradient, squared and averaged over draws, is the curvature of the distance from the model's output.
+    """Return a loss whose mean squared gradient is the curvature of the distance from the model's own output.
 
-    For classes: the cross-entropy with labels drawn from the model's own softmax (the Fisher matrix, second-order term
-    of the Kullback-Leibler divergence). For values: their product with a normal vector (the Gauss-Newton matrix of half
-    the squared distance).
+    For classes, it is the cross-entropy with labels drawn from the model's own softmax (the Fisher matrix, the
+    second-order term of the Kullback-Leibler divergence). For values, it is their product with a normal vector (the
+    Gauss-Newton matrix of half the squared distance).
 
     Args:
-        outputs: with their graph, `(B, K)`; values may have any shape `(B, ...)`.
+        outputs: with their autograd graph, `(B, K)`; values may have any shape `(B, ...)`.
         values: see `gives_values`.
-        draw: on the CPU.
+        draw: random generator on the CPU.
 
     Returns:
         The sum over images, scalar.
 
     Raises:
-        MethodError: the outputs are no tensor of one row an image, or not finite.
+        MethodError: if the outputs are not a tensor with one row for each image, or are not finite.
     """
     if (
         not isinstance(outputs, Tensor)
@@ -57,11 +56,14 @@ def own_loss(outputs: Tensor, *, values: bool, draw: torch.Generator) -> Tensor:
         or not outputs.numel()
         or (outputs.dim() > 2 and not values)
     ):
-        raise MethodError("a model must give one row of outputs an image to be compared by them, but gives none")
+        raise MethodError(
+            "a model must return a tensor with one row of outputs for each image, but it does not; "
+            "wrap it in a module that does"
+        )
     if not bool(torch.isfinite(outputs).all()):
         raise MethodError(
             "logits must be finite on the calibration images, but some are NaN or infinite; "
-            "check weights and normalisation"
+            "check weights and normalization"
         )
     if values:
         direction = torch.randn(outputs.shape, generator=draw).to(outputs.device, outputs.dtype)

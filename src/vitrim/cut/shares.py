@@ -1,6 +1,6 @@
-"""Keep a share of a list: exact counts whatever is tied, and sets of tokens that only shrink with depth.
+"""Keep a share of a list, with exact counts even if scores are equal, and sets of tokens that shrink with depth.
 
-L blocks, N places of each, n entries of a list.
+L blocks, N positions of each, n entries of a list.
 
 Source: Chavan et al., "Vision Transformer Slimming", CVPR 2022, arXiv 2201.00814, section 3.3 (ranking, token
 consistency), and the authors' code where the two differ.
@@ -35,23 +35,24 @@ __all__ = [
 ]
 
 Rule = Literal["suffix_or", "prefix_and"]
-"""``suffix_or``: a place that a later block keeps stays in all before it (the authors' code, and the only rule that the
-paper's costs fit). ``prefix_and``: a place that a block cuts is gone from all after it (the paper's text)."""
+"""``suffix_or``: a position that a block keeps is also kept in all blocks before it. This is the authors' code, and the
+only rule that agrees with the costs in the paper. ``prefix_and``: a position that a block cuts is also cut in all
+blocks after it. This is the text of the paper."""
 
 
 def kept_count(size: int, share: float) -> int:
-    """Entries of `size` that a share in [0, 1] keeps: ``n - int((1 - share) n)``."""
+    """Return the number of entries that a share in [0, 1] keeps of n = `size`: ``n - int((1 - share) n)``."""
     return size - int((1 - share) * size)
 
 
 def top(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Which entries of all lists together are the `count` largest; of equal ones the first.
+    """Return boolean masks of the `count` largest entries of all lists together; of equal entries the first are kept.
 
-    The authors keep all that equal the threshold; fresh gates, all 1, would then not be cut at all. Sets for a smaller
-    count lie inside those for a larger one.
+    The authors' code keeps all entries that equal the threshold, so it would not cut new gates, which are all 1. The
+    result for a smaller count is a subset of that for a larger count.
 
     Raises:
-        MethodError: if a score is not a number.
+        MethodError: if a score is not finite.
     """
     if not scores:
         return {}
@@ -64,14 +65,14 @@ def top(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
 
 
 def consistent(keep: Tensor, rule: Rule) -> Tensor:
-    """Make sets shrink with depth.
+    """Make the sets of kept positions shrink with depth.
 
     Args:
-        keep: which places each block would keep by itself, boolean ``(L, N)``.
+        keep: positions that each block would keep on its own, boolean ``(L, N)``.
         rule: see `Rule`.
 
     Returns:
-        ``(L, N)``; each row lies inside the row before it.
+        ``(L, N)``; each row is a subset of the row before it.
     """
     counted = keep.int()
     if rule == "prefix_and":
@@ -80,7 +81,10 @@ def consistent(keep: Tensor, rule: Rule) -> Tensor:
 
 
 def largest(high: int, fits: Callable[[int], bool]) -> int:
-    """The largest count in ``[0, high]`` that fits; 0 if none does. What fits must also fit with less."""
+    """Return the largest count in ``[0, high]`` for which `fits` is true; 0 if there is none.
+
+    If `fits` is true for a count, it must be true for all smaller counts.
+    """
     low = 0
     while low < high:
         middle = (low + high + 1) // 2
@@ -91,15 +95,15 @@ def largest(high: int, fits: Callable[[int], bool]) -> int:
 def give_back(
     scores: Mapping[str, Tensor], keep: Mapping[str, Tensor], spent: Callable[[Mapping[str, Tensor]], float]
 ) -> dict[str, Tensor]:
-    """Keep single entries more, the best first, until a budget is spent but for the slack.
+    """Keep additional single entries, the best first, until the budget is used except for the slack.
 
-    On small models the entry that comes next may cost more than the slack while one after it fits. On DeiT-S one entry
-    is at most 0.5 % of all pairs, and nothing is done.
+    In small models, the next entry may cost more than the slack while a later entry fits. In DeiT-S, one entry is at
+    most 0.5 % of all pairs, so nothing is changed.
 
     Args:
         scores: by path.
-        keep: what is kept, by path.
-        spent: share of the budget that a choice takes.
+        keep: boolean masks of the kept entries, by path.
+        spent: function that returns the share of the budget that a choice uses.
     """
     names, sizes = list(scores), [values.numel() for values in scores.values()]
     flat = torch.cat([values.detach().double().cpu().flatten() for values in scores.values()])
@@ -118,14 +122,14 @@ def give_back(
 
 
 def share_plan(spec: Spec, scores: Mapping[str, Tensor], kinds: Mapping[str, str], shares: Mapping[str, float]) -> Plan:
-    """Keep exactly a share of each kind's list, one list over all blocks (section 3.3 of the paper).
+    """Return the plan that keeps exactly a share of each kind, ranked over all blocks (section 3.3 of the paper).
 
     Args:
         spec: the parent.
-        scores: by path of an axis. Queries and keys go with their values, with which they share a gate, save where a
-            norm ties them: they then go with their head.
+        scores: by path of an axis. Queries and keys are cut together with their values because they share a gate. If a
+            norm ties them, they are cut only with their whole head.
         kinds: by path, ``attention`` or ``mlp``.
-        shares: by kind; kinds without one are left alone.
+        shares: by kind; kinds without a share are not cut.
     """
     keep: dict[str, Tensor] = {}
     for kind, share in shares.items():
@@ -149,7 +153,7 @@ def _by_head(keep: Tensor, widths: tuple[int, ...]) -> tuple[tuple[int, ...], ..
 
 
 def with_tokens(spec: Spec, plan: Plan, steps: Mapping[str, Step]) -> Plan:
-    """`plan` with token steps, by path (``stages.0.blocks.3.tokens``)."""
+    """Return `plan` with token steps, given by path (``stages.0.blocks.3.tokens``)."""
     decided = [
         block.model_copy(update={"tokens": steps.get(f"{path}.tokens")})
         for (path, _, _), block in zip(spec.blocks(), plan.blocks(), strict=True)
@@ -158,12 +162,12 @@ def with_tokens(spec: Spec, plan: Plan, steps: Mapping[str, Step]) -> Plan:
 
 
 def remains(spec: Spec, child: Spec, nominal: Mapping[str, float]) -> tuple[dict[str, Any], ...]:
-    """What share of channels, neurons and tokens is left of every block, as flat records.
+    """Return the remaining shares of channels, neurons and tokens of every block, as flat records.
 
     Args:
         spec: the parent.
-        child: what was made of it.
-        nominal: by path, the share of tokens that the block would keep by itself.
+        child: the spec of the smaller model.
+        nominal: by path, the share of tokens that the block would keep on its own.
     """
     records = []
     for (path, stage, before), (_, _, after), flow in zip(spec.blocks(), child.blocks(), child.flows(), strict=True):
@@ -183,21 +187,21 @@ def remains(spec: Spec, child: Spec, nominal: Mapping[str, float]) -> tuple[dict
 def check_shares(
     spec: Spec, kinds: Mapping[str, str], shares: Mapping[str, float], budget: Budget, tokens: bool = False
 ) -> None:
-    """Refuse shares that miss `budget` whatever is ranked first, before a search spends its hours.
+    """Raise if the shares cannot fit `budget` for any ranking; to be called before a search that takes hours.
 
-    In a plain ViT every channel of a kind costs the same, so this is the cost itself; where stages differ, it is judged
-    by the cheapest and by the dearest channels. A budget of latency is not judged.
+    In a plain ViT every channel of a kind costs the same, so the check is exact. If stages differ, the bounds are
+    computed from the least and the most expensive channels. A budget of latency is not checked.
 
     Args:
         spec: the parent.
-        kinds: by path of an axis, ``attention`` or ``mlp``; axes that are not there are not cut.
-        shares: by kind, what is kept; a kind without one may keep all or nothing.
-        budget: what the child may cost.
-        tokens: whether tokens may go too, of which any number may.
+        kinds: by path of an axis, ``attention`` or ``mlp``; axes that are not listed are not cut.
+        shares: kept share by kind; a kind without a share may keep everything or nothing.
+        budget: upper bounds on the cost of the child.
+        tokens: whether tokens may be cut, too, in any number.
 
     Raises:
-        BudgetError: if the shares cost more than the budget.
-        MethodError: if they leave more than the slack of it.
+        BudgetError: if the shares always cost more than the budget.
+        MethodError: if they always leave more than the slack of the budget unused.
     """
     if budget.latency is not None or not shares:
         return
@@ -219,7 +223,7 @@ def check_shares(
 
 
 def _reach(spec: Spec, kinds: Mapping[str, str], shares: Mapping[str, float], tokens: bool) -> tuple[Cost, Cost]:
-    """The least and the most that children with these shares cost."""
+    """Return the smallest and the largest cost of children with these shares."""
     rates: dict[str, list[np.ndarray[Any, np.dtype[np.int64]]]] = {}
     whole = np.array(cost_of(spec))
     gone = np.zeros(2, dtype=np.int64)
@@ -230,7 +234,7 @@ def _reach(spec: Spec, kinds: Mapping[str, str], shares: Mapping[str, float], to
             if axis in kinds and size:
                 rate = np.array(block_cost(_wider(block, axis, both), stage, arriving)) - cost
                 rates.setdefault(kinds[axis], []).append(np.tile(rate, (size, 1)))
-                # With its last channel a branch loses its norm and what else it has.
+                # A branch without channels has no norm and no other parameters, either.
                 gone += cost - size * rate - np.array(block_cost(_without(block, axis), stage, arriving))
     least, most = whole - gone, whole
     for kind, parts in rates.items():
@@ -247,7 +251,7 @@ def _channels(block: Block) -> int:
 
 
 def _wider(block: Block, axis: str, both: bool) -> Block:
-    """`block` with one channel more, of values alone or of queries and keys as well."""
+    """Return `block` with one more neuron or value channel, and if `both` is true one more query and key channel."""
     if axis.endswith(".hidden"):
         return block.model_copy(update={"hidden": (block.hidden or 0) + 1})
     assert isinstance(block.mixer, Attention)
@@ -257,18 +261,24 @@ def _wider(block: Block, axis: str, both: bool) -> Block:
 
 
 def _without(block: Block, axis: str) -> Block:
-    """`block` with no channel of an axis left."""
+    """Return `block` without any channels of an axis."""
     if axis.endswith(".hidden"):
         return block.model_copy(update={"hidden": 0})
     return block.model_copy(update={"mixer": block.mixer.model_copy(update={"qk": (), "v": ()})})
 
 
 def check_spent(child: Spec, spec: Spec, budget: Budget, choice: str) -> None:
-    """Refuse a child of `spec` that is over `budget`, or more than the slack under it; `choice` is that of widths.
+    """Raise if a child of `spec` is over `budget`, or more than the slack under it.
+
+    Args:
+        child: the spec of the smaller model.
+        spec: the parent.
+        budget: upper bounds on the cost of the child.
+        choice: the setting for the allowed widths, for messages.
 
     Raises:
-        BudgetError: saying which bound would do.
-        MethodError: saying what is spent.
+        BudgetError: if the child costs more; the message names the smallest bound that would be met.
+        MethodError: if the child costs too little; the message names the share of the budget that it uses.
     """
     parent, cost = budget.cost(spec), budget.cost(child)
     for name, limit in budget.limits(parent).items():
@@ -277,7 +287,7 @@ def check_spent(child: Spec, spec: Spec, budget: Budget, choice: str) -> None:
                 f"budget of {name} must be at least {getattr(cost, name):,}, what the shares keep, but is {limit:,}; "
                 "raise it, lower a share, or leave one out"
             )
-    # Times come in steps; how close a child is to a budget of latency is measured on the child.
+    # Latency changes in steps, so whether a child uses a budget of latency is measured on the child itself.
     if budget.latency is None and budget.spent(cost, parent) < 1 - SLACK:
         raise MethodError(
             f"what is kept must spend at least {1 - SLACK:.0%} of {budget}, but spends "

@@ -1,9 +1,9 @@
-"""The only way a model gets smaller: `apply(parent, plan) -> child`.
+"""Cut a model: `apply(parent, plan) -> child`. All methods use this function.
 
 D width, H heads, K channels of a head, M hidden neurons.
 
-Surgery knows no layer by name. It asks the parent's blocks for their axes, builds the child's blocks from the child's
-spec, and slices each parameter along the dimensions that its axes index.
+This module does not depend on the names of layers. It uses the axes of the parent's blocks, builds the child's blocks
+from the child's spec, and slices each parameter along the dimensions that the axes index.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,15 +29,15 @@ def apply(parent: nn.Module, plan: Plan, *, grafts: Mapping[str, Tensor] | None 
     """Cut `parent` according to `plan`.
 
     Args:
-        parent: an adopted model; left as it was.
+        parent: an adopted model; it is not changed.
         plan: what to cut.
-        grafts: parameters and buffers of the child, by name, that are no slice of the parent's.
+        grafts: parameters and buffers of the child, by name, that are not slices of the parent's.
 
     Returns:
-        A dense model of the parent's class that shares no parameter with it, on its device, in its mode.
+        A dense model of the parent's class, on the same device and in the same mode, without shared parameters.
 
     Raises:
-        PlanError: naming the path, if the plan does not fit the model; nothing has been built then.
+        PlanError: if the plan does not fit the model; the message names the path.
         AdoptError: if the parent was not adopted.
     """
     spec = describe(parent)
@@ -55,10 +55,10 @@ def apply(parent: nn.Module, plan: Plan, *, grafts: Mapping[str, Tensor] | None 
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """Fold every convolution of an adopted model into two plain layers; in evaluation the function stays what it was.
+    """Fold every convolution of an adopted model into two plain layers with the same function in evaluation.
 
     Returns:
-        `model` itself where there is nothing to fold, else a new model that shares no parameter with it.
+        `model` itself if there is nothing to fold, else a new model that shares no parameters with it.
     """
     spec = describe(model)
     plain = folded(spec)
@@ -73,11 +73,11 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def kept_entries(block: Block, plan: BlockPlan) -> dict[str, dict[int, Tensor]]:
-    """Which entries of each parameter of `block` a plan keeps.
+    """Return the entries of each parameter of `block` that a plan keeps.
 
     Returns:
-        For each cut parameter (name relative to the block) and each cut dimension, the kept indices, rising. Parameters
-        that are not named are kept whole, if their branch is.
+        For each cut parameter (name relative to the block) and each cut dimension, the kept indices, increasing.
+        Parameters that are not listed are kept whole, if their branch is kept.
     """
     runs: dict[str, dict[int, list[tuple[int, Tensor]]]] = {}
     for axis, kept in _decisions(block, plan):
@@ -96,15 +96,15 @@ def kept_entries(block: Block, plan: BlockPlan) -> dict[str, dict[int, Tensor]]:
 
 
 def cut_tensors(parent: nn.Module, plan: Plan, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cut tensors that are shaped like the parent's parameters (averages of an optimiser) as `apply` cuts those.
+    """Cut tensors with the shapes of the parent's parameters, such as an optimizer's averages, as `apply` cuts those.
 
     Args:
         parent: an adopted model.
         plan: what to cut.
-        values: by the parameter's name; those without dimensions, such as counts, stay as they are.
+        values: by name of the parameter; tensors without dimensions, such as counts, are not changed.
 
     Returns:
-        By the child's names. What belongs to a branch that is gone is left out.
+        The cut tensors by the child's names, without those of removed branches.
     """
     modules = {id(module): name for name, module in parent.named_modules()}
     names = {name for name, _ in parent.named_parameters()}
@@ -171,7 +171,7 @@ def _cut(old: Block, spec: BlockSpec, stage: Stage, plan: BlockPlan, arriving: T
 
 
 def _kept(old: Block, spec: BlockSpec, plan: BlockPlan) -> dict[str, Tensor]:
-    """Parameters and buffers of `old`, sliced; a convolution's are made of those of what stood in its place."""
+    """Return the sliced parameters and buffers of `old`; those of a convolution are made from the mixer it replaces."""
     entries, mixer = kept_entries(old, plan), spec.mixer
     source = old.state_dict(keep_vars=True)
     for name, cuts in entries.items():
@@ -186,10 +186,10 @@ def _kept(old: Block, spec: BlockSpec, plan: BlockPlan) -> dict[str, Tensor]:
 
 
 def _trained(name: str, old: Block) -> bool:
-    """Whether a parameter of a child is trained: as the same one of the parent, or as what it is made of.
+    """Return whether a parameter of a child requires gradients, as the parent's parameter of the same name does.
 
-    What has no parameter of its name in the parent (a constant, a convolution, a step) is frozen where all of the
-    branch is that it comes from, or all of the block.
+    If the parent has no parameter of that name (a constant, a convolution, a step), the result is false if the whole
+    branch from which it is made is frozen, or without such a branch, the whole block.
     """
     known = dict(old.named_parameters())
     if name in known:
@@ -199,7 +199,7 @@ def _trained(name: str, old: Block) -> bool:
 
 
 def _constant(branch: nn.Module | None, scale: nn.Module) -> Tensor:
-    """What a branch without channels adds: its output bias after layer scale."""
+    """Return the constant that a branch without channels adds: its output bias after layer scale."""
     if branch is None or isinstance(branch, Constant):
         raise PlanError("a branch must have channels to lose, but it has none")
     last = branch.get_submodule(branch.last)  # type: ignore[arg-type]

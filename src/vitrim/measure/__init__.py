@@ -1,4 +1,4 @@
-"""What a model costs by arithmetic, what PyTorch counts, and how long it takes on this machine."""
+"""Cost of a model: computed from its spec, counted by PyTorch, and measured as latency on this machine."""
 
 from vitrim.measure.clock import Latency, latency
 from vitrim.measure.count import cost, counted

@@ -1,8 +1,8 @@
-"""How long a forward pass takes here, next to a reference that runs in turn with it.
+"""Measure the time of a forward pass, alternating with a reference model.
 
-A machine's clock, its caches and its other users drift, so two models timed one after the other differ even when they
-are the same. Here they take turns in the order A B B A, and their ratio is the median over neighbours: a drift that
-both share falls out of it.
+Clock frequency, caches and the load of a machine drift, so two equal models that are timed one after the other give
+different times. Here the two models alternate in the order A B B A, and the reported ratio is the median over pairs of
+neighboring samples, so that a drift common to both cancels.
 """
 
 import functools
@@ -24,11 +24,11 @@ __all__ = ["Latency", "latency"]
 
 
 class Latency(Node):
-    """Time of a forward pass, and what it was measured on.
+    """Time of a forward pass, and the conditions of the measurement.
 
     Times are seconds for one batch: the median, with the 10th and 90th percentile as `_low` and `_high`. `ratio` is
-    the median of (model / reference) over neighbouring samples, below 1 where the model is faster, with the same
-    percentiles. What needs a reference is None without one.
+    the median of (model / reference) over neighboring samples, with the same percentiles; it is below 1 if the model is
+    faster. Fields that need a reference are None without one.
     """
 
     seconds: float
@@ -42,11 +42,11 @@ class Latency(Node):
     ratio_low: float | None = None
     ratio_high: float | None = None
     peak_bytes: int | None = None
-    """Most memory that one pass of the model held at once, weights included; only CUDA tells."""
+    """Peak memory of one forward pass in bytes, weights included; None if the device is not CUDA."""
     runs: int
-    """Samples taken of each model."""
+    """Number of samples of each model."""
     repeats: int
-    """Forward passes in one sample."""
+    """Number of forward passes in one sample."""
     batch: int
     image: Image
     threads: int
@@ -71,7 +71,7 @@ class Latency(Node):
         peak_bytes: int | None = None,
         as_stored: bool = False,
     ) -> Self:
-        """From samples of a model, and of its reference if there is one, that were taken in turns; seconds each."""
+        """Build the summary of alternating samples, in seconds, of a model and, if there is one, its reference."""
         return cls(
             **_summary(samples, batch),
             peak_bytes=peak_bytes,
@@ -103,26 +103,27 @@ def latency(
     compiled: bool = False,
     as_stored: bool = False,
 ) -> Latency:
-    """Time forward passes of `model`, in turns with `reference`.
+    """Measure the time of forward passes of `model`, alternating with `reference`.
 
-    Adopted models run in the form of `vitrim.deploy.optimized`, any other as it is; what was given is left as it was.
+    Adopted models run in the form of `vitrim.deploy.optimized`, any other as it is. Neither model is changed.
 
     Args:
         model: the model to time.
         reference: the model to compare with, usually the parent.
-        image: channels, height and width; the model's own where not given.
-        batch: images in a pass, at least 1.
-        threads: CPU threads while measuring; the process's setting where not given.
-        dtype: floating-point type of weights and images; the model's own where not given.
-        device: where to run; the model's own where not given.
+        image: channels, height and width; those of the model if None.
+        batch: images in a forward pass, at least 1.
+        threads: CPU threads while measuring; the setting of the process if None.
+        dtype: floating-point type of weights and images; that of the model if None.
+        device: device to run on; that of the model if None.
         seconds: time to spend on samples, above 0; `runs` samples are taken even if they take longer.
-        runs: least samples of each model, at least 2; an odd number is raised by one, to end a round of A B B A.
-        warmup: passes of each model before the first sample, at least 1.
-        compiled: whether `torch.compile` runs both, in copies.
+        runs: least number of samples of each model, at least 2; an odd number is raised by one, to complete a round of
+            A B B A.
+        warmup: forward passes of each model before the first sample, at least 1.
+        compiled: whether copies of both models run with `torch.compile`.
         as_stored: whether adopted models run as they are stored, too.
 
     Raises:
-        RecipeError: if a setting is out of its range, or the image size is not known.
+        RecipeError: if a setting is out of its range, or the image size is not given and the model does not have one.
         WeightsError: if a model is on the meta device.
     """
     at_least("batch", batch, 1)
@@ -179,6 +180,6 @@ def _peak(model: nn.Module, inputs: torch.Tensor) -> int | None:
     torch.cuda.reset_peak_memory_stats(inputs.device)
     model(inputs)
     wait()
-    # What else lives on the device (the reference, optimisers) is none of this model's.
+    # Other memory on the device (the reference, optimizers) does not belong to this model.
     held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers(), inputs))
     return torch.cuda.max_memory_allocated(inputs.device) - before + held

@@ -1,4 +1,4 @@
-"""Multiply-accumulates and parameters of a model: ours by arithmetic, and PyTorch's own count to hold it against."""
+"""Multiply-accumulates and parameters of a model: computed from its spec, and counted by PyTorch as a check."""
 
 import torch
 from torch import nn
@@ -15,28 +15,28 @@ __all__ = ["cost", "counted"]
 
 
 def cost(model_or_spec: nn.Module | Spec) -> Cost:
-    """Multiply-accumulates for one image, and parameters, by arithmetic on the spec.
+    """Return the multiply-accumulates for one image and the parameters, computed from the spec.
 
     Args:
-        model_or_spec: a spec (microseconds), or a model of a family that vitrim knows.
+        model_or_spec: a spec (takes microseconds), or a model of a supported family.
 
     Raises:
-        AdoptError: if the model is of no family that vitrim knows.
+        AdoptError: if the model is not of a supported family.
     """
     spec = model_or_spec if isinstance(model_or_spec, Spec) else describe(model_or_spec)
     return cost_of(spec)
 
 
 def counted(model: nn.Module, image: Image | None = None) -> Cost:
-    """Multiply-accumulates and parameters as PyTorch counts them in one forward pass of one image.
+    """Return the multiply-accumulates and parameters that PyTorch counts in one forward pass of one image.
 
     Args:
-        model: any model of images; it runs once where it is, and keeps its training mode.
-        image: channels, height and width; the model's own where not given.
+        model: any model that takes images; it runs once on its own device, and keeps its training mode.
+        image: channels, height and width; those of the model if None.
 
     Raises:
-        RecipeError: if the image size is neither given nor known to the model.
-        AdoptError: if PyTorch's count is no whole number of multiply-accumulates.
+        RecipeError: if the image size is not given and the model does not have one.
+        AdoptError: if PyTorch's count of operations is odd.
     """
     device, dtype = home_of(model)
     inputs = torch.zeros(1, *image_of(model, image), device=device, dtype=dtype)
@@ -45,6 +45,6 @@ def counted(model: nn.Module, image: Image | None = None) -> Cost:
     if found % 2:
         raise AdoptError(
             f"PyTorch must count two operations for each multiply-accumulate, but counted {found:,}; "
-            "the model runs something that is no product"
+            "the model runs something that is not a product"
         )
     return Cost(found // 2, sum(parameter.numel() for parameter in model.parameters()))

@@ -1,4 +1,4 @@
-"""What measurements need from a model: its input, and a way to run it and leave it as it was."""
+"""Image size of a model, and copies of it on another device, with another type, or compiled."""
 
 import copy
 from typing import Any
@@ -19,12 +19,12 @@ Image = tuple[int, int, int]
 
 
 def image_of(model: nn.Module, image: Image | None = None) -> Image:
-    """Channels, height and width of what `model` takes; `image` wins where given.
+    """Return the channels, height and width of the images of `model`, or `image` if it is given.
 
-    timm's ``pretrained_cfg`` keeps the published size after ``set_input_size``; the patch embedding tells the truth.
+    The size is read from the patch embedding because timm's ``pretrained_cfg`` does not change with ``set_input_size``.
 
     Raises:
-        RecipeError: if `image` is malformed, or the model does not say what it takes.
+        RecipeError: if `image` is malformed, or the patch embedding of the model has no image size.
     """
     if image is not None:
         if (
@@ -38,14 +38,14 @@ def image_of(model: nn.Module, image: Image | None = None) -> Image:
     size = getattr(stem, "img_size", None)
     if size is None:
         raise RecipeError(
-            f"a model must have a patch embedding that knows its image size, but {type(model).__name__} has none; "
+            f"a model must have a patch embedding with an image size, but {type(model).__name__} has none; "
             "pass image=(channels, height, width)"
         )
     return input_channels(model), int(size[0]), int(size[1])
 
 
 def moved(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """`model` itself where it is at home there, else a copy that is."""
+    """Return `model` itself if it has this device and type, else a copy that has them."""
     if home_of(model) == (device, dtype):
         return model
     return copy.deepcopy(model).to(device, dtype)
@@ -63,7 +63,7 @@ def running(model: nn.Module, device: torch.device, dtype: torch.dtype, *, as_st
 
 
 def compiled_copy(model: nn.Module) -> nn.Module:
-    """A copy that `torch.compile` runs."""
+    """Return a copy of `model` that runs with `torch.compile`."""
     twin = copy.deepcopy(model)
     twin.compile()
     return twin

@@ -1,4 +1,4 @@
-"""Make the table of times that latency budgets are planned with: branches of every stage, over widths and tokens.
+"""Make the table of times for latency budgets: times of the branches of every stage for several widths and tokens.
 
 B images, N tokens, D width, H heads, K channels of a head, M hidden neurons.
 """
@@ -42,13 +42,13 @@ from vitrim.words.table import TICKS, Machine, StageTimes, Table
 __all__ = ["fitted", "halved", "machine_of", "make_table"]
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
-"""Of heads and of tokens that are measured."""
+"""Shares of heads and of tokens for which times are measured."""
 
 _MOST = 0.95
-"""Of the dense time that all but the blocks can take; measured to be more only where noise is as long as a pass."""
+"""Largest share of the dense time outside the blocks; more is measured only if noise is as large as a forward pass."""
 
 ROUNDS = 7
-"""Samples of each part, taken in turns with all others: the median of 7 passes over slow spells of the machine."""
+"""Samples of each part, alternating with all others; the median of 7 is robust against slow periods of the machine."""
 
 
 def machine_of(
@@ -61,7 +61,7 @@ def machine_of(
     compiled: bool = False,
     as_stored: bool = False,
 ) -> Machine:
-    """What `make_table` with the same arguments measures on."""
+    """Return the machine on which `make_table` with the same arguments measures."""
     home, kind = home_of(model)
     place = place_of(device) if device is not None else home
     return Machine(
@@ -87,21 +87,21 @@ def make_table(
     seconds: float = 8.0,
     rounds: int = ROUNDS,
 ) -> Table:
-    """Measure what the branches of `model` take at several widths and numbers of tokens.
+    """Measure the times of the branches of `model` for several widths and numbers of tokens.
 
     DeiT-S takes about half a minute on two CPU cores (``benchmarks/latency_budget.py``). Blocks are built with random
-    weights, which take as long as any; `model` is left as it was. Everything runs in the form of
-    `vitrim.deploy.optimized`.
+    weights, because times do not depend on the weights. `model` is not changed. Everything runs in the
+    form of `vitrim.deploy.optimized`.
 
     Args:
         model: an adopted dense model.
-        batch: images in a pass.
-        threads: CPU threads; the process's setting where not given.
-        dtype: floating-point type; the model's own where not given.
-        device: where to run; the model's own where not given.
-        compiled: whether `torch.compile` runs every part.
+        batch: images in a forward pass.
+        threads: CPU threads; the setting of the process if None.
+        dtype: floating-point type; that of the model if None.
+        device: device to run on; that of the model if None.
+        compiled: whether every part runs with `torch.compile`.
         as_stored: whether models and parts run as they are stored instead.
-        seconds: time for the whole dense model.
+        seconds: time to spend on the whole dense model.
         rounds: samples of each part, at least 1.
     """
     start = time.perf_counter()
@@ -141,7 +141,7 @@ def make_table(
 
 
 def _share(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Median over neighbouring samples."""
+    """Return the median ratio of neighboring samples."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
@@ -151,7 +151,7 @@ def _wholes(model: nn.Module, spec: Spec) -> list[nn.Module]:
 
 
 def _hollow(model: nn.Module) -> nn.Module:
-    """A copy whose blocks pass their input on."""
+    """Return a copy whose blocks return their input."""
     bare = copy.deepcopy(model)
     for _, block in blocks_of(bare):
         block.attn = block.mlp = None
@@ -159,7 +159,7 @@ def _hollow(model: nn.Module) -> nn.Module:
 
 
 def halved(spec: Spec) -> Spec:
-    """The same with half of all neurons and of each head's channels, or of the heads where channels are tied."""
+    """Return the same spec with half of all neurons and half of each head's channels (or of the heads, if tied)."""
     stages = []
     for stage in spec.stages:
         tied = stage.form.head_norm is not None or stage.form.mixed_norm is not None
@@ -179,7 +179,7 @@ def halved(spec: Spec) -> Spec:
 
 
 def _rebuilt(model: nn.Module, spec: Spec) -> nn.Module:
-    """A copy with the branches of `spec`, of random weights."""
+    """Return a copy with the branches of `spec`, with random weights."""
     other = copy.deepcopy(model)
     like = next(model.parameters())
     for (_, block), (_, stage, node), arriving in zip(blocks_of(other), spec.blocks(), spec.arrivals(), strict=True):
@@ -190,11 +190,11 @@ def _rebuilt(model: nn.Module, spec: Spec) -> nn.Module:
 
 
 def fitted(table: Table, spec: Spec, seconds: float) -> Table:
-    """The table that gives the dense model `spec` its own time, and the halved one `seconds`.
+    """Return the table, scaled so that the dense model `spec` takes its measured time, and the halved one `seconds`.
 
-    Within a model a branch finds less in the cache than alone, and pays for each call: all its times are longer by one
-    factor, and every branch by the same time more. Where noise would make one of the two negative, the factor alone
-    is fitted.
+    In a model, a branch is slower than alone because less of its data is in the cache, and each call has an overhead.
+    Therefore all times are multiplied by one factor, and a constant time is added for every branch. If noise would make
+    one of the two negative, only the factor is fitted.
     """
     whole, part = (table.latency(one) / TICKS - table.host for one in (spec, halved(spec)))
     rest = table.dense - table.host
@@ -210,7 +210,7 @@ def fitted(table: Table, spec: Spec, seconds: float) -> Table:
 
 @dataclass(frozen=True)
 class _Bench:
-    """Where parts are measured."""
+    """Conditions under which parts are measured."""
 
     batch: int
     device: torch.device
@@ -224,7 +224,7 @@ class _Bench:
         return net
 
     def part(self, stage: Stage, block: Block, arriving: Tokens) -> Timer:
-        """A timer of one block of random weights."""
+        """Return a timer of one block with random weights."""
         with torch.device(self.device):
             net = computed(make_block(stage, block, arriving)).to(self.device, self.dtype).eval()
         if not self.as_stored:
@@ -238,7 +238,7 @@ class _Bench:
 
 
 def _stage(stage: Stage, bench: _Bench, rounds: int) -> StageTimes:
-    """Times of the branches of one stage."""
+    """Measure the times of the branches of one stage."""
     mixers = [block.mixer for block in stage.blocks if isinstance(block.mixer, Attention)]
     hidden = max((block.hidden or 0 for block in stage.blocks), default=0)
     levels = [_arriving(stage, share) for share in SHARES] if stage.window is None else [stage.enters]
@@ -276,13 +276,13 @@ def _stage(stage: Stage, bench: _Bench, rounds: int) -> StageTimes:
 
 
 def _widths(most: int, step: int) -> tuple[int, ...]:
-    """About eight widths, multiples of `step`, and `most` itself."""
+    """Return about eight widths: multiples of `step`, and `most` itself."""
     stride = max(step, math.ceil(most / 8 / step) * step)
     return tuple(sorted({*range(stride, most, stride), most, min(step, most)}))
 
 
 def _arriving(stage: Stage, share: float) -> Tokens:
-    """Some patches of the grid, which lost their places."""
+    """Return the tokens of a stage with a share of the patches, which do not fill a grid unless the share is 1."""
     patches = max(1, round(share * stage.patches))
     whole = patches == stage.patches
     return stage.enters if whole else stage.enters._replace(patches=patches, grid=None)
@@ -298,7 +298,7 @@ def _attention_parts(
         for count in heads:
             for width in channels:
                 even = (width,) * count
-                # A norm over each head's channels knows one width.
+                # With a norm over each head's channels there is only one width.
                 block = Block(mixer=Attention(qk=even, v=even, scale=mixer.scale), hidden=None, shifted=_shifted(stage))
                 yield ("attention", tokens.total, count, width), (block, tokens)
 
@@ -308,7 +308,7 @@ def _shifted(stage: Stage) -> bool:
 
 
 def _other_parts(stage: Stage, mixer: Attention) -> Iterator[Part]:
-    """What the grid of widths does not tell: unequal and uneven heads, convolutions, token steps, sizes."""
+    """Yield the parts outside the grid of widths: unequal and uneven heads, convolutions, token steps, sizes."""
     here, width, count = stage.enters, max(mixer.v), len(mixer.v)
     tied = stage.form.head_norm is not None or stage.form.mixed_norm is not None
 
@@ -335,13 +335,16 @@ def _other_parts(stage: Stage, mixer: Attention) -> Iterator[Part]:
 
 
 def _steps(stage: Stage) -> dict[str, Step]:
-    """One token step of each kind that this stage can have, by its `kind`."""
+    """Return one token step of each kind that this stage can have, by its `kind`."""
     examples = (kind.example(stage.enters) for kind in kinds().values())
     return {step.kind: step for step in examples if step is not None}
 
 
 def _timed(stage: Stage, parts: dict[Any, tuple[Block, Tokens]], bench: _Bench, rounds: int) -> dict[Any, float]:
-    """Seconds of every part, all in turns; a slow spell of the machine falls out against the dense block."""
+    """Return the seconds of every part, measured alternately.
+
+    Times are divided by that of the dense block measured shortly before, so that slow periods of the machine cancel.
+    """
     names = list(parts)
     reference = bench.part(stage, _dense(stage), stage.enters)
     timers = [bench.part(stage, *parts[name]) for name in names]
@@ -370,7 +373,7 @@ def _dense(stage: Stage) -> Block:
 
 
 def _others(times: StageTimes, stage: Stage, mixer: Attention, found: Mapping[Any, float]) -> dict[str, Any]:
-    """The single numbers of a stage, each against what the grid of widths says of the same part."""
+    """Return the single factors and times of a stage, each relative to the grid of widths for the same part."""
     count, width = len(mixer.v), max(mixer.v)
     half = max(8, width // 2)
 

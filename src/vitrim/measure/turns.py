@@ -1,4 +1,4 @@
-"""Whatever can be called, timed in turns: A B C C B A, so that a drift of the machine meets all alike."""
+"""Time several functions alternately, in the order A B C C B A, so that a drift of the machine affects all equally."""
 
 import contextlib
 import ctypes
@@ -32,22 +32,22 @@ __all__ = [
 ]
 
 TICK = 0.005
-"""Shortest sample in seconds; shorter calls are repeated within one sample."""
+"""Least duration of a sample in seconds; shorter calls are repeated within one sample."""
 
 _TRIM, _MMAP = -1, -3
-"""glibc's names of its limits: free memory at the top of the heap, and the size from which an allocation is mapped."""
+"""Options of glibc's `mallopt`: trim threshold and mmap threshold."""
 
 Timer = Callable[[int], float]
-"""Makes a call some times and returns seconds a call."""
+"""Repeats a call the given number of times and returns the seconds for one call."""
 
 
 class Turns(NamedTuple):
-    """What was timed."""
+    """Result of `turns`."""
 
     samples: list[list[float]]
-    """Seconds a call, a list for each; samples at one place of all lists are of one half round."""
+    """Seconds for one call, one list for each function; samples with equal index were taken in the same half round."""
     repeats: int
-    """Calls in one sample."""
+    """Number of calls in one sample."""
 
 
 def turns(
@@ -58,14 +58,14 @@ def turns(
     runs: int = 6,
     warmup: int = 2,
 ) -> Turns:
-    """Time each call in turns with the others.
+    """Time functions alternately.
 
     Args:
-        calls: what to time.
-        wait: returns when all that was called is done, see `waiting`.
-        seconds: time to spend, above 0; `runs` samples of each are taken even if they take longer.
-        runs: least samples of each, at least 2; an odd number is raised by one, to end a round.
-        warmup: calls of each before the first sample, at least 1.
+        calls: the functions to time.
+        wait: function that returns when all submitted work is done, see `waiting`.
+        seconds: time to spend, above 0; `runs` samples of each function are taken even if they take longer.
+        runs: least number of samples of each function, at least 2; an odd number is raised by one, to complete a round.
+        warmup: calls of each function before the first sample, at least 1.
 
     Raises:
         RecipeError: if a setting is out of its range.
@@ -95,12 +95,12 @@ def _taken(timers: Sequence[Timer], seconds: float, runs: int, warmup: int) -> T
 
 @contextlib.contextmanager
 def keeping_memory() -> Iterator[None]:
-    """While this lasts, the C library keeps what is freed, where it can be told to (glibc); not to be nested.
+    """Within the context, let glibc keep freed memory instead of returning it to the system; must not be nested.
 
-    Else tensors of some megabytes may be given back to the system and fetched again, page by page, in every pass, or
-    not: that depends on what the process did before. A DeiT-S (batch of 8, 2 threads) took 0.54 s, with 20 % between
-    the 10th and the 90th percentile; so it takes 0.45 s, with 2 %. Servers do the same with jemalloc or tcmalloc, and
-    ONNX Runtime and OpenVINO with arenas of their own.
+    Otherwise, depending on what the process did before, tensors of several megabytes may be returned to the system and
+    allocated again page by page in every forward pass. DeiT-S (batch of 8, 2 threads) took 0.54 s without this, with
+    20 % between the 10th and the 90th percentile, and 0.45 s with it, with 2 %. Servers get the same effect from
+    jemalloc or tcmalloc, and ONNX Runtime and OpenVINO from their own arenas. Other C libraries are not changed.
     """
     library = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
     if library is None:
@@ -111,14 +111,15 @@ def keeping_memory() -> Iterator[None]:
     try:
         yield
     finally:
-        # The largest that glibc goes to by itself; what it has at the start moves with use and cannot be read.
+        # These are the largest values that glibc sets by itself. The values before cannot be read, and they change
+        # with use.
         library.mallopt(_MMAP, 2**25)
         library.mallopt(_TRIM, 2**26)
         library.malloc_trim(0)
 
 
 def timer(call: Callable[[], Any], wait: Callable[[], None]) -> Timer:
-    """A function that makes `call` some times and returns seconds a call."""
+    """Return a function that repeats `call` and returns the seconds for one call."""
 
     def run(repeats: int) -> float:
         wait()
@@ -132,7 +133,7 @@ def timer(call: Callable[[], Any], wait: Callable[[], None]) -> Timer:
 
 
 def waiting(device: torch.device) -> Callable[[], None]:
-    """What returns when `device` has done all that it was given."""
+    """Return a function that synchronizes `device`."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -144,14 +145,14 @@ def waiting(device: torch.device) -> Callable[[], None]:
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """10th percentile, median and 90th percentile of at least two values."""
+    """Return the 10th percentile, median and 90th percentile of at least two values."""
     tenths = statistics.quantiles(values, n=10, method="inclusive")
     return tenths[0], statistics.median(values), tenths[-1]
 
 
 @contextlib.contextmanager
 def threading(count: int | None) -> Iterator[None]:
-    """Run with so many CPU threads; with the process's own setting if None."""
+    """Run with `count` CPU threads within the context; with the setting of the process if None."""
     before = torch.get_num_threads()
     try:
         if count is not None:
@@ -162,20 +163,20 @@ def threading(count: int | None) -> Iterator[None]:
 
 
 def at_least(name: str, value: int, least: int) -> None:
-    """Refuse a setting below its range.
+    """Raise if a setting is below its range.
 
     Raises:
-        RecipeError: naming it.
+        RecipeError: if `value` is not an integer of at least `least`; the message names the setting.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise RecipeError(f"{name} must be a whole number of at least {least}, but got {value}")
 
 
 def place_of(device: torch.device | str) -> torch.device:
-    """The device with its number, as parameters name it: ``cuda`` alone would equal none of theirs.
+    """Return the device with its index, because ``cuda`` does not equal the ``cuda:0`` of a parameter.
 
     Raises:
-        RecipeError: if this machine has no such device, or none that computes (``meta``).
+        RecipeError: if this machine has no such device, or the device cannot compute (``meta``).
     """
     try:
         place = torch.device(device)
@@ -188,14 +189,14 @@ def place_of(device: torch.device | str) -> torch.device:
 
 
 def name_of(device: torch.device) -> str:
-    """What times on `device` are times of: ``cpu, AMD EPYC``, ``NVIDIA H100``."""
+    """Return the name of the hardware behind `device`, such as ``cpu, AMD EPYC`` or ``NVIDIA H100``."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {_processor()}"
 
 
 def _processor() -> str:
-    """The processor's name as Linux tells it, else what Python knows."""
+    """Return the name of the processor from ``/proc/cpuinfo``, else from Python's `platform`."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(":")

@@ -1,4 +1,4 @@
-"""Modules built from spec nodes. Each declares the axes along which it can be cut."""
+"""Modules built from spec nodes. Each module declares the axes along which it can be cut."""
 
 from vitrim.nn.attention import Attention
 from vitrim.nn.axis import Axis, Member, Tap

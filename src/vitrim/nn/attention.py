@@ -1,8 +1,9 @@
 """Self-attention with any head widths.
 
-B images, N tokens, D width, H heads, Q and V channels of all heads together (queries or keys; values).
+B images, N tokens, D width, H heads, Q query (or key) channels of all heads together, V value channels of all heads
+together.
 
-Parameters carry timm's names, so a dense block loads timm's weights as they are.
+Parameters have timm's names, so a dense block loads timm's weights without conversion.
 """
 
 from collections.abc import Callable
@@ -25,16 +26,16 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Heard(NamedTuple):
-    """What an attention computed, for a token step that needs it: heads' channels in a row, after norms and taps."""
+    """Queries and keys of all heads of an attention, after norms and taps, for a token step that needs them."""
 
     q: Tensor
-    """``(B, N, Q)``, or of the first tokens alone."""
+    """``(B, N, Q)``, or fewer tokens if queries are computed for the first tokens only."""
     k: Tensor
     """``(B, N, Q)``."""
     widths: tuple[int, ...]
-    """Channels of each head, of queries and keys."""
+    """Query (or key) channels of each head."""
     scale: float
-    """What multiplies the logits."""
+    """Factor on the logits."""
 
 
 class Attention(nn.Module):
@@ -43,8 +44,8 @@ class Attention(nn.Module):
     Heads of one width run as one dense call. Heads of several widths run as one call for each width: padding them to
     one width is slower (38 ms against 21 ms, CPU, 2 threads, DeiT-S at 63 % of the channels; dense 9 ms).
 
-    The logit scale is the spec's, in both paths. timm lets the fused kernel take it from the width of the queries,
-    which is wrong after any cut.
+    The logit scale is always the one of the spec. In timm, the fused kernel derives it from the width of the queries,
+    which is wrong after a cut.
 
     Args:
         width: D.
@@ -85,14 +86,15 @@ class Attention(nn.Module):
 
         Args:
             x: normed tokens, ``(B, N, D)``.
-            attn_mask: True where a key may be seen, or a bias added to the logits; broadcasts to ``(B, H, N, N)``.
-            is_causal: whether a token sees only itself and those before it.
-            n_queries: of how many tokens, the first, queries and outputs are computed; None for all.
-            heard: a list that queries and keys are added to, for a token step that needs them.
-            key_bias: finite numbers added to the logits, in place of `attn_mask`; broadcasts as that.
+            attn_mask: boolean, True for keys that a query may attend to, or a bias that is added to the logits;
+                broadcasts to ``(B, H, N, N)``.
+            is_causal: whether a token attends only to itself and the tokens before it.
+            n_queries: number of first tokens for which queries and outputs are computed; None for all tokens.
+            heard: a list to which queries and keys are appended, for a token step that needs them.
+            key_bias: finite numbers that are added to the logits, in place of `attn_mask`; broadcasts the same way.
 
         Returns:
-            ``(B, N, D)``, or of the first `n_queries` tokens.
+            ``(B, N, D)``, or ``(B, n_queries, D)``.
         """
         mask, may_hide_all = (attn_mask, True) if key_bias is None else (key_bias, False)
 
@@ -124,7 +126,7 @@ class Attention(nn.Module):
         return out
 
     def _projected(self, x: Tensor, n_queries: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of the first tokens, keys and values of all."""
+        """Return the queries of the first tokens, and the keys and values of all tokens."""
         weight, bias, (first, second, _) = self.qkv.weight, self.qkv.bias, self.sizes
         q = F.linear(x[:, :n_queries], weight[:first], None if bias is None else bias[:first])
         k, v = F.linear(x, weight[first:], None if bias is None else bias[first:]).tensor_split((second,), dim=-1)
@@ -168,9 +170,9 @@ class Attention(nn.Module):
         """
         if attn_mask is not None and attn_mask.dtype != torch.bool:
             attn_mask = attn_mask.to(q.dtype)
-        # On a CPU PyTorch has no fused kernel for values of another width than the queries', and what it falls back to
-        # looks through all weights for rows that are masked whole (4 % of a cut ViT-Ti).
-        # What an ONNX exporter makes of a fused call with a mask has other strides than the call itself, and fails.
+        # On a CPU, PyTorch has no fused kernel if values and queries differ in width. Its fallback searches all weights
+        # for rows that are fully masked (4 % of the time of a cut ViT-Ti).
+        # In an ONNX export, the decomposition of a fused call with a mask has other strides than the call, and fails.
         odd = q.shape[-1] != v.shape[-1] or (attn_mask is not None and torch.compiler.is_exporting())
         if self.fused_attn and not (odd and q.device.type == "cpu"):
             drop = self.attn_drop.p if self.training else 0.0
@@ -179,7 +181,7 @@ class Attention(nn.Module):
             )
         weights = self._logits(q, k, attn_mask, is_causal).softmax(dim=-1)
         if attn_mask is not None and may_hide_all:
-            # A query that may see no key gets nothing, as from the fused kernels; its softmax is 0 / 0.
+            # The output of a query with no allowed key is zero, as in the fused kernels; its softmax would be 0 / 0.
             hidden = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask.isneginf()
             weights = weights.masked_fill(hidden.all(dim=-1, keepdim=True), 0.0)
         dropped: Tensor = self.attn_drop(weights)
@@ -187,7 +189,7 @@ class Attention(nn.Module):
 
     def _logits(self, q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         if attn_mask is not None and attn_mask.dtype != torch.bool and attn_mask.dim() == 4 and not is_causal:
-            # Scale and bias within the product: 12 % of such an attention.
+            # Applying scale and bias within the product saves 12 % of the time of such an attention.
             bias = attn_mask.expand(q.shape[0], q.shape[1], -1, -1).flatten(0, 1)
             logits = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=self.scale)
             return torch.unflatten(logits, 0, (-1, q.shape[1]))
@@ -199,7 +201,7 @@ class Attention(nn.Module):
         return logits.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
 
     def axes(self) -> tuple[Axis, ...]:
-        """The query/key channels and the value channels; names are relative to the block."""
+        """Return the axes of query/key channels and of value channels; names are relative to the block."""
         q, k, v = 0, self.sizes[0], 2 * self.sizes[0]
         rows = ["attn.qkv.weight"] + (["attn.qkv.bias"] if self.qkv.bias is not None else [])
         qk_rows = tuple(Member(parameter=name, dim=0, offset=offset) for name in rows for offset in (q, k))
@@ -226,7 +228,7 @@ class Attention(nn.Module):
 
 
 def _runs(spec: AttentionSpec) -> tuple[tuple[int, ...], ...]:
-    """Heads of equal widths, together."""
+    """Return groups of heads with equal widths."""
     runs: dict[tuple[int, int], list[int]] = {}
     for head, widths in enumerate(zip(spec.qk, spec.v, strict=True)):
         runs.setdefault(widths, []).append(head)

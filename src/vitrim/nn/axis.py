@@ -1,8 +1,9 @@
-"""An axis: a set of channels with its members and its taps.
+"""Axes: sets of channels that can be cut, with their members and taps.
 
-The *members* are the parameters that the channels index; surgery slices them. The *taps* are identities through which
-the activations pass; masks and gates hang there, observers listen there. The *scales* are the members on which a
-multiplication by a gate equals the same multiplication at the taps, so that a gate can cost no activation memory.
+The *members* are the slices of parameters that the channels index; `vitrim.cut.surgery` slices them. The *taps* are
+identity modules through which the activations pass; masks are applied and activations are observed there. The *scales*
+are the members for which multiplying the parameter by a gate equals multiplying the activations at the taps, so that a
+gate needs no activation memory.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class Tap(nn.Module):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """As many entries of one parameter as the axis has channels, from `offset` on along `dim`."""
+    """Slice of one parameter along `dim`, from `offset`, with one entry for each channel of the axis."""
 
     parameter: str
     dim: int
@@ -36,11 +37,11 @@ class Axis:
     Attributes:
         name: ``qk``, ``v`` or ``hidden``.
         groups: channels of each head; one group for hidden neurons.
-        members: runs of parameters indexed by the channels, names relative to the block.
+        members: slices of parameters that the channels index, with names relative to the block.
         taps: names of the `Tap` modules, relative to the block.
-        scales: members that carry a gate in place of the taps; empty where a norm stands between.
-        tied: whether a norm ties the channels of a group, so that they go together or not at all.
-        group_members: runs of parameters with one entry for each group, which goes with the last of its channels.
+        scales: members to which a gate can be applied in place of the taps; empty if there is a norm between them.
+        tied: whether a norm ties the channels of a group, so that they can only be cut all together.
+        group_members: slices of parameters with one entry for each group, removed with the last channel of the group.
     """
 
     name: str
@@ -53,5 +54,5 @@ class Axis:
 
     @property
     def size(self) -> int:
-        """All channels of all groups."""
+        """Number of channels of all groups."""
         return sum(self.groups)

@@ -27,7 +27,7 @@ __all__ = ["Block", "Constant"]
 
 
 class Constant(nn.Module):
-    """What remains of a branch that lost all its channels: its output bias, after layer scale.
+    """A branch without channels, which adds a constant: its output bias after layer scale.
 
     Args:
         width: D.
@@ -45,14 +45,14 @@ class Constant(nn.Module):
 class Block(nn.Module):
     """A pre-norm block: ``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``.
 
-    It takes whatever timm passes to its own block. A branch that a plan took away is None; a branch that lost all its
-    channels is a `Constant`, without norm and layer scale. In place of attention there may be a `Conv`.
+    It accepts the arguments that timm passes to its own blocks. A branch that a plan removed is None. A branch that
+    lost all its channels is a `Constant`, without norm and layer scale. Attention may be replaced by a `Conv`.
 
     Args:
         stage: width, grid, prefix tokens and form.
         spec: mixer, hidden neurons, token step, dropout.
         arriving: the tokens at its input; those of the whole grid if None.
-        attention: what builds the attention from D, the mixer, the form and the rates.
+        attention: function that builds the attention from D, the mixer, the form and the rates.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class Block(nn.Module):
         self.arriving = here
         self.step: StepModule | None = None if stage.window is not None else make_step(spec.tokens, stage, here)
         self.n_queries = stage.prefix if spec.only_prefix else None
-        """Of how many tokens, the first, queries, MLP and output are computed; None for all."""
+        """Number of first tokens for which queries, MLP and output are computed; None for all tokens."""
         self.is_last = False
-        """Whether the model's head reads what leaves. Set by the family that hosts the block."""
+        """Whether the model's head reads the output of this block. Set by the model family."""
 
         attends = isinstance(mixer, AttentionSpec) and len(mixer.v) > 0
         constant = isinstance(mixer, AttentionSpec) and not attends and form.out_bias
@@ -101,8 +101,8 @@ class Block(nn.Module):
     def forward(self, x: Residual, attn_mask: Tensor | None = None, is_causal: bool = False) -> Residual:
         """Map tokens ``(B, N, D)`` to ``(B, n, D)``, where n is N unless the block changes the number of tokens.
 
-        Between blocks whose tokens stand for several patches the tokens come and go as a `Stream`, with their sizes;
-        the last block gives each token as often as it has patches.
+        If tokens represent several patches, input and output are a `Stream`, which contains the number of patches of
+        each token. The last block repeats each token as many times as it has patches.
 
         Args:
             x: tokens.
@@ -110,7 +110,8 @@ class Block(nn.Module):
             is_causal: see `Attention.forward`.
 
         Raises:
-            DataError: if the number of tokens changes, and others arrive than it was made for, or a mask is given.
+            DataError: if the block changes the number of tokens, and a mask is given or the number of arriving tokens
+                is not the one that the block was built for.
         """
         changes = self.step is not None or self.n_queries is not None or isinstance(x, Stream)
         if changes and (attn_mask is not None or is_causal):
@@ -145,7 +146,7 @@ class Block(nn.Module):
     def _mix(
         self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, key_bias: Tensor | None, heard: list[Heard]
     ) -> Tensor:
-        """What the attention, or what stands in its place, gives the tokens whose output is computed."""
+        """Return the output of the attention, or of its replacement, for the tokens whose output is computed."""
         assert self.attn is not None
         if not isinstance(self.attn, Attention):
             alone: Tensor = self.attn(x[:, : self.n_queries], attn_mask=attn_mask, is_causal=is_causal)
@@ -173,6 +174,6 @@ class Block(nn.Module):
             self.attn.grid = flow_of(self.spec.tokens, arriving, grid[0] * grid[1]).mixed.grid or grid
 
     def axes(self) -> tuple[Axis, ...]:
-        """Every axis of this block."""
+        """Return every axis of this block."""
         parts = [part for part in (self.attn, self.mlp) if isinstance(part, Attention | Mlp)]
         return tuple(axis for part in parts for axis in part.axes())

@@ -1,14 +1,14 @@
 """A bottleneck convolution in place of attention, in all its states.
 
 B images, N tokens, P prefix tokens, R x C rows and columns of the grid, D width, H heads, d channels of a head. A slot
-is one of the nine pixels around a pixel.
+is one of the nine pixels around a pixel, the pixel itself included.
 
 Source: He et al., "Pruning Self-attentions into Convolutional Layers in Single Path", TPAMI 2024, arXiv 2111.11802. The
-convolution owns almost nothing: its kernel is a convex mixture, over heads, of the attention's value projection, and
-its way back to the width is one of the output projection. Every slot votes over all heads for itself.
+convolution has almost no parameters of its own. Its kernel is a convex mixture, over heads, of the attention's value
+projection, and its output layer is a mixture of the output projection. Every slot has its own mixture weights.
 
-Where we differ from the authors' code: the grid need not be square, any number of prefix tokens passes by, and folding
-ends in two plain layers (theirs keeps the batch norm, and for Swin reads the slots in DeiT's order).
+Differences from the authors' code: the grid need not be square, any number of prefix tokens is allowed, and folding
+gives two plain layers (theirs keeps the batch norm, and for Swin reads the slots in DeiT's order).
 """
 
 from collections.abc import Mapping
@@ -25,16 +25,16 @@ from vitrim.words.spec import Conv as ConvSpec
 __all__ = ["EPS", "Conv", "Same", "mixed_back", "mixed_kernel", "state_of", "taps", "votes"]
 
 EPS = 1e-5
-"""Of the batch norm (the authors' code)."""
+"""Epsilon of the batch norm, as in the authors' code."""
 
 
 def votes(logits: Tensor, temperature: float) -> Tensor:
-    """How much each head counts in each slot: a softmax over heads of ``(H, 9)`` logits; every column sums to 1."""
+    """Return the weight of each head in each slot: a softmax over heads of ``(H, 9)`` logits; each column sums to 1."""
     return (logits / temperature).softmax(dim=0)
 
 
 def taps(mixture: Mixture) -> list[int]:
-    """The slot that lies at each of the nine taps of a kernel, row by row."""
+    """Return the slot of each of the nine positions of a 3 x 3 kernel, row by row."""
     slots = {offset: slot for slot, offset in enumerate(mixture.offsets)}
     return [slots[down, right] for down in (-1, 0, 1) for right in (-1, 0, 1)]
 
@@ -43,10 +43,10 @@ def mixed_kernel(share: Tensor, value: Tensor, kernel: int, mixture: Mixture) ->
     """Mix a kernel, ``(d, D)`` or ``(d, D, 3, 3)``, from an attention's value projection.
 
     Args:
-        share: votes, ``(H, 9)``.
+        share: the result of `votes`, ``(H, 9)``.
         value: value projection, ``(H d, D)``.
-        kernel: 1 reads the centre slot alone, 3 all.
-        mixture: where the slots lie.
+        kernel: 1 uses only the center slot, 3 uses all slots.
+        mixture: the order of the slots.
     """
     split = value.view(len(share), -1)
     if kernel == 1:
@@ -57,17 +57,17 @@ def mixed_kernel(share: Tensor, value: Tensor, kernel: int, mixture: Mixture) ->
 def mixed_back(
     share: Tensor, bias: Tensor | None, out: Tensor, kernel: int, mixture: Mixture
 ) -> tuple[Tensor | None, Tensor]:
-    """Mix what a 1 x 1 convolution takes of one slot and a 3 x 3 convolution sums over all nine.
+    """Mix the bias and the output layer, with the weights of the center slot (1 x 1) or summed over all nine (3 x 3).
 
     Args:
-        share: votes, ``(H, 9)``.
-        bias: of the values, ``(H d)``, or None.
+        share: the result of `votes`, ``(H, 9)``.
+        bias: bias of the values, ``(H d)``, or None.
         out: output projection, ``(D, H d)``.
         kernel: 1 or 3.
-        mixture: where the slots lie.
+        mixture: the order of the slots.
 
     Returns:
-        The bias of the bottleneck, ``(d)`` or None, and the way back to the width, ``(D, d)``.
+        The bias of the bottleneck, ``(d)`` or None, and the weight of the output layer, ``(D, d)``.
     """
     total = share[:, mixture.centre] if kernel == 1 else share.sum(dim=1)
     back = torch.einsum("chd,h->cd", out.view(len(out), len(share), -1), total)
@@ -75,15 +75,16 @@ def mixed_back(
 
 
 def state_of(conv: ConvSpec, was: AttentionSpec | ConvSpec, have: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a convolution consists of, made of what stood in its place.
+    """Return the parameters and buffers of a convolution, made from those of the mixer that it replaces.
 
-    Of an attention: value and output projections as they are, all heads mixed alike, a batch norm that does nothing
-    yet. Of a convolution: the same function in evaluation, its mixture and then its batch norm folded into tensors.
+    From an attention: the value and output projections unchanged, equal mixture weights for all heads, and a batch norm
+    that is the identity. From a convolution: the same function in evaluation, with its mixture and then its batch norm
+    folded into plain tensors.
 
     Args:
-        conv: the state wanted.
-        was: what stood there, an attention whose heads are all of width d, or a convolution in an earlier state.
-        have: its parameters and buffers, by name.
+        conv: the convolution to make.
+        was: the replaced mixer: an attention whose heads all have width d, or a convolution in an earlier state.
+        have: the parameters and buffers of `was`, by name.
     """
     if isinstance(was, AttentionSpec):
         mixture = conv.mixture or Mixture(heads=len(was.v), temperature=1.0)
@@ -126,7 +127,7 @@ def _without_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Same(nn.Module):
-    """A branch that gives back its own normed input (`vitrim.words.spec.Skip` with ``leaves="norm"``)."""
+    """A branch that returns its normed input unchanged (`vitrim.words.spec.Skip` with ``leaves="norm"``)."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return `x`."""
@@ -134,14 +135,14 @@ class Same(nn.Module):
 
 
 class Conv(nn.Module):
-    """To the bottleneck, ReLU, and back, on the patches; prefix tokens pass by.
+    """A convolution to the bottleneck, a ReLU, and a convolution back to the width, on the patches only.
 
     Args:
         width: D.
         spec: kernel, d, state.
-        form: biases of the attention that it was made of.
+        form: biases of the attention that it was made from.
         rates: dropout.
-        grid: R and C, where tokens come in one row.
+        grid: R and C, needed if the input is a sequence of tokens.
         prefix: P.
     """
 
@@ -173,18 +174,19 @@ class Conv(nn.Module):
         self.proj_drop = nn.Dropout(rates.projection)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Mix neighbouring patches.
+        """Mix neighboring patches.
 
         Args:
-            x: normed tokens, ``(B, N, D)``, prefix tokens first; or a map without any, ``(B, R, C, D)``.
-            attn_mask: must be None: a convolution sees every neighbour.
+            x: normed tokens, ``(B, N, D)``, prefix tokens first; or a map without prefix tokens, ``(B, R, C, D)``.
+            attn_mask: must be None because a convolution reads every neighbor.
             is_causal: must be False.
 
         Returns:
-            As `x`.
+            A tensor of the shape of `x`.
 
         Raises:
-            DataError: if a mask is given, the tokens are not those of the grid, or one image is to be trained on.
+            DataError: if a mask is given, if the number of tokens does not fit the grid, or if a batch norm is trained
+                with one image.
         """
         if attn_mask is not None or is_causal:
             raise DataError("a model whose attention became convolution must be run without masks; leave them out")
@@ -218,7 +220,7 @@ class Conv(nn.Module):
         return self.grid
 
     def _pointwise(self, x: Tensor) -> Tensor:
-        """Two linear layers on any number of leading dimensions."""
+        """Apply two linear layers to the last dimension."""
         if self.spec.mixture is None:
             inner: Tensor = self.conv(x)
         else:
@@ -233,7 +235,7 @@ class Conv(nn.Module):
         return F.linear(inner, back, self.proj.bias)  # type: ignore[arg-type]
 
     def _map(self, x: Tensor) -> Tensor:
-        """Two convolutions on a map, ``(B, R, C, D)``; kept in that order of memory throughout."""
+        """Apply two convolutions to a map, ``(B, R, C, D)``; the memory layout stays channels-last throughout."""
         x = x.permute(0, 3, 1, 2)
         if self.spec.mixture is None:
             inner: Tensor = self.conv(x)

@@ -1,4 +1,4 @@
-"""Operations of a call as PyTorch counts them, without changing anything that threads share."""
+"""Count the operations of a call with PyTorch's counter, without changing state that threads share."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +14,8 @@ __all__ = ["operations"]
 def operations(call: Callable[[], object]) -> int:
     """Run `call` once without gradients and return its operations, two for each multiply-accumulate.
 
-    Other threads may train or attend meanwhile: to select the plain kernel of attention for all of the process, or to
-    follow modules by hooks that every module has, would change what they do.
+    Other threads may run models at the same time. Therefore this neither selects the math kernel of attention for the
+    whole process nor registers global module hooks, because both would change the models of other threads.
     """
     counter: Any = FlopCounterMode(display=False)
     counter.mod_tracker = _NoModules()
@@ -25,7 +25,7 @@ def operations(call: Callable[[], object]) -> int:
 
 
 class _NoModules:
-    """In place of PyTorch's tracker of modules, which hangs hooks on all modules of the process; only sums are read."""
+    """Replacement for PyTorch's module tracker, which registers global hooks; the counts by module are not needed."""
 
     parents = frozenset({"Global"})
 
@@ -37,9 +37,9 @@ class _NoModules:
 
 
 class _PlainAttention(TorchFunctionMode):
-    """Attention by the products that define it: of the fused kernels, each version of the counter knows others.
+    """Computes attention as plain matrix products, in this thread only.
 
-    A kernel that it does not know counts as nothing. The mode holds for this thread alone.
+    Which fused kernels the counter supports depends on the version of PyTorch. It counts unsupported kernels as zero.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

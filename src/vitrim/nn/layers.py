@@ -1,7 +1,7 @@
 """Norms and activations by the names that a spec uses.
 
-A name says the library and the class: ``timm.LayerNorm``, ``torch.GELU``. Only layers that are known to be what a block
-needs are on the lists: norms over the last dimension, activations that work on each element by itself.
+A name consists of the library and the class: ``timm.LayerNorm``, ``torch.GELU``. The supported layers are norms over
+the last dimension and elementwise activations.
 """
 
 import functools
@@ -72,7 +72,7 @@ def norm_of(module: nn.Module, at: str) -> Norm:
     """Describe a norm layer.
 
     Raises:
-        AdoptError: if the layer is none that is known.
+        AdoptError: if the layer is not supported.
     """
     name = _name(module)
     if name not in _NORMS:
@@ -97,10 +97,10 @@ def make_norm(norm: Norm, width: int) -> nn.Module:
 
 
 def activation_name(module: nn.Module, at: str) -> str:
-    """Name an activation.
+    """Return the name of an activation.
 
     Raises:
-        AdoptError: if it is not known to work on each element by itself, or has arguments of its own.
+        AdoptError: if the activation is not supported, or was built with arguments other than the defaults.
     """
     if isinstance(module, nn.GELU) and module.approximate == "tanh" and _name(module) == "torch.GELU":
         return "timm.GELUTanh"
@@ -116,7 +116,7 @@ def activation_name(module: nn.Module, at: str) -> str:
 
 @functools.cache
 def _defaults(name: str) -> tuple[tuple[str, Any], ...]:
-    """Attributes of an activation that is built without arguments."""
+    """Return the attributes of an activation that is built without arguments."""
     plain = vars(_class(name, _ACTIVATIONS)())
     return tuple(
         (key, value) for key, value in plain.items() if not key.startswith("_") and key not in ("training", "inplace")
@@ -124,15 +124,16 @@ def _defaults(name: str) -> tuple[tuple[str, Any], ...]:
 
 
 def make_activation(name: str) -> nn.Module:
-    """Build an activation; never in place, for taps may listen to its input."""
+    """Build an activation; it never works in place because hooks may observe its input."""
     layer: nn.Module = _class(name, _ACTIVATIONS)()
     return layer
 
 
 def input_channels(model: nn.Module) -> int:
-    """Channels of the images that `model` takes: what its stem says, or those of its first convolution (3 if none).
+    """Return the image channels of `model`: those of its patch embedding, else of its first convolution, else 3.
 
-    timm says so itself only from 1.0.31 on, and the projection of a hybrid's patch embedding takes features.
+    timm's patch embedding has ``in_chans`` only since 1.0.31. The projection in the patch embedding of a hybrid model
+    is not used because its input are features.
     """
     said = getattr(getattr(model, "patch_embed", None), "in_chans", None)
     if isinstance(said, int):

@@ -1,4 +1,4 @@
-"""The block that a spec node asks for, and what it computes for itself."""
+"""Build blocks from spec nodes, compute their buffers, and copy settings from other blocks."""
 
 from timm.layers import use_fused_attn
 from timm.models.swin_transformer import WindowAttention as TimmWindowAttention
@@ -26,7 +26,10 @@ def make_block(stage: Stage, spec: BlockSpec, arriving: Tokens | None = None) ->
 
 
 def computed(block: Block) -> Block:
-    """Compute the buffers of `block` that are not stored; needed once one built without data has its weights."""
+    """Compute the buffers of `block` that are not stored, and return it.
+
+    This is needed for a block that was built on the meta device, after its weights are set.
+    """
     for module in block.modules():
         compute = getattr(module, "init_non_persistent_buffers", None)
         if compute is not None:
@@ -38,9 +41,9 @@ def computed(block: Block) -> Block:
 
 
 def fold_steps_(model: nn.Module) -> nn.Module:
-    """Fold the token steps of `model`, in place, for inference and export; its parameters' names change.
+    """Fold the token steps of `model`, in place, for inference and export, and return it.
 
-    A folded model cannot be stored or cut: fold a copy.
+    The names of its parameters change. A folded model cannot be stored or cut, so fold a copy.
     """
     for module in model.modules():
         if isinstance(module, StepModule):
@@ -49,9 +52,9 @@ def fold_steps_(model: nn.Module) -> nn.Module:
 
 
 def keep_settings(block: Block, old: nn.Module) -> Block:
-    """Give `block` what the owner of `old` set that is no weight: training modes, dropout rates, fused attention.
+    """Copy all settings that are not weights from `old` to `block`: training modes, dropout rates, fused attention.
 
-    Parts that `old` does not have under the same name take the mode of the part around them.
+    A module of `block` that has no counterpart of the same name in `old` gets the mode of its closest parent that has.
     """
     theirs = dict(old.named_modules())
     for name, module in block.named_modules():
@@ -64,6 +67,6 @@ def keep_settings(block: Block, old: nn.Module) -> Block:
             if hasattr(module, setting) and hasattr(twin, setting):
                 setattr(module, setting, getattr(twin, setting))
         if isinstance(twin, TimmWindowAttention) and twin.fused_attn == use_fused_attn(experimental=True):
-            # timm leaves fused attention off in windows unless told; that is its default and not a choice of the owner.
+            # By default, timm does not use fused attention in windows. The user did not choose this; it is not copied.
             module.fused_attn = use_fused_attn()
     return block

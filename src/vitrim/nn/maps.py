@@ -1,6 +1,6 @@
-"""Maps of features: merged patches laid out on the grid that they were merged from.
+"""Feature maps of merged patches, resized to the grid before merging.
 
-B images, D width, (h, w) rows and columns of the patches that are left.
+B images, D width, (h, w) rows and columns of the merged patches.
 """
 
 from typing import Literal
@@ -18,14 +18,15 @@ def unmerge(
     halved: tuple[int, int],
     mode: Literal["nearest", "bilinear"] = "bilinear",
 ) -> Tensor:
-    """Lay merged patches out on the grid that they were merged from.
+    """Resize a map of merged patches to the grid before merging.
 
     Args:
         maps: ``(B, D, h, w)``.
         size: rows and columns of that grid.
         halved: how often its rows and its columns were halved.
-        mode: ``nearest`` gives each place the token that it was merged into, so that the mean of both neighbours gives
-            the map back; ``bilinear`` interpolates between tokens at the middle of the places that they stand for.
+        mode: ``nearest`` copies to each position the token that it was merged into, so that averaging neighbors again
+            returns `maps`; ``bilinear`` interpolates between tokens, each at the center of the positions that it
+            represents.
 
     Returns:
         ``(B, D, *size)``.
@@ -36,6 +37,6 @@ def unmerge(
     if mode == "nearest":
         row, column = (torch.arange(n, device=maps.device) >> often for n, often in zip(size, halved, strict=True))
         return maps.index_select(2, row).index_select(3, column)
-    # An odd last token stands for one place; laid out as if for two, and cut off, it stays where it is.
+    # With an odd size, the last token represents one position. It is treated as two, and the second one is cut off.
     whole = (maps.shape[2] << high, maps.shape[3] << wide)
     return F.interpolate(maps, size=whole, mode="bilinear", align_corners=False)[:, :, :rows, :columns]

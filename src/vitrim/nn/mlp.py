@@ -2,8 +2,8 @@
 
 B images, N tokens, D width, M hidden neurons.
 
-Parameters carry timm's names (``Mlp``, ``GluMlp``, ``SwiGLU``, and ViTamin's ``GeGluMlp``), so a dense block loads
-timm's weights as they are.
+Parameters have timm's names (``Mlp``, ``GluMlp``, ``SwiGLU``, and ViTamin's ``GeGluMlp``), so a dense block loads
+timm's weights without conversion.
 """
 
 from torch import Tensor, nn
@@ -20,19 +20,22 @@ LAYERS = {
     "swiglu": ("fc1_g", "fc1_x", "fc2"),
     "geglu": ("w0", "w1", "w2"),
 }
-"""Names of the linear layers of each kind; the last leads back to the width. Of two factors the first is activated."""
+"""Names of the linear layers of each kind, the output layer last.
+
+If there are two factors, the activation is applied to the first.
+"""
 
 
 class Mlp(nn.Module):
     """Two linear layers with an activation between, or a gated product of two in place of the first.
 
-    A neuron is what enters the last linear layer: with a gate it is one entry of the product, and owns a row of both
+    A neuron is one input of the last linear layer. In a gated MLP it is one entry of the product, and has a row in both
     factors.
 
     Args:
         width: D.
         hidden: M, at least 1.
-        form: which of the kinds, biases, activation and norm.
+        form: kind of MLP, biases, activation and norm.
         rates: dropout.
     """
 
@@ -78,7 +81,7 @@ class Mlp(nn.Module):
         return out
 
     def axes(self) -> tuple[Axis, ...]:
-        """The hidden neurons; names are relative to the block."""
+        """Return the axis of hidden neurons; names are relative to the block."""
         firsts = [(name, 0) for name in self.firsts]
         if self.kind == "glu":
             firsts.append(("fc1", self.hidden))

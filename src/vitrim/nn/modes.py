@@ -1,4 +1,4 @@
-"""What a call changes for a while and puts back: training flags, wanted gradients, the random state."""
+"""Context managers that restore training flags, ``requires_grad`` and the random state."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ __all__ = ["evaluating", "modes_kept", "random_state_kept"]
 
 @contextlib.contextmanager
 def modes_kept(*models: nn.Module | None) -> Iterator[None]:
-    """Give every module its own training flag back at the end; flags of modules differ where a part is frozen."""
+    """Restore the training flag of every module at the end; flags can differ between modules if a part is frozen."""
     flags = [(module, module.training) for model in models if model is not None for module in model.modules()]
     try:
         yield
@@ -22,11 +22,11 @@ def modes_kept(*models: nn.Module | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module | None, frozen: bool = False) -> Iterator[None]:
-    """Put models in evaluation mode, and give every module its own mode back at the end.
+    """Put models in evaluation mode, and restore the mode of every module at the end.
 
     Args:
-        models: the models; None is passed over.
-        frozen: whether no parameter asks for a gradient meanwhile, either; those that did ask for it again at the end.
+        models: the models; None is ignored.
+        frozen: whether ``requires_grad`` is also set to false for all parameters, and restored at the end.
     """
     present = [model for model in models if model is not None]
     wanted = [p for model in present for p in model.parameters() if frozen and p.requires_grad]
@@ -44,6 +44,6 @@ def evaluating(*models: nn.Module | None, frozen: bool = False) -> Iterator[None
 
 @contextlib.contextmanager
 def random_state_kept(device: torch.device | None = None) -> Iterator[None]:
-    """Put PyTorch's random state back at the end: the CPU's, and that of `device` where it is a CUDA device."""
+    """Restore PyTorch's random state at the end: that of the CPU, and of `device` if it is a CUDA device."""
     with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
         yield

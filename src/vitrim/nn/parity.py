@@ -1,6 +1,6 @@
-"""Whether two models are the same function: outputs and features on one random input, by one table of tolerances.
+"""Check whether two models compute the same function, by their outputs and features on a random input.
 
-Outputs alone would not tell. Behind a head of zeros, with which fine-tuning starts, all features look alike.
+Outputs alone are not sufficient: if the head is zero, as at the start of fine-tuning, all features give equal outputs.
 """
 
 import inspect
@@ -23,27 +23,27 @@ Purpose = Literal["adopt", "store", "export", "runtime"]
 _ROUNDINGS = {kind: 8 * torch.finfo(kind).eps for kind in FLOATS}
 
 TOLERANCES: dict[Purpose, dict[torch.dtype, float]] = {
-    # Our blocks compute what timm's do, in an order of their own.
+    # Blocks of vitrim compute the same function as those of timm, in another order of operations.
     "adopt": _ROUNDINGS | {torch.float64: 1e-5, torch.float32: 1e-5},
-    # The same numbers in the same order: bit for bit on a CPU, and a few roundings on an accelerator.
+    # The same operations in the same order: equal bits on a CPU, and a few roundings of difference on an accelerator.
     "store": _ROUNDINGS,
-    # Another runtime fuses, and so rounds, otherwise.
+    # Another runtime fuses operations differently, and so rounds differently.
     "export": {torch.float32: 1e-4},
     "runtime": {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.1},
 }
-"""Largest difference that is allowed, relative to the largest entry, by purpose and by type."""
+"""Largest allowed difference, relative to the largest entry, by purpose and by floating-point type."""
 
 _FLOOR = 1e-6
-"""Least scale of a relative difference, for what is zero everywhere."""
+"""Smallest divisor of a relative difference, for tensors that are zero everywhere."""
 
 
 class Difference(NamedTuple):
-    """Where two models part.
+    """A difference between two models that is too large.
 
     Attributes:
         what: ``logits`` or ``features``.
         apart: largest difference, relative to the largest entry.
-        allowed: what `TOLERANCES` allows.
+        allowed: the tolerance from `TOLERANCES`.
     """
 
     what: str
@@ -52,9 +52,10 @@ class Difference(NamedTuple):
 
 
 def relative(got: Any, wanted: Any) -> float:
-    """Largest difference of two tensors, relative to the largest entry of `wanted`; infinite if shapes differ.
+    """Return the largest difference of two tensors, relative to the largest entry of `wanted`.
 
-    Of tuples, lists and dictionaries of tensors, the largest of their members.
+    It is infinite if shapes differ. For tuples, lists and dictionaries of tensors, it is the largest value over their
+    members.
     """
     if isinstance(got, Tensor) and isinstance(wanted, Tensor):
         if got.shape != wanted.shape:
@@ -75,9 +76,9 @@ def _members(value: Any) -> Iterable[Any]:
 
 
 def features_of(model: nn.Module) -> Callable[[Tensor], Any] | None:
-    """What maps images alone to the features that the head of `model` reads; None if there is no `forward_features`.
+    """Return the `forward_features` of `model`, which maps images to the features that the head reads.
 
-    A segmentor's features are those of its backbone.
+    For a segmentor it is that of its backbone. None if there is none, or if it needs other arguments than the images.
     """
     owner: Any = model.backbone if isinstance(model, Segmentor) else model
     found: Callable[[Tensor], Any] | None = getattr(owner, "forward_features", None)
@@ -91,11 +92,13 @@ def features_of(model: nn.Module) -> Callable[[Tensor], Any] | None:
 
 
 def tells_images_apart(logits: Tensor, allowed: float) -> bool:
-    """Whether logits vary from image to image by much more than `allowed`; where not, they say little of the features.
+    """Return whether logits vary from image to image by more than 100 times `allowed`.
+
+    If they do not, equal logits do not show that the features are equal.
 
     Args:
-        logits: of several different images, ``(B, ...)``.
-        allowed: relative to the largest logit.
+        logits: logits of several different images, ``(B, ...)``.
+        allowed: tolerance, relative to the largest logit.
     """
     varied = (logits - logits.mean(dim=0, keepdim=True)).abs().max()
     return bool(varied > 100 * allowed * logits.abs().max().clamp_min(_FLOOR))
@@ -103,16 +106,16 @@ def tells_images_apart(logits: Tensor, allowed: float) -> bool:
 
 @torch.no_grad()
 def find_difference(model: nn.Module, wanted: nn.Module, image: tuple[int, int], purpose: Purpose) -> Difference | None:
-    """Compare the logits and the features of two models on two random images; both are left as they were.
+    """Compare the logits and the features of two models on two random images; both models are left unchanged.
 
     Args:
-        model: the model that is held against the other, on the same device.
-        wanted: what is right.
+        model: the model to check, on the same device as `wanted`.
+        wanted: the reference model.
         image: height and width.
-        purpose: names the tolerance.
+        purpose: selects the tolerance.
 
     Returns:
-        The first that is too far apart or not finite; None if both models are the same.
+        The first difference that is too large or not finite; None if both models compute the same.
     """
     device, dtype = home_of(wanted)
     allowed = TOLERANCES[purpose][dtype]

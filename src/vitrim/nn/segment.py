@@ -1,11 +1,11 @@
-"""A backbone of any family with a head that names the class of every pixel.
+"""A backbone of any family with a head for semantic segmentation.
 
 B images, K classes, D width of a map, (h, w) rows and columns of a map, (H, W) those of the dense grid, (R, C) height
 and width of the images in pixels.
 
-Decoder: Semantic FPN (Kirillov et al. 2019, "Panoptic Feature Pyramid Networks"), the one of
-segmentation_models_pytorch. A plain ViT has maps of one stride, so four of them are resized to the strides of a
-pyramid, as the usual necks for ViTs do; the maps of merged tokens are laid there straight from their own grids.
+Decoder: Semantic FPN (Kirillov et al. 2019, "Panoptic Feature Pyramid Networks"), as implemented in
+segmentation_models_pytorch. All maps of a plain ViT have the same stride, so four of them are resized to the strides of
+a pyramid, as is usual for ViTs. Maps of merged tokens are resized directly from their own grids.
 """
 
 from collections.abc import Sequence
@@ -24,20 +24,21 @@ __all__ = ["HEADS", "LEVELS", "Head", "Places", "Segmentor", "check_covered", "l
 
 LEVELS = 4
 _GROUPS = 32
-"""Groups of the decoder's norms."""
+"""Number of groups of the decoder's group norms."""
 
 
 class Head(Node):
-    """How a head reads features.
+    """Settings of a segmentation head.
 
     Attributes:
-        kind: ``fpn`` is Semantic FPN on four maps; ``linear`` one linear layer on the last, laid out on the dense grid.
+        kind: ``fpn`` is Semantic FPN on four maps; ``linear`` is a linear layer on the last map, on the dense grid.
         width: channels of the pyramid.
-        channels: channels of its branches, whose sum is classified, a multiple of 32.
-        dropout: share of these channels that training drops, in ``[0, 1)``.
-        neck: ``native`` resizes each map once, from its own grid; ``restore`` first lays merged tokens out on the dense
-            grid. The same for a backbone that merges nothing.
-        taps: blocks of a plain ViT that are read, the last of the model among them; empty for four at equal distances.
+        channels: channels of its branches, whose sum is classified; a multiple of 32.
+        dropout: share of these channels that is dropped in training, in ``[0, 1)``.
+        neck: ``native`` resizes each map once, from its own grid; ``restore`` first resizes maps of merged tokens to
+            the dense grid. Both are equal for a backbone that merges no tokens.
+        taps: indices of the blocks of a plain ViT whose outputs are used, including the last block; if empty, four
+            blocks at equal distances.
     """
 
     kind: Literal["fpn", "linear"] = "fpn"
@@ -49,14 +50,14 @@ class Head(Node):
 
 
 class Places(NamedTuple):
-    """Where the maps of a backbone come from.
+    """Sources of the feature maps of a backbone.
 
     Attributes:
-        taps: index of each map in ``forward_intermediates``; one may come twice.
-        widths: D of each.
-        halved: how often rows and columns of its grid were halved, counted from the grid of the patch embedding.
-        finer: how many times finer than that grid the finest level of the pyramid is: 4 for plain ViTs, whose patches
-            have the stride of its third level, 1 for families with four stages.
+        taps: index of each map in ``forward_intermediates``; an index may occur twice.
+        widths: D of each map.
+        halved: how often rows and columns of the grid of each map were halved, counted from the patch embedding.
+        finer: rows of the finest level of the pyramid for each row of the grid of the patch embedding: 4 for plain
+            ViTs, whose patches have the stride of the third level, 1 for families with four stages.
     """
 
     taps: tuple[int, ...]
@@ -66,21 +67,20 @@ class Places(NamedTuple):
 
 
 def rounded(grid: tuple[int, int], finer: int) -> tuple[int, int]:
-    """The grid, rounded up so that every level of the pyramid has half the rows and columns of the one before."""
+    """Return the grid, rounded up so that every level of the pyramid has half the rows and columns of the one before."""
     step = max(1, 2 ** (LEVELS - 1) // finer)
     rows, columns = (-(-n // step) * step for n in grid)
     return rows, columns
 
 
 def lay_on(maps: Tensor, halved: tuple[int, int], whole: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Resize a map once, from its own grid to a level of the pyramid, every token at the middle of its places.
+    """Resize a map once, from its own grid to a level of the pyramid; each token is at the center of its patches.
 
     Args:
         maps: ``(B, D, h, w)``.
         halved: how often its rows and columns were halved, counted from the dense grid.
-        whole: the dense grid as `rounded` has it. What it has beyond the dense one repeats the last row and column, as
-            merging does.
-        size: rows and columns of the level, `whole` times or divided by a power of 2.
+        whole: the dense grid after `rounded`. Additional rows and columns repeat the last one, as merging does.
+        size: rows and columns of the level, `whole` multiplied or divided by a power of 2.
 
     Returns:
         ``(B, D, *size)``.
@@ -99,10 +99,10 @@ def lay_on(maps: Tensor, halved: tuple[int, int], whole: tuple[int, int], size: 
 
 
 def check_covered(backbone: Any, size: tuple[int, int]) -> None:
-    """Refuse a size of which patches leave a border out.
+    """Raise if patches do not cover the whole image.
 
     Raises:
-        RecipeError: naming the patches.
+        RecipeError: if a side of `size` is not a multiple of the patch size.
     """
     patch = getattr(backbone.patch_embed, "patch_size", None) or (1, 1)
     if any(side % int(step) for side, step in zip(size, patch, strict=True)):
@@ -110,16 +110,16 @@ def check_covered(backbone: Any, size: tuple[int, int]) -> None:
 
 
 class Segmentor(nn.Module):
-    """Images ``(B, 3, R, C)`` to logits ``(B, K, R, C)``.
+    """Semantic segmentation: maps images ``(B, 3, R, C)`` to logits ``(B, K, R, C)``.
 
-    A family like any other (`vitrim.families`): what a backbone can be (dense, cut, merged) a segmentor can be, and it
-    is stored, loaded, priced, timed and exported by the same functions.
+    Segmentors are one of the model families of `vitrim.families`. Their backbone may be dense, cut or merged, and the
+    same functions as for classifiers store, load, measure and export them and compute their costs.
 
     Args:
         backbone: an adopted model without classifier and final norm.
         classes: K.
-        head: how the maps are read.
-        places: where they come from.
+        head: settings of the head.
+        places: sources of the feature maps.
     """
 
     def __init__(self, backbone: nn.Module, classes: int, head: Head, places: Places) -> None:
@@ -130,19 +130,19 @@ class Segmentor(nn.Module):
 
     @property
     def patch_embed(self) -> Any:
-        """The backbone's stem, which knows size and channels of the images."""
+        """The patch embedding of the backbone, which has the size and channels of the images."""
         return self.backbone.patch_embed
 
     @property
     def pretrained_cfg(self) -> Any:
-        """What timm knows of the backbone's weights and their input."""
+        """Metadata of timm about the backbone's pretrained weights and their input."""
         return getattr(self.backbone, "pretrained_cfg", {})
 
     def set_input_size(self, img_size: tuple[int, int]) -> None:
-        """Take images of another size, as timm's models do; positions are interpolated.
+        """Change the image size, as in timm's models; position embeddings are interpolated.
 
         Raises:
-            RecipeError: if patches would leave a border out, on which no logits could be laid.
+            RecipeError: if a side is not a multiple of the patch size.
         """
         backbone: Any = self.backbone
         check_covered(backbone, img_size)
@@ -158,13 +158,13 @@ class Segmentor(nn.Module):
         logits = self.head([given[wanted.index(tap)] for tap in self.places.taps], (int(rows), int(columns)))
         cells = [-(-pixels // n) for pixels, n in zip(size, (rows, columns), strict=True)]
         whole = [int(n * cell) for n, cell in zip(rounded((rows, columns), self.places.finer), cells, strict=True)]
-        # The decoder of the head may stand on a grid larger than the image by what makes its levels even.
+        # The grid of the head's decoder may be larger than the image because it is rounded up.
         wide = F.interpolate(logits, size=whole, mode="bilinear", align_corners=False)
         return wide[:, :, : size[0], : size[1]]
 
 
 class _Fpn(nn.Module):
-    """Four maps, each to a level of a pyramid, decoded at its finest level."""
+    """Resizes four maps to the levels of a pyramid, and decodes and classifies them at its finest level."""
 
     def __init__(self, head: Head, places: Places, classes: int) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class _Fpn(nn.Module):
 
 
 class _Linear(nn.Module):
-    """The last map, laid out on the dense grid, through one linear layer."""
+    """Resizes the last map to the dense grid, and classifies it with one linear layer."""
 
     def __init__(self, head: Head, places: Places, classes: int) -> None:
         super().__init__()
@@ -215,10 +215,10 @@ HEADS: dict[str, Any] = {"fpn": _Fpn, "linear": _Linear}
 
 
 def _library() -> tuple[Any, Any]:
-    """The decoder's class and its initialisation.
+    """Return the class of the decoder and its initialization function.
 
     Raises:
-        AdoptError: if the package that has them is missing.
+        AdoptError: if segmentation_models_pytorch is not installed.
     """
     try:
         from segmentation_models_pytorch.base.initialization import initialize_decoder

@@ -1,4 +1,4 @@
-"""The residual stream between two blocks, where its tokens stand for several patches each.
+"""The residual stream between two blocks, if tokens represent several patches each.
 
 B images, N tokens, P prefix tokens, D width.
 """
@@ -12,7 +12,7 @@ __all__ = ["Residual", "Stream", "precise", "tokens_of"]
 
 
 def precise(x: Tensor) -> torch.dtype:
-    """The type for sums over many tokens: that of `x`, but float32 at least.
+    """Return the type for sums over many tokens: that of `x`, but at least float32.
 
     Counts above 256 are not whole in bfloat16, and a sum of 655 values of 100 is infinite in float16.
     """
@@ -20,24 +20,27 @@ def precise(x: Tensor) -> torch.dtype:
 
 
 class Stream(NamedTuple):
-    """Tokens, and how many patches each one stands for."""
+    """Tokens, and the number of patches that each token represents."""
 
     x: Tensor
     """``(B, N, D)``, prefix tokens first."""
     sizes: Tensor
     """``(B, N, 1)``, whole numbers in float32; 1 for prefix tokens."""
     patches: int
-    """What the sizes of the patch tokens sum to, in every image."""
+    """Sum of the sizes of the patch tokens, the same in every image."""
 
     def key_bias(self) -> Tensor:
-        """What to add to attention's logits so that a key counts as its patches, ``(B, 1, 1, N)``."""
+        """Return the logarithms of the sizes, ``(B, 1, 1, N)``.
+
+        If they are added to the logits of attention, each key counts as many times as it has patches.
+        """
         return self.sizes.to(precise(self.x)).log().mT[:, None]
 
     def repeated(self, prefix: int) -> Tensor:
-        """Each token as often as it has patches: a head that pools patches then reads their mean or attention.
+        """Return each token repeated as many times as it has patches, so that a pooling head weights it by its size.
 
         Args:
-            prefix: P, tokens that stay as they are.
+            prefix: P, the number of first tokens that are not repeated.
 
         Returns:
             ``(B, P + patches, D)``.
@@ -50,9 +53,9 @@ class Stream(NamedTuple):
 
 
 Residual = Tensor | Stream
-"""What a block takes and gives: tokens, with their sizes where those are not all 1."""
+"""Input and output of a block: tokens, with their sizes if those are not all 1."""
 
 
 def tokens_of(residual: Residual) -> Tensor:
-    """The tokens alone, ``(B, N, D)``."""
+    """Return the tokens without their sizes, ``(B, N, D)``."""
     return residual.x if isinstance(residual, Stream) else residual

@@ -1,4 +1,4 @@
-"""Weights of a model: whether they can be computed with, where they lie, and a hash that tells them from others."""
+"""Checks, device, type and hash of the weights of a model."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from vitrim.words.errors import WeightsError
 __all__ = ["FLOATS", "check_weights", "fingerprint", "home_of", "why_not_held", "why_not_like", "why_not_weight"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Types that weights may have: every layer computes in these."""
+"""Types that weights may have, because every layer supports them."""
 
 
 def home_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and floating-point type of `model`, those of its first floating parameter."""
+    """Return the device and type of the first floating-point parameter of `model`."""
     for tensor in model.parameters():
         if tensor.is_floating_point():
             return tensor.device, tensor.dtype
@@ -23,10 +23,10 @@ def home_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Refuse weights that cannot be computed with: on the meta device, of another type than `FLOATS`, or not finite.
+    """Raise if weights are on the meta device, have a type that is not in `FLOATS`, or are not finite.
 
     Raises:
-        WeightsError: naming the first parameter or stored buffer.
+        WeightsError: if so; the message names the first such parameter or stored buffer.
     """
     missing = why_not_held(model)
     if missing is not None:
@@ -40,7 +40,7 @@ def check_weights(model: nn.Module) -> None:
 
 
 def why_not_held(model: nn.Module) -> str | None:
-    """One sentence that names a tensor of `model` without data; None if there is none."""
+    """Return one sentence that names a tensor of `model` without data; None if there is none."""
     for tensors in (model.named_parameters(), model.named_buffers()):
         for name, value in tensors:
             if value.is_meta:
@@ -49,7 +49,7 @@ def why_not_held(model: nn.Module) -> str | None:
 
 
 def why_not_weight(name: str, value: Tensor) -> str | None:
-    """One sentence on why a layer could not compute with `value`; None if it can."""
+    """Return one sentence on why a layer could not compute with `value`; None if it can."""
     if value.dtype not in FLOATS:
         kinds = ", ".join(map(_short, FLOATS[:-1]))
         return (
@@ -62,11 +62,11 @@ def why_not_weight(name: str, value: Tensor) -> str | None:
 
 
 def why_not_like(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
-    """One sentence on why `state` cannot be the weights of a model; None if it can.
+    """Return one sentence on why `state` cannot be the weights of a model; None if it can.
 
     Args:
-        state: tensors by name, of the names and shapes of `wanted`.
-        wanted: state dict of the model; its values may be without data.
+        state: tensors by name, with the names and shapes of `wanted`.
+        wanted: state dict of the model; its values may be on the meta device.
     """
     for name, value in state.items():
         if wanted[name].is_floating_point():
@@ -79,11 +79,13 @@ def why_not_like(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> s
 
 
 def fingerprint(model: nn.Module, about: bytes = b"") -> str:
-    """Hash of all weights and stored buffers, in their order, 64 hexadecimal digits; equal bits give equal hashes.
+    """Return a hash of all weights and stored buffers, in their order, as 64 hexadecimal digits.
+
+    Equal bits give equal hashes. Names and shapes are not hashed.
 
     Args:
         model: any model.
-        about: what else is to be hashed with them; names and shapes are not.
+        about: additional bytes to hash.
     """
     digest = hashlib.sha256(about)
     for value in model.state_dict().values():

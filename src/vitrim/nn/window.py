@@ -3,7 +3,7 @@
 B images, R x C rows and columns of the grid (with padding: whole windows), W windows, A tokens of one window, D width,
 H heads, K channels of a head.
 
-Parameters carry timm's names, so a dense block loads timm's weights as they are.
+Parameters have timm's names, so a dense block loads timm's weights without conversion.
 """
 
 import dataclasses
@@ -26,17 +26,17 @@ from vitrim.words.spec import Block as BlockSpec
 __all__ = ["WindowAttention", "WindowBlock"]
 
 BLOCKED = -100.0
-"""Added to the logit of a pair that does not meet; timm's, and the published weights', value."""
+"""Added to the logit of a masked pair of tokens; the value of timm, with which the published weights were trained."""
 
-# Older versions of timm take the old window to be square.
+# Older versions of timm assume that the old window is square.
 _TAKES_OLD_SIZE = "old_window_size" in inspect.signature(resize_rel_pos_bias_table).parameters
 
 
 class WindowAttention(Attention):
-    """Self-attention whose tokens meet within their window, with a learned bias for each head and offset.
+    """Self-attention within windows, with a learned bias for each head and offset.
 
-    Queries, keys and values are made of the whole grid, so that taps see ``(B, R C, channels)`` as everywhere; each is
-    put in order of windows just before they meet.
+    Queries, keys and values are computed for the whole grid, so that the taps get ``(B, R C, channels)`` as in the
+    other attention. They are sorted by windows just before the attention.
 
     Args:
         width: D.
@@ -60,7 +60,7 @@ class WindowAttention(Attention):
 
         Args:
             x: normed tokens on a grid of whole windows, ``(B, R, C, D)``.
-            blocked: pairs that do not meet, ``(W, A, A)``, or None if all do.
+            blocked: boolean mask of the pairs that do not attend to each other, ``(W, A, A)``; None if all do.
 
         Returns:
             ``(B, R, C, D)``.
@@ -69,14 +69,15 @@ class WindowAttention(Attention):
         return self._run(x.flatten(1, 2), self._bias(blocked), attend).view_as(x)
 
     def _bias(self, blocked: Tensor | None) -> Tensor:
-        """Logits to add, ``(1, H, A, A)``, or ``(W, H, A, A)`` where windows differ."""
+        """Return the bias of the logits, ``(1, H, A, A)``, or ``(W, H, A, A)`` if windows differ."""
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
         return bias[None] if blocked is None else torch.where(blocked[:, None], bias + BLOCKED, bias)
 
     def _in_windows(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grid: tuple[int, int]) -> Tensor:
         """Attend with heads of one width, ``(B, H, R C, K)``.
 
-        Windows join the images where all add one bias, and the heads where each adds its own: neither repeats a mask.
+        If all windows have the same bias, they are part of the batch dimension, else of the head dimension. The mask is
+        copied in neither case.
         """
         assert mask is not None
         (high, wide), heads = self.window_size, q.shape[1]
@@ -90,21 +91,21 @@ class WindowAttention(Attention):
         )
         mixed = self._attend(q, k, v, mask.to(q.dtype))
         if torch.compiler.is_exporting():
-            # Exporters take attention apart after it was traced, and its parts lie in memory otherwise than the fused
-            # kernel's answer: where one window is all of the grid, what was a view of that is none of theirs.
+            # Exporters decompose attention after tracing, and the result has other strides than that of the fused
+            # kernel: if one window covers the whole grid, a view of the traced result is not valid for it.
             mixed = mixed.contiguous()
         mixed = mixed.reshape(-1, rows, columns, heads, high, wide, v.shape[-1]).permute(0, 1, 4, 2, 5, 3, 6)
         return mixed.reshape(mixed.shape[0], grid[0] * grid[1], heads, -1).transpose(1, 2)
 
     def axes(self) -> tuple[Axis, ...]:
-        """As in `Attention`; a head takes its column of biases along."""
+        """Return the axes as in `Attention`; the column of biases of a head is cut together with the head."""
         qk, v = super().axes()
         column = Member(parameter="attn.relative_position_bias_table", dim=1, offset=0)
         return qk, dataclasses.replace(v, group_members=(column,))
 
     @torch.no_grad()
     def set_window_size(self, size: tuple[int, int]) -> None:
-        """Change the window; biases are interpolated as timm does."""
+        """Change the window size; biases are interpolated as in timm."""
         if size == self.window_size:
             return
         shape = (Window(size=size).offsets, len(self.v))
@@ -118,12 +119,12 @@ class WindowAttention(Attention):
         self.init_non_persistent_buffers()
 
     def init_non_persistent_buffers(self) -> None:
-        """Compute what is not stored, on the device of the weights."""
+        """Compute the buffers that are not stored, on the device of the weights."""
         self.relative_position_index = _offsets(self.window_size).to(self.qkv.weight.device)
 
 
 class WindowBlock(Block):
-    """A block on a grid, ``(B, R, C, D)``, whose windows may lie across those of the block before.
+    """A block on a grid, ``(B, R, C, D)``, whose windows may be shifted against those of the block before.
 
     Args:
         stage: width, grid, window and form.
@@ -143,7 +144,7 @@ class WindowBlock(Block):
 
     @property
     def shift(self) -> tuple[int, int]:
-        """Rows and columns that the windows lie off."""
+        """Rows and columns by which the windows are shifted."""
         return self.window.shift(self.grid) if self.spec.shifted else (0, 0)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -157,7 +158,7 @@ class WindowBlock(Block):
     def _mixed(self, x: Tensor) -> Tensor:
         if not isinstance(self.attn, WindowAttention):
             assert self.attn is not None
-            whole: Tensor = self.attn(x)  # a constant, or a convolution on the map as it lies, without windows
+            whole: Tensor = self.attn(x)  # a constant, or a convolution on the whole map, without windows
             return whole
         grid, (down, right) = (x.shape[1], x.shape[2]), self.shift
         if grid != self.grid and not self.window.dynamic:
@@ -170,7 +171,7 @@ class WindowBlock(Block):
             x = torch.roll(x, (-down, -right), (1, 2))
         rows, columns = self.window.padded(grid)
         if (rows, columns) != grid:
-            # Zeros after the norm: padded tokens answer with the biases of their keys and values, as they were trained.
+            # Padding is zero after the norm, so the keys and values of padded tokens are the biases, as in training.
             x = F.pad(x, (0, 0, 0, columns - grid[1], 0, rows - grid[0]))
         blocked = self._blocked(grid, x.device) if self.window.dynamic else self.blocked
         mixed: Tensor = self.attn(x, blocked)[:, : grid[0], : grid[1]]
@@ -184,12 +185,12 @@ class WindowBlock(Block):
     def set_input_size(
         self, feat_size: tuple[int, int], window_size: tuple[int, int], always_partition: bool | None = None
     ) -> None:
-        """Change grid and window; called by timm's model when its own `set_input_size` is.
+        """Change grid and window; called by the `set_input_size` of timm's model.
 
         Args:
             feat_size: R and C.
-            window_size: rows and columns of a window, wherever the grid has as many.
-            always_partition: whether windows keep their size where it has not; None leaves it alone.
+            window_size: rows and columns of a window, if the grid has as many.
+            always_partition: whether windows keep their size even if the grid is smaller; None leaves it unchanged.
         """
         always = self.window.always if always_partition is None else always_partition
         high, wide = window_size if isinstance(window_size, tuple | list) else (window_size, window_size)
@@ -201,14 +202,14 @@ class WindowBlock(Block):
         self.init_non_persistent_buffers()
 
     def init_non_persistent_buffers(self) -> None:
-        """Compute what is not stored, on the device of the weights."""
+        """Compute the buffers that are not stored, on the device of the weights."""
         if isinstance(self.attn, WindowAttention):
             device = self.attn.qkv.weight.device
             self.blocked = None if self.window.dynamic else self._blocked(self.grid, device)
 
 
 def _offsets(size: tuple[int, int]) -> Tensor:
-    """Row of the table of biases for each pair of a window, ``(A, A)``: the offset from key to query, numbered."""
+    """Return the row of the table of biases for each pair of tokens of a window, ``(A, A)``, by the pair's offset."""
     rows, columns = (torch.arange(n)[:, None] - torch.arange(n)[None, :] + n - 1 for n in size)
     pairs = rows[:, None, :, None] * (2 * size[1] - 1) + columns[None, :, None, :]
     return pairs.reshape(size[0] * size[1], -1)
@@ -217,7 +218,7 @@ def _offsets(size: tuple[int, int]) -> Tensor:
 def _blocked_pairs(
     grid: tuple[int, int], size: tuple[int, int], shift: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """Pairs of a window that were not neighbours before the grid was rolled, ``(W, A, A)``."""
+    """Return a mask of the pairs of a window that were not neighbors before the grid was rolled, ``(W, A, A)``."""
     labels = []
     for length, window, off in zip(grid, size, shift, strict=True):
         place = torch.arange(length, device=device)

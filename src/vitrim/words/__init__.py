@@ -1,1 +1,1 @@
-"""The words: frozen values that say what a model is, what to cut, and what it costs. No torch."""
+"""Frozen values that describe a model, what to cut from it, and what it costs. This package does not import torch."""

@@ -1,6 +1,6 @@
-"""What a block is: attention, convolution or nothing, then an MLP, with widths for each part.
+"""Description of one block: attention, a convolution or nothing, then an MLP, with the width of each part.
 
-D width of the residual stream, H heads, K channels of a head, M hidden neurons.
+D is the width of the residual stream, H the number of heads, K the channels of a head, M the hidden neurons.
 """
 
 from typing import Annotated, Literal, Self
@@ -25,7 +25,7 @@ __all__ = [
 
 
 class Norm(Node):
-    """A normalisation layer, by the name of its class in ``timm.layers`` or ``torch.nn``."""
+    """A normalization layer, by the name of its class in ``timm.layers`` or ``torch.nn``."""
 
     name: str
     eps: float
@@ -33,17 +33,17 @@ class Norm(Node):
     bias: bool = True
 
     def params(self, width: int) -> int:
-        """Parameters of this norm over `width` channels."""
+        """Return the number of parameters of this norm over `width` channels."""
         return width * (self.weight + self.bias)
 
 
 class Form(Node):
-    """What the blocks of one stage have in common besides their widths.
+    """Everything that the blocks of one stage share, except their widths.
 
-    `head_norm` is the norm over the channels of each query and key head, `mixed_norm` the one over all heads' outputs
-    together, `hidden_norm` the one over the hidden neurons. A norm ties the channels it runs over: cutting one of them
-    would change the statistics of the others, so those channels can only be cut together with the whole branch.
-    `inner_norm` runs over the width, before the first layer of the MLP, and ties nothing.
+    `head_norm` is the norm over the channels of each query and key head. `mixed_norm` is the norm over the outputs of
+    all heads together. `hidden_norm` is the norm over the hidden neurons. A norm ties the channels it runs over:
+    cutting one of them would change the statistics of the others, so those channels can only be cut together with the
+    whole branch. `inner_norm` runs over the width, before the first layer of the MLP. It ties no channels.
     """
 
     norm: Norm
@@ -63,7 +63,7 @@ class Form(Node):
 
     @property
     def factors(self) -> int:
-        """Linear layers from the width to the hidden neurons: 2 where a gate multiplies them, else 1."""
+        """Number of linear layers from the width to the hidden neurons: 2 if the MLP is gated, else 1."""
         return 1 if self.mlp == "plain" else 2
 
 
@@ -71,17 +71,17 @@ Rate = Annotated[float, Field(ge=0, le=1)]
 
 
 class Rates(Node):
-    """How often training drops something in a block, each in [0, 1].
+    """Dropout rates of a block in training, each in [0, 1].
 
     Attributes:
-        attention: attention weights.
-        projection: outputs of the projection after attention.
-        hidden: neurons of the MLP.
-        output: outputs of the MLP.
-        attention_path: the whole branch of the attention, for an image (stochastic depth).
-        mlp_path: the whole branch of the MLP, for an image.
+        attention: rate for the attention weights.
+        projection: rate for the outputs of the projection after attention.
+        hidden: rate for the neurons of the MLP.
+        output: rate for the outputs of the MLP.
+        attention_path: rate at which the attention branch is dropped for a whole image (stochastic depth).
+        mlp_path: rate at which the MLP branch is dropped for a whole image.
 
-    They belong to the training of a model, not to its structure, so all rates compare equal.
+    Rates belong to the training of a model, not to its structure, so any two `Rates` compare equal.
     """
 
     attention: Rate = 0.0
@@ -99,14 +99,14 @@ class Rates(Node):
 
 
 NO_RATES = Rates()
-"""Nothing is dropped."""
+"""Rates that drop nothing."""
 
 
 class Attention(Node):
-    """Self-attention with one query/key width and one value width for each living head.
+    """Self-attention with one query/key width and one value width for each head that is left.
 
-    A head without channels does not exist. Without heads the branch is a constant, its output bias. `scale` multiplies
-    the logits; after a cut it stays that of the dense parent, whatever the widths are.
+    Heads without channels are not listed. If no head is left, the branch is a constant, its output bias. `scale`
+    multiplies the logits. A cut does not change it: it stays the scale of the dense parent, for any widths.
     """
 
     kind: Literal["attention"] = "attention"
@@ -122,11 +122,11 @@ class Attention(Node):
 
 
 class Mixture(Node):
-    """Kernels that are mixed from the value and output projections of an attention, as they are trained (SPViT).
+    """Kernels that are mixed from the value and output projections of an attention, as SPViT trains them.
 
-    `heads` are those that are mixed, `temperature` divides the logits of the mixture. `slots` says where the nine
-    columns of logits lie around a pixel: ``columns`` goes down one column of the 3 x 3 window after another (DeiT's
-    order), ``centre`` takes its centre first and then the other eight so (Swin's).
+    `heads` is the number of heads that are mixed. `temperature` divides the logits of the mixture. `slots` gives the
+    order of the nine columns of logits around a pixel: ``columns`` goes through the 3 x 3 window column by column
+    (DeiT's order); ``centre`` has the center first and then the other eight in the same order (Swin's order).
     """
 
     heads: PositiveInt
@@ -135,12 +135,12 @@ class Mixture(Node):
 
     @property
     def centre(self) -> int:
-        """The slot that reads the pixel itself."""
+        """Index of the slot that reads the pixel itself."""
         return 4 if self.slots == "columns" else 0
 
     @property
     def offsets(self) -> tuple[tuple[int, int], ...]:
-        """Rows down and columns right from a pixel to the one that each slot reads."""
+        """Offset (rows down, columns right) from a pixel to the pixel that each slot reads."""
         columns = [(slot % 3 - 1, slot // 3 - 1) for slot in range(9)]
         if self.slots == "centre":
             columns = [(0, 0), *(offset for offset in columns if offset != (0, 0))]
@@ -150,12 +150,12 @@ class Mixture(Node):
 class Conv(Node):
     """A bottleneck convolution on the grid of patches, from the width to `width` channels, ReLU, and back.
 
-    It comes in three states, each in evaluation the function of the one before: with a `mixture` its kernels are mixed
-    from an attention's projections; without, they are plain tensors, and `norm` says whether a batch norm stands before
-    the ReLU; without both it is two linear layers (`kernel` 1) or two convolutions (3).
+    It has three states. In evaluation, each computes the same function as the one before. With a `mixture`, its kernels
+    are mixed from an attention's projections. Without a mixture, the kernels are plain tensors, and `norm` is true if
+    there is a batch norm before the ReLU. Without both, it is two linear layers (`kernel` 1) or two convolutions (3).
 
-    `prefix`: what the branch gives prefix tokens, which have no place on the grid: their own normed input (``norm``),
-    or nothing (``zero``).
+    `prefix` is the output of the branch for prefix tokens, which have no position on the grid: their own normed input
+    (``norm``), or zero (``zero``).
     """
 
     kind: Literal["conv"] = "conv"
@@ -173,7 +173,10 @@ class Conv(Node):
 
 
 class Skip(Node):
-    """No branch: the residual stream passes by; ``leaves="norm"`` adds its normed self (released SPViT Swins)."""
+    """No branch: the residual stream is unchanged.
+
+    With ``leaves="norm"``, the normed residual stream is added to it, as in the released SPViT Swin models.
+    """
 
     kind: Literal["skip"] = "skip"
     leaves: Literal["zero", "norm"] = "zero"
@@ -183,12 +186,17 @@ Mixer = Annotated[Attention | Conv | Skip, Field(discriminator="kind")]
 
 
 class Block(Node):
-    """One transformer block; `hidden` counts MLP neurons: 0 leaves the output bias, None leaves no branch.
+    """One transformer block.
 
-    `rates`: what training drops in it. `shifted`: whether it attends in windows that lie across those of the block
-    before. `tokens`: the patches that it runs on, or what becomes of its tokens, None for all that arrive; from block
-    to block they can only become fewer. `only_prefix`: whether queries, MLP and output are computed for the prefix
-    tokens alone, which the last block of a model whose head reads nothing else may do without changing any logit.
+    Attributes:
+        mixer: attention, convolution or skip.
+        hidden: number of MLP neurons. With 0, the branch is its output bias; with None, there is no branch.
+        rates: dropout rates in training.
+        shifted: whether its attention windows are shifted against those of the block before.
+        tokens: the token step of the block, which drops or merges tokens; None if it runs on all arriving tokens. The
+            number of tokens never grows from block to block.
+        only_prefix: whether queries, MLP and output are computed for the prefix tokens only. The last block can do this
+            without changing any logit if the head of the model reads only prefix tokens.
     """
 
     mixer: Mixer

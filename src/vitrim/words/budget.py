@@ -1,4 +1,4 @@
-"""How small a model must become: ``macs=0.5``, ``macs=2.3G``, ``params=12M``, ``latency=0.6``, or several of them."""
+"""Upper bounds on a model's cost: ``macs=0.5``, ``macs=2.3G``, ``params=12M``, ``latency=0.6``, or several of them."""
 
 import math
 import re
@@ -18,41 +18,45 @@ from vitrim.words.table import Table
 __all__ = ["BOUNDS", "SLACK", "Budget", "Price"]
 
 SLACK = 0.02
-"""A budget is spent: what a method finds is at most this share below it."""
+"""A method must use its budget: the cost of the model it returns is at most this share below the budget."""
 
 BOUNDS = ("macs", "params", "latency")
 
 _LEAST = 1000
-"""The least number that needs no unit."""
+"""The smallest absolute number that needs no unit."""
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 _NUMBER = re.compile(r"((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([kmg]?)", re.IGNORECASE)
 
 
 class Price(NamedTuple):
-    """What can be bounded of a model, or of a part of it: arithmetic for one image, and nanoseconds for a batch."""
+    """Cost of a model or of a part of it.
+
+    `macs` is for one image, `latency` is in nanoseconds for a batch.
+    """
 
     macs: int
     params: int
     latency: int = 0
-    """0 where the budget has no table."""
+    """0 if the budget has no table."""
 
 
 class Budget(Node):
-    """Upper bounds; each is a share of the parent in (0, 1], or a number of at least 1000.
+    """Upper bounds; each is a share of the parent in (0, 1], or an absolute number of at least 1000.
 
-    It prices, too: whoever plans under a budget asks it what a spec or a block costs, in all that it bounds. A budget
-    without bounds prices, but cannot be spent.
+    A budget also computes costs: `cost` returns the cost of a spec and `block` the cost of a block, in each quantity
+    that can be bounded. A budget without bounds can compute costs, but `spent` raises.
 
     Attributes:
         macs: multiply-accumulates for one image.
         params: parameters.
-        latency: time of a pass, as a share of the parent's in (0, 1].
-        table: measured times, by which latency is priced; a budget without one can bound latency, but not price it.
+        latency: time of a forward pass, as a share of the parent's in (0, 1].
+        table: measured times from which latency is computed. A budget without a table can bound latency, but cannot
+            compute it.
 
     Raises:
-        BudgetError: if a bound is none of these; ``50`` could be meant in percent, so numbers between 1 and 1000 are
-            given as text with a unit (``"0.05k"``), as `parse` reads them.
+        BudgetError: if a bound is not valid. ``50`` could be meant as a percentage, so numbers between 1 and 1000 must
+            be given as text with a unit (``"0.05k"``), as for `parse`.
     """
 
     macs: float | None = None
@@ -69,18 +73,18 @@ class Budget(Node):
 
     @field_serializer("macs", "params", when_used="json-unless-none")
     def _written(self, value: float) -> float | str:
-        """Where only a unit tells a number from a share, the text that has one."""
+        """Return the value, or text with a unit if the value needs one to be read as an absolute number."""
         return _text(value) if 1 < value < _LEAST else value
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read ``name=value[, name=value]``.
 
-        A value in (0, 1] is a share of the parent; one with a unit (k, M, G), or a whole number of 1000 and more, is
+        A value in (0, 1] is a share of the parent. A value with a unit (k, M, G) or a number of at least 1000 is
         absolute.
 
         Raises:
-            BudgetError: saying what must hold and what came.
+            BudgetError: if `text` is malformed.
         """
         bounds: dict[str, float] = {}
         for part in text.split(","):
@@ -97,35 +101,35 @@ class Budget(Node):
         return cls().bounded(bounds)
 
     def __str__(self) -> str:
-        """The text that `parse` reads."""
+        """Return the text that `parse` reads."""
         return ",".join(f"{name}={_text(value)}" for name, value in self.bounds().items())
 
     def bounds(self) -> dict[str, float]:
-        """The bounds given, by name."""
+        """Return the given bounds by name."""
         return {name: value for name in BOUNDS if (value := getattr(self, name)) is not None}
 
     def bounded(self, bounds: Mapping[str, float]) -> Self:
-        """The same budget with these bounds and no others, which are not checked again.
+        """Return the same budget with these bounds and no others. They are not checked again.
 
         Args:
-            bounds: what `bounds` or `limits` gave; limits are whole numbers, those of latency nanoseconds.
+            bounds: the result of `bounds` or `limits`. Limits are integers; a limit of latency is in nanoseconds.
         """
         return self.model_copy(update={name: bounds.get(name) for name in BOUNDS})
 
     def cost(self, spec: Spec) -> Price:
-        """What a spec costs; its latency only where the budget has a table."""
+        """Return the cost of `spec`; latency is 0 if the budget has no table."""
         return Price(*cost_of(spec), 0 if self.table is None else self.table.latency(spec))
 
     def block(self, block: Block, stage: Stage, arriving: Tokens | None = None) -> Price:
-        """What one block costs, see `vitrim.words.costs.block_cost`."""
+        """Return the cost of one block, see `vitrim.words.costs.block_cost`."""
         macs, params = block_cost(block, stage, arriving)
         return Price(macs, params, 0 if self.table is None else self.table.block(block, stage, arriving))
 
     def limits(self, parent: Cost | Price) -> dict[str, int]:
-        """Largest admitted whole numbers, for a model made from `parent`.
+        """Return the largest allowed integer of each bounded quantity, for a model made from `parent`.
 
         Raises:
-            BudgetError: if an absolute bound is not below the parent.
+            BudgetError: if an absolute bound exceeds the parent's cost, or if latency is bounded without a table.
         """
         limits = {}
         for name, value in self.bounds().items():
@@ -138,14 +142,14 @@ class Budget(Node):
         return limits
 
     def admits(self, cost: Cost | Price, parent: Cost | Price) -> bool:
-        """Whether `cost` is within every bound."""
+        """Return whether `cost` is within every bound."""
         return all(getattr(cost, name) <= limit for name, limit in self.limits(parent).items())
 
     def spent(self, cost: Cost | Price, parent: Cost | Price) -> float:
-        """Largest share of a bound that `cost` takes; a budget well spent gives ``1 - SLACK`` to 1.
+        """Return the largest share of a bound that `cost` uses; a method must reach ``1 - SLACK`` to 1.
 
         Raises:
-            BudgetError: if nothing is bounded.
+            BudgetError: if the budget has no bounds.
         """
         shares: list[float] = [getattr(cost, name) / max(limit, 1) for name, limit in self.limits(parent).items()]
         if not shares:
@@ -156,7 +160,7 @@ class Budget(Node):
 
 
 def _bound(name: str, given: Any) -> float | None:
-    """A bound as Python gives it: None, text as in `Budget.parse`, or a number."""
+    """Return a bound from a Python value: None, text as in `Budget.parse`, or a number."""
     if given is None or given == NONE:
         return None
     if isinstance(given, str):
@@ -189,7 +193,7 @@ def _value(name: str, text: str) -> float:
 
 
 def _check(name: str, value: float, given: str) -> None:
-    """Refuse what can be no bound, however it is given."""
+    """Raise `BudgetError` if `value` cannot be a bound of `name`."""
     if name == "latency" and value > 1:
         raise BudgetError(f"budget of latency must be a share of the parent's in (0, 1], but got {given}")
     if not 0 < value < math.inf:
@@ -197,7 +201,10 @@ def _check(name: str, value: float, given: str) -> None:
 
 
 def _text(value: float) -> str:
-    """`value` as `_value` reads it, to the last bit; below 1000 only a unit tells a number from a share."""
+    """Return text that `_value` reads back to the same bits.
+
+    Absolute numbers below 1000 get a unit because otherwise they would not be valid.
+    """
     if not 1 < value < _LEAST:
         return repr(value).removesuffix(".0")
     thousands = value / 1000

@@ -1,12 +1,13 @@
-"""Multiply-accumulates and parameters of a spec, by arithmetic.
+"""Multiply-accumulates and parameters of a spec, computed without building the model.
 
-N tokens, P tokens with padding to whole windows, R queries, A keys of a query, D width, Q and V channels of all heads
-together (queries or keys; values), M hidden neurons, G patches of the grid, d channels inside a convolution, k the side
-of its kernel. Without windows P is N, and where all tokens ask, so are R and A.
+N tokens, P tokens with padding to whole windows, R queries, A keys of a query, D width, Q query (or key) channels of
+all heads together, V value channels of all heads together, M hidden neurons, G patches of the grid, d channels inside a
+convolution, k side of its kernel. Without windows P = N. If queries are computed for all tokens, R = A = N.
 
 `attention_macs`, `conv_macs` and `mlp_macs` take integers for a report and tensors for the differentiable cost of a
-search: the penalty of a search and the table in the README are one formula. Counted are the products of linear layers,
-convolutions and attention, as PyTorch's own counter does; norms, activations, softmax and additions are not.
+search. The penalty of a search and the table in the README therefore use the same formula. The products of linear
+layers, convolutions and attention are counted, as in PyTorch's own counter. Norms, activations, softmax and additions
+are not counted.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ __all__ = ["Cost", "attention_macs", "block_cost", "conv_macs", "cost_of", "mlp_
 
 
 class Cost(NamedTuple):
-    """What a model costs for one image."""
+    """Cost of a model for one image."""
 
     macs: int
     params: int
@@ -27,36 +28,36 @@ class Cost(NamedTuple):
 def attention_macs(
     tokens: int, width: int, qk: Any, v: Any, keys: int | None = None, queries: int | None = None
 ) -> Any:
-    """Multiply-accumulates of an attention branch, ``(P D + R D + R A) (Q + V)``.
+    """Return the multiply-accumulates of an attention branch, ``(P D + R D + R A) (Q + V)``.
 
     Args:
-        tokens: P, of which keys and values are made.
+        tokens: P, the tokens for which keys and values are computed.
         width: D.
         qk: Q.
         v: V.
         keys: A; all tokens if None.
-        queries: R, tokens that ask and whose heads are projected; all if None.
+        queries: R, the tokens for which queries and outputs are computed; all tokens if None.
     """
     asking = tokens if queries is None else queries
     return (tokens * width + asking * (width + (tokens if keys is None else keys))) * (qk + v)
 
 
 def conv_macs(patches: int, width: int, channels: Any, kernel: int) -> Any:
-    """Multiply-accumulates of a bottleneck convolution, ``G D d (k^2 + 1)``.
+    """Return the multiply-accumulates of a bottleneck convolution, ``G D d (k^2 + 1)``.
 
-    Kernels that are still mixed from an attention are priced as the convolution that they become: mixing is done once a
-    forward pass, however many images there are, and is gone after folding.
+    Kernels that are still mixed from an attention are counted as the folded convolution, without the mixing. Mixing is
+    done once for each forward pass, independent of the number of images, and is not needed after folding.
     """
     return patches * width * channels * (kernel**2 + 1)
 
 
 def mlp_macs(tokens: int, width: int, hidden: Any, factors: int = 1) -> Any:
-    """Multiply-accumulates of an MLP branch, ``N D M (factors + 1)``."""
+    """Return the multiply-accumulates of an MLP branch, ``N D M (factors + 1)``."""
     return tokens * width * (factors + 1) * hidden
 
 
 class _Place(NamedTuple):
-    """What all blocks of a stage are priced with."""
+    """Values that the costs of all blocks of a stage depend on."""
 
     form: Form
     norm: int
@@ -79,9 +80,9 @@ def _place(stage: Stage) -> _Place:
 
 
 def cost_of(spec: Spec) -> Cost:
-    """Price a spec; 12 blocks take 17 microseconds (benchmarks/speed.py).
+    """Return the cost of `spec`. For 12 blocks this takes 17 microseconds (benchmarks/speed.py).
 
-    The head is priced for the tokens that leave the last block.
+    The cost of the head is computed for the tokens after the last block.
     """
     macs, params, leaving = spec.host.macs, spec.host.params, 0
     for stage in spec.stages:
@@ -99,7 +100,7 @@ def block_cost(block: Block, stage: Stage, arriving: Tokens | None = None) -> tu
 
     Args:
         block: the block.
-        stage: where it stands.
+        stage: the stage that contains it.
         arriving: the tokens at its input; those of the whole grid if None.
     """
     macs, params, _ = _priced(block, _place(stage), None if stage.window is not None else arriving)
@@ -107,7 +108,7 @@ def block_cost(block: Block, stage: Stage, arriving: Tokens | None = None) -> tu
 
 
 def _priced(block: Block, place: _Place, arriving: Tokens | None) -> tuple[int, int, Tokens | None]:
-    """(macs, params) of a block, and what it leaves; None stands for the whole grid."""
+    """Return (macs, params) of a block and the tokens after it; None means the tokens of the whole grid."""
     form, norm, width, rows, padded, keys, offsets, enters = place
     macs, params, leaving, queries, patches = 0, 0, arriving, padded, enters.patches
     mixer, hidden, step = block.mixer, block.hidden, block.tokens

@@ -1,7 +1,7 @@
-"""One error tree. Each leaf is also a builtin, so that callers may catch what they know.
+"""The error classes of vitrim. Each is also a subclass of a builtin error, so that callers can catch that instead.
 
-A message says what must hold, then what came, then the way out, in one sentence. The command line prints that
-sentence and exits 2; any other exception is a bug of ours and exits 1 with its traceback.
+A message is one sentence: what must hold, what came, and what to do. The command line prints the message and exits
+with status 2. Any other exception is a bug in vitrim; it exits with status 1 and a traceback.
 """
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
 
 
 class VitrimError(Exception):
-    """Root of every error that vitrim raises on purpose."""
+    """Base class of every error that vitrim raises on purpose."""
 
 
 class SpecError(VitrimError, ValueError):
@@ -38,7 +38,7 @@ class BudgetError(VitrimError, ValueError):
 
 
 class AdoptError(VitrimError, TypeError):
-    """A model has a part that our blocks cannot represent."""
+    """A model has a part that vitrim's blocks cannot represent."""
 
 
 class WeightsError(VitrimError, ValueError):
@@ -54,11 +54,11 @@ class DataError(VitrimError, ValueError):
 
 
 class MethodError(VitrimError, ValueError):
-    """A method is unknown, or asked for something it cannot do."""
+    """A method is unknown, or cannot do what was requested."""
 
 
 class RecipeError(VitrimError, ValueError):
-    """A recipe or a setting is malformed."""
+    """A recipe or a setting is not valid."""
 
 
 class TrainError(VitrimError, ArithmeticError):

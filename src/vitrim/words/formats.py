@@ -1,6 +1,6 @@
 """Versions of what is stored: model files, ``plan.json``, calibrations, ``config.json`` on the Hub.
 
-docs/formats.md lists what each version held. A newer version is refused; the versions before are read.
+docs/formats.md lists the contents of each version. Older versions are read. A newer version raises an error.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from vitrim.words.spec import Spec
 __all__ = ["FORMAT", "check_format", "parse_spec"]
 
 FORMAT = 2
-"""The version that is written.
+"""The version that vitrim writes.
 
 1: specs had one dropout rate for all blocks of a stage (``form.drop``, ``form.attention_drop``) and one drop path for
 both branches of a block (``drop_path``); ``plan.json`` had no version.
@@ -22,15 +22,15 @@ both branches of a block (``drop_path``); ``plan.json`` had no version.
 
 
 def check_format(found: object, at: str, error: type[VitrimError]) -> int:
-    """The version of stored words.
+    """Return the format version found in a stored file.
 
     Args:
-        found: what stands in the file.
-        at: the file, for messages.
+        found: the value of the file's version field.
+        at: path of the file, for messages.
         error: the class of error to raise.
 
     Raises:
-        error: if it is no whole number above 0, or newer than this version of vitrim writes.
+        error: if `found` is not an integer above 0, or is newer than `FORMAT`.
     """
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise error(f"{at}: the format must be a whole number above 0, but is {found!r}; the file was changed by hand")
@@ -40,7 +40,7 @@ def check_format(found: object, at: str, error: type[VitrimError]) -> int:
 
 
 def parse_spec(data: Any, error: type[VitrimError], at: str) -> Spec:
-    """A stored spec of this version or one before.
+    """Read a stored spec of this version or an older one.
 
     Args:
         data: plain values.
@@ -48,13 +48,13 @@ def parse_spec(data: Any, error: type[VitrimError], at: str) -> Spec:
         at: path of `data` inside its file, for messages.
 
     Raises:
-        error: naming the path and what is wrong there.
+        error: if the data is not a valid spec; the message names the path and the problem.
     """
     return load(Spec, _with_rates(data), error, at=at)
 
 
 def _with_rates(data: Any) -> Any:
-    """A spec of version 1 in the form of version 2; anything else as it is."""
+    """Convert a spec of version 1 to version 2; return anything else unchanged."""
     if not isinstance(data, Mapping) or not isinstance(data.get("stages"), list):
         return data
     return {**data, "stages": [_stage_with_rates(stage) for stage in data["stages"]]}

@@ -1,6 +1,7 @@
-"""Plain values: frozen, compared with ``==``, read and written as JSON or TOML, strict about every key.
+"""Frozen values with named fields: compared with ``==``, read and written as JSON or TOML, unknown keys are errors.
 
-All words of the house (spec, plan, budget, settings) are a `Node`. No torch here: ``vitrim explain`` answers at once.
+Specs, plans, budgets and settings are subclasses of `Node`. This module does not import torch, so that commands that
+need no model, such as ``vitrim explain``, start fast.
 """
 
 import contextlib
@@ -45,11 +46,11 @@ NONE = "none"
 class Node(BaseModel):
     """A frozen value with named fields; an unknown field is an error.
 
-    Where the default of a field is itself a node, a table given for that field is laid over this default, at every
-    depth: what the table does not name keeps the value of the field's default, not that of the inner class. A table
-    that names another kind of a union than the default's (field `kind`) is taken by itself. Lists are never merged, nor
-    are tables of free keys (``dict`` fields). A whole dump names every key, so that it reads as itself. Where a field
-    may be None, ``"none"`` stands for it.
+    If the default of a field is itself a node, a table given for that field is merged into this default, at every
+    depth: keys that are missing in the table keep the value of the field's default, not the default of the inner
+    class. A table that selects another kind of a union than the default (field `kind`) is not merged. Lists and tables
+    with free keys (``dict`` fields) are never merged. A full dump contains every key, so reading it gives an equal
+    value. If a field may be None, ``"none"`` is read as None.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
@@ -64,18 +65,18 @@ class Node(BaseModel):
 
 
 def _read(kind: type[Node], name: str, value: Any) -> Any:
-    """The value of a field as it was meant: a table over the field's default, ``"none"`` where None may stand."""
+    """Return the value to validate: a table merged into the field's default, None for ``"none"`` if None is allowed."""
     field = kind.model_fields.get(name)
     if field is None:
         return value
     if isinstance(value, str):
-        # TOML has no word for None.
+        # TOML has no value for None.
         return None if value == NONE and type(None) in get_args(field.annotation) else value
     return _overlaid(field.default, value) if isinstance(field.default, Node) else value
 
 
 def _overlaid(default: Node, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `default` with those of `given` in their place, at every depth; nothing is validated here."""
+    """Return the fields of `default`, replaced by those of `given` at every depth; nothing is validated here."""
     fields = type(default).model_fields
     if "kind" in fields and "kind" in given and given["kind"] not in get_args(fields["kind"].annotation):
         return dict(given)  # another kind of a union
@@ -87,13 +88,13 @@ def _overlaid(default: Node, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class FrozenDict(dict[str, Any]):
-    """A table of names and plain values that cannot be changed, and so can be hashed and shared."""
+    """A table of names and plain values that cannot be changed, so it can be hashed and shared."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError("a frozen table must stay as it is; make a dict of it, change that, and build a new value")
+        raise TypeError("a frozen table cannot be changed; copy it to a dict, change that, and build a new value")
 
     __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
 
@@ -108,20 +109,20 @@ class FrozenDict(dict[str, Any]):
 
 
 def _frozen(value: Any) -> Any:
-    """The same plain value with tuples for lists and frozen tables for tables, at every depth."""
+    """Return the same plain value with lists as tuples and tables as frozen tables, at every depth."""
     if isinstance(value, Mapping):
         return FrozenDict({str(key): _frozen(inner) for key, inner in value.items()})
     return tuple(_frozen(inner) for inner in value) if isinstance(value, list | tuple) else value
 
 
 Frozen = Annotated[dict[str, Any], AfterValidator(_frozen)]
-"""A field that holds a table of plain values; frozen through and through."""
+"""Type of a field that holds a table of plain values, frozen at every depth."""
 
 
 def reason(problem: BaseException) -> str:
-    """What went wrong, in a few words for the middle of a sentence: the first line of an error, at most 200 characters.
+    """Return the first line of an error, at most 200 characters, to be used inside a sentence.
 
-    Of what the operating system refuses it is the cause alone, for the sentence names the file.
+    For an `OSError` it is the cause without the file name, because the sentence names the file.
     """
     if isinstance(problem, OSError) and problem.strerror:
         return problem.strerror.lower()
@@ -130,7 +131,7 @@ def reason(problem: BaseException) -> str:
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """Return ``"; did you mean 'near'?"``, or the list of options where none is near."""
+    """Return ``"; did you mean 'near'?"``, or the list of options if none is similar to `name`."""
     known = sorted(options)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if near:
@@ -144,16 +145,17 @@ def dump(node: Node) -> dict[str, Any]:
 
 
 def load(kind: type[T], data: Any, error: type[VitrimError] = RecipeError, at: str = "$") -> T:
-    """Read a `kind` from plain values.
+    """Read a node of class `kind` from plain values.
 
     Args:
         kind: the class of node to read.
-        data: what `dump` returned, or what a JSON or TOML file held.
+        data: the result of `dump`, or the contents of a JSON or TOML file.
         error: the class of error to raise.
         at: path of `data` inside its file, for messages.
 
     Raises:
-        error: naming the path, what must hold, what came, and the near field name.
+        error: if the data is not valid. The message names the path, what must hold, what came, and for an unknown
+            field a similar field name.
     """
     try:
         return kind.model_validate(data)
@@ -162,11 +164,11 @@ def load(kind: type[T], data: Any, error: type[VitrimError] = RecipeError, at: s
 
 
 def why_not_valid(kind: type[Node], problem: ValidationError, at: str) -> str:
-    """One sentence about the first thing that pydantic found wrong with the fields of a `kind`.
+    """Return one sentence about the first validation error of a `kind`.
 
     Args:
-        kind: the class that was to be made.
-        problem: what pydantic raised.
+        kind: the class that was validated.
+        problem: the error that pydantic raised.
         at: path of the value inside its file, for the sentence.
     """
     first = problem.errors(include_url=False)[0]
@@ -187,7 +189,7 @@ def why_not_valid(kind: type[Node], problem: ValidationError, at: str) -> str:
 
 
 def _owner(kind: type[Node], place: list[str]) -> tuple[type[Node], list[str]]:
-    """The node class at `place` and the way to it, without the tags by which pydantic tells kinds of nodes apart."""
+    """Return the node class at `place` and its path, without the tags that pydantic adds for the kinds of a union."""
     owner = kind
     choices: dict[str, type[Node]] = {}
     way: list[str] = []
@@ -215,19 +217,19 @@ def _types(annotation: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, and rename it to `path` when the block ends well.
+    """Yield a temporary path in the folder of `path`, and rename it to `path` if the block raises nothing.
 
     A reader therefore sees the old file or the new one, never half of one; a failed block leaves nothing behind. As
     with `open`, a symbolic link is followed, a new file has the mode that the umask of the process leaves, and a file
     that is replaced keeps its mode.
 
     Raises:
-        OSError: if the place cannot be written to.
+        OSError: if the path cannot be written to.
     """
     path = followed(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
-    # The operating system applies the umask; to ask for it here would set it for all threads for a moment.
+    # The operating system applies the umask. Reading the umask would require setting it for all threads for a moment.
     handle = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         mode = stat.S_IMODE(os.fstat(handle).st_mode)
@@ -235,7 +237,7 @@ def writing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             mode = stat.S_IMODE(path.stat().st_mode)
         yield beside
-        # Last, for a writer may have put a private file of its own in place.
+        # The mode is set last because the block may have replaced the temporary file with one of another mode.
         beside.chmod(mode)
         beside.replace(path)
     except BaseException:
@@ -244,10 +246,10 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def followed(path: Path) -> Path:
-    """Return the path that a symbolic link at `path` leads to, which need not exist yet; `path` if it is none.
+    """Return the target of a symbolic link at `path`, which need not exist; return `path` if it is not a link.
 
     Raises:
-        OSError: if links lead in a circle.
+        OSError: if the links form a loop.
     """
     if not path.is_symlink():
         return path
@@ -258,12 +260,12 @@ def followed(path: Path) -> Path:
 
 
 def check_place(path: Path, error: type[VitrimError] = RecipeError) -> None:
-    """Refuse a file that could not be written, before the work whose result is to lie there.
+    """Raise `error` if a file could not be written to `path`; to be called before the work whose result it will hold.
 
-    Folders that are missing are no reason, `writing` makes them.
+    Missing folders are allowed because `writing` creates them.
 
     Raises:
-        error: naming the place.
+        error: if `path` is a folder or cannot be written to; the message names it.
     """
     try:
         place = followed(path.absolute())
@@ -279,18 +281,18 @@ def check_place(path: Path, error: type[VitrimError] = RecipeError) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` in one step."""
+    """Write `text` to `path` atomically."""
     with writing(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write plain values to `path` as JSON in one step."""
+    """Write plain values to `path` as JSON, atomically."""
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path, error: type[VitrimError] = RecipeError) -> Any:
-    """Read a JSON file; `error` names the file and the line that is wrong."""
+    """Read a JSON file; raise `error` with the file and the line if it is not valid."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -302,7 +304,7 @@ def read_json(path: Path, error: type[VitrimError] = RecipeError) -> Any:
 
 
 def read_toml(path: Path, error: type[VitrimError] = RecipeError) -> dict[str, Any]:
-    """Read a TOML file; `error` names the file and the place that is wrong."""
+    """Read a TOML file; raise `error` with the file and the position if it is not valid."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Progress bars for whatever takes longer than a second; rich is loaded only when one is shown."""
+"""Progress bars for work that takes longer than a second; rich is imported only if a bar is shown."""
 
 import contextlib
 import sys
@@ -11,11 +11,11 @@ T = TypeVar("T")
 
 
 def counted(items: Iterable[T], advance: Callable[[float], None]) -> Iterator[T]:
-    """Give `items`, and move a bar on by one step after each.
+    """Yield `items`, and advance a progress bar by one step after each.
 
     Args:
-        items: what is worked through.
-        advance: what `progress` gives.
+        items: the items to process.
+        advance: the function that `progress` yields.
     """
     for item in items:
         yield item
@@ -24,17 +24,17 @@ def counted(items: Iterable[T], advance: Callable[[float], None]) -> Iterator[T]
 
 @contextlib.contextmanager
 def progress(title: str, total: float, show: bool = True, refresh: bool = True) -> Iterator[Callable[[float], None]]:
-    """Show a transient bar on the error stream; nothing unless that is a terminal.
+    """Show a transient bar on the error stream; show nothing if that is not a terminal.
 
     Args:
-        title: what goes on.
-        total: steps until the end.
-        show: whether to show it at all; only one of several processes should.
-        refresh: whether a thread redraws the bar; without one it is redrawn by the steps alone, so that it does not run
-            while something is timed.
+        title: name of the work, shown next to the bar.
+        total: number of steps.
+        show: whether to show the bar; only one of several processes should.
+        refresh: whether a thread redraws the bar. If false, only the steps redraw it, so that no thread runs while
+            something is timed.
 
     Yields:
-        A function that moves the bar on by a number of steps.
+        A function that advances the bar by a number of steps.
     """
     if not (show and sys.stderr.isatty()):
         yield lambda _steps: None

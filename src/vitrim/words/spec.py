@@ -1,8 +1,8 @@
-"""What a model is: a tree of frozen values, from the host down to the width of every head.
+"""Description of a model: a tree of frozen values, from the whole model down to the width of every head.
 
 D width of the residual stream, N tokens, P patches, H heads, K channels of a head, M hidden neurons.
 
-A place has one path everywhere, in a spec, a plan, a report and an error: ``stages.0.blocks.3.hidden``.
+A part of a model has the same path in a spec, a plan, a report and an error: ``stages.0.blocks.3.hidden``.
 """
 
 from typing import Any, Self
@@ -39,8 +39,10 @@ __all__ = [
 class Window(Node):
     """Attention within windows of the grid, with one learned bias for each head and each offset inside a window.
 
-    `size` is the window as it lies on the grid. `always`: whether windows keep their size, and shift, where the grid is
-    smaller. `dynamic`: whether the grid may change from image to image.
+    Attributes:
+        size: rows and columns of a window.
+        always: whether windows keep their size, and are shifted, even if the grid is smaller than a window.
+        dynamic: whether the grid may change from image to image.
     """
 
     size: tuple[PositiveInt, PositiveInt]
@@ -49,30 +51,30 @@ class Window(Node):
 
     @property
     def area(self) -> int:
-        """Tokens of one window: the keys that a query meets."""
+        """Number of tokens of one window, which are the keys of each query."""
         return self.size[0] * self.size[1]
 
     @property
     def offsets(self) -> int:
-        """Offsets between two tokens of one window: the biases of one head."""
+        """Number of offsets between two tokens of one window, which is the number of biases of one head."""
         return (2 * self.size[0] - 1) * (2 * self.size[1] - 1)
 
     def padded(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """The grid that whole windows cover."""
+        """Return the grid, rounded up to whole windows."""
         (rows, columns), (high, wide) = grid, self.size
         return -(-rows // high) * high, -(-columns // wide) * wide
 
     def shift(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """How far the windows of a shifted block lie from those of the others, in rows and columns."""
+        """Return by how many rows and columns the windows of a shifted block are shifted."""
         (rows, columns), (high, wide) = grid, self.size
         return high // 2 if self.always or rows > high else 0, wide // 2 if self.always or columns > wide else 0
 
 
 class Stage(Node):
-    """A run of blocks at one width and one grid of patches; prefix tokens come before the patches.
+    """Consecutive blocks with one width and one grid of patches; prefix tokens come before the patches.
 
-    With a `window` there are no prefix tokens, and no token can be cut: windows, shifts and the merging of patches need
-    the whole grid.
+    A stage with a `window` has no prefix tokens. Its tokens cannot be cut because windows, shifts and patch merging
+    need the whole grid.
     """
 
     width: PositiveInt
@@ -99,12 +101,12 @@ class Stage(Node):
 
     @property
     def patches(self) -> int:
-        """Places of the grid."""
+        """Number of patches of the grid."""
         return self.grid[0] * self.grid[1]
 
     @property
     def tokens(self) -> int:
-        """Tokens that enter the first block."""
+        """Number of tokens before the first block."""
         return self.patches + self.prefix
 
     @property
@@ -113,7 +115,7 @@ class Stage(Node):
         return Tokens(self.prefix, self.patches, self.grid)
 
     def flows(self) -> list[Flow]:
-        """The tokens at each part of every block."""
+        """Return the tokens at each part of every block."""
         flows, here = [], self.enters
         for block in self.blocks:
             flows.append(flow_of(block.tokens, here, self.patches, block.only_prefix))
@@ -121,7 +123,7 @@ class Stage(Node):
         return flows
 
     def arrivals(self) -> list[Tokens]:
-        """The tokens at the input of each block."""
+        """Return the tokens at the input of each block."""
         return [self.enters, *(flow.leaves for flow in self.flows())][: len(self.blocks)]
 
     @property
@@ -137,7 +139,7 @@ NO_WINDOWS = (
 
 
 def why_not_blocks(stage: Stage) -> tuple[str, str] | None:
-    """The first thing that is wrong with the tokens of the blocks of `stage`: where (``3.tokens``), and what."""
+    """Return the path (``3.tokens``) and a sentence on the first block whose tokens are not valid; None if all are."""
     here = stage.enters
     for index, block in enumerate(stage.blocks):
         if stage.window is not None:
@@ -161,7 +163,7 @@ def why_not_blocks(stage: Stage) -> tuple[str, str] | None:
 
 
 def why_not_only_prefix(block: Block, index: int, stage: Stage) -> str | None:
-    """Why `block` cannot leave the patches behind, if it is to, as block `index` of `stage`; None if it can."""
+    """Return why block `index` of `stage` cannot compute only prefix tokens, if `block` does; None if it can."""
     if not block.only_prefix or (index == len(stage.blocks) - 1 and stage.prefix):
         return None
     return (
@@ -171,7 +173,7 @@ def why_not_only_prefix(block: Block, index: int, stage: Stage) -> str | None:
 
 
 def _why_not_step(block: Block) -> str | None:
-    """What is wrong with the step of a block for the other parts of that block."""
+    """Return why the token step of a block does not fit the other parts of that block; None if it does."""
     if block.tokens is None:
         return None
     if block.only_prefix and block.tokens.after_attention:
@@ -185,7 +187,7 @@ def _why_not_step(block: Block) -> str | None:
 
 
 def why_not_any_size(stage: Stage) -> tuple[str, str] | None:
-    """The first thing that is wrong where images change their size from call to call: where, and what."""
+    """Return the path and a sentence on the first block that needs a fixed image size; None if there is none."""
     for index, block in enumerate(stage.blocks):
         wrong = None if block.tokens is None else block.tokens.why_not_any_size()
         if wrong is not None:
@@ -198,11 +200,11 @@ def why_not_any_size(stage: Stage) -> tuple[str, str] | None:
 
 
 class Host(Node):
-    """All that is not a block: whose model it is, how to build it, and what it costs.
+    """Everything outside the blocks: the name of the model, the arguments to build it, and its cost.
 
-    `macs` and `params` were counted on the host itself, `macs_per_token` is what its head spends on each token that
-    leaves the last block (attention pooling). Hosts that differ only in dropout rates or in what is known of their
-    pretrained weights are equal.
+    `macs` and `params` were counted on the model without its blocks. `macs_per_token` is the cost of the head for each
+    token after the last block (attention pooling). Two hosts are equal if they differ only in dropout rates or in the
+    metadata of their pretrained weights.
     """
 
     name: str
@@ -219,13 +221,13 @@ class Host(Node):
         return hash(self._structure())
 
     def _structure(self) -> tuple[Any, ...]:
-        """All but what only training or its data used: dropout rates, and what timm knows of pretrained weights."""
+        """Return all fields except dropout rates and timm's metadata of the pretrained weights."""
         arguments = FrozenDict({key: value for key, value in self.arguments.items() if not key.endswith("drop_rate")})
         return self.name, arguments, self.macs, self.macs_per_token, self.params
 
 
 class Spec(Node):
-    """A whole model. Equal specs are models of one structure."""
+    """A whole model. Models with equal specs have the same structure."""
 
     family: str
     host: Host
@@ -234,7 +236,7 @@ class Spec(Node):
     stages: tuple[Stage, ...]
 
     def blocks(self) -> list[tuple[str, Stage, Block]]:
-        """Every block with its path and its stage, in order."""
+        """Return every block with its path and its stage, in order."""
         return [
             (f"stages.{i}.blocks.{j}", stage, block)
             for i, stage in enumerate(self.stages)
@@ -242,16 +244,16 @@ class Spec(Node):
         ]
 
     def flows(self) -> list[Flow]:
-        """The tokens at each part of every block, in the order of `blocks`."""
+        """Return the tokens at each part of every block, in the order of `blocks`."""
         return [flow for stage in self.stages for flow in stage.flows()]
 
     def arrivals(self) -> list[Tokens]:
-        """The tokens at the input of each block, in the order of `blocks`."""
+        """Return the tokens at the input of each block, in the order of `blocks`."""
         return [arriving for stage in self.stages for arriving in stage.arrivals()]
 
 
 def folded(spec: Spec) -> Spec:
-    """The spec of the same model with every convolution in its last state, two plain layers."""
+    """Return the spec of the same model with every convolution folded to its last state, two plain layers."""
     plain = {"mixture": None, "norm": False}
     stages = tuple(
         stage.model_copy(

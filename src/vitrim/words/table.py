@@ -1,10 +1,11 @@
-"""How long a spec takes, by a table of measured times.
+"""Latency of a spec, computed from a table of measured times.
 
 N tokens, H heads, K channels of a head, M hidden neurons.
 
-A table holds what branches of each stage took over a few widths and numbers of tokens, and all that is not a block.
-Between the measured points times are straight lines, so steps that the hardware likes (whole heads, multiples of 8 or
-16) are in the table as it met them. What a table does not tell is told by a measurement of the model itself.
+A table contains the measured times of the branches of each stage for a few widths and numbers of tokens, and the time
+of everything outside the blocks. Times are interpolated linearly between the measured points, so sizes that the
+hardware prefers (whole heads, multiples of 8 or 16) are taken into account only if they were measured. The table is an
+estimate; measure the model itself for its exact latency.
 """
 
 import bisect
@@ -20,23 +21,23 @@ from vitrim.words.steps import Flow, Tokens, flow_of
 __all__ = ["FORMAT", "Machine", "StageTimes", "Table"]
 
 FORMAT = 1
-"""Of a table as it is stored; raised when what its numbers mean changes."""
+"""Version of a stored table; increased when the meaning of its numbers changes."""
 
 TICKS = 10**9
-"""Times are whole nanoseconds where they are priced, so that sums are exact."""
+"""Ticks in a second: computed latencies are whole nanoseconds, so that sums are exact."""
 
 
 class Machine(Node):
-    """What times were measured on; times of another are no times of this one.
+    """The hardware and software on which times were measured; times are valid only for an equal machine.
 
     Attributes:
         device: name of the processor or accelerator.
-        runtime: what ran the model.
-        batch: images in a pass.
+        runtime: how the model was run.
+        batch: images in a forward pass.
         threads: CPU threads.
         dtype: floating-point type.
-        torch: its version.
-        as_stored: whether models ran as they are stored, not in the form of `vitrim.deploy.optimized`; true of tables
+        torch: version of PyTorch.
+        as_stored: whether models ran as they are stored, not in the form of `vitrim.deploy.optimized`; true for tables
             that do not say.
     """
 
@@ -49,27 +50,28 @@ class Machine(Node):
     as_stored: bool = True
 
     def __str__(self) -> str:
-        """For messages: ``cpu, AMD EPYC; eager, batch 8, 2 threads, float32``."""
+        """Return a text for messages, such as ``cpu, AMD EPYC; eager, batch 8, 2 threads, float32``."""
         form = ", as stored" if self.as_stored else ""
         return f"{self.device}; {self.runtime}, batch {self.batch}, {self.threads} threads, {self.dtype}{form}"
 
 
 class StageTimes(Node):
-    """Seconds of the branches of one stage, each with its norm and its sum.
+    """Seconds of the branches of one stage, each with its norm and its residual addition.
 
     Attributes:
         width: D.
         grid: rows and columns of patches.
-        tokens: N that was measured, rising.
-        heads, channels: H and K that were measured, rising; queries, keys and values of one width.
+        tokens: measured values of N, increasing.
+        heads, channels: measured values of H and K, increasing; queries, keys and values have the same width.
         attention: seconds by tokens, heads and channels.
-        hidden: M that was measured, rising.
+        hidden: measured values of M, increasing.
         mlp: seconds by tokens and neurons.
-        conv: seconds of a convolution by its kernel, at the whole grid; on a merged grid in proportion to its patches.
-        unequal: how many times longer attention takes where values have another width than queries.
-        run: seconds for each further width among the heads of a block.
-        with_sizes: how many times longer attention takes where tokens stand for several patches.
-        steps: seconds of a token step by its kind, at the whole grid, beyond what it saves or makes attention take.
+        conv: seconds of a convolution by its kernel, on the whole grid; on a merged grid in proportion to its patches.
+        unequal: factor on the time of attention if values have another width than queries.
+        run: additional seconds for each further width among the heads of a block.
+        with_sizes: factor on the time of attention if tokens represent several patches.
+        steps: seconds of a token step by its kind, on the whole grid, without its effect on the time of attention and
+            MLP.
     """
 
     width: int
@@ -87,7 +89,7 @@ class StageTimes(Node):
     steps: Frozen = FrozenDict()
 
     def attends(self, mixer: Attention, flow: Flow, with_sizes: bool) -> float:
-        """Seconds of an attention branch."""
+        """Return the seconds of an attention branch."""
         heads, qk, v = len(mixer.v), sum(mixer.qk), sum(mixer.v)
         if not heads:
             return 0.0
@@ -102,27 +104,26 @@ class StageTimes(Node):
         return seconds * (self.with_sizes if with_sizes else 1.0)
 
     def attends_evenly(self, rows: int, heads: int, channels: float) -> float:
-        """Seconds of attention among `rows` tokens, with heads of one width."""
+        """Return the seconds of attention among `rows` tokens, with heads of one width."""
         return _between((self.tokens, self.heads, self.channels), self.attention, (rows, heads, channels))
 
     def feeds(self, rows: int, hidden: int) -> float:
-        """Seconds of an MLP branch."""
+        """Return the seconds of an MLP branch."""
         return _between((self.tokens, self.hidden), self.mlp, (rows, hidden)) if hidden else 0.0
 
 
 class Table(Node):
-    """Times of one model's parts on one machine.
+    """Times of the parts of one model on one machine.
 
     Attributes:
-        machine: what they were measured on.
-        stages: of each stage.
-        host: seconds of all that is not a block.
-        branch: seconds that each attention and each MLP takes within the model beyond what its stage says.
+        machine: the hardware and software on which they were measured.
+        stages: the times of each stage.
+        host: seconds of everything outside the blocks.
+        branch: seconds that each attention and each MLP takes in the model in addition to the times in `stages`.
         dense: seconds of the whole dense model, measured in the same run.
-        spread: how far single measurements of the dense model lie apart: the 90th minus the 10th percentile, over the
-            median.
-        seconds: what making the table took.
-        date: when it was made.
+        spread: spread of the measurements of the dense model: 90th minus 10th percentile, divided by the median.
+        seconds: how long it took to make the table.
+        date: when the table was made.
     """
 
     machine: Machine
@@ -135,7 +136,7 @@ class Table(Node):
     date: str = ""
 
     def latency(self, spec: Spec) -> int:
-        """Nanoseconds of a pass of a whole model."""
+        """Return the nanoseconds of a forward pass of a whole model."""
         blocks = sum(
             self.block(block, stage, arriving)
             for (_, stage, block), arriving in zip(spec.blocks(), spec.arrivals(), strict=True)
@@ -143,20 +144,20 @@ class Table(Node):
         return round(self.host * TICKS) + blocks
 
     def block(self, block: Block, stage: Stage, arriving: Tokens | None = None) -> int:
-        """Nanoseconds of one block.
+        """Return the nanoseconds of one block.
 
         Args:
             block: the block.
-            stage: where it stands.
+            stage: the stage that contains it.
             arriving: the tokens at its input; those of the whole grid if None.
 
         Raises:
-            BudgetError: if the table knows no such stage.
+            BudgetError: if the table has no stage of this width and grid.
         """
         times = next((t for t in self.stages if (t.width, t.grid) == (stage.width, stage.grid)), None)
         if times is None:
             raise BudgetError(
-                f"a table of times must be of this model, but knows no stage of width {stage.width} on "
+                f"a table of times must be of this model, but has no stage of width {stage.width} on "
                 f"{stage.grid[0]} x {stage.grid[1]} patches; make another"
             )
         here = stage.enters if arriving is None else arriving
@@ -175,7 +176,7 @@ class Table(Node):
         return round(seconds * TICKS)
 
     def scaled(self, factor: float) -> "Table":
-        """The same table with what its stages say `factor` times as long."""
+        """Return the same table with the times of its stages multiplied by `factor`."""
         stages = tuple(
             times.model_copy(
                 update={
@@ -192,9 +193,9 @@ class Table(Node):
 
 
 def _between(axes: Sequence[Sequence[float]], values: Any, point: Sequence[float]) -> float:
-    """Straight lines between measured points, one axis after another; beyond the last, on along its last two.
+    """Interpolate linearly between measured points, one axis after another, and extrapolate outside of them.
 
-    Below the first point times go down to zero only as far as the line does, never below zero.
+    The extrapolation continues the line through the two nearest points. The result is never below zero.
     """
     if not axes:
         return float(values)

@@ -1,4 +1,4 @@
-"""Compensation on a model: listen to what every layer needs, cut block after block, and re-fit what stays."""
+"""Compensation: record the activations of each block, cut the blocks in order, and re-fit the remaining weights."""
 
 from vitrim.cut.compensate.attention import AttentionCut
 from vitrim.cut.compensate.hear import arriving, passed, resumed

@@ -1,4 +1,4 @@
-"""Cut the attention of one block: heads, queries and keys, values; and fit its projection to what it gave.
+"""Cut heads, queries, keys and values of one attention, and re-fit the projection to its output before the cut.
 
 B images, N tokens, D width, H heads, K channels of a head.
 """
@@ -26,10 +26,10 @@ Fields = dict[str, object]
 
 
 class AttentionCut:
-    """Cuts of one attention; what they need of it is heard once, whatever their number.
+    """Cuts of one attention to one or more choices of widths; activations of the parent are recorded only once.
 
     Args:
-        place: the block, which must attend.
+        place: the block, which must have attention.
     """
 
     def __init__(self, place: Place) -> None:
@@ -40,9 +40,9 @@ class AttentionCut:
         self.worth = place.worth[f"{place.path}.mixer"]
 
     def cut(self, choice: Choice) -> tuple[AttentionSpec, Fields, State]:
-        """The new mixer, what a plan says of it, and its new parameters by name, relative to the block.
+        """Return the new mixer, its part of the plan, and its new parameters by name, relative to the block.
 
-        Queries and keys first; then values, on what the new queries and keys see; then the projection.
+        Queries and keys are cut first, then values with the new attention weights, then the projection is re-fitted.
         """
         alive = self._living(choice)
         if not alive:
@@ -64,12 +64,12 @@ class AttentionCut:
 
     @functools.cached_property
     def heads(self) -> Heads:
-        """The parent's layers."""
+        """The parent's layers, split by heads."""
         return Heads.of(self.module)
 
     @functools.cached_property
     def targets(self) -> list[Tensor]:
-        """What the projection is to give, batch by batch: its own output, drawn towards the dense stream by alpha."""
+        """Targets of the projection for each batch: its own output, moved towards the dense stream by alpha."""
         place = self.place
         own = [attended(place.block, batch).out for batch in place.streams]
         if place.dense is None or place.stage.window is not None:
@@ -84,7 +84,7 @@ class AttentionCut:
 
     @functools.cached_property
     def moments(self) -> Moments:
-        """Of all heads' outputs, with the parent's queries and keys."""
+        """Moments of the outputs of all heads, with the parent's queries and keys."""
         return self._moments(self.heads, tuple(range(len(self.node.v))))
 
     def _moments(self, heads: Heads, alive: Kept) -> Moments:
@@ -99,7 +99,7 @@ class AttentionCut:
         return moments
 
     def _of(self, moments: Moments, alive: Kept) -> Moments:
-        """Those of some heads alone."""
+        """Return the moments of the heads `alive` only."""
         starts = _starts(self.node.v)
         index = torch.cat([torch.arange(starts[head], starts[head] + self.node.v[head]) for head in alive])
         return moments.of(index)
@@ -114,21 +114,21 @@ class AttentionCut:
         return alive
 
     def _biases(self, alive: Kept) -> State:
-        """Parameters with one entry a head (position biases), of the living ones."""
+        """Return the parameters with one entry for each head (position biases), for the heads `alive`."""
         runs = {member.parameter: member for axis in self.module.axes() for member in axis.group_members}
         own = {f"attn.{name}": parameter for name, parameter in self.module.named_parameters()}
         index = torch.tensor(alive, dtype=torch.long)
         return {n: own[n].detach().index_select(m.dim, index.to(own[n].device)) for n, m in runs.items()}
 
     def _constant(self) -> State:
-        """Without heads: the mean of the target, after layer scale."""
+        """Return the constant of a branch without heads: the mean of the target, after layer scale."""
         if not self.place.block.form.out_bias:
             return {}
         return {"attn.bias": self.place.after_scale(self.moments.target, "ls1")}
 
     @functools.cached_property
     def squares(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Moments of queries, and of keys about the mean of their image, for each head ``(K, K)``."""
+        """Moments of queries, and of keys around the mean key of their image, ``(K, K)`` for each head."""
         place, widths = self.place, self.module.qk
         queries = [torch.zeros(k, k, dtype=torch.float64) for k in widths]
         keys = [torch.zeros(k, k, dtype=torch.float64) for k in widths]
@@ -160,7 +160,7 @@ class AttentionCut:
         return Heads(new_q, new_k, heads.v, heads.proj, heads.bias, heads.biased)
 
     def _values(self, heads: Heads, widths: Widths, alive: Kept, moments: Moments) -> tuple[Heads, tuple[Kept, ...]]:
-        """Narrow the values and fit the projection to the targets."""
+        """Reduce the value channels and fit the projection to the targets."""
         sizes = [len(rows) for rows in heads.v]
         gram, tied = moments.gram, self.place.block.form.mixed_norm is not None
         maps, columns = [], []
@@ -187,7 +187,7 @@ class AttentionCut:
         return made, self._spread(alive, widths, new_sizes)
 
     def _spread(self, alive: Kept, widths: Widths, sizes: tuple[int, ...]) -> tuple[Kept, ...]:
-        """Kept channels of each head of the parent, as a plan says it; those of a new basis count as the first ones."""
+        """Return the kept channels of each head of the parent; channels of a new basis are given as the first ones."""
         if isinstance(widths, tuple):
             return tuple(widths[head] if head in alive else () for head in range(len(self.node.v)))
         size = dict(zip(alive, sizes, strict=True))
@@ -204,6 +204,6 @@ def _square(x: Tensor, weights: Tensor, at: str) -> Tensor:
     if not bool(torch.isfinite(found).all()):
         raise MethodError(
             f"{at}.qk: activations must be finite on the calibration images, but some are NaN or infinite; "
-            "check weights and normalisation"
+            "check weights and normalization"
         )
     return found

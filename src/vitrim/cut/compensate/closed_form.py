@@ -1,16 +1,16 @@
-"""Compensation: what the channels that stay must become when others go. Tensors in, tensors out.
+"""Closed forms of compensation: new weights of the channels that stay if others are removed, computed from moments.
 
-C features that stay or go, K channels of a head, k of them kept, D width of the residual stream, M hidden neurons, m
+C features before removal, K channels of a head, k of them kept, D width of the residual stream, M hidden neurons, m
 kept.
 
-All matrices are moments over tokens, in float64: Gram matrices (C, C) are centred unless said, and weighted by how much
-a token matters. A *metric* (D, D) is the mean of g g' over gradients g of the loss by a layer's output: ``e' metric e``
-is what an error e there costs.
+All matrices are moments over tokens, in float64. Gram matrices (C, C) are centered unless stated otherwise, and
+weighted by the importance of the tokens. A *metric* (D, D) is the mean of g g' over gradients g of the loss with
+respect to a layer's output: ``e' metric e`` is the cost of an error e in that output.
 
 Sources: Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", 1992 (removal and the
 update of what stays); Frantar and Alistarh, "SparseGPT", 2023 (the same on a layer's Gram matrix); ridge compensation
-as in GRAIL and CORP, low rank weighted by activations as in ASVD. Ours is the joint treatment of queries and keys,
-which uses that a softmax ignores a shift of all keys.
+as in GRAIL and CORP, low rank weighted by activations as in ASVD. The joint treatment of queries and keys is new; it
+uses that a softmax does not change if all keys are shifted.
 """
 
 from dataclasses import dataclass, field, replace
@@ -24,19 +24,19 @@ from vitrim.words.errors import MethodError
 __all__ = ["Moments", "least_squares_queries", "query_key_maps", "refit", "removal_order", "root", "value_map"]
 
 _TINY = 1e-12
-"""Added to Gram matrices that are inverted whole, as a share of their mean diagonal."""
+"""Added to the diagonal of Gram matrices before inversion, as a share of their mean diagonal."""
 
 _CHUNK = 32
-"""Removals between two updates of the whole inverse; the order does not depend on it."""
+"""Number of removals between two updates of the full inverse; the resulting order does not depend on it."""
 
 
 @dataclass(eq=False)
 class Moments:
-    """Weighted first and second moments of features and of what they are to give.
+    """Weighted first and second moments of the inputs (features) and the target outputs of a layer.
 
     Attributes:
-        at: the place, for error texts.
-        centred: whether a bias takes up the means; without one moments are taken as they are.
+        at: path of the layer, for messages.
+        centred: whether moments are centered because the layer has a bias; without a bias they are not.
         weight: sum of the weights.
         features: sum of w f, (C,).
         squares: sum of w f f', (C, C).
@@ -53,7 +53,7 @@ class Moments:
     products: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def add(self, weights: Tensor, features: Tensor, targets: Tensor) -> None:
-        """Count some tokens in.
+        """Add the tokens of one batch.
 
         Args:
             weights: ``(B, N)``, at least 0.
@@ -61,56 +61,56 @@ class Moments:
             targets: ``(B, N, D)``.
 
         Raises:
-            MethodError: naming the place, if a value is not finite.
+            MethodError: if a value is not finite; the message names the path.
         """
         f, t = wide(features.flatten(0, -2)), wide(targets.flatten(0, -2))
         w = weights.reshape(-1, 1).to(f.dtype)
-        # Products of a batch in the type of the model or float32, sums over batches in float64: on the CPU, which
-        # every device has.
+        # Products of a batch have the model's type, or float32 if that is shorter. Sums over batches are float64, and on
+        # the CPU because some devices have no float64.
         heavy = w * f
         parts = (heavy.sum(0), f.mT @ heavy, (w * t).sum(0), t.mT @ heavy)
         sums = [part.cpu().double() for part in parts]
         if not all(bool(torch.isfinite(part).all()) for part in sums):
             raise MethodError(
                 f"{self.at}: activations must be finite on the calibration images, but some are NaN or infinite; "
-                "check weights and normalisation"
+                "check weights and normalization"
             )
         self.weight += float(w.double().sum()) if w.device.type != "mps" else float(w.sum())
         self.features, self.squares = self.features + sums[0], self.squares + sums[1]
         self.targets, self.products = self.targets + sums[2], self.products + sums[3]
 
     def of(self, index: Tensor) -> "Moments":
-        """Those of some features alone, ``(c,)``."""
+        """Return the moments of the features at `index`, ``(c,)``."""
         squares = self.squares[index][:, index]
         return replace(self, features=self.features[index], squares=squares, products=self.products[:, index])
 
     @property
     def mean(self) -> Tensor:
-        """Mean of the features, ``(C,)``; zero where there is no bias to take it up."""
+        """Mean of the features, ``(C,)``; zero if moments are not centered."""
         return self.features / self.weight * self.centred
 
     @property
     def target(self) -> Tensor:
-        """Mean of the targets, ``(D,)``; zero where there is no bias to take it up."""
+        """Mean of the targets, ``(D,)``; zero if moments are not centered."""
         return self.targets / self.weight * self.centred
 
     @property
     def gram(self) -> Tensor:
-        """Centred Gram matrix, divided by the weight, ``(C, C)``."""
+        """Centered Gram matrix, divided by the weight, ``(C, C)``."""
         mean = self.mean
         return self.squares / self.weight - mean[:, None] * mean[None, :]
 
     @property
     def cross(self) -> Tensor:
-        """Centred products of targets and features, ``(D, C)``."""
+        """Centered products of targets and features, divided by the weight, ``(D, C)``."""
         return self.products / self.weight - self.target[:, None] * self.mean[None, :]
 
 
 def damped(gram: Tensor, strength: float, at: str) -> Tensor:
-    """`gram` with `strength` times its mean diagonal added to the diagonal.
+    """Return `gram` with `strength` times its mean diagonal added to the diagonal.
 
     Raises:
-        MethodError: naming the place, if no feature varies, for then nothing can be learned from them.
+        MethodError: if no feature varies, because then there is nothing to fit; the message names the path.
     """
     scale = float(gram.diagonal().mean())
     if not scale > 1e-30:
@@ -122,17 +122,17 @@ def damped(gram: Tensor, strength: float, at: str) -> Tensor:
 
 
 def refit(gram: Tensor, cross: Tensor, start: Tensor, strength: float, at: str = "weights") -> Tensor:
-    """Weights with the least error on the target, shrunk towards `start`.
+    """Return the weights with the least squared error on the target, regularized towards `start`.
 
-    They minimise ``mean |t - W f|^2 + strength * mean(diag gram) * |W - start|^2`` over centred targets and features,
-    so their error is never above that of `start`; where `start` has none they are `start`.
+    They minimize ``mean |t - W f|^2 + strength * mean(diag gram) * |W - start|^2`` over centered targets and features.
+    Their error is therefore never larger than that of `start`. If the error of `start` is zero, the result is `start`.
 
     Args:
         gram: ``(C, C)``.
         cross: ``(D, C)``.
         start: ``(D, C)``.
         strength: at least 0.
-        at: the place, for error texts.
+        at: path of the layer, for messages.
 
     Returns:
         ``(D, C)``.
@@ -142,33 +142,34 @@ def refit(gram: Tensor, cross: Tensor, start: Tensor, strength: float, at: str =
 
 
 def root(matrix: Tensor) -> Tensor:
-    """Symmetric square root of a positive semidefinite matrix; roundings below zero count as zero."""
+    """Return the symmetric square root of a positive semidefinite matrix; negative eigenvalues are taken as zero."""
     values, vectors = torch.linalg.eigh(matrix)
     half: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
     return half
 
 
 def _divided(left: Tensor, right: Tensor) -> Tensor:
-    """``left right^-1``."""
+    """Return ``left right^-1``."""
     found: Tensor = torch.linalg.solve(right, left, left=False)
     return found
 
 
 def removal_order(gram: Tensor, weight: Tensor, metric: Tensor, strength: float, at: str = "hidden") -> Tensor:
-    """The order in which neurons go, each the one whose loss costs least once all that stay have made up for it.
+    """Return the order in which to remove neurons.
 
-    After each removal the weights and the inverse of the Gram matrix are those of the neurons that are left (Optimal
-    Brain Surgeon), so the next choice knows what has been compensated.
+    The next neuron is always the one whose removal costs least after the remaining neurons have compensated for it.
+    After each removal, the weights and the inverse of the Gram matrix are updated for the remaining neurons (Optimal
+    Brain Surgeon), so the next choice takes the compensation into account.
 
     Args:
         gram: ``(M, M)``.
-        weight: of the layer that reads the neurons, ``(D, M)``.
+        weight: weight of the layer after the neurons, ``(D, M)``.
         metric: ``(D, D)``.
         strength: damping, as in `refit`.
-        at: the place, for error texts.
+        at: path of the layer, for messages.
 
     Returns:
-        Places of all M neurons, the first to go first.
+        Indices of all M neurons, in order of removal.
     """
     inverse = torch.linalg.inv(damped(gram, max(strength, _TINY), at))
     rows = (root(metric) @ weight).mT.contiguous()
@@ -192,60 +193,60 @@ def removal_order(gram: Tensor, weight: Tensor, metric: Tensor, strength: float,
 
 
 def query_key_maps(queries: Tensor, keys: Tensor, width: int, at: str = "qk") -> tuple[Tensor, Tensor]:
-    """Low rank of the products of one head's queries and keys.
+    """Approximate the products of one head's queries and keys with rank k.
 
-    With moments Q of the queries and K of the keys, the best rank-k form of all products is read off the singular
-    vectors of ``Q^(1/2) K^(1/2)``. New keys are the old ones in an orthonormal basis of the kept directions, so that
-    distances between keys stay what they were within it (token matching compares keys); new queries are the
-    least-squares rest.
+    With moments Q of the queries and K of the keys, the best rank-k approximation of all products is given by the
+    singular vectors of ``Q^(1/2) K^(1/2)``. New keys are the old ones in an orthonormal basis of the kept directions,
+    which preserves distances between keys in this subspace (token merging compares keys). New queries are then the
+    least-squares solution.
 
     Args:
-        queries: ``(K, K)``, not centred: sum of w q q'.
-        keys: ``(K, K)``: sum of c (k - m)(k - m)' with c the attention that a key receives and m the mean of its image;
-            a softmax ignores what all keys share.
+        queries: ``(K, K)``, not centered: sum of w q q'.
+        keys: ``(K, K)``: sum of c (k - m)(k - m)', where c is the attention that a key receives and m is the mean key
+            of its image, because a softmax does not change if all keys are shifted.
         width: k, from 1 to K.
-        at: the place, for error texts.
+        at: path of the head, for messages.
 
     Returns:
         Maps of queries and of keys, each ``(K, k)``; new ones are ``map' old``.
     """
     left, right = root(queries), root(keys)
     kept = torch.linalg.svd(left @ right)[0][:, :width]
-    # Directions without any energy leave columns of zeros, which a QR decomposition fills with some basis.
+    # Directions without energy give columns of zeros; the QR decomposition completes them to an orthonormal basis.
     basis = torch.linalg.qr(left @ kept)[0]
     return least_squares_queries(keys, basis, at), basis
 
 
 def least_squares_queries(keys: Tensor, basis: Tensor, at: str = "qk") -> Tensor:
-    """The map of queries that makes the best of keys mapped by `basis`, ``(K, k)``.
+    """Return the least-squares map of queries for keys that are mapped by `basis`, ``(K, k)``.
 
-    It is ``K B (B' K B)^-1``; with all channels kept the products stay what they were.
+    It is ``K B (B' K B)^-1``. If all channels are kept, the products do not change.
 
     Args:
         keys: ``(K, K)``, as in `query_key_maps`.
-        basis: ``(K, k)``; unit vectors where channels are kept as they are.
-        at: the place, for error texts.
+        basis: ``(K, k)``; unit vectors if channels are kept unchanged.
+        at: path of the head, for messages.
     """
     safe = damped(keys, _TINY, at)
     return _divided(safe @ basis, basis.mT @ safe @ basis)
 
 
 def value_map(gram: Tensor, weight: Tensor, metric: Tensor, width: int, at: str = "v") -> tuple[Tensor, Tensor]:
-    """Low rank of one head's values and its columns of the projection.
+    """Approximate the product of one head's values and its columns of the projection with rank k.
 
     Args:
-        gram: of the head's outputs, ``(K, K)``.
+        gram: Gram matrix of the head's outputs, ``(K, K)``.
         weight: the head's columns of the projection, ``(D, K)``.
         metric: ``(D, D)``.
         width: k, from 1 to K.
-        at: the place, for error texts.
+        at: path of the head, for messages.
 
     Returns:
-        A map of values ``(K, k)``, new ones are ``map' old``, and the columns of the projection for them ``(D, k)``.
+        A map of values ``(K, k)``, where new values are ``map' old``, and the new columns of the projection ``(D, k)``.
     """
     safe = damped(gram, _TINY, at)
     values, vectors = torch.linalg.eigh(safe)
-    # Roundings below zero, where activations hardly vary.
+    # Rounding can make eigenvalues negative if activations hardly vary.
     values = values.clamp_min(_TINY * float(values.max()))
     half = (vectors * values.sqrt()) @ vectors.mT
     kept = torch.linalg.svd(half @ weight.mT @ root(metric))[0][:, :width]

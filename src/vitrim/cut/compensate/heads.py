@@ -1,4 +1,4 @@
-"""The linear layers of an attention head by head, and the new ones put together again.
+"""Split the linear layers of an attention by heads, and join them again.
 
 H heads, K channels of a head, D width.
 """
@@ -15,12 +15,13 @@ __all__ = ["Heads"]
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """Rows of the layer that makes queries, keys and values, and columns of the projection, one entry a head, float64.
+    """Rows of the query/key/value layer and columns of the projection, one entry for each head, float64.
 
     Attributes:
-        q, k, v: rows ``(K, D)``, or ``(K, D + 1)`` with the bias behind.
+        q, k, v: rows ``(K, D)``, or ``(K, D + 1)`` with the bias as last column.
         proj: columns ``(D, K)``.
-        bias: of the projection, ``(D,)`` or None.
+        bias: bias of the projection, ``(D,)`` or None.
+        biased: whether `q`, `k` and `v` contain a bias.
     """
 
     q: list[Tensor]
@@ -32,7 +33,7 @@ class Heads:
 
     @classmethod
     def of(cls, attention: Attention) -> "Heads":
-        """Read them off an attention."""
+        """Split the weights of `attention`."""
         rows = attention.qkv.weight.detach().cpu().double()
         biased = attention.qkv.bias is not None
         if biased:
@@ -50,12 +51,12 @@ class Heads:
         )
 
     def picked(self, heads: tuple[int, ...]) -> "Heads":
-        """Some heads alone."""
+        """Return the weights of `heads` only."""
         q, k, v, proj = ([part[h] for h in heads] for part in (self.q, self.k, self.v, self.proj))
         return replace(self, q=q, k=k, v=v, proj=proj)
 
     def state(self) -> dict[str, Tensor]:
-        """Parameters of the attention by name, relative to the block."""
+        """Return the parameters of the attention by name, relative to the block."""
         rows = torch.cat([*self.q, *self.k, *self.v])
         state = {"attn.qkv.weight": rows[:, :-1] if self.biased else rows}
         if self.biased:

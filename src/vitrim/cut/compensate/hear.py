@@ -1,4 +1,4 @@
-"""What one block says while it runs: queries, keys, heads' outputs, hidden neurons, and what its layers give.
+"""Record activations inside a block while it runs: queries, keys, heads' outputs, neurons and outputs of layers.
 
 B images, N tokens, D width, H heads, C channels of all heads together.
 """
@@ -19,20 +19,20 @@ __all__ = ["Attended", "arriving", "attended", "hidden", "passed", "resumed"]
 
 
 class _Enough(Exception):
-    """What was asked for has been heard; the rest of the forward pass is not needed."""
+    """Raised in a hook to stop the forward pass once everything is recorded."""
 
 
 @dataclass(frozen=True, eq=False)
 class Attended:
-    """One pass through an attention.
+    """Activations of one forward pass through an attention.
 
     Attributes:
-        queries: ``(B, n, C)``, of the tokens that ask.
-        keys: ``(B, N, C)``, of all.
-        mixed: the heads' outputs as the projection reads them, ``(B, n, C)``.
-        out: what the projection gives, ``(B, n, D)``.
-        received: attention that each key receives, weighted by the askers' weights, ``(B, N, H)``; None unless asked
-            for.
+        queries: ``(B, n, C)``, of the n tokens that have queries.
+        keys: ``(B, N, C)``, of all tokens.
+        mixed: input of the projection, ``(B, n, C)``.
+        out: output of the projection, ``(B, n, D)``.
+        received: attention that each key receives, summed over queries with their weights, ``(B, N, H)``; None if no
+            weights were given.
     """
 
     queries: Tensor
@@ -55,11 +55,11 @@ def attended(block: Block, x: Residual, weights: Tensor | None = None) -> Attend
     """Run `block` on `x` up to the projection of its attention.
 
     Args:
-        block: one with an attention.
-        x: what enters it, ``(B, N, D)`` or ``(B, R, C, D)``.
-        weights: of the tokens that ask, ``(B, n)``, for `Attended.received`. It is read off as a gradient: the
-            derivative of ``sum_i w_i o_i`` by one channel of the values is ``sum_i w_i a_ij``, whatever windows, biases
-            or sizes of merged tokens went into the attention a.
+        block: a block with attention.
+        x: input of the block, ``(B, N, D)`` or ``(B, R, C, D)``.
+        weights: weights of the queries, ``(B, n)``, for `Attended.received`. This is computed as a gradient: the
+            derivative of ``sum_i w_i o_i`` with respect to one channel of the values is ``sum_i w_i a_ij``. It is valid
+            for attention a with windows, biases and merged tokens.
     """
     attention = block.attn
     assert isinstance(attention, Attention)
@@ -105,8 +105,8 @@ def hidden(block: Block, x: Residual) -> tuple[Tensor, Tensor, Tensor]:
     """Run `block` on `x` up to the end of its MLP.
 
     Returns:
-        The neurons as the last layer reads them ``(B, N, M)``, what it gives ``(B, N, D)``, and the stream that entered
-        the norm before the MLP.
+        The input ``(B, N, M)`` and the output ``(B, N, D)`` of the last layer, and the residual stream before the norm
+        of the MLP.
     """
     mlp = block.mlp
     assert isinstance(mlp, Mlp)
@@ -130,7 +130,7 @@ def hidden(block: Block, x: Residual) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def passed(block: Block, streams: Sequence[Residual]) -> list[Residual]:
-    """What `block` makes of each batch."""
+    """Return the output of `block` for each batch."""
     return [block(x) for x in streams]
 
 
@@ -138,10 +138,15 @@ def passed(block: Block, streams: Sequence[Residual]) -> list[Residual]:
 def arriving(
     model: nn.Module, blocks: Sequence[Block], index: int, images: Sequence[Tensor], before: Sequence[Residual] | None
 ) -> list[Residual]:
-    """What enters block `index`, batch by batch, where `before` leaves the block before it.
+    """Return the input of block `index` for each batch, computed by the part of the model before it.
 
-    What stands between the two (stem, merging of patches) is the host's own. `blocks` are those of `model`, which knows
-    them too, but takes milliseconds to say them.
+    Args:
+        model: an adopted model.
+        blocks: its blocks, which are passed because finding them takes milliseconds.
+        index: index of the block.
+        images: batches of images.
+        before: outputs of the block before, from which to continue with the modules between the two blocks (such as
+            patch merging); None to run the model from the images.
     """
     found: list[Residual] = []
 
@@ -158,7 +163,7 @@ def arriving(
 
 @contextlib.contextmanager
 def resumed(blocks: Sequence[Block], index: int, before: Residual | None) -> Iterator[None]:
-    """While this lasts, the blocks before `index` do nothing, and the last of them gives `before`."""
+    """Within the context, skip the blocks before `index`; the last of them returns `before`. None changes nothing."""
     skipped = blocks[:index] if before is not None else []
 
     def same(x: Residual, *_arguments: Any, **_options: Any) -> Residual:

@@ -1,4 +1,4 @@
-"""How much each token matters at the output of each branch, and in which directions an error hurts.
+"""Importance of each token at the output of each branch, and the cost of an error in each direction.
 
 B images, N tokens, D width.
 """
@@ -19,16 +19,16 @@ from vitrim.nn.modes import evaluating
 __all__ = ["Importance", "importances", "last_layers"]
 
 _FLOOR = 0.1
-"""Least weight of a token, in units of the mean: gradients of some hundred images say no token matters nothing."""
+"""Added to each weight, in units of the mean, because a few hundred images cannot show that a token has no effect."""
 
 
 @dataclass(frozen=True, eq=False)
 class Importance:
-    """What a layer's output is worth.
+    """Importance of the output of a layer.
 
     Attributes:
-        weights: of the tokens, ``(P, N)``, with mean 1.1; over all P images.
-        metric: mean of g g' over gradients g of the loss by the output, ``(D, D)``, float64.
+        weights: weights of the tokens of all P images, ``(P, N)``, with mean 1.1.
+        metric: mean of g g' over gradients g of the loss with respect to the output, ``(D, D)``, float64.
     """
 
     weights: Tensor
@@ -36,7 +36,7 @@ class Importance:
 
 
 def last_layers(block: Block) -> dict[str, nn.Linear]:
-    """The layer that each branch of `block` ends with, by ``mixer`` and ``mlp``."""
+    """Return the last layer of each branch of `block`, by ``mixer`` and ``mlp``."""
     found = {}
     for name, branch in (("mixer", block.attn), ("mlp", block.mlp)):
         if isinstance(branch, Attention | Mlp):
@@ -45,25 +45,25 @@ def last_layers(block: Block) -> dict[str, nn.Linear]:
 
 
 def importances(model: nn.Module, batches: Iterable[Tensor], *, seed: int) -> dict[str, Importance]:
-    """Weigh tokens by one backward pass, without labels.
+    """Compute the importance of tokens with one backward pass, without labels.
 
     The loss is `vitrim.cut.outputs.own_loss`, for classes the cross-entropy with labels drawn from the model's own
-    softmax: the mean of squares of its gradients is the second-order term of the distance from the model's own output.
-    A token's weight is the square root of its squared gradient over the mean, which is milder than the gradient itself
-    (a few hundred images give few samples of it), brought to mean 1, plus 0.1.
+    softmax. The mean square of its gradients is the second-order term of the distance from the model's own output. The
+    weight of a token is the norm of its gradient, divided by the mean over tokens, plus 0.1. The norm is used and not
+    its square because it varies less, and a few hundred images give few samples of it.
 
     Args:
-        model: an adopted model; left as it was.
+        model: an adopted model; it is not changed.
         batches: images ``(B, C, h, w)``, on any device.
-        seed: of the labels.
+        seed: seed of the labels.
 
     Returns:
-        By path of a branch (``stages.0.blocks.3.mlp``), in the coordinates in which its last layer gives its output.
+        The importance by path of a branch (``stages.0.blocks.3.mlp``), for the output of its last layer.
 
     Raises:
-        MethodError: if the model gives no logits, or they are not finite.
+        MethodError: if the model does not return logits, or they are not finite.
     """
-    # Without labels, one output may be a logit or a value; the distance fits both.
+    # Without labels, one output may be a logit or a value; the squared distance is valid for both.
     values = gives_values(describe(model).classes, labeled=False)
     draw = torch.Generator().manual_seed(seed)
     squares: dict[str, list[Tensor]] = {}
@@ -83,7 +83,7 @@ def importances(model: nn.Module, batches: Iterable[Tensor], *, seed: int) -> di
 
 
 def _leaf(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Gradients are wanted from here on; the stem needs none."""
+    """Detach the input of the first block and require its gradient, so that the stem computes none."""
     return (inputs[0].detach().requires_grad_(), *inputs[1:])
 
 
@@ -109,6 +109,6 @@ def _importance(parts: list[Tensor], metric: Tensor) -> Importance:
     mean = float(weights.mean())
     weights = weights / mean if mean > 0 else torch.ones_like(weights)
     scale = float(metric.diagonal().mean())
-    if not scale > 0:  # a branch that no gradient reaches: every direction alike
+    if not scale > 0:  # no gradient reaches this branch, so all directions get the same cost
         metric = torch.eye(len(metric), dtype=metric.dtype)
     return Importance((weights + _FLOOR).float(), metric)

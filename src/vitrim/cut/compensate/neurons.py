@@ -1,4 +1,4 @@
-"""Cut the MLP of one block: choose the neurons that stay, and fit the layer that reads them to what it gave.
+"""Cut the MLP of one block: choose the neurons to keep, and re-fit the last layer to its output before the cut.
 
 B images, N tokens, D width, M hidden neurons.
 """
@@ -17,11 +17,11 @@ __all__ = ["NeuronCut"]
 
 
 class NeuronCut:
-    """Cuts of one MLP; what they need of it is heard once, whatever their number.
+    """Cuts of one MLP to one or more widths; activations are recorded only once.
 
     Args:
         place: the block, which must have neurons.
-        half: the same with its attention cut already, and the MLP of the parent.
+        half: the block after its attention was cut, with the MLP of the parent.
     """
 
     def __init__(self, place: Place, half: Block) -> None:
@@ -35,11 +35,10 @@ class NeuronCut:
         self.weight = last.weight.detach().cpu().double()
 
     def cut(self, width: int | Kept) -> tuple[Kept, dict[str, Tensor]]:
-        """The neurons that stay, and new parameters by name, relative to the block.
+        """Return the kept neurons, and new parameters by name, relative to the block.
 
-        The layer is fitted twice: the first time gives what Optimal Brain Surgeon leaves in its weights, and the second
-            is
-        shrunk towards that.
+        The layer is fitted twice. The first fit gives the weights of Optimal Brain Surgeon, and the second is
+        regularized towards them.
         """
         biased = self.last.bias is not None
         if width == 0 or width == ():
@@ -58,12 +57,12 @@ class NeuronCut:
 
     @functools.cached_property
     def order(self) -> Tensor:
-        """All neurons, the first to go first."""
+        """All neurons, in order of removal."""
         return removal_order(self.moments.gram, self.weight, self.worth.metric, self.place.strength, self.at)
 
     @functools.cached_property
     def moments(self) -> Moments:
-        """Of the neurons, and of what their layer is to give."""
+        """Moments of the neurons and of the target output of the last layer."""
         place, scale = self.place, self.place.scale("ls2")
         moments = Moments(self.at, centred=self.last.bias is not None)
         for number, batch in enumerate(place.streams):
@@ -76,7 +75,7 @@ class NeuronCut:
         return moments
 
     def _rows(self, kept: Kept) -> dict[str, Tensor]:
-        """Parameters that are slices of the parent's."""
+        """Return the parameters that are slices of the parent's."""
         index = torch.tensor(kept, dtype=torch.long)
         axis = next(axis for axis in self.place.block.axes() if axis.name == "hidden")
         parameters = dict(self.place.block.named_parameters())

@@ -1,4 +1,4 @@
-"""One block of a model, with what it meets: what the parts of a cut share.
+"""One block of a model with its input, shared by the cuts of its attention and its MLP.
 
 B images, N tokens, D width.
 """
@@ -23,14 +23,14 @@ Widths = int | tuple[Kept, ...] | None
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of one block.
+    """What to keep of one block.
 
     Attributes:
-        heads: those that stay; None for all.
-        qk: channels of each living head, in a basis made for it; or those that each head keeps as they are, one entry a
-            head of the parent; None leaves them alone.
+        heads: heads to keep; None for all.
+        qk: number of query/key channels of each kept head, in a new basis; or the channels that each head keeps, with
+            one entry for each head of the parent; None for no change.
         v: the same for values.
-        hidden: neurons, to be chosen; or those that stay; None leaves them alone.
+        hidden: number of neurons to keep, which are then chosen; or the neurons to keep; None for no change.
     """
 
     heads: Kept | None = None
@@ -41,17 +41,17 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A block of the parent, what arrives there, and how its layers are re-fitted.
+    """A block of the parent, its input, and the settings of the re-fit.
 
     Attributes:
-        path: of the block.
-        block: the parent's.
-        stage: where it stands.
+        path: path of the block.
+        block: the parent's block.
+        stage: the stage that contains it.
         arrives: the tokens at its input.
         worth: by path of a branch, see `importances`.
-        streams: what enters the block, batch by batch, from the cut blocks before it.
-        dense: what enters it in the parent, where `alpha` is above 0.
-        strength: of the ridge.
+        streams: input of the block after the cut blocks before it, one entry for each batch.
+        dense: input of the block in the parent, if `alpha` is above 0.
+        strength: strength of the ridge.
         alpha: see `compensated`.
     """
 
@@ -66,7 +66,7 @@ class Place:
     alpha: float
 
     def rebuilt(self, mixer: object, hidden: int | None, state: Mapping[str, Tensor]) -> Block:
-        """The block with another mixer or MLP: parameters of `state`, and for the rest the parent's own."""
+        """Return the block with another mixer or MLP, with the parameters of `state` and else those of the parent."""
         node = self.block.spec.model_copy(update={"mixer": mixer, "hidden": hidden})
         with torch.device("meta"):
             block = make_block(self.stage, node, self.arrives)
@@ -80,25 +80,25 @@ class Place:
         return computed(block).eval()
 
     def scale(self, name: str) -> Tensor | None:
-        """Layer scale after a branch (``ls1`` or ``ls2``), ``(D,)``."""
+        """Return the layer scale after a branch (``ls1`` or ``ls2``), ``(D,)``; None if there is none."""
         gamma = getattr(getattr(self.block, name), "gamma", None)
         return gamma.detach() if isinstance(gamma, Tensor) else None
 
     def after_scale(self, mean: Tensor, name: str) -> Tensor:
-        """What a constant output of a branch adds to the stream."""
+        """Return the constant that a branch with constant output `mean` adds to the stream."""
         gamma = self.scale(name)
         return mean if gamma is None else mean * gamma.cpu().double()
 
 
 def part(worth: Importance, batches: Sequence[Residual], number: int) -> Tensor:
-    """Token weights of batch `number`, ``(B, N)``."""
+    """Return the token weights of batch `number`, ``(B, N)``."""
     start = sum(len(tokens_of(batch)) for batch in batches[:number])
     batch = tokens_of(batches[number])
     return worth.weights[start : start + len(batch)].to(batch.device)
 
 
 def unscaled(stream: Tensor, scale: Tensor | None) -> Tensor:
-    """A difference of streams before layer scale; directions that it all but closes ask for nothing."""
+    """Divide a difference of streams by the layer scale; it is zero for channels with a scale close to zero."""
     if scale is None:
         return stream
     open_ = scale.abs() > 1e-3 * scale.abs().max()

@@ -1,13 +1,14 @@
-"""Cut a model block after block, each on what the cut ones before it leave, and re-fit what stays.
+"""Cut the blocks of a model in order, each with the outputs of the cut blocks before it, and re-fit what stays.
 
 B images, N tokens, D width, K channels of a head, M hidden neurons.
 
-No weight is trained: every step is a closed form on moments of activations (`vitrim.cut.compensate.closed_form`). Only
-layers that were cut are re-fitted; re-fitting others too over-fits to a few hundred images (divergence 0.12 -> 0.15 to
-0.22 after merging).
+Nothing is trained by gradient descent: every step is a closed form of moments of activations
+(`vitrim.cut.compensate.closed_form`). Only layers that were cut are re-fitted. Re-fitting others, too, overfits to a
+few hundred images (divergence 0.12 -> 0.15 to 0.22 after merging).
 
-Memory: the images, their stream at one block (twice with alpha), the moments of one layer (M x M in float64) and the
-token weights (two numbers a token and block); 0.35 GiB above the model for 256 images at 224 pixels and width 192.
+Memory: the images, their residual stream at one block (twice with alpha), the moments of one layer (M x M in float64)
+and the token weights (two numbers for each token and block); 0.35 GiB in addition to the model for 256 images at 224
+pixels and width 192.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,20 +45,21 @@ def compensated(
     """Cut and compensate.
 
     Args:
-        model: an adopted model, dense in its widths; it may have token steps. Left as it was.
+        model: an adopted model, dense in its widths; it may have token steps. It is not changed.
         choices: one for each block.
         images: batches ``(B, C, h, w)``.
-        worth: what `importances` found on this model with these images.
-        strength: of the ridge, as a share of the mean diagonal of a layer's Gram matrix.
-        alpha: share of the target of a re-fit that brings the stream back to the dense one; the rest is what the layer
-            itself gave. 0 with merging, whose streams hold other tokens. In windows it counts for MLPs alone.
+        worth: the result of `importances` for this model and these images.
+        strength: strength of the ridge, as a share of the mean diagonal of a layer's Gram matrix.
+        alpha: share in the target of a re-fit of the output that restores the dense model's stream; the rest is the
+            layer's own output before the cut. Must be 0 with merging because the streams have different tokens. In
+            stages with windows it is used for MLPs only.
         advance: called with 1 after each block.
 
     Returns:
-        A plan, and the child's parameters that are no slice of the parent's, by name.
+        A plan, and the child's parameters that are not slices of the parent's, by name.
 
     Raises:
-        MethodError: naming the place, if activations are not finite or constant.
+        MethodError: if activations are constant or not finite; the message names the path.
     """
     names = {id(module): name for name, module in model.named_modules()}
     plans: list[BlockPlan] = []
@@ -76,7 +78,7 @@ def compensated(
 
 
 class Walk:
-    """Goes through a model block by block; what enters the next one is what it is sent.
+    """Goes through the blocks of a model in order; the caller passes the input of each next block.
 
     Args:
         model, images, worth, strength, alpha: see `compensated`.
@@ -99,11 +101,11 @@ class Walk:
         self.dense: Sequence[Residual] | None = None
 
     def first(self) -> Place:
-        """The first block."""
+        """Return the first block with its input."""
         return self._step(None)
 
     def send(self, streams: Sequence[Residual]) -> Place:
-        """The next block, where `streams` leave the one before."""
+        """Return the next block with its input, where `streams` are the outputs of the block before."""
         return self._step(streams)
 
     def _step(self, streams: Sequence[Residual] | None) -> Place:
@@ -113,7 +115,7 @@ class Walk:
         self.at += 1
         (path, block), (_, stage, _), arrives = self.rows[self.at]
         if streams is None or stage is not before:
-            # Stem, or merging of patches between stages: the host's own.
+            # The stem, or patch merging between stages, is part of the host.
             streams = arriving(self.model, self.blocks, self.at, self.images, streams)
             if self.alpha:
                 self.dense = arriving(self.model, self.blocks, self.at, self.images, self.dense)
@@ -121,7 +123,7 @@ class Walk:
 
 
 def _cut(place: Place, choice: Choice) -> tuple[Block, BlockPlan, dict[str, Tensor]]:
-    """The new block, what a plan says of it, and its new parameters."""
+    """Return the new block, its part of the plan, and its new parameters."""
     block, node = place.block, place.block.spec
     state: dict[str, Tensor] = {}
     fields: dict[str, object] = {}
@@ -147,18 +149,18 @@ def recovered(
     alpha: float = 0.3,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Compensate what a plan of any method cuts: projections, second MLP layers and queries are re-fitted.
+    """Compensate for the cuts of a plan of any method: projections, second MLP layers and queries are re-fitted.
 
     Args:
         parent: the model that the plan is for, with the weights to cut.
-        plan: what to cut; its choice of channels stays.
+        plan: what to cut; its choice of channels is not changed.
         images: batches ``(B, C, h, w)``.
         strength: see `compensated`.
-        alpha: see `compensated`; taken as 0 where tokens are merged or chosen in every image anew.
-        seed: of the labels drawn for `importances`.
+        alpha: see `compensated`; 0 is used if tokens are merged or chosen separately in each image.
+        seed: seed of the labels drawn in `importances`.
 
     Returns:
-        Grafts of the child.
+        The re-fitted parameters of the child, for the `grafts` of `vitrim.cut.surgery.apply`.
     """
     spec = describe(parent)
     steps = [decision.model_copy(update={"qk": None, "v": None, "hidden": None}) for decision in plan.blocks()]
@@ -171,7 +173,7 @@ def recovered(
 
 
 def _choice(decision: BlockPlan, block: BlockSpec) -> Choice:
-    """The widths of a plan as a choice; what is skipped in `block` has none."""
+    """Return the kept channels of a plan as a choice; a branch that is skipped in `block` has none."""
     qk: Widths = None
     v: Widths = None
     if isinstance(block.mixer, AttentionSpec) and (decision.qk is not None or decision.v is not None):

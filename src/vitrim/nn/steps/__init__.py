@@ -1,4 +1,4 @@
-"""Token steps as modules: one file a kind, of the same name as the word in `vitrim.words.steps`."""
+"""Token steps as modules: one file for each kind, with the same name as its file in `vitrim.words.steps`."""
 
 import functools
 import importlib
@@ -19,9 +19,10 @@ def _maker(kind: type[StepBase]) -> Maker:
 
 
 def make_step(step: StepBase | None, stage: Stage, arriving: Tokens) -> StepModule | None:
-    """The module of a block's step where `arriving` comes; None if the block runs on all tokens as they are.
+    """Return the module of a block's token step, for the tokens `arriving`; None if the block needs none.
 
-    A block without a step still counts tokens of a merged grid in its attention, where an earlier step asks for that.
+    A block without a step gets a `ConstantSizes` if an earlier step requires that attention weights tokens by their
+    number of patches.
     """
     if step is not None:
         return _maker(type(step))(step, stage, arriving)

@@ -1,6 +1,6 @@
-"""What every module of a token step has in common.
+"""The base class of the modules of token steps.
 
-B images, N tokens that arrive, n tokens that stay, D width.
+B images, N arriving tokens, n tokens that stay, D width.
 """
 
 from typing import Protocol
@@ -20,10 +20,10 @@ class StepModule(nn.Module):
     """A token step of a block; by default it changes nothing."""
 
     needs_attention = False
-    """Whether `after_attention` uses the queries and keys of the block's attention, where it has one."""
+    """Whether `after_attention` uses the queries and keys of the block's attention, if it has one."""
 
     def initial(self, name: str, like: Tensor) -> Tensor:
-        """The parameter `name` of the step before any training, in the type and on the device of `like`."""
+        """Return the initial value of the parameter `name`, with the type and device of `like`."""
         raise NotImplementedError
 
     def place(self, arriving: Tokens, grid: tuple[int, int]) -> None:
@@ -40,7 +40,7 @@ class StepModule(nn.Module):
         return False
 
     def fold_(self) -> None:
-        """Put what inference needs into as few operations as possible, in place."""
+        """Reduce the step to as few operations as possible for inference, in place."""
 
     def fix_(self, dtype: torch.dtype, device: torch.device) -> None:
         """Compute once, in place, what `keys` gives for every image; the step then runs in that type and place.
@@ -49,27 +49,27 @@ class StepModule(nn.Module):
         """
 
     def enter(self, x: Tensor) -> Tensor:
-        """Map the tokens at the block's input, ``(B, N, D)``, to those that it runs on."""
+        """Map the tokens at the block's input, ``(B, N, D)``, to those that attention runs on."""
         return x
 
     def keys(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Change what attention is given.
+        """Change the input of attention.
 
         Args:
             x: normed tokens, ``(B, N, D)``.
 
         Returns:
-            Tokens of which queries, keys and values are computed, the first N of which go on, and what to add to the
-            logits, broadcasting to ``(B, H, N, keys)``, or None.
+            The tokens for which queries, keys and values are computed; only the outputs of the first N are used. And a
+            bias for the logits that broadcasts to ``(B, H, N, keys)``, or None.
         """
         return x, None
 
     def after_attention(self, x: Tensor | Stream, heard: Heard | None) -> Tensor | Stream:
-        """Map the tokens after attention, ``(B, N, D)``, to those that go through the MLP and leave.
+        """Map the tokens after attention, ``(B, N, D)``, to those that go through the MLP.
 
         Args:
             x: the residual stream.
-            heard: queries and keys of the attention; None where the block has none or the step does not need them.
+            heard: queries and keys of the attention; None if the block has none or the step does not need them.
         """
         return x
 
@@ -78,5 +78,5 @@ class Maker(Protocol):
     """The function `make` of a step's file."""
 
     def __call__(self, step: object, stage: Stage, arriving: Tokens) -> StepModule:
-        """The module of the word `step` in a block of `stage` where `arriving` comes."""
+        """Build the module of `step` for a block of `stage` with the tokens `arriving` at its input."""
         ...

@@ -1,4 +1,4 @@
-"""Attention that counts each token of a merged grid as the patches that it stands for.
+"""Bias of the attention logits that weights each token of a merged grid by its number of patches.
 
 N tokens.
 """
@@ -16,9 +16,9 @@ __all__ = ["ConstantSizes"]
 
 
 class ConstantSizes(StepModule):
-    """Adds the logarithm of the number of patches that each token stands for to its logits.
+    """Adds the logarithm of the number of patches of each token to its logits.
 
-    Without it, prefix tokens get as many times too large a share of each softmax.
+    Without it, the share of the prefix tokens in each softmax is too large, by about the number of patches of a token.
 
     Args:
         arriving: the tokens at the block's input.
@@ -34,7 +34,7 @@ class ConstantSizes(StepModule):
         self.place(arriving, grid)
 
     def mixed(self, arriving: Tokens) -> Tokens:
-        """The tokens that attention runs on."""
+        """Return the tokens that attention runs on."""
         return arriving
 
     def place(self, arriving: Tokens, grid: tuple[int, int]) -> None:
@@ -45,7 +45,7 @@ class ConstantSizes(StepModule):
         self.counts = self.counts.to(device)
 
     def keys(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Give all tokens, and the logarithms of their numbers, ``(1, 1, 1, N)``."""
+        """Return all tokens, and the logarithms of their numbers of patches, ``(1, 1, 1, N)``."""
         if self.fixed:
             return x, None if self.rows is None else self.rows[..., : x.shape[1]]
         return x, self.counts.to(x.device, x.dtype).log()
@@ -59,14 +59,14 @@ class ConstantSizes(StepModule):
         self.register_buffer("rows", rows, persistent=False)
 
     def init_non_persistent_buffers(self) -> None:
-        """Compute what is not stored."""
+        """Compute the buffers that are not stored."""
         rows, columns = (_patches(n, often) for n, often in zip(self.grid, self.attended.halved, strict=True))
         counts = [1] * self.attended.prefix + [a * b for a, b in itertools.product(rows, columns)]
-        # Whole numbers: a cast of the model to another type and back would round their logarithms.
+        # The buffer has the integers because casting the model to another type and back would round their logarithms.
         self.register_buffer("counts", torch.tensor(counts, device="cpu")[None, None, None], persistent=False)
 
 
 def _patches(size: int, halved: int) -> list[int]:
-    """How many of `size` rows (or columns) each one stands for after they were halved so often: ``[2, 2, 2, 1]``."""
+    """Return how many of `size` rows each merged row represents after halving, such as ``[2, 2, 2, 1]``."""
     step = 2**halved
     return [min(step, size - start) for start in range(0, size, step)]

@@ -1,6 +1,6 @@
-"""Keep the tokens at fixed places, the same for all images.
+"""Keep the tokens at fixed positions, the same for all images.
 
-B images, N tokens that arrive, n tokens that stay, D width.
+B images, N arriving tokens, n tokens that stay, D width.
 """
 
 import math
@@ -19,12 +19,12 @@ __all__ = ["Dropped", "make"]
 
 
 class Dropped(StepModule):
-    """Keeps the tokens at fixed places; prefix tokens come first and always stay.
+    """Keeps the tokens at fixed positions; prefix tokens come first and always stay.
 
     Args:
         arriving: N.
-        places: those of the n tokens that stay, among the N, rising; None if all stay.
-        missing: patches of the dense grid that one key stands for in attention, see `Drop`; 0 for none.
+        places: indices of the n tokens that stay, among the N, increasing; None if all stay.
+        missing: number of missing patches that one more key represents in attention, see `Drop`; 0 for no such key.
     """
 
     places: Tensor
@@ -40,7 +40,7 @@ class Dropped(StepModule):
         """Map ``(B, N, D)`` to ``(B, n, D)``.
 
         Raises:
-            DataError: if another number of tokens comes.
+            DataError: if the number of tokens is not N.
         """
         if x.shape[1] != self.arriving:
             raise DataError(
@@ -50,10 +50,10 @@ class Dropped(StepModule):
         return x if self.kept is None else x.index_select(1, self.places.to(x.device))
 
     def keys(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Add the token that stands for all missing ones, if any are and the step is exact.
+        """Add the token that represents all missing patches, if there are any and the step is exact.
 
-        Its query, key and value are the biases (zero without), as those of a masked token are. Its logit is raised by
-        the logarithm of their number, for that many equal keys share one softmax.
+        Its query, key and value are the biases (or zero), as for a masked token. Its logit is raised by the logarithm
+        of the number of missing patches because it replaces that many equal keys in the softmax.
         """
         if not self.missing:
             return x, None
@@ -81,7 +81,7 @@ class Dropped(StepModule):
         self.register_buffer("zero", torch.zeros(1, 1, 1, dtype=dtype, device=device), persistent=False)
 
     def init_non_persistent_buffers(self) -> None:
-        """Compute what is not stored."""
+        """Compute the buffers that are not stored."""
         self.places = torch.tensor(self.kept or (), dtype=torch.long, device="cpu")
 
 

@@ -1,10 +1,10 @@
 """Merge neighboring patches along one axis of the grid.
 
-B images, P prefix tokens, (H, W) rows and columns of the patches that arrive, D width.
+B images, P prefix tokens, (H, W) rows and columns of the arriving patches, D width.
 
 Source: "CAIT: Triple-Win Compression towards High Accuracy, Fast Inference, and Favorable Transferability For ViTs",
-Wang et al., arXiv 2309.15755. Its method section could not be read, so form and places are our reading of the abstracts
-("CAIT-style"): pairs of neighbors along one axis, one matrix for each of the two, the mean at the start.
+Wang et al., arXiv 2309.15755. Its method section was not available, so this follows the abstract only ("CAIT-style"):
+pairs of neighbors along one axis, one matrix for each of the two, starting from the mean.
 """
 
 import torch
@@ -21,11 +21,12 @@ __all__ = ["GridMerged", "make"]
 
 
 class GridMerged(ConstantSizes):
-    """Merges pairs of neighbors along one axis of the grid; prefix tokens pass unchanged.
+    """Merges pairs of neighbors along one axis of the grid; prefix tokens are unchanged.
 
-    ``y = A a + B b + c`` for neighbors a and b. Stored is the difference of A and B from half the identity, and c, all
-    zero at the start; so weight decay leads back to the mean. The mean itself is added in the type of the residual
-    stream: under autocast, half the identity would round small differences away. `fold_` makes one linear layer of it.
+    ``y = A a + B b + c`` for neighbors a and b. The parameters are the differences of A and B from half the identity,
+    and c. All are zero at the start, so weight decay pulls the merge towards the mean. The mean is added in the type of
+    the residual stream, because under autocast adding half the identity to the weights would round small differences
+    away. `fold_` converts the merge to one linear layer.
 
     Args:
         step: axis, form, and whether attention counts merged patches.
@@ -34,7 +35,7 @@ class GridMerged(ConstantSizes):
     """
 
     def __init__(self, step: GridMerge, arriving: Tokens, stage: Stage) -> None:
-        self.spec = step  # before the tokens are placed, which asks for it
+        self.spec = step  # set first because `place`, called by the base class, uses it
         super().__init__(arriving, stage.grid)
         width = stage.width
         self.folded: nn.Linear | None = None
@@ -47,14 +48,14 @@ class GridMerged(ConstantSizes):
         return self.spec.flow(arriving, arriving.patches).mixed
 
     def initial(self, name: str, like: Tensor) -> Tensor:
-        """See `StepModule.initial`: the step is the mean."""
+        """See `StepModule.initial`; the step starts as the mean."""
         return torch.zeros(getattr(self, name).shape, dtype=like.dtype, device=like.device)
 
     def enter(self, x: Tensor) -> Tensor:
-        """Map ``(B, P + H W, D)`` to ``(B, P + ceil(H W / 2), D)``, or what odd sides make of it.
+        """Map ``(B, P + H W, D)`` to ``(B, P + H ceil(W / 2), D)`` or ``(B, P + ceil(H / 2) W, D)``.
 
         Raises:
-            DataError: if another number of tokens comes.
+            DataError: if the number of tokens is not P + H W.
         """
         prefix, grid = self.arriving.prefix, self.arriving.grid
         assert grid is not None
@@ -85,12 +86,12 @@ class GridMerged(ConstantSizes):
         return (a + b) * 0.5 + F.linear(both, self.delta, self.bias)
 
     def keys(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See `ConstantSizes.keys`, if the patches are to be counted."""
+        """See `ConstantSizes.keys`; without `size_bias` there is no bias."""
         return super().keys(x) if self.attended.constant_sizes or self.fixed else (x, None)
 
     @torch.no_grad()
     def fold_(self) -> None:
-        """Make one linear layer of a linear merge, for inference: the same numbers in one product."""
+        """Convert a linear merge to one linear layer with the same function, for inference."""
         if self.spec.form != "linear" or self.folded is not None:
             return
         width = len(self.bias)

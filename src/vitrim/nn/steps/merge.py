@@ -1,6 +1,6 @@
-"""Merge patches that are alike, image by image.
+"""Merge similar patches, separately in each image.
 
-B images, N tokens that arrive, n tokens that stay, P prefix tokens, D width.
+B images, N arriving tokens, n tokens that stay, P prefix tokens, D width.
 """
 
 import torch
@@ -19,15 +19,15 @@ __all__ = ["Merged", "make"]
 
 
 class Merged(StepModule):
-    """Merges patches that are alike.
+    """Merges similar patches.
 
-    Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023. There keys are averaged over heads; here
-    those of all heads are compared together, for after a cut each head has a basis of its own. Tokens that are left
-    keep their order, so that neighbors stay in different sets.
+    Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023. There, keys are averaged over heads. Here,
+    the keys of all heads are concatenated, because after a cut each head has its own basis. The remaining tokens keep
+    their order, so that neighbors stay in different sets.
 
     Args:
         prefix: P.
-        count: patches that are merged into others.
+        count: number of patches that are merged into others.
     """
 
     needs_attention = True
@@ -37,10 +37,10 @@ class Merged(StepModule):
         self.prefix, self.count = prefix, count
 
     def after_attention(self, x: Tensor | Stream, heard: Heard | None) -> Stream:
-        """Map N tokens to n; keys are compared, or the stream itself where the block has no attention.
+        """Map N tokens to n; keys are compared, or the residual stream if the block has no attention.
 
         Raises:
-            DataError: if fewer patches come than twice the number to merge.
+            DataError: if there are fewer patches than twice the number to merge.
         """
         stream = x
         if not isinstance(stream, Stream):
@@ -62,15 +62,18 @@ class Merged(StepModule):
         return Stream((left / sizes.to(wide)).to(stream.x.dtype), sizes, stream.patches)
 
     def _pairs(self, alike: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Which rows of all images' tokens, ``(B N)``, are merged into which, and which are left.
+        """Choose the pairs to merge, as indices into the tokens of all images, ``(B N)``.
 
         Args:
-            alike: what patches are compared by, ``(B, N - P, channels)``.
+            alike: features by which patches are compared, ``(B, N - P, channels)``.
             tokens: N.
+
+        Returns:
+            The tokens that are merged into others, the tokens that they are merged into, and all tokens that are left.
         """
         alike = F.normalize(alike, dim=-1)
         best, partner = (alike[:, ::2] @ alike[:, 1::2].mT).max(dim=-1)
-        order = best.sort(dim=-1, descending=True).indices  # a stable sort has no ONNX form
+        order = best.sort(dim=-1, descending=True).indices  # a stable sort cannot be exported to ONNX
         gone, stay = order[:, : self.count], order[:, self.count :].sort(dim=-1).values
         start = torch.arange(alike.shape[0], device=alike.device)[:, None] * tokens
         first = start + self.prefix

@@ -1,4 +1,4 @@
-"""Keep the tokens that the attention of the block looks at most, image by image, and the mean of the others.
+"""Keep the tokens that receive the most attention in each image, and the mean of the others.
 
 B images, N tokens, Q channels of all heads (queries or keys).
 """
@@ -18,11 +18,11 @@ __all__ = ["Chosen", "make"]
 
 
 class Chosen(StepModule):
-    """Keeps the tokens that the attention of the block looks at most, and the mean of the others.
+    """Keeps the tokens that receive the most attention, and the mean of the others.
 
     Args:
-        step: how many, and by what.
-        prefix: prefix tokens, which come first and always stay.
+        step: number of tokens and ranking.
+        prefix: number of prefix tokens, which come first and always stay.
     """
 
     needs_attention = True
@@ -37,14 +37,14 @@ class Chosen(StepModule):
         """Map ``(B, N, D)`` to ``(B, kept + 1, D)``; kept tokens stay in order, the fused one comes last.
 
         Raises:
-            DataError: if weights are for another number of patches.
+            DataError: if the step has weights for another number of patches.
         """
         assert isinstance(x, Tensor)
         count, kept = x.shape[1], self.spec.kept
         if count <= kept or heard is None:
             return x
         scores = self.scores(heard)
-        # Sorted, so that prefix tokens stay where heads read them; the order of the score itself would move them.
+        # Sorted by index, so that prefix tokens stay at the start, where the head reads them.
         chosen = scores.topk(kept, dim=1).indices.sort(dim=1).values
         stays = torch.gather(x, 1, chosen[..., None].expand(-1, -1, x.shape[2]))
         if not self.spec.fused:
@@ -54,7 +54,7 @@ class Chosen(StepModule):
         return torch.cat([stays, fused.to(x.dtype)], dim=1)
 
     def scores(self, heard: Heard) -> Tensor:
-        """What each token is worth, ``(B, N)``; prefix tokens above all others."""
+        """Return the score of each token, ``(B, N)``; infinite for prefix tokens."""
         queries = heard.q[:, :1] if self.prefix else heard.q
         parts = [torch.split(t, list(heard.widths), dim=-1) for t in (queries, heard.k)]
         wide = precise(heard.q)
@@ -71,12 +71,12 @@ class Chosen(StepModule):
         return torch.cat([torch.full_like(prefix, torch.inf), patches], dim=1)
 
     def init_non_persistent_buffers(self) -> None:
-        """Compute what is not stored."""
+        """Compute the buffers that are not stored."""
         self.weights = torch.tensor(self.spec.weights, device="cpu")
 
 
 def _received(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """What each key gets of the queries' attention, on average, ``(B, N)``."""
+    """Return the attention that each key receives, averaged over queries, ``(B, N)``."""
     if q.shape[1] == 1:
         return ((q * k).sum(dim=-1) * scale).softmax(dim=-1)
     return ((q @ k.transpose(-2, -1)) * scale).softmax(dim=-1).mean(dim=1)

@@ -1,9 +1,9 @@
-"""What to cut: the same tree as a spec, one decision a block.
+"""What to cut from a model: the same tree as a spec, with one decision for each block.
 
-H heads, K channels of a head, M hidden neurons. Kept indices count inside the parent, from 0, and rise.
+H heads, K channels of a head, M hidden neurons. Kept indices are indices into the parent, from 0, increasing.
 
-A tree, not a list of edits: there is no order to get wrong. None leaves a part alone. A plan is plain arithmetic:
-`child` says what the smaller model will be before any weight is touched, and `then` makes one plan of two.
+A plan is a tree and not a list of edits, so the order of cuts does not matter. None leaves a part unchanged. Plans are
+computed without weights: `child` returns the spec of the smaller model, and `then` composes two plans.
 """
 
 from collections.abc import Sequence
@@ -25,15 +25,20 @@ Kept = tuple[int, ...]
 
 
 class BlockPlan(Node):
-    """What becomes of one block.
+    """What to cut from one block. None leaves a part unchanged.
 
-    `qk` and `v` list, for each head of the parent, the channels it keeps of queries and keys and of values; a head that
-    keeps none of both is gone. If all heads are gone the output bias stays. `hidden` lists the neurons kept; if none,
-    the output bias of the MLP stays. `mixer` or `mlp` = skip takes the branch away with its bias; both together take
-    the block away (its place remains, so that paths stay true). `mixer` = conv puts a convolution in place of an
-    attention, made of the value channels that `v` keeps, or a later state in place of a convolution. `tokens` names the
-    patches that the block runs on, by their places in the dense grid (blocks after it run on no others), or what
-    becomes of its tokens. `only_prefix` leaves the patches behind in the last block.
+    Attributes:
+        qk: kept query and key channels of each head of the parent.
+        v: kept value channels of each head of the parent. A head with no channels in `qk` and `v` is removed. If all
+            heads are removed, the output bias stays.
+        mixer: a skip removes the branch with its bias. A convolution replaces an attention and is made from the value
+            channels that `v` keeps, or it is a later state of the block's convolution.
+        hidden: kept neurons. If the tuple is empty, the output bias of the MLP stays.
+        mlp: a skip removes the branch with its bias. If both branches are skipped, the block computes nothing, but it
+            stays in the spec, so that the paths of other blocks do not change.
+        tokens: the token step of the block, which drops or merges tokens. Dropped patches are given by their positions
+            in the dense grid, and later blocks cannot use them again.
+        only_prefix: whether the last block computes the prefix tokens only.
     """
 
     qk: tuple[Kept, ...] | None = None
@@ -45,7 +50,7 @@ class BlockPlan(Node):
     only_prefix: bool = False
 
     def child(self, block: Block, form: Form, at: str) -> Block:
-        """The block that this plan makes of `block`, on the patches that `block` runs on."""
+        """Return the block that this plan makes from `block`; its token step is not changed here."""
         update = {"mixer": self._mixer(block, form, at), "hidden": self._hidden(block, form, at)}
         return block.model_copy(update=update | {"only_prefix": block.only_prefix or self.only_prefix})
 
@@ -72,7 +77,7 @@ class BlockPlan(Node):
             state = {"mixture": conv.mixture, "norm": conv.norm}
             later = (conv.mixture in (mixer.mixture, None), conv.norm <= mixer.norm, self.v is None)
             if not all(later) or mixer.model_copy(update=state) != conv:
-                raise PlanError(f"{at}.mixer: a convolution must stay as it is or be folded, but another is asked for")
+                raise PlanError(f"{at}.mixer: a convolution must stay as it is or be folded, but another is requested")
             return conv
         if not isinstance(mixer, Attention):
             raise PlanError(f"{at}.mixer: a convolution must be made of an attention, but the mixer is {mixer.kind}")
@@ -94,7 +99,7 @@ class BlockPlan(Node):
         return conv
 
     def attention(self, mixer: Attention, form: Form, at: str) -> Attention:
-        """The attention that the kept channels of `mixer` make."""
+        """Return the attention that has only the kept channels of `mixer`."""
         qk, v = self.heads(mixer)
         for name, kept, widths in (("qk", qk, mixer.qk), ("v", v, mixer.v)):
             if len(kept) != len(widths):
@@ -148,18 +153,18 @@ class BlockPlan(Node):
         return len(self.hidden)
 
     def heads(self, mixer: Attention) -> tuple[tuple[Kept, ...], tuple[Kept, ...]]:
-        """Kept (qk, v) of every head of `mixer`, with what None leaves alone written out.
+        """Return the kept (qk, v) channels of every head of `mixer`; None becomes all channels.
 
-        Where only one of the two is given, a head that it empties is gone, and the other follows.
+        If only one of the two is given, a head with no channels in it has none in the other, either.
         """
         qk = self.qk if self.qk is not None else _follow(mixer.qk, self.v)
         v = self.v if self.v is not None else _follow(mixer.v, self.qk)
         return qk, v
 
     def then(self, later: Self, block: Block, at: str) -> Self:
-        """One decision on channels that equals this one followed by `later`; `block` is the parent's.
+        """Return one decision that equals this one followed by `later`, where `block` is the parent's block.
 
-        Patches depend on the blocks before, so `Plan.then` decides on them.
+        Token steps depend on the blocks before, so `Plan.then` composes them.
         """
         update: dict[str, Any] = {"only_prefix": self.only_prefix or later.only_prefix}
         if isinstance(later.mixer, Skip) or isinstance(self.mixer, Skip):
@@ -199,18 +204,22 @@ class StagePlan(Node):
 
 
 class Plan(Node):
-    """What to cut from one model."""
+    """What to cut from a model."""
 
     stages: tuple[StagePlan, ...]
 
     @classmethod
     def keep(cls, spec: Spec) -> Self:
-        """The plan that leaves everything alone."""
+        """Return the plan that changes nothing."""
         return cls(stages=tuple(StagePlan(blocks=(BlockPlan(),) * len(stage.blocks)) for stage in spec.stages))
 
     @classmethod
     def of(cls, spec: Spec, blocks: Sequence[BlockPlan]) -> Self:
-        """The plan with one decision for each block of `spec`, all stages in one row."""
+        """Return the plan with the given decisions, one for each block of `spec`, in order over all stages.
+
+        Raises:
+            PlanError: if the number of decisions is not the number of blocks.
+        """
         if len(blocks) != len(spec.blocks()):
             raise PlanError(
                 f"a plan must decide for each of {len(spec.blocks())} blocks, but decides for {len(blocks)}"
@@ -219,14 +228,14 @@ class Plan(Node):
         return cls(stages=tuple(StagePlan(blocks=tuple(next(rest) for _ in s.blocks)) for s in spec.stages))
 
     def blocks(self) -> list[BlockPlan]:
-        """Every decision in order, all stages in one row."""
+        """Return every decision, in order over all stages."""
         return [block for stage in self.stages for block in stage.blocks]
 
     def check_shape(self, spec: Spec) -> None:
-        """Refuse a `spec` with other stages or another number of blocks.
+        """Raise if `spec` has other stages or another number of blocks.
 
         Raises:
-            PlanError: naming both shapes.
+            PlanError: if so; the message names both shapes.
         """
         mine, theirs = [len(s.blocks) for s in self.stages], [len(s.blocks) for s in spec.stages]
         if mine != theirs:
@@ -236,10 +245,10 @@ class Plan(Node):
             )
 
     def child(self, spec: Spec) -> Spec:
-        """The spec of the smaller model, by arithmetic alone.
+        """Return the spec of the smaller model, computed without weights.
 
         Raises:
-            PlanError: naming the path, if the plan does not fit `spec` or asks for what cannot be cut.
+            PlanError: if the plan does not fit `spec` or cuts something that cannot be cut; the message names the path.
         """
         self.check_shape(spec)
         stages = []
@@ -255,11 +264,11 @@ class Plan(Node):
         return spec.model_copy(update={"stages": tuple(stages)})
 
     def then(self, later: Self, spec: Spec) -> Self:
-        """One plan that equals this one followed by `later`.
+        """Return one plan that equals this one followed by `later`.
 
         Args:
             later: a plan for the child of this one.
-            spec: the parent of this plan, needed where it leaves parts alone that `later` cuts.
+            spec: the parent of this plan, needed because `later` can cut parts that this plan leaves unchanged.
         """
         small = self.child(spec)
         final = later.child(small)
@@ -278,10 +287,10 @@ class Plan(Node):
 
 
 def check_kept(indices: Kept, size: int, at: str) -> None:
-    """Refuse indices that do not rise within ``[0, size)``.
+    """Raise if `indices` are not strictly increasing within ``[0, size)``.
 
     Raises:
-        PlanError: naming the path and the indices.
+        PlanError: if so; the message names the path and the indices.
     """
     previous = -1
     for index in indices:
@@ -292,7 +301,7 @@ def check_kept(indices: Kept, size: int, at: str) -> None:
 
 
 def _reads(mixer: Attention | Conv | Skip) -> bool:
-    """Whether a branch has a norm before it."""
+    """Return whether a branch has a norm before it."""
     return bool(mixer.v) if isinstance(mixer, Attention) else isinstance(mixer, Conv) or mixer.leaves == "norm"
 
 
@@ -324,7 +333,7 @@ def write_plan(path: Path, parent: Spec, plan: Plan) -> None:
 
 
 def read_plan(path: Path) -> tuple[Spec, Plan]:
-    """Read what `write_plan` wrote, also in the version before; the plan is checked against its parent.
+    """Read a file of `write_plan`, also of an older version, and check the plan against its parent.
 
     Raises:
         PlanError: if the file is missing, malformed, of a newer version, or its plan does not fit its parent.

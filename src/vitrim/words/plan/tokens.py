@@ -1,4 +1,4 @@
-"""What a plan makes of the tokens of a model: block after block, for each depends on those before."""
+"""The effect of a plan on the tokens of a model, computed in block order because each block depends on those before."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,22 +11,28 @@ __all__ = ["Decision", "check_head", "check_stage", "why_not_pooled", "with_step
 
 
 class Decision(Protocol):
-    """What a plan decides on the tokens of one block."""
+    """The part of a plan that concerns the tokens of one block."""
 
     @property
     def tokens(self) -> Step | None:
-        """The step it is to have; None leaves it alone."""
+        """The token step that the block gets; None leaves it unchanged."""
 
     @property
     def only_prefix(self) -> bool:
-        """Whether it is to compute the prefix tokens alone."""
+        """Whether the block computes the prefix tokens only."""
 
 
 def with_steps(blocks: tuple[Block, ...], decisions: Sequence[Decision], stage: Stage, at: str) -> tuple[Block, ...]:
-    """The blocks of a child on the tokens that `decisions` leave them; `blocks` still have the steps of the parent.
+    """Return the blocks of a child with their token steps.
+
+    Args:
+        blocks: the child's blocks with the token steps of the parent.
+        decisions: the plan's decision for each block.
+        stage: the stage of the parent.
+        at: path of the blocks, for messages.
 
     Raises:
-        PlanError: naming the path, if a step cannot be put where it is asked for.
+        PlanError: if a block cannot have the requested step; the message names the path.
     """
     if stage.window is not None:
         if any(decision.tokens or decision.only_prefix for decision in decisions):
@@ -50,7 +56,7 @@ def with_steps(blocks: tuple[Block, ...], decisions: Sequence[Decision], stage: 
             raise PlanError(f"{at}.{index}.tokens: {wrong}")
         step = None if step is None else step.simplified(stage.patches)
         if step is not None and block.only_prefix and step.after_attention:
-            step = None  # it would act on patches, and none of them leaves this block
+            step = None  # it would act on patches, and this block outputs none
         made.append(block.model_copy(update={"tokens": step}))
         following = None if step is None else step.following()
         here = flow_of(step, here, stage.patches, block.only_prefix).leaves
@@ -58,10 +64,10 @@ def with_steps(blocks: tuple[Block, ...], decisions: Sequence[Decision], stage: 
 
 
 def check_stage(stage: Stage, spec: Spec, at: str) -> None:
-    """Refuse a stage of a child that could not run.
+    """Raise if a stage of a child could not run.
 
     Raises:
-        PlanError: naming the path.
+        PlanError: if so; the message names the path.
     """
     wrong = why_not_blocks(stage)
     if wrong is None and spec.host.arguments.get("dynamic_img_size"):
@@ -71,16 +77,16 @@ def check_stage(stage: Stage, spec: Spec, at: str) -> None:
 
 
 def check_head(stages: Sequence[Stage], spec: Spec) -> None:
-    """Refuse to leave no patch to a head that reads patches (a mean of none is no number), and to drop twice.
+    """Raise if a head that reads patches gets none, or if the model also drops patches at random in training.
 
     Raises:
-        PlanError: in a sentence.
+        PlanError: if so.
     """
     if not any(block.tokens or block.only_prefix for stage in stages for block in stage.blocks):
         return
     if spec.host.arguments.get("patch_drop_rate"):
         raise PlanError(
-            "tokens: patches must not be dropped at random in training where they are cut, but patch_drop_rate is "
+            "tokens: patches must not be dropped at random in training if they are cut, but patch_drop_rate is "
             "above 0; build the model without it"
         )
     last = stages[-1]
@@ -92,12 +98,12 @@ def check_head(stages: Sequence[Stage], spec: Spec) -> None:
 
 
 def why_not_pooled(pool: str, only_prefix: bool) -> str | None:
-    """Why a head that pools by `pool` cannot follow a last block that leaves it no patch; None if it can.
+    """Return why a head with pooling `pool` cannot run without patches; None if it can.
 
     Args:
-        pool: timm's name.
-        only_prefix: whether that block computes the prefix tokens alone, so that only a head that reads nothing else
-            gives the same output.
+        pool: timm's name of the pooling.
+        only_prefix: whether the last block computes the prefix tokens only. Then the head must read only prefix tokens,
+            so that its output does not change.
     """
     if only_prefix and pool != "token":
         return (
@@ -105,5 +111,5 @@ def why_not_pooled(pool: str, only_prefix: bool) -> str | None:
             f"'{pool}'; leave only_prefix out, or keep global_pool='token'"
         )
     if pool.startswith(("avg", "max")):
-        return f"a head that pools patches ({pool}) must be left one at least, but none is kept; keep a patch"
+        return f"a head that pools patches ({pool}) must have at least one, but none is kept; keep a patch"
     return None

@@ -1,8 +1,8 @@
 """Token steps: which tokens a block runs on, and how many reach each of its parts.
 
-A step acts at the input of a block, or between its attention and its MLP. Each kind is one file here, found because the
-file exists, and one file of the same name in `vitrim.nn.steps`, which acts on tensors. Costs, plans, tables, reports
-and modules ask the step; none of them knows how many kinds there are.
+A step acts at the input of a block, or between its attention and its MLP. Each kind is one file in this folder, which
+is discovered by its presence, and one file of the same name in `vitrim.nn.steps`, which acts on tensors. Costs, plans,
+tables, reports and modules use only the methods of `StepBase`, so a new kind does not change them.
 
 N tokens, P prefix tokens, D width.
 """
@@ -22,7 +22,7 @@ __all__ = ["Flow", "Step", "StepBase", "Tokens", "flow_of", "kinds", "why_not_to
 
 @functools.cache
 def kinds() -> dict[str, type[StepBase]]:
-    """The class of every kind of step, by the name of its file."""
+    """Return the class of every kind of step, by the name of its file."""
     found: dict[str, type[StepBase]] = {}
     for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
         if module.name.startswith("_"):
@@ -41,24 +41,24 @@ if TYPE_CHECKING:
 else:
     _union: Any = functools.reduce(operator.or_, kinds().values())
     Step = Annotated[_union, Field(discriminator="kind")]
-    """Any kind of step, told apart by its field `kind`."""
+    """Any kind of step; the field `kind` selects the class."""
 
 
 def why_not_tokens(step: StepBase | None, arriving: Tokens, patches: int) -> str | None:
-    """What is wrong with a block that runs on `step` where `arriving` comes; None if nothing is."""
+    """Return why a block with `step` cannot run on the tokens `arriving`; None if it can."""
     if step is not None:
         return step.why_not(arriving, patches)
     return None if arriving.places is None else "patches that were dropped before must stay away, but all are kept here"
 
 
 def flow_of(step: StepBase | None, arriving: Tokens, patches: int, only_prefix: bool = False) -> Flow:
-    """Tokens at each part of a block without a window.
+    """Return the tokens at each part of a block without a window.
 
     Args:
-        step: the block's; None if it has none.
-        arriving: what the block before leaves.
-        patches: those of the dense grid.
-        only_prefix: whether queries, MLP and output are computed for the prefix tokens alone.
+        step: the block's token step; None if it has none.
+        arriving: the tokens after the block before.
+        patches: number of patches of the dense grid.
+        only_prefix: whether queries, MLP and output are computed for the prefix tokens only.
     """
     flow = Flow.same(arriving) if step is None else step.flow(arriving, patches)
     if not only_prefix:

@@ -1,4 +1,4 @@
-"""Drop patches at fixed places, the same in all images (ViT-Slim)."""
+"""Drop patches at fixed positions, the same in all images (ViT-Slim)."""
 
 import itertools
 from typing import ClassVar, Literal, Self
@@ -11,14 +11,14 @@ __all__ = ["Drop"]
 
 
 class Drop(StepBase):
-    """A block runs on some patches only; the others have left the model before it.
+    """A block runs on some patches only; the others are dropped at its input. Prefix tokens always stay.
 
-    `kept` are their places in the grid of the dense model (row by row from 0, rising), whatever was dropped before, so
-    that a place has one number everywhere. Prefix tokens always stay.
+    `kept` are the positions of the kept patches in the grid of the dense model, row by row from 0, increasing. They do
+    not depend on what was dropped before, so a position has the same number in every block.
 
     `exact`: whether attention gets one more key and value, computed from a token of zeros, whose logit is raised by the
-    logarithm of the number of missing patches. That is what missing patches contribute where a mask multiplies the
-    outputs of both norms by zero, so the block then computes what the masked one does (ViT-Slim's training form).
+    logarithm of the number of missing patches. This is the contribution of missing patches if a mask multiplies the
+    outputs of both norms by zero, so the block then computes the same as the masked block in ViT-Slim's training.
     """
 
     keeps_stream: ClassVar[bool] = True
@@ -49,7 +49,7 @@ class Drop(StepBase):
         return _returning(self.kept, arriving.places)
 
     def why_not_any_size(self) -> str | None:
-        """See `StepBase.why_not_any_size`: another grid of as many patches cannot be told apart."""
+        """See `StepBase.why_not_any_size`: two grids with equally many patches cannot be distinguished."""
         return (
             "patches must be dropped on one grid, but dynamic_img_size is on; build the model without it, and change "
             "the size with set_input_size before tokens are cut"
@@ -60,7 +60,7 @@ class Drop(StepBase):
         return "patches are dropped at places of the grid; set the input size on the dense model, and cut tokens after"
 
     def flow(self, arriving: Tokens, patches: int) -> Flow:
-        """See `StepBase.flow`; the exact form adds one token in attention that stands for all missing ones."""
+        """See `StepBase.flow`; the exact form adds one token in attention that represents all missing patches."""
         count, missing = len(self.kept), patches - len(self.kept)
         here = arriving.prefix + count
         seen = here + (1 if self.exact and missing else 0)
@@ -72,14 +72,14 @@ class Drop(StepBase):
         return _returning(self.kept, mine.kept) if isinstance(mine, Drop) else super().why_not_joining(mine)
 
     def inherited(self, arriving: Tokens) -> Self:
-        """See `StepBase.inherited`: what an earlier block dropped stays away."""
+        """See `StepBase.inherited`: patches that an earlier block dropped are not kept."""
         if arriving.places is None:
             return self
         here = set(arriving.places)
         return self.model_copy(update={"kept": tuple(place for place in self.kept if place in here)})
 
     def following(self) -> "Drop":
-        """See `StepBase.following`: the same patches go on."""
+        """See `StepBase.following`: the next block keeps the same patches."""
         return self
 
     def simplified(self, patches: int) -> Self | None:

@@ -8,15 +8,17 @@ __all__ = ["GridMerge"]
 
 
 class GridMerge(StepBase):
-    """Neighboring patches are merged in pairs along one axis of the grid, at the block's input; a grid stays a grid.
+    """Neighboring patches are merged in pairs along one axis of the grid, at the block's input; the result is a grid.
 
     A last column (row) without a neighbor is paired with itself, so that n columns become ``ceil(n / 2)``. Prefix
-    tokens pass. A merge after block p stands at the input of block p + 1.
+    tokens are unchanged. A merge after block p is stored in block p + 1.
 
-    `axis`: ``w`` halves the columns, ``h`` the rows. `form`: ``linear`` maps both tokens by one matrix each and starts
-    as their mean, ``channel`` weights each channel of both and starts as their mean, ``mean`` is their mean.
-    `size_bias`: whether, from this block on, attention counts each token as the patches that it stands for (the
-    logarithm of their number is added to its logits).
+    Attributes:
+        axis: ``w`` halves the columns, ``h`` the rows.
+        form: ``linear`` maps both tokens with one matrix each and starts as their mean. ``channel`` multiplies each
+            channel of both tokens by a weight and starts as their mean. ``mean`` is their mean.
+        size_bias: whether, from this block on, attention weights each token by the number of its patches, by adding
+            the logarithm of that number to its logits.
     """
 
     kind: Literal["grid"] = "grid"
@@ -41,7 +43,7 @@ class GridMerge(StepBase):
         return None
 
     def why_not_any_size(self) -> str | None:
-        """See `StepBase.why_not_any_size`: two grids of as many tokens cannot be told apart."""
+        """See `StepBase.why_not_any_size`: two grids with equally many tokens cannot be distinguished."""
         return (
             "the grid must stay where neighbors are merged, but dynamic_img_size is on; build the model without it, "
             "and change the size with set_input_size"

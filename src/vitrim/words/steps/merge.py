@@ -1,4 +1,4 @@
-"""Merge patches that are alike, image by image (token merging)."""
+"""Merge similar patches, separately in each image (token merging)."""
 
 from typing import ClassVar, Literal, Self
 
@@ -10,11 +10,12 @@ __all__ = ["Merge"]
 
 
 class Merge(StepBase):
-    """Between attention and MLP `count` patches are merged into others that are like them, in every image its own.
+    """Between attention and MLP, `count` patches are merged into similar ones, separately in each image.
 
-    Patches are put in turn into two sets; each of the first looks for the one of the second whose keys are most like
-    its own, and the `count` best pairs become one token, their mean weighted by the number of patches in each. From
-    then on attention counts a token as so many keys as it has patches. Prefix tokens are never merged.
+    Patches are assigned alternately to two sets. Each patch of the first set is paired with the patch of the second set
+    whose keys are most similar to its own. The `count` most similar pairs are each merged into one token, their mean
+    weighted by the number of patches in each. In later blocks, attention counts a token as many times as it has
+    patches. Prefix tokens are never merged.
 
     Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023.
     """
@@ -47,5 +48,5 @@ class Merge(StepBase):
         return Flow(here, here, here, leaves.total, arriving, leaves)
 
     def own_cost(self, arriving: Tokens, width: int, qk: int) -> tuple[int, int]:
-        """The products of keys by which patches are matched; of the stream, where the block has no attention."""
+        """See `StepBase.own_cost`: the products of keys, or of the residual stream if the block has no attention."""
         return -(-arriving.patches // 2) * (arriving.patches // 2) * (qk or width), 0

@@ -1,4 +1,4 @@
-"""Pass on the patches that attention looks at most, image by image (MDC)."""
+"""Keep the patches that receive the most attention, separately in each image (MDC)."""
 
 from typing import ClassVar, Literal, Self
 
@@ -10,15 +10,16 @@ __all__ = ["TopK"]
 
 
 class TopK(StepBase):
-    """A block passes on the tokens that its attention looks at most, image by image, and the mean of the others.
+    """A block keeps the tokens that receive the most attention in each image, and the mean of the others.
 
-    The choice is made between attention and MLP: all that arrive attend, `kept` of them (prefix tokens among them,
-    which always stay) go on in their order, and last comes one more token, the mean of those left out. How many go on
-    is the same for all images. Where no more than `kept` arrive nothing is done.
+    The tokens are chosen between attention and MLP, so all arriving tokens take part in attention. `kept` tokens stay,
+    in their order; this number includes the prefix tokens, which always stay. With `fused`, one more token follows, the
+    mean of the tokens that were left out. The number of tokens is the same for all images. If at most `kept` tokens
+    arrive, the step does nothing.
 
-    `by`: ``cls_attn`` ranks tokens by what the first token's attention gives them, the mean over heads; without prefix
-    tokens, by what they receive on average. ``hsic_attn`` multiplies that by `weights`, one for each patch that
-    arrives.
+    `by`: ``cls_attn`` ranks tokens by the attention they receive from the first token, averaged over heads; without
+    prefix tokens, by the attention they receive on average. ``hsic_attn`` multiplies that by `weights`, one for each
+    arriving patch.
 
     Source: Hou and Kung, CVPR Workshops 2022 (MDC); the fused token is a plain mean as in its published code.
     """
@@ -35,7 +36,7 @@ class TopK(StepBase):
     @model_validator(mode="after")
     def _weights(self) -> Self:
         if bool(self.weights) != (self.by == "hsic_attn"):
-            raise ValueError(f"weights must be given for hsic_attn alone, but by is {self.by} with {len(self.weights)}")
+            raise ValueError(f"weights must be given for hsic_attn only, but by is {self.by} with {len(self.weights)}")
         return self
 
     @classmethod
@@ -59,7 +60,7 @@ class TopK(StepBase):
             return None
         return (
             "weights of patches must be for one grid, but dynamic_img_size is on; build the model without it, or "
-            "choose by cls_attn"
+            "use cls_attn"
         )
 
     def why_not_resized(self) -> str | None:
@@ -81,8 +82,8 @@ class TopK(StepBase):
         return Flow(here, here, here, left, arriving, leaves)
 
     def own_cost(self, arriving: Tokens, width: int, qk: int) -> tuple[int, int]:
-        """See `StepBase.own_cost`: without prefix tokens, the logits of all pairs once more.
+        """See `StepBase.own_cost`: without prefix tokens, the logits of all pairs are computed once more.
 
-        One row of logits, for the first token, is an elementwise product, and not counted: 0.003 % of DeiT-S.
+        With prefix tokens, one row of logits is an elementwise product, which is not counted: 0.003 % of DeiT-S.
         """
         return (0 if arriving.prefix or arriving.total <= self.kept else arriving.total**2 * qk), 0
