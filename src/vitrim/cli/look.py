@@ -91,18 +91,18 @@ def models_(
     json_: Annotated[bool, typer.Option("--json", help="One JSON record a line.")] = False,
 ) -> None:
     """List the timm models that vitrim can cut, with their cost."""
-    from vitrim.deploy.parent import guests
+    from vitrim.deploy.parent import known_models
 
     rows = []
-    for guest in guests(pattern):
+    for known in known_models(pattern):
         if json_:
-            sys.stdout.write(json.dumps(guest) + "\n")
+            sys.stdout.write(json.dumps(known) + "\n")
             continue
         cost = (
-            [f"{guest['macs'] / 1e9:.4f} G", f"{guest['params'] / 1e6:.3f} M"]
-            if guest["reason"] is None
+            [f"{known['macs'] / 1e9:.4f} G", f"{known['params'] / 1e6:.3f} M"]
+            if known["reason"] is None
             else ["-", "-"]
         )
-        rows.append([str(guest["name"]), *cost, str(guest["reason"] or "yes")])
+        rows.append([str(known["name"]), *cost, str(known["reason"] or "yes")])
     if not json_:
         show_table("", ["model", "MACs", "parameters", "can be cut"], rows)

@@ -22,7 +22,7 @@ from vitrim.words.errors import AdoptError, RecipeError, WeightsError
 from vitrim.words.plain import did_you_mean, reason
 from vitrim.words.progress import progress
 
-__all__ = ["guests", "load_weights_", "open_parent", "open_teacher", "read_weights"]
+__all__ = ["known_models", "load_weights_", "open_parent", "open_teacher", "read_weights"]
 
 Say = Callable[[str], None]
 
@@ -195,7 +195,7 @@ def _near(name: str) -> str:
     return near if near.startswith("; did you mean") else "; `vitrim models` lists those that vitrim can cut"
 
 
-def guests(pattern: str = "*") -> Iterator[dict[str, Any]]:
+def known_models(pattern: str = "*") -> Iterator[dict[str, Any]]:
     """Every timm name like `pattern` whose class a family takes in, built without weights.
 
     Yields:
