@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from tests.tolerance import SINGLE
 from vitrim.deploy import store
-from vitrim.deploy.parent import guests, load_weights_, open_parent, read_weights
+from vitrim.deploy.parent import known_models, load_weights_, open_parent, read_weights
 from vitrim.families import adopt, blocks_of
 from vitrim.words.errors import RecipeError, StoreError, VitrimError, WeightsError
 
@@ -198,13 +198,13 @@ def test_a_model_that_no_family_takes_in():
 
 
 def test_guests():
-    found = {guest["name"]: guest for guest in guests("vit_tiny*")}
+    found = {guest["name"]: guest for guest in known_models("vit_tiny*")}
     tiny16 = found["vit_tiny_patch16_224"]
     assert set(tiny16) == {"name", "family", "macs", "params", "reason"}
     assert (tiny16["family"], tiny16["params"], tiny16["reason"]) == ("vit", 5_717_416, None)
     assert round(tiny16["macs"] / 1e9, 4) == 1.2537
     assert all(guest["reason"] is None or guest["macs"] == 0 for guest in found.values())
     with pytest.raises(RecipeError, match="a pattern must fit a name of a known family"):
-        list(guests("resnet50"))
+        list(known_models("resnet50"))
     with pytest.raises(RecipeError, match="but got 'vit_tny"):
-        list(guests("vit_tny*"))
+        list(known_models("vit_tny*"))

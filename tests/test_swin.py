@@ -17,7 +17,7 @@ from vitrim import families, methods
 from vitrim.cut import surgery
 from vitrim.cut.observe import axes
 from vitrim.deploy import store
-from vitrim.deploy.parent import guests, load_weights_
+from vitrim.deploy.parent import known_models, load_weights_
 from vitrim.families import describe, get
 from vitrim.measure import counted
 from vitrim.methods.taylor import taylor_scores
@@ -79,7 +79,7 @@ def test_second_version_is_refused_by_name(name: str):
 
 
 def test_the_list_of_models_gives_the_reason():
-    rows = {row["name"]: row for row in guests("swin*tiny*")}
+    rows = {row["name"]: row for row in known_models("swin*tiny*")}
     assert rows["swin_tiny_patch4_window7_224"]["reason"] is None
     assert rows["swin_tiny_patch4_window7_224"]["params"] == 28_288_354
     assert "cosine attention" in rows["swinv2_tiny_window8_256"]["reason"]

@@ -15,7 +15,7 @@ from tests.tolerance import EXACT, SINGLE
 from vitrim import families
 from vitrim.cut import surgery
 from vitrim.data.inputs import Input
-from vitrim.deploy.parent import guests, open_parent
+from vitrim.deploy.parent import known_models, open_parent
 from vitrim.families import adopt, describe
 from vitrim.families._t2t import sinusoid
 from vitrim.measure import counted
@@ -274,7 +274,7 @@ def test_opening_says_what_is_wrong():
 
 
 def test_the_family_is_listed():
-    rows = list(guests("t2t_vit_*7"))
+    rows = list(known_models("t2t_vit_*7"))
     assert [(row["name"], row["family"], row["reason"]) for row in rows] == [("t2t_vit_7", "t2t", None)]
 
 
