@@ -145,8 +145,8 @@ def test_classes_in_two_levels_are_asked_for(tmp_path):
         with pytest.raises(DataError) as caught:
             open_source(source)
         text = str(caught.value)
-        assert "data.depth=1 makes 2 classes (cat, dog)" in text
-        assert "data.depth=2 makes 3 classes (poodle, siamese, terrier)" in text
+        assert "data.depth=1 gives 2 classes (cat, dog)" in text
+        assert "data.depth=2 gives 3 classes (poodle, siamese, terrier)" in text
         assert open_source(source, depth=1).names == ("cat", "dog")
         assert open_source(source, depth=2).names == ("poodle", "siamese", "terrier")
         with pytest.raises(DataError, match=r"must be in 3 folders, as set by data\.depth"):
@@ -155,7 +155,7 @@ def test_classes_in_two_levels_are_asked_for(tmp_path):
 
 def test_levels_that_differ_are_asked_for(tmp_path):
     source = str(fill(tmp_path, TREE | {"dog/old/1.png": 1}))
-    with pytest.raises(DataError, match=r"'dog/old' has 2 levels of folders and 'cat' has 1; data\.depth=1 makes 3 "):
+    with pytest.raises(DataError, match=r"'dog/old' has 2 levels of folders and 'cat' has 1; data\.depth=1 gives 3 "):
         open_source(source)
     assert open_source(source, depth=1).labels.tolist() == [0, 0, 1, 1, 2]
 

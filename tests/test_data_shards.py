@@ -141,7 +141,7 @@ def test_truncated_shards_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (b"cat", "must be a whole number from 0, or -1 for none, but is 'cat'; for names give a class map"),
+        (b"cat", "must be a whole number from 0, or -1 for none, but is 'cat'; for names, give a class map"),
         (b"-100", "but is '-100'"),
         (b"0.9", "but is '0.9'"),
         (b"9" * 5000, "but is '9999"),

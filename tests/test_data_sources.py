@@ -244,7 +244,7 @@ def test_torch_names_go_to_timm(monkeypatch):
     assert (images.names, images.labels.tolist(), grey(images, 2)) == (("zero", "one"), [1, 0, 1], 2)
     open_source("torch/cifar10")
     assert asked[1][1]["split"] == "train"
-    with pytest.raises(DataError, match="a class map must go with"):
+    with pytest.raises(DataError, match="a class map must be used with"):
         open_source("torch/cifar10", class_map={"a": 0})
 
 

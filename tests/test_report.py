@@ -260,7 +260,7 @@ def test_a_folder_without_results_is_refused(tmp_path: Path):
         ("measured.json", "{", RunError, "must be JSON"),
         ("plan.json", "{}", PlanError, "required"),
         ("log.jsonl", "{\n{}\n", RunError, "line 1 is not"),
-        ("trials.jsonl", "[1]\n", RunError, "line 1 holds"),
+        ("trials.jsonl", "[1]\n", RunError, "line 1 contains"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, name: str, text: str, error: type[Exception], words: str):

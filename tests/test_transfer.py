@@ -314,7 +314,7 @@ class TestScenes:
             (np.full((48, 60), 4, np.uint8), r"one of the 4 lines of classes\.txt \(0 to 3\) or 255"),
             (np.full((48, 60), IGNORE, np.uint8), "a mask must have a pixel of a class that counts"),
             (np.full((48, 60), 2, np.uint8), "all of its pixels are ignored; remove it and train/images/1.png"),
-            (np.zeros((48, 60, 3), np.uint8), "one label a pixel, but its mode is RGB"),
+            (np.zeros((48, 60, 3), np.uint8), "one label per pixel, but its mode is RGB"),
         ],
     )  # fmt: skip
     def test_a_wrong_mask_is_told_before_anything_is_trained(self, broken, mask, told, tmp_path):
