@@ -107,7 +107,7 @@ def test_timm_is_told():
     child = surgery.apply(parent, leaving(describe(parent)))
     with pytest.raises(DataError, match="must have every patch"):
         child.forward_intermediates(images(describe(parent)))
-    with pytest.raises(DataError, match="only where the head reads the prefix tokens, but it pools 'avg'"):
+    with pytest.raises(DataError, match="only if the head reads the prefix tokens alone, but it pools 'avg'"):
         child.reset_classifier(5, "avg")
     child.reset_classifier(5)
     assert child(images(describe(parent)).float().to(next(child.parameters()).dtype)).shape == (2, 5)

@@ -686,7 +686,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("preset", "told"),
-        [("scale_norms", "a norm over all heads stands between"), ("dynamic", "dynamic_img_size is set")],
+        [("scale_norms", "there is a norm over all heads in between"), ("dynamic", "dynamic_img_size is set")],
     )
     def test_models(self, preset, told):
         with pytest.raises(PlanError, match=told):

@@ -20,7 +20,10 @@ from vitrim.words.steps import Tokens
 __all__ = ["ALIGN", "Array", "Choice", "Ladder", "Rate", "hidden_rate", "ladders_of"]
 
 Choice = Literal["free", "even", "heads"]
-"""``free``: every head has its own width. ``even``: all heads of a block have one width. ``heads``: only whole heads go.
+"""Allowed widths.
+
+``free``: every head has its own width. ``even``: all heads of a block have one width. ``heads``: only whole
+heads are cut.
 
 The last two cut neurons in steps of 8.
 """

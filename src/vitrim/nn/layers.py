@@ -60,7 +60,7 @@ def _name(module: nn.Module) -> str:
 
 def _class(name: str, known: frozenset[str]) -> Any:
     if name not in known:
-        raise SpecError(f"a layer must be one that vitrim knows, but got '{name}'{did_you_mean(name, known)}")
+        raise SpecError(f"a layer must be one that vitrim supports, but got '{name}'{did_you_mean(name, known)}")
     library, _, kind = name.partition(".")
     found = getattr(timm.layers if library == "timm" else nn, kind, None)
     if found is None:

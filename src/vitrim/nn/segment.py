@@ -67,7 +67,7 @@ class Places(NamedTuple):
 
 
 def rounded(grid: tuple[int, int], finer: int) -> tuple[int, int]:
-    """Return the grid, rounded up so that every level of the pyramid has half the rows and columns of the one before."""
+    """Return the grid, rounded up so that each level of the pyramid has half the rows and columns of the one before."""
     step = max(1, 2 ** (LEVELS - 1) // finer)
     rows, columns = (-(-n // step) * step for n in grid)
     return rows, columns

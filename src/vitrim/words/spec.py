@@ -167,7 +167,7 @@ def why_not_only_prefix(block: Block, index: int, stage: Stage) -> str | None:
     if not block.only_prefix or (index == len(stage.blocks) - 1 and stage.prefix):
         return None
     return (
-        "patches can be left behind in the last block of a model with prefix tokens alone, but this is block "
+        "only_prefix is possible only in the last block of a model with prefix tokens, but this is block "
         f"{index} of {len(stage.blocks)} with {stage.prefix} prefix tokens"
     )
 
@@ -179,7 +179,7 @@ def _why_not_step(block: Block) -> str | None:
     if block.only_prefix and block.tokens.after_attention:
         return (
             f"a block that computes only prefix tokens has no patches after its attention, but a '{block.tokens.kind}' "
-            "step acts there; leave one of both out"
+            "step acts there; leave one of the two out"
         )
     if block.tokens.needs_attention and not (isinstance(block.mixer, Attention) and block.mixer.v):
         return "tokens are chosen by the attention of their block, which must keep a head, but it keeps none"

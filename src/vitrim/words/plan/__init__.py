@@ -84,8 +84,8 @@ class BlockPlan(Node):
         widths = [n for n in self.attention(mixer, form, at).v if n]
         if form.mixed_norm is not None:
             raise PlanError(
-                f"{at}.mixer: a convolution must be made of values that go straight to the output projection, but a "
-                "norm over all heads stands between; keep attention here"
+                f"{at}.mixer: a convolution must be made of values that go straight to the output projection, but "
+                "there is a norm over all heads in between; keep attention here"
             )
         if not widths or set(widths) != {conv.width}:
             raise PlanError(

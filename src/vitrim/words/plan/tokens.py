@@ -107,7 +107,7 @@ def why_not_pooled(pool: str, only_prefix: bool) -> str | None:
     """
     if only_prefix and pool != "token":
         return (
-            "patches can be left behind only where the head reads the prefix tokens, but it pools "
+            "only_prefix is possible only if the head reads the prefix tokens alone, but it pools "
             f"'{pool}'; leave only_prefix out, or keep global_pool='token'"
         )
     if pool.startswith(("avg", "max")):

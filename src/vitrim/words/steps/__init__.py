@@ -48,7 +48,7 @@ def why_not_tokens(step: StepBase | None, arriving: Tokens, patches: int) -> str
     """Return why a block with `step` cannot run on the tokens `arriving`; None if it can."""
     if step is not None:
         return step.why_not(arriving, patches)
-    return None if arriving.places is None else "patches that were dropped before must stay away, but all are kept here"
+    return None if arriving.places is None else "patches that were dropped before cannot be kept, but all are kept here"
 
 
 def flow_of(step: StepBase | None, arriving: Tokens, patches: int, only_prefix: bool = False) -> Flow:

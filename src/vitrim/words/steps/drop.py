@@ -45,7 +45,7 @@ class Drop(StepBase):
         if not self.kept and not arriving.prefix:
             return "a model without prefix tokens must keep a patch, but none is left"
         if arriving.places is None and (arriving.grid is None or arriving.patches != patches):
-            return "patches must be dropped before others are merged or chosen, but here they have lost their places"
+            return "patches must be dropped before others are merged or chosen, but here they have no fixed positions"
         return _returning(self.kept, arriving.places)
 
     def why_not_any_size(self) -> str | None:
@@ -90,5 +90,5 @@ class Drop(StepBase):
 def _returning(kept: tuple[int, ...], before: tuple[int, ...] | None) -> str | None:
     missing = set(kept) - set(before) if before is not None else set()
     if missing:
-        return f"patches that were dropped before must stay away, but {sorted(missing)[:8]} are kept here"
+        return f"patches that were dropped before cannot be kept, but {sorted(missing)[:8]} are kept here"
     return None

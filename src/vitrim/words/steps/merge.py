@@ -33,11 +33,11 @@ class Merge(StepBase):
     def why_not(self, arriving: Tokens, patches: int) -> str | None:
         """See `StepBase.why_not`."""
         if arriving.places is not None:
-            return "patches must be merged where all are there, but some were dropped before"
+            return "patches must be merged before others are dropped, but some were dropped before"
         if arriving.constant_sizes:
             return "patches must be merged in one way, but neighbors were merged before with size_bias; set it to false"
         if 2 * self.count > arriving.patches:
-            return f"at most half of the {arriving.patches} patches can be merged, but {self.count} are asked for"
+            return f"at most half of the {arriving.patches} patches can be merged, but {self.count} are requested"
         return None
 
     def flow(self, arriving: Tokens, patches: int) -> Flow:

@@ -51,7 +51,7 @@ class TopK(StepBase):
         if self.weights and len(self.weights) != arriving.patches:
             return f"weights must be given for each of {arriving.patches} patches, but are for {len(self.weights)}"
         if arriving.constant_sizes or arriving.stands_for is not None:
-            return "tokens must be chosen before others are merged, but here they stand for several patches"
+            return "tokens must be chosen before others are merged, but here they represent several patches"
         return None
 
     def why_not_any_size(self) -> str | None:
