@@ -71,22 +71,16 @@ def _timm_name(model: Any) -> str | None:
 
 
 def check_types(model: nn.Module) -> None:
-    """Refuse quantised models by what they are.
+    """Raise if a layer is quantized.
 
     Raises:
-        WeightsError: naming the layer or the parameter.
+        WeightsError: naming the layer.
     """
     for name, module in model.named_modules():
         if ".quantized" in type(module).__module__:
             raise WeightsError(
                 f"{name}: weights must be floating-point numbers, but this layer is quantised "
                 f"({type(module).__module__}); give the model from before the quantisation"
-            )
-    for name, value in model.named_parameters():
-        if not value.is_floating_point() or value.dtype.itemsize < 2:
-            raise WeightsError(
-                f"{name}: weights must be floating-point numbers of 16 bits or more, but are {value.dtype}; give the "
-                "model from before the quantisation"
             )
 
 

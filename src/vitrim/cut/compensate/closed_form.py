@@ -65,8 +65,8 @@ class Moments:
         """
         f, t = wide(features.flatten(0, -2)), wide(targets.flatten(0, -2))
         w = weights.reshape(-1, 1).to(f.dtype)
-        # Products of a batch have the model's type, or float32 if that is shorter. Sums over batches are float64, and on
-        # the CPU because some devices have no float64.
+        # Products of a batch have the model's type, or float32 if that is shorter. Sums over batches are float64, and
+        # on the CPU because some devices have no float64.
         heavy = w * f
         parts = (heavy.sum(0), f.mT @ heavy, (w * t).sum(0), t.mT @ heavy)
         sums = [part.cpu().double() for part in parts]
