@@ -5,6 +5,7 @@ A resolved recipe (`recipe.toml` of a run folder) names every setting, so that i
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,9 +13,10 @@ import tomli_w
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from vitrim import methods
+from vitrim.methods import Method
 from vitrim.train import Train
 from vitrim.words.budget import Budget
-from vitrim.words.errors import RecipeError
+from vitrim.words.errors import RecipeError, RunError
 from vitrim.words.plain import NONE, Node, dump, load, read_toml, write_text
 
 __all__ = ["DataRecipe", "Measure", "ModelRecipe", "Recipe", "merged", "overrides", "read_recipe", "write_recipe"]
@@ -89,7 +91,9 @@ class Recipe(Node):
     Attributes:
         model: the parent.
         data: its images.
-        method: ``name`` and the method's own settings.
+        method: ``name`` and the method's own settings. The name is one that ``vitrim methods`` lists, or the path of a
+            Python file. Of methods that are not vitrim's a resolved recipe also holds ``source``, a digest of the
+            source; a run goes on with that source alone.
         budget: what the child may cost, as text (`vitrim.words.budget.Budget.parse`).
         recover: ``ridge`` compensates what was cut in closed form on the calibration images, before any training,
             whatever the method; ``none`` leaves the weights as they were.
@@ -112,24 +116,78 @@ class Recipe(Node):
     seed: NonNegativeInt = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
-    def resolved(self) -> Self:
-        """The same recipe with every setting of its method written out.
+    def resolved(self, method: Method | None = None) -> Self:
+        """The same recipe with every setting of its method, and the digest of its source where it is not vitrim's.
+
+        Args:
+            method: the method itself, where the caller holds it; it is looked up by its name otherwise.
 
         Raises:
             MethodError: if the method or one of its settings is unknown.
             BudgetError: if the budget is malformed.
+            RunError: if the recipe holds the digest of another source.
         """
-        name = self.method.get("name")
-        if not isinstance(name, str):
-            raise RecipeError(f"method.name: a recipe must name its method, but got {name!r}")
-        settings = {key: value for key, value in self.method.items() if key != "name"}
-        method: Any = methods.get(name, settings)
-        budget = str(Budget.parse(self.budget))
-        return self.model_copy(update={"method": {"name": name, **dump(method)}, "budget": budget})
+        found = methods.origin(self._name()) if method is None else methods.origin_of(method)
+        was = self.method.get("source")
+        if found.source is not None and was not in (None, found.source):
+            raise RunError(_changed("a recipe", self.method, {"name": found.name, "source": found.source}))
+        given: Any = methods.make(found, self._settings(found)) if method is None else method
+        table = {"name": found.name, **dump(given)}
+        if found.source is not None:
+            table["source"] = found.source
+        return self.model_copy(update={"method": table, "budget": str(Budget.parse(self.budget))})
+
+    def resolved_as(self, now: Self, method: Method, folder: Path) -> Self:
+        """The recipe of a run folder, resolved as `now`, which is to go on there.
+
+        Args:
+            now: a resolved recipe.
+            method: its method.
+            folder: for messages.
+
+        Raises:
+            RunError: if the folder's method is not vitrim's and its source was another.
+        """
+        source = self.method.get("source")
+        if source is None:
+            return self.resolved()
+        if source != now.method.get("source"):
+            raise RunError(_changed(f"{folder}: a run", self.method, now.method))
+        # The source is the same, so that its class reads these settings, wherever its file lies now.
+        found = replace(methods.origin_of(method), name=now.method["name"])
+        settings: Any = methods.make(found, self._settings(found))
+        table = {"name": found.name, **dump(settings), "source": source}
+        return self.model_copy(update={"method": table, "budget": str(Budget.parse(self.budget))})
 
     def found_method(self) -> Any:
         """The method that this recipe names."""
-        return methods.get(self.method["name"], {k: v for k, v in self.method.items() if k != "name"})
+        found = methods.origin(self._name())
+        return methods.make(found, self._settings(found))
+
+    def _name(self) -> str:
+        name = self.method.get("name")
+        if not isinstance(name, str):
+            raise RecipeError(f"method.name: a recipe must name its method, but got {name!r}")
+        return name
+
+    def _settings(self, found: methods.Origin) -> dict[str, Any]:
+        """What the table of the method holds besides its name, and the digest of its source."""
+        others = {"name"} if found.source is None else {"name", "source"}
+        return {key: value for key, value in self.method.items() if key not in others}
+
+
+def _changed(what: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    then, today = (f"{table['name']} ({_short(table.get('source'))})" for table in (was, now))
+    return (
+        f"{what} must go on with the method that it began with, {then}, but got {today}; restore that source, or begin "
+        "another run without method.source"
+    )
+
+
+def _short(source: str | None) -> str:
+    """A digest as people compare it: twelve of its digits."""
+    before, colon, digits = (source or "of vitrim").rpartition(":")
+    return f"{before}{colon}{digits[:12]}"
 
 
 def read_recipe(path: Path) -> Recipe:
