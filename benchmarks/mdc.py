@@ -27,7 +27,7 @@ from vitrim.demo import CHILD, PARENT, small_vit, train_parent
 from vitrim.deploy import store
 from vitrim.deploy.parent import open_parent
 from vitrim.families import adopt, describe
-from vitrim.methods._contract import Data
+from vitrim.methods import Data
 from vitrim.train import Distill, Train, evaluate, fit, reference_logits
 from vitrim.words.budget import Budget
 from vitrim.words.costs import cost_of

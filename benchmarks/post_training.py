@@ -47,7 +47,7 @@ from vitrim.data import Images, Input, eval_loader, open_source
 from vitrim.deploy import store
 from vitrim.deploy.parent import open_parent
 from vitrim.families import describe
-from vitrim.methods._contract import Data
+from vitrim.methods import Data
 from vitrim.methods.post_training.budgets import read_off
 from vitrim.methods.post_training.calibration import Calibration, read_calibration, write_calibration
 from vitrim.methods.post_training.sensitivity import Kind, calibrate, logits_of, merging

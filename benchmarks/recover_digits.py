@@ -22,7 +22,7 @@ from vitrim.cut import surgery
 from vitrim.cut.compensate import recovered
 from vitrim.data import Input, eval_loader, split
 from vitrim.demo import PARENT, SEARCH, small_vit, train_parent
-from vitrim.methods._contract import Data
+from vitrim.methods import Data
 from vitrim.train import Train, evaluate
 from vitrim.words.budget import Budget
 from vitrim.words.plain import dump

@@ -34,7 +34,7 @@ from vitrim.cut.surgery import apply, fold
 from vitrim.data import Input, eval_loader, split
 from vitrim.demo import CHILD, PARENT, SEARCH, small_vit, train_parent
 from vitrim.families import describe
-from vitrim.methods._contract import Data, Found
+from vitrim.methods import Data, Found
 from vitrim.train import Distill, Train, evaluate, fit, reference_logits
 from vitrim.words.budget import Budget
 from vitrim.words.costs import cost_of

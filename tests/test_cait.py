@@ -8,7 +8,6 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from tests.conformance.method import digits
 from tests.samples import adopted, apart, images, timm_model, without_data
 from tests.tolerance import EXACT
 from vitrim import families, methods
@@ -23,6 +22,7 @@ from vitrim.methods.cait.masks import Channels, free_axes, merge_plan, ramped
 from vitrim.methods.cait.slots import Rules, allocate, ladders_of, plan_of
 from vitrim.run.pipeline import run
 from vitrim.run.recipe import Recipe, read_recipe
+from vitrim.testing import digits
 from vitrim.train import Start, Train, fit, learning_rate
 from vitrim.train.loop import Loop
 from vitrim.words.budget import SLACK, Budget

@@ -1,9 +1,13 @@
 """What the documentation shows is run, and every page of it is found."""
 
+import hashlib
 import importlib.util
+import os
 import re
+import shlex
+import subprocess
 import sys
-import types
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -11,24 +15,26 @@ import pytest
 import timm
 import torch
 
-from tests.conformance.method import digits
-from vitrim import families
+import vitrim
+from tests.installed import DOCS, install, listings
+from vitrim import cli, families, methods
 from vitrim.cut import surgery
 from vitrim.deploy import push, store
 from vitrim.families import describe
-from vitrim.words.budget import SLACK, Budget
-from vitrim.words.costs import cost_of
-from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.plain import read_toml
+from vitrim.words.plan import BlockPlan, Plan, read_plan
 
-DOCS = Path(__file__).parent.parent / "docs"
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 
 
-def blocks(page: str) -> list[str]:
+def page(name: str) -> str:
+    """The text of a page."""
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def blocks(name: str) -> list[str]:
     """Every block of Python on a page."""
-    return re.findall(
-        r"^```python\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
-    )
+    return re.findall(r"^```python\n(.*?)^```$", page(name), flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -60,24 +66,76 @@ def test_the_loader_page_runs(model, tmp_path, monkeypatch):
     assert names["pixels"].shape == (2, 4, 32, 32)
 
 
-def test_the_method_of_the_page_keeps_its_promises(model, monkeypatch):
-    (code,) = blocks("adding.md")
-    module = types.ModuleType("page_method")
-    monkeypatch.setitem(sys.modules, "page_method", module)
-    exec(compile(code, "adding.md", "exec"), module.__dict__)
-    method, budget, data = module.Method(), Budget.parse("macs=0.7"), digits(model)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    found, again = (method.search(model, data, budget, seed=0) for _ in range(2))
-    assert found.plan == again.plan
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    spec = describe(model)
-    cost = cost_of(describe(surgery.apply(found.parent, found.plan)))
-    assert budget.admits(cost, cost_of(spec))
-    assert budget.spent(cost, cost_of(spec)) >= 1 - SLACK
-    assert method.sentence
-    assert method.needs == "images"
-    other = module.Method(choice="free").search(model, data, budget, seed=0)
-    assert other.plan != found.plan, "a setting reaches the search"
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """A folder outside the package with the files that adding.md shows, which commands run in."""
+    for name, code in listings("adding.md").items():
+        (tmp_path / name).write_text(code, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for module in ("variance", "tinted_vits"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    yield tmp_path
+    for module in ("variance", "tinted_vits"):
+        sys.modules.pop(module, None)
+
+
+def test_the_method_of_the_page_runs_as_a_file(outside, monkeypatch, capsys):
+    (command,) = re.findall(r"^```bash\nvitrim (compress .*)\n```$", page("adding.md"), flags=re.MULTILINE)
+    more = "--set measure.latency=false --set device=cpu --set data.calibration=32 --set model.arguments.img_size=32"
+    monkeypatch.setattr(sys, "argv", ["vitrim", *shlex.split(f"{command} {more}")])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code, capsys.readouterr().err
+    recipe = read_toml(outside / "runs" / "variance" / "recipe.toml")
+    assert recipe["method"]["name"] == "variance.py"
+    assert recipe["method"]["source"] == f"sha256:{hashlib.sha256(Path('variance.py').read_bytes()).hexdigest()}"
+    spec, plan = read_plan(outside / "runs" / "variance" / "plan.json")
+    assert plan.child(spec) == describe(store.load(outside / "runs" / "variance" / "model.safetensors"))
+
+
+def test_the_method_of_the_page_runs_as_an_instance(outside):
+    code = listings("adding.md")["program.py"].replace(
+        'out="runs/instance")',
+        'out="runs/instance", measure={"latency": False}, recipe={"device": "cpu", "data": {"calibration": 32}})',
+    )
+    names: dict[str, object] = {"__name__": "page"}
+    exec(compile(code.replace("num_classes=10", "num_classes=10, img_size=32"), "adding.md", "exec"), names)
+    written = read_toml(outside / "runs" / "instance" / "recipe.toml")["method"]
+    assert (written["name"], written["batch"], written["choice"]) == ("variance.py", 64, "free")
+    assert names["result"].measured["macs_ratio"] <= 0.6
+
+
+def test_the_tests_of_the_page_pass_where_its_package_is_installed(outside, monkeypatch):
+    """As pip would leave it: the modules of the page, and the entry points that its pyproject.toml declares."""
+    project = tomllib.loads(listings("adding.md")["pyproject.toml"])["project"]
+    points = "\n".join(
+        f"[{group}]\n" + "\n".join(f"{name} = {value}" for name, value in entries.items())
+        for group, entries in project["entry-points"].items()
+    )
+    install(outside, project["name"], project["version"], points)
+    source = Path(vitrim.__file__).parents[1]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-W",
+            "error",
+            "-c",
+            "/dev/null",
+            "--rootdir=.",
+        ],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(outside), str(source)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "2 passed" in done.stdout, done.stdout + done.stderr
+    assert methods.origin("variance").where == "vitrim-variance 1.0"
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conformance.method import digits
 from tests.samples import PRESETS, adopted, apart, images, timm_model
 from tests.tolerance import EXACT
 from vitrim import families, methods
@@ -19,6 +18,7 @@ from vitrim.families import adopt, describe
 from vitrim.methods.mdc.decode import Bounds, Frame, natural
 from vitrim.methods.mdc.scores import Settings, greedy, order, score
 from vitrim.methods.mdc.share import Chooser, Shared
+from vitrim.testing import digits
 from vitrim.words.budget import Budget
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import BudgetError, MethodError, RunError

@@ -7,7 +7,6 @@ import pytest
 import timm
 import torch
 
-from tests.conformance.method import digits
 from tests.samples import apart, images, timm_model, without_data
 from vitrim import families, methods
 from vitrim.cut.surgery import apply
@@ -17,6 +16,7 @@ from vitrim.methods.mdc.decode import PRESETS, Bounds, Frame, natural
 from vitrim.methods.mdc.policy import sample
 from vitrim.methods.mdc.share import Chooser
 from vitrim.run.recipe import read_recipe
+from vitrim.testing import digits
 from vitrim.words.budget import SLACK, Budget
 from vitrim.words.costs import cost_of
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.conformance.method import MethodConformance, digits, method_of
 from tests.samples import adopted, images, timm_model
 from tests.tolerance import EXACT
 from vitrim import families, methods
@@ -15,8 +14,8 @@ from vitrim.cut.fill import fill, quantiles
 from vitrim.cut.observe import axes, masked
 from vitrim.families import adopt, describe
 from vitrim.families.vit import example
-from vitrim.methods import magnitude, taylor, vit_slim
-from vitrim.methods._contract import Data
+from vitrim.methods import Data, magnitude, taylor, vit_slim
+from vitrim.testing import check_method, digits, short
 from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError
 
@@ -29,10 +28,8 @@ def small(family):
 
 @pytest.mark.parametrize("family", families.names())
 @pytest.mark.parametrize("name", methods.names())
-class TestEveryMethod(MethodConformance):
-    @pytest.fixture
-    def model(self, family):
-        return small(family)
+def test_every_method_keeps_every_law(name, family):
+    check_method(short(methods.get(name)), models=[small(family)])
 
 
 def test_names_are_files():
@@ -46,7 +43,7 @@ def test_names_are_files():
 @pytest.mark.parametrize("name", [n for n in methods.names() if methods.settings_of(n).needs != "nothing"])
 def test_data_is_asked_for(name):
     with pytest.raises(MethodError, match="no data was given"):
-        method_of(name).search(small("vit"), None, Budget.parse("macs=0.7"), seed=0)
+        short(methods.get(name)).search(small("vit"), None, Budget.parse("macs=0.7"), seed=0)
 
 
 def test_seeds_matter_to_random_alone():
@@ -222,7 +219,7 @@ class TestViTSlim:
         data = digits(model)
         parents = {}
         for export in ("fold", "binarize"):
-            method = method_of("vit_slim").model_copy(update={"export": export, "gate_lr": 0.05})
+            method = short(methods.get("vit_slim")).model_copy(update={"export": export, "gate_lr": 0.05})
             parents[export] = method.search(model, data, Budget.parse("macs=1.0"), seed=0).parent
         folded, bare = (dict(parents[e].named_parameters()) for e in ("fold", "binarize"))
         assert not torch.equal(folded["blocks.0.mlp.fc2.weight"], bare["blocks.0.mlp.fc2.weight"])

@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 
-from tests.conformance.method import digits, method_of
 from tests.samples import PRESETS, adopted, apart, images, timm_model
 from tests.tables import proportional
 from tests.tolerance import EXACT
@@ -21,12 +20,13 @@ from vitrim.cut.compensate.neurons import NeuronCut
 from vitrim.cut.compensate.walk import Walk
 from vitrim.data import eval_loader
 from vitrim.families import adopt, blocks_of, describe
-from vitrim.methods._contract import Data
+from vitrim.methods import Data
 from vitrim.methods.post_training import budgets as _budgets
 from vitrim.methods.post_training.budgets import read_off
 from vitrim.methods.post_training.calibration import Calibration, read_calibration, write_calibration
 from vitrim.methods.post_training.sensitivity import last_exact, merging, needed, schedules
 from vitrim.nn.weights import fingerprint
+from vitrim.testing import digits, short
 from vitrim.words.budget import Budget
 from vitrim.words.costs import block_cost, cost_of
 from vitrim.words.errors import BudgetError, MethodError
@@ -375,7 +375,7 @@ def test_ridge_after_every_other_method(name):
     """Each can be used without training: on the pictures of the fit the output is nearer to the uncut model's."""
     model = adopt(timm_model("vit", "plain", torch.float32))
     data = digits(model)
-    found = method_of(name).search(model, data, Budget.parse("macs=0.6"), seed=0, teacher=model)
+    found = short(methods.get(name)).search(model, data, Budget.parse("macs=0.6"), seed=0, teacher=model)
     x = [pictures for pictures, _ in eval_loader(data.calibration, data.input, batch=16)]
     grafts = recovered(found.parent, found.plan, x)
     bare, kept = (surgery.apply(found.parent, found.plan, grafts=some).eval() for some in ({}, grafts))

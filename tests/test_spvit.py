@@ -9,7 +9,6 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from tests.conformance.method import SHORT, digits
 from tests.samples import PRESETS, adopted, apart, images, timm_model, without_data
 from tests.tolerance import EXACT
 from vitrim import families, methods
@@ -27,6 +26,7 @@ from vitrim.methods.spvit.search import SinglePath, layout, prices
 from vitrim.nn.conv import Conv, mixed_back, mixed_kernel, state_of, votes
 from vitrim.run.pipeline import compress
 from vitrim.run.recipe import Recipe, merged, overrides, read_recipe
+from vitrim.testing import SHORT, digits
 from vitrim.train import parameter_groups
 from vitrim.words.budget import SLACK, Budget
 from vitrim.words.costs import cost_of

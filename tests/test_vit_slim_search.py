@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conformance.method import SHORT, MethodConformance, digits
 from tests.samples import adopted, images
 from tests.test_methods import small
 from vitrim import methods
@@ -16,6 +15,7 @@ from vitrim.cut.shares import consistent, kept_count, largest, share_plan, top, 
 from vitrim.families import describe
 from vitrim.methods import vit_slim
 from vitrim.run.recipe import read_recipe
+from vitrim.testing import SHORT, check_method, digits
 from vitrim.train import Train, fit
 from vitrim.train.optim import parameter_groups
 from vitrim.words.budget import Budget
@@ -46,19 +46,9 @@ def moved(model, seed=0):
 
 
 @pytest.mark.parametrize("family", ["vit", "t2t"])
-class TestJointSearch(MethodConformance):
-    """Channels, neurons and tokens together keep every promise of a method."""
-
-    @pytest.fixture
-    def model(self, family):
-        return small(family)
-
-    @pytest.fixture
-    def name(self):
-        return "vit_slim"
-
-    def found(self, name, model, seed=0):
-        return joint().search(model, digits(model), Budget.parse(self.budget), seed=seed, teacher=model)
+def test_a_joint_search_keeps_every_law_of_a_method(family):
+    """Channels, neurons and tokens together."""
+    check_method(joint(), models=[small(family)])
 
 
 class TestTokenSets:

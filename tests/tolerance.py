@@ -1,7 +1,5 @@
-"""The one tolerance table: largest difference of logits, relative to the largest logit."""
+"""The one tolerance table is `vitrim.testing.tolerance`."""
 
-EXACT = 1e-12
-"""Identities in float64."""
+from vitrim.testing.tolerance import EXACT, SINGLE
 
-SINGLE = 1e-5
-"""Identities in float32."""
+__all__ = ["EXACT", "SINGLE"]

@@ -35,7 +35,8 @@ def compress(
     model: Annotated[str, typer.Argument(help="A timm name, an hf-hub: name, or a file that vitrim stored.")],
     out: Annotated[Path, typer.Option("--out", help="Run folder to write; a stopped run goes on there.")],
     method: Annotated[
-        str | None, typer.Option("--method", help="See `vitrim methods`; taylor, or post_training with --calibration.")
+        str | None,
+        typer.Option("--method", help="A name that `vitrim methods` lists, or a .py file; taylor by default."),
     ] = None,
     budget: Annotated[
         str, typer.Option("--budget", help="macs=0.5, macs=2.3G, params=12M, latency=0.6, or several.")

@@ -52,18 +52,21 @@ def report_(
 
 @app.command("methods")
 def methods_() -> None:
-    """List the methods and their settings."""
+    """List the methods, where they come from, and their settings."""
     from vitrim import methods
+    from vitrim.words.errors import MethodError
 
-    rows = []
-    for name in methods.names():
-        kind: Any = methods.settings_of(name)
-        rows.append([name, kind.needs, kind.sentence, ", ".join(f for f in kind.model_fields)])
     table = Table(box=None, pad_edge=False)
-    for column in ("method", "needs", "what it does", "settings"):
+    for column in ("method", "from", "needs", "what it does", "settings"):
         table.add_column(column)
-    for row in rows:
-        table.add_row(*map(Text, row))
+    for name in methods.names():
+        try:
+            found = methods.origin(name)
+        except MethodError as problem:  # of another author: the others are listed all the same
+            table.add_row(*map(Text, (name, "-", "-", str(problem), "-")))
+            continue
+        kind: Any = found.kind
+        table.add_row(*map(Text, (name, found.where, kind.needs, kind.sentence, ", ".join(kind.model_fields))))
     print_table(table)
 
 

@@ -79,7 +79,7 @@ def search(
 
 
 def _run(recipe: "Recipe", out: Path | None) -> None:
-    from vitrim.methods._contract import Data
+    from vitrim.methods import Data
     from vitrim.run.job import prepare
     from vitrim.words.costs import cost_of
     from vitrim.words.plan import write_plan

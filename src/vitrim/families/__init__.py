@@ -1,14 +1,18 @@
-"""Families of models, one file each. A file in this package is registered as a family automatically.
+"""Families of models: one file each in this package, or modules that installed packages declare.
 
 A family describes a model as a spec, replaces the blocks of a model by vitrim's, and builds an empty model from a spec.
-The other packages use only these functions and do not depend on the set of families.
+The other packages use only these functions and do not depend on the set of families. Families of other authors are
+entry points of the group ``vitrim.families``. They are imported with this package, because they may register models
+with timm.
 """
 
+import contextlib
 import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +22,7 @@ from vitrim.nn import Block, computed, keep_settings, make_block
 from vitrim.nn.modes import random_state_kept
 from vitrim.nn.parity import find_difference
 from vitrim.nn.weights import check_weights
+from vitrim.words.entries import entries
 from vitrim.words.errors import AdoptError, SpecError
 from vitrim.words.plain import did_you_mean
 from vitrim.words.spec import Spec
@@ -36,11 +41,17 @@ __all__ = [
     "is_adopted",
     "name_of",
     "names",
+    "plain",
+    "why_not_a_family",
 ]
 
 
 AROUND = {"segmentor": "_segmentor"}
 """Families around a backbone of another, and their files: a spec may name them, but no model of timm's is one."""
+
+
+GROUP = "vitrim.families"
+"""Group of entry points."""
 
 
 class Family(Protocol):
@@ -73,27 +84,52 @@ class Family(Protocol):
         ...
 
 
+OFFERS = ("TEST_PRESETS", "HOSTS", "example", "describe", "blocks_by_stage", "host", "build")
+"""What a module must have to be a `Family`."""
+
+
 def names() -> list[str]:
-    """Names of all families."""
-    return list(_names())
+    """Names of all families.
 
-
-@functools.cache
-def _names() -> tuple[str, ...]:
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
+    Raises:
+        SpecError: if two distributions give the same name.
+    """
+    return sorted([*_own(), *entries(GROUP, [*_own(), *AROUND], SpecError)])
 
 
 def get(name: str) -> Family:
     """The family called `name`.
 
     Raises:
-        SpecError: if there is none.
+        SpecError: if there is none, or if that of another distribution cannot be imported or lacks something.
     """
+    others = entries(GROUP, [*_own(), *AROUND], SpecError)
+    if name in others:
+        value: Any = others[name].load(SpecError)
+        why = why_not_a_family(value)
+        if why is not None:
+            raise SpecError(f"{others[name].point.value} of {others[name].distribution}: {why}")
+        return value  # type: ignore[no-any-return]
     known = [*names(), *AROUND]
     if name not in known:
         raise SpecError(f"a family must be one of {', '.join(known)}, but got '{name}'{did_you_mean(name, known)}")
     family: Family = importlib.import_module(f"{__name__}.{AROUND.get(name, name)}")
     return family
+
+
+def why_not_a_family(value: Any) -> str | None:
+    """Return why `value` is no family, as a sentence; None if it is one."""
+    if not isinstance(value, ModuleType):
+        return f"a family must be a module, but is {type(value).__name__}; name the module alone"
+    lacking = [name for name in OFFERS if not hasattr(value, name)]
+    if lacking:
+        return f"a family must offer {', '.join(OFFERS)}, but has no {' and no '.join(lacking)}; add it"
+    return None
+
+
+@functools.cache
+def _own() -> tuple[str, ...]:
+    return tuple(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
 def family_of(model: nn.Module) -> Family:
@@ -115,14 +151,25 @@ def name_of(model: nn.Module) -> str | None:
     """The name of the family whose host is nearest to the class of `model`; None if there is none.
 
     The nearest, for one family may host a subclass of what another hosts.
+
+    Raises:
+        SpecError: if two families host the same class.
     """
-    owners = _owners()
+    owners = _owners(tuple(names()))
     return next((owners[kind] for kind in type(model).__mro__ if kind in owners), None)
 
 
 @functools.cache
-def _owners() -> dict[type[nn.Module], str]:
-    return {kind: name for name in [*names(), *AROUND] for kind in get(name).HOSTS}
+def _owners(known: tuple[str, ...]) -> dict[type[nn.Module], str]:
+    owners: dict[type[nn.Module], str] = {}
+    for name in (*known, *AROUND):
+        for kind in get(name).HOSTS:
+            if owners.setdefault(kind, name) != name:
+                raise SpecError(
+                    f"{kind.__name__}: a class must be hosted by one family, but {owners[kind]} and {name} both host "
+                    "it; uninstall one of them, or host a subclass"
+                )
+    return owners
 
 
 def convert(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -245,5 +292,10 @@ def build(spec: Spec) -> nn.Module:
     return family.host(shell.to(place), blocks)
 
 
-for _name in names():
+for _name in _own():
     get(_name)
+# One that is missing something, or two of one name, are refused when a family is asked for: an import must not fail.
+with contextlib.suppress(SpecError):
+    for _name in names():
+        with contextlib.suppress(SpecError):
+            get(_name)

@@ -1,44 +1,46 @@
-"""Methods: one file each, found because the file exists; its name is the method's name in a recipe.
+"""Methods: one file or folder each, found because it exists; its name is the method's name in a recipe.
 
-Files whose names begin with an underscore are helpers of one method or several.
+Methods of other authors are found by entry points of the group ``vitrim.methods``, by the path of a file, or passed as
+an instance. Modules whose names begin with an underscore are shared.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from vitrim.methods._contract import Method
-from vitrim.words.errors import MethodError
-from vitrim.words.plain import Node, did_you_mean, load
+from vitrim.methods._contract import Data, Found, Method
+from vitrim.methods._origin import Origin, make, names, origin, origin_of, why_not_a_method
+from vitrim.methods._scored import ScoreMethod
+from vitrim.words.plain import Node
 
-__all__ = ["get", "names", "settings_of"]
-
-
-def names() -> list[str]:
-    """Names of all methods."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+__all__ = [
+    "Data",
+    "Found",
+    "Method",
+    "Origin",
+    "ScoreMethod",
+    "get",
+    "make",
+    "names",
+    "origin",
+    "origin_of",
+    "settings_of",
+    "why_not_a_method",
+]
 
 
 def settings_of(name: str) -> type[Node]:
-    """The class of the method called `name`; its fields are the settings.
+    """The class of the method called `name`, or of the file at that path; its fields are the settings.
 
     Raises:
         MethodError: if there is none.
     """
-    if name not in names():
-        raise MethodError(
-            f"a method must be one of {', '.join(names())}, but got '{name}'{did_you_mean(name, names())}"
-        )
-    found: type[Node] = importlib.import_module(f"{__name__}.{name}").Method
-    return found
+    return origin(name).kind
 
 
 def get(name: str, settings: Mapping[str, Any] | None = None) -> Method:
-    """The method called `name` with `settings`; what is not given keeps its default.
+    """The method called `name`, or of the file at that path, with `settings`; what is not given keeps its default.
 
     Raises:
         MethodError: if there is no such method or setting.
     """
-    method: Any = load(settings_of(name), dict(settings or {}), MethodError, at=f"method.{name}")
-    return method  # type: ignore[no-any-return]
+    return make(origin(name), dict(settings or {}))

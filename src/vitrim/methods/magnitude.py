@@ -8,58 +8,36 @@ row of values and column of the projection for ``v``, row of the first and colum
 compare, so each kind is ranked by itself (as one list over all blocks).
 """
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from vitrim.cut.fill import Choice, fill, quantiles
-from vitrim.families import blocks_of, describe
-from vitrim.methods._contract import Data, Found
+from vitrim.cut.fill import quantiles
+from vitrim.families import blocks_of
+from vitrim.methods import Data, ScoreMethod
 from vitrim.nn import Axis, Block
-from vitrim.words.budget import Budget
-from vitrim.words.plain import Node
 
 __all__ = ["Method"]
 
 
-class Method(Node):
+class Method(ScoreMethod):
     """Keep channels with large weights.
 
     Attributes:
         choice: which widths are allowed, see `vitrim.cut.fill.Choice`.
     """
 
-    needs: ClassVar[str] = "nothing"
     values: ClassVar[bool] = True
-    timed: ClassVar[bool] = True
     sentence: ClassVar[str] = "keeps channels with large weights on both sides; no data"
 
-    choice: Choice = "even"
-
-    def search(
-        self,
-        model: nn.Module,
-        data: Data | None,
-        budget: Budget,
-        *,
-        seed: int,
-        teacher: nn.Module | None = None,
-        folder: Path | None = None,
-        log: Callable[[Mapping[str, Any]], None] | None = None,
-    ) -> Found:
-        """See `vitrim.methods._contract.Method.search`."""
+    def scores(self, model: nn.Module, data: Data | None, *, seed: int) -> Mapping[str, Tensor]:
+        """Places in the ranking of each kind of channels, see `vitrim.methods.ScoreMethod.scores`."""
         found = {
-            f"{path}.{axis.name}": (axis.name, _score(block, axis))
-            for path, block in blocks_of(model)
-            for axis in block.axes()
+            f"{path}.{axis.name}": _score(block, axis) for path, block in blocks_of(model) for axis in block.axes()
         }
-        scores = {path: score for path, (_, score) in found.items()}
-        kinds = {path: kind for path, (kind, _) in found.items()}
-        plan = fill(describe(model), quantiles(scores, kinds), budget, choice=self.choice, by="score")
-        return Found(plan=plan, parent=model)
+        return quantiles(found, {path: path.rpartition(".")[2] for path in found})
 
 
 @torch.no_grad()

@@ -13,31 +13,27 @@ second-order term is the same mean of squares with labels drawn from the model's
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrim.cut.fill import Choice, fill
 from vitrim.cut.observe import axes, listening
 from vitrim.cut.outputs import as_classes, gives_values, own_loss
 from vitrim.data import eval_loader
 from vitrim.families import describe
-from vitrim.methods._contract import Data, Found
+from vitrim.methods import Data, ScoreMethod
 from vitrim.nn.feed import fed
 from vitrim.nn.modes import evaluating
-from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError
-from vitrim.words.plain import Node
 from vitrim.words.progress import counted, progress
 
 __all__ = ["Method", "taylor_scores"]
 
 
-class Method(Node):
+class Method(ScoreMethod):
     """Keep channels whose absence would raise the loss.
 
     Attributes:
@@ -49,38 +45,22 @@ class Method(Node):
     """
 
     needs: ClassVar[str] = "images"
-    timed: ClassVar[bool] = True
     values: ClassVar[bool] = True
     sentence: ClassVar[str] = (
         "keeps channels whose absence would raise the loss, by one gradient pass over a few hundred images"
     )
+    by: ClassVar[Literal["score", "density"]] = "density"
 
     target: Literal["auto", "labels", "output", "distance"] = "auto"
-    choice: Choice = "even"
     batch: PositiveInt = 32
 
-    def search(
-        self,
-        model: nn.Module,
-        data: Data | None,
-        budget: Budget,
-        *,
-        seed: int,
-        teacher: nn.Module | None = None,
-        folder: Path | None = None,
-        log: Callable[[Mapping[str, Any]], None] | None = None,
-    ) -> Found:
-        """See `vitrim.methods._contract.Method.search`."""
+    def scores(self, model: nn.Module, data: Data | None, *, seed: int) -> Mapping[str, Tensor]:
+        """See `taylor_scores`."""
         if data is None or data.calibration is None:
             raise MethodError("taylor must see images, but no data was given; give data or use magnitude")
         batches = eval_loader(data.calibration, data.input, batch=self.batch)
         with progress("scores", len(batches)) as advance:
-            scores = taylor_scores(model, counted(batches, advance), target=self.target, seed=seed)
-
-        def read(budget: Budget) -> Found:
-            return Found(plan=fill(describe(model), scores, budget, choice=self.choice), parent=model, again=read)
-
-        return read(budget)
+            return taylor_scores(model, counted(batches, advance), target=self.target, seed=seed)
 
 
 def taylor_scores(

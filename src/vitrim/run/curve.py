@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrim import report
-from vitrim.methods._contract import Data
+from vitrim.methods import Data
 from vitrim.methods.post_training.calibration import read_calibration, write_calibration
 from vitrim.run.job import full_disk, prepare
 from vitrim.run.pipeline import Result, run

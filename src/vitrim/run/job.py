@@ -21,7 +21,7 @@ from vitrim.deploy.parent import open_parent, open_teacher
 from vitrim.deploy.runtimes import check_runtimes
 from vitrim.families import AROUND, describe
 from vitrim.families._given import check_class
-from vitrim.methods._contract import Method
+from vitrim.methods import Method
 from vitrim.run.images import FILE, about, check_record, known_order, open_splits
 from vitrim.run.latency_budget import table_for
 from vitrim.run.recipe import ModelRecipe, Recipe
@@ -131,11 +131,16 @@ def _rewind(path: Path, record: Mapping[str, Any]) -> None:
         write_text(path, "".join(kept))
 
 
-def check_folder(folder: Path | None, recipe: Any) -> None:
+def check_folder(folder: Path | None, recipe: Any, method: Method | None = None) -> None:
     """Refuse a run folder that is not new, empty, or of the same recipe (of whatever kind of run).
 
+    Args:
+        folder: where the run is to write.
+        recipe: a resolved recipe.
+        method: its method, if it has one.
+
     Raises:
-        RunError: naming the settings that differ.
+        RunError: naming the settings that differ, or the method, if it is not vitrim's and its source has changed.
     """
     if folder is None or not folder.exists():
         return
@@ -146,7 +151,8 @@ def check_folder(folder: Path | None, recipe: Any) -> None:
         written = read_toml(known)
         if written.get("task") != dump(recipe).get("task"):
             raise RunError(f"{folder}: the folder must be new or hold the same recipe, but holds another kind of run")
-        before = load(type(recipe), written, RecipeError, at=str(known)).resolved()
+        stored = load(type(recipe), written, RecipeError, at=str(known))
+        before = stored.resolved() if method is None else stored.resolved_as(recipe, method, folder)
         if before != recipe:
             raise RunError(
                 f"{folder}: the folder must be new or hold the same recipe, but its recipe differs in "

@@ -21,7 +21,7 @@ from vitrim.measure import Latency, latency
 from vitrim.measure.model import image_of
 from vitrim.measure.parts import machine_of, make_table
 from vitrim.measure.turns import name_of, turns
-from vitrim.methods._contract import Found
+from vitrim.methods import Found
 from vitrim.run.recipe import Measure
 from vitrim.words.budget import Budget
 from vitrim.words.errors import BudgetError, ExportError, VitrimError

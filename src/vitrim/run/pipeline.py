@@ -22,7 +22,7 @@ from vitrim.cut.surgery import apply, fold
 from vitrim.data import eval_loader
 from vitrim.deploy import store
 from vitrim.families import adopt, describe
-from vitrim.methods._contract import Data, Found, Method
+from vitrim.methods import Data, Found, Method
 from vitrim.nn.weights import check_weights, fingerprint
 from vitrim.run.child import judged
 from vitrim.run.images import about, write_record
@@ -68,7 +68,7 @@ def compress(
     model: nn.Module | str,
     data: Any = None,
     *,
-    method: str = "taylor",
+    method: str | Path | Method = "taylor",
     budget: str | Budget = "macs=0.5",
     epochs: float = 0,
     seed: int = 0,
@@ -88,14 +88,14 @@ def compress(
         data: images to search and train on: a source string (``digits``, a folder, a tar, ``torch/cifar10`` …), a
             dataset of (PIL image or ``(3, height, width)`` tensor, label), a loader of batches, or None for methods
             that need none.
-        method: name of a method, see `vitrim methods`.
+        method: name of a method, see `vitrim methods`; the path of a Python file that defines one; or an instance.
         budget: what the child may cost: ``macs=0.5``, ``macs=2.3G``, ``params=12M``, or several joined by commas; or a
             `Budget` of the same bounds, without a table, for a run measures its own.
         epochs: how long to train the child with its parent as teacher; 0 cuts only.
         seed: of everything random.
         test: images to measure on, in the same forms; no search sees them.
         preset: a preset or several that come with the package, laid under all that is said here (`vitrim recipes`).
-        settings: the method's own settings.
+        settings: the method's own settings; an instance has them already.
         recover: ``ridge`` compensates what was cut in closed form, see `vitrim.run.recipe.Recipe`.
         train: further settings of training, see `vitrim.train.Train`.
         measure: how to measure, see `vitrim.run.recipe.Measure`.
@@ -108,22 +108,28 @@ def compress(
     Raises:
         VitrimError: one sentence on what must hold, what came, and the way out.
     """
+    held = None if isinstance(method, str | Path) else method
+    if held is not None and settings:
+        raise RecipeError("settings must be those of the instance, but settings are given too; leave them out")
     sources = [str(source) if isinstance(source, str | Path) else None for source in (data, test)]
     asked = {
         "model": {"name": model if isinstance(model, str) else _portrait(model)},
         "data": {"train": sources[0], "test": sources[1]},
-        "method": {"name": method, **(settings or {})},
+        "method": {"name": str(method), **(settings or {})} if held is None else {},
         "budget": _budget_text(budget),
         "recover": recover,
         "train": {"epochs": epochs, **(train or {})},
         "measure": dict(measure or {}),
         "seed": seed,
     }
+    asked = merged(asked, recipe or {})
+    if held is not None and asked["method"]:
+        raise RecipeError("settings must be those of the instance, but recipe holds a method too; leave it out")
     names = [preset] if isinstance(preset, str) else preset
-    whole = laid_under(merged(asked, recipe or {}), {f"preset {name}": read_preset(name) for name in names})
+    whole = laid_under(asked, {f"preset {name}": read_preset(name) for name in names})
     resolved = load(Recipe, whole, RecipeError, at="compress")
     parent = None if isinstance(model, str) else adopt(model)
-    return _run(resolved, None if out is None else Path(out), parent, (data, test), lambda _: None)
+    return _run(resolved, None if out is None else Path(out), parent, (data, test), lambda _: None, held)
 
 
 def _budget_text(budget: str | Budget) -> str:
@@ -166,12 +172,17 @@ def run(recipe: Recipe, folder: Path, *, say: Callable[[str], None] = lambda _: 
 
 
 def _run(
-    recipe: Recipe, folder: Path | None, parent: nn.Module | None, data: tuple[Any, Any], say: Callable[[str], None]
+    recipe: Recipe,
+    folder: Path | None,
+    parent: nn.Module | None,
+    data: tuple[Any, Any],
+    say: Callable[[str], None],
+    held: Method | None = None,
 ) -> Result:
-    recipe = recipe.resolved()
-    method = recipe.found_method()
+    recipe = recipe.resolved(held)
+    method = recipe.found_method() if held is None else held
     with full_disk(folder):
-        check_folder(folder, recipe)
+        check_folder(folder, recipe, method)
         job = prepare(recipe, method, folder, parent, data, say)
         with leaving_nothing(folder):
             if folder is not None and not job.has("recipe.toml"):

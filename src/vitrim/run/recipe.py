@@ -5,6 +5,7 @@ A resolved recipe (`recipe.toml` of a run folder) names every setting, so that i
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,9 +13,10 @@ import tomli_w
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from vitrim import methods
+from vitrim.methods import Method
 from vitrim.train import Train
 from vitrim.words.budget import Budget
-from vitrim.words.errors import RecipeError, VitrimError
+from vitrim.words.errors import RecipeError, RunError, VitrimError
 from vitrim.words.plain import NONE, Node, dump, load, read_toml, write_text
 
 __all__ = ["DataRecipe", "Measure", "ModelRecipe", "Recipe", "merged", "overrides", "read_recipe", "write_recipe"]
@@ -103,7 +105,9 @@ class Recipe(Node):
     Attributes:
         model: the parent.
         data: its images.
-        method: ``name`` and the method's own settings.
+        method: ``name`` and the method's own settings. The name is one that ``vitrim methods`` lists, or the path of a
+            Python file. Of methods that are not vitrim's a resolved recipe also holds ``source``, a digest of the
+            source; a run goes on with that source alone.
         budget: what the child may cost, as text (`vitrim.words.budget.Budget.parse`).
         recover: ``ridge`` compensates what was cut in closed form on the calibration images, before any training,
             whatever the method; ``none`` leaves the weights as they were.
@@ -140,27 +144,64 @@ class Recipe(Node):
         shared = {name: getattr(method.train, name) for name in getattr(method, "shared", ())}
         return {**asked, "train": {**shared, **asked["train"]}}
 
-    def resolved(self) -> Self:
-        """The same recipe with every setting of its method written out.
+    def resolved(self, method: Method | None = None) -> Self:
+        """The same recipe with every setting of its method, and the digest of its source where it is not vitrim's.
+
+        Args:
+            method: the method itself, where the caller holds it; it is looked up by its name otherwise.
 
         Raises:
             MethodError: if the method or one of its settings is unknown.
             BudgetError: if the budget is malformed.
             RecipeError: if the child is to be trained otherwise than its method needs.
+            RunError: if the recipe holds the digest of another source.
         """
-        method = self.found_method()
-        for name in getattr(method, "shared", ()) if self.train.epochs else ():
-            theirs, mine = getattr(method.train, name), getattr(self.train, name)
+        found = methods.origin(self._name()) if method is None else methods.origin_of(method)
+        was = self.method.get("source")
+        if found.source is not None and was not in (None, found.source):
+            raise RunError(_changed("a recipe", self.method, {"name": found.name, "source": found.source}))
+        given: Any = found_method(self.method) if method is None else method
+        return self._written(given, found.name, found.source)
+
+    def resolved_as(self, now: Self, method: Method, folder: Path) -> Self:
+        """The recipe of a run folder, resolved as `now`, which is to go on there.
+
+        Args:
+            now: a resolved recipe.
+            method: its method.
+            folder: for messages.
+
+        Raises:
+            RunError: if the folder's method is not vitrim's and its source was another.
+        """
+        source = self.method.get("source")
+        if source is None:
+            return self.resolved()
+        if source != now.method.get("source"):
+            raise RunError(_changed(f"{folder}: a run", self.method, now.method))
+        # The source is the same, so that its class reads these settings, wherever its file lies now.
+        found = replace(methods.origin_of(method), name=now.method["name"])
+        return self._written(methods.make(found, _settings(self.method, found)), found.name, source)
+
+    def _written(self, method: Any, name: str, source: str | None) -> Self:
+        """The same recipe with the settings of `method` written out."""
+        given = self.train.model_fields_set
+        shared = {key: getattr(method.train, key) for key in getattr(method, "shared", ())}
+        train = self.train.model_copy(update={key: value for key, value in shared.items() if key not in given})
+        for key, theirs in shared.items() if train.epochs else ():
+            mine = getattr(train, key)
             if theirs != mine:
                 raise RecipeError(
-                    f"train.{name} must be {theirs} as in method.train, for {self.method['name']} trains its child on "
-                    f"in the search's cycle of the learning rate, but is {mine}; leave train.{name} out, or set both"
+                    f"train.{key} must be {theirs} as in method.train, because {name} continues the learning-rate "
+                    f"cycle of its search when it trains the child, but is {mine}; leave train.{key} out, or set both"
                 )
         held = self.data.validation if self.data.validation is not None else getattr(method, "held_out", 0)
+        table = {"name": name, **dump(method)} | ({} if source is None else {"source": source})
         return self.model_copy(
             update={
                 "data": self.data.model_copy(update={"validation": float(held)}),
-                "method": {"name": self.method["name"], **dump(method)},
+                "method": table,
+                "train": train,
                 "budget": str(Budget.parse(self.budget)),
             }
         )
@@ -174,13 +215,41 @@ class Recipe(Node):
         """
         return found_method(self.method)
 
+    def _name(self) -> str:
+        return _name_of(self.method)
+
 
 def found_method(asked: Any) -> Any:
     """The method that a recipe's table `asked` describes by its ``name`` and settings; see `Recipe.found_method`."""
+    found = methods.origin(_name_of(asked))
+    return methods.make(found, _settings(asked, found))
+
+
+def _name_of(asked: Any) -> str:
     name = asked.get("name") if isinstance(asked, Mapping) else None
     if not isinstance(name, str):
         raise RecipeError(f"method.name: a recipe must name its method, but got {name!r}")
-    return methods.get(name, {key: value for key, value in asked.items() if key != "name"})
+    return name
+
+
+def _settings(asked: Mapping[str, Any], found: methods.Origin) -> dict[str, Any]:
+    """The entries of the table of a method besides its name and, if it is not vitrim's, the digest of its source."""
+    others = {"name"} if found.source is None else {"name", "source"}
+    return {key: value for key, value in asked.items() if key not in others}
+
+
+def _changed(what: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    then, today = (f"{table['name']} ({_short(table.get('source'))})" for table in (was, now))
+    return (
+        f"{what} must go on with the method that it began with, {then}, but got {today}; restore that source, or begin "
+        "another run without method.source"
+    )
+
+
+def _short(source: str | None) -> str:
+    """A digest as people compare it: twelve of its digits."""
+    before, colon, digits = (source or "of vitrim").rpartition(":")
+    return f"{before}{colon}{digits[:12]}"
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -41,7 +41,7 @@ from vitrim.cut.shares import remains
 from vitrim.cut.surgery import apply, cut_tensors
 from vitrim.data import Augment
 from vitrim.families import describe
-from vitrim.methods._contract import Data, Found
+from vitrim.methods import Data, Found
 from vitrim.methods.cait.masks import Channels, Merge, free_axes, merge_plan, ramped, thirds
 from vitrim.methods.cait.slots import Rules, allocate, plan_of
 from vitrim.train import RATES, Distill, Fitted, Start, Train, fit, steps_of
@@ -157,7 +157,7 @@ class Method(Node):
         folder: Path | None = None,
         log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Found:
-        """See `vitrim.methods._contract.Method.search`; also the state that training goes on from.
+        """See `vitrim.methods.Method.search`; also the state that training goes on from.
 
         Raises:
             MethodError: if merges are asked for that the model cannot have, or leave the budget unspent.

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from vitrim.data import eval_loader
 from vitrim.families import describe
-from vitrim.methods._contract import Data, Found
+from vitrim.methods import Data, Found
 from vitrim.methods.mdc.bayes import Objective, Proposal, Trial, best_of, search, trials_of
 from vitrim.methods.mdc.decode import PRESETS, Bounds, Frame, Rounding, natural, selection_blocks
 from vitrim.methods.mdc.policy import Array, even
@@ -140,7 +140,7 @@ class Method(Node):
         folder: Path | None = None,
         log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Found:
-        """See `vitrim.methods._contract.Method.search`."""
+        """See `vitrim.methods.Method.search`."""
         if data is None or data.calibration is None:
             raise MethodError("mdc must see images, but no data was given; give data or use magnitude")
         spec, bounds = describe(model), self._bounds(describe(model))

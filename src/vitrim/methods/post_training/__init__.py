@@ -26,7 +26,7 @@ from vitrim.cut.compensate import compensated, importances
 from vitrim.cut.surgery import apply
 from vitrim.data import eval_loader
 from vitrim.families import describe
-from vitrim.methods._contract import Data, Found
+from vitrim.methods import Data, Found
 from vitrim.methods.post_training.budgets import check_reach, read_off
 from vitrim.methods.post_training.calibration import Calibration, read_calibration, write_calibration
 from vitrim.methods.post_training.sensitivity import Kind, calibrate, merging, schedules
@@ -89,7 +89,7 @@ class Method(Node):
         folder: Path | None = None,
         log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Found:
-        """See `vitrim.methods._contract.Method.search`."""
+        """See `vitrim.methods.Method.search`."""
         if data is None or data.calibration is None:
             raise MethodError("post_training must see images, but no data was given; give data or use magnitude")
         spec = describe(model)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from vitrim.data import Augment
 from vitrim.families import describe
-from vitrim.methods._contract import Data, Found
+from vitrim.methods import Data, Found
 from vitrim.methods.spvit import gates
 from vitrim.methods.spvit.planning import as_evaluated, check_reach, decide, grafts, planned, told
 from vitrim.methods.spvit.published import check_budget, published
@@ -134,7 +134,7 @@ class Method(Node):
         folder: Path | None = None,
         log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Found:
-        """See `vitrim.methods._contract.Method.search`.
+        """See `vitrim.methods.Method.search`.
 
         Raises:
             BudgetError: naming the least possible, if the budget is out of reach.

@@ -53,7 +53,7 @@ from vitrim.cut.shares import (
 )
 from vitrim.data import Augment
 from vitrim.families import describe
-from vitrim.methods._contract import Data, Found
+from vitrim.methods import Data, Found
 from vitrim.methods.vit_slim.gates import TokenGated, gate_model, gate_scores, l1_penalty, token_scores
 from vitrim.train import Distill, Train, fit
 from vitrim.words.budget import Budget
@@ -148,7 +148,7 @@ class Method(Node):
         folder: Path | None = None,
         log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Found:
-        """See `vitrim.methods._contract.Method.search`."""
+        """See `vitrim.methods.Method.search`."""
         if data is None or data.train is None:
             raise MethodError("vit_slim must train its gates, but no data was given; give data or use magnitude")
         gated = gate_model(

@@ -1,0 +1,74 @@
+"""Methods that are a score and nothing else: what they share is here, and each file is only its score.
+
+C channels of an axis.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from vitrim.cut.fill import Choice, fill
+from vitrim.families import describe
+from vitrim.methods._contract import Data, Found
+from vitrim.words.budget import Budget
+from vitrim.words.plain import Node
+
+__all__ = ["ScoreMethod"]
+
+
+class ScoreMethod(Node):
+    """Keep the channels with the largest scores: a base class that leaves `scores` to be written.
+
+    Attributes:
+        needs: see `vitrim.methods.Method`.
+        timed: plans are filled by `Budget.cost` alone, so these methods plan by measured times too.
+        sentence: see `vitrim.methods.Method`.
+        by: what is cut first, see `vitrim.cut.fill.fill`: ``score`` where scores are ranks, ``density`` where they add
+            up.
+        choice: which widths are allowed, see `vitrim.cut.fill.Choice`.
+    """
+
+    needs: ClassVar[str] = "nothing"
+    timed: ClassVar[bool] = True
+    sentence: ClassVar[str]
+    by: ClassVar[Literal["score", "density"]] = "score"
+
+    choice: Choice = "even"
+
+    @abstractmethod
+    def scores(self, model: nn.Module, data: Data | None, *, seed: int) -> Mapping[str, Tensor]:
+        """Score every channel of `model`; larger is more valuable.
+
+        Args:
+            model: an adopted model; left as it was, bit for bit.
+            data: images to look at; None where none were given.
+            seed: of everything random.
+
+        Returns:
+            ``(C,)`` by path of an axis, as `vitrim.cut.observe.axes` names them; an axis without scores is not cut.
+
+        Raises:
+            MethodError: if the scores cannot be had, such as without data.
+        """
+
+    def search(
+        self,
+        model: nn.Module,
+        data: Data | None,
+        budget: Budget,
+        *,
+        seed: int,
+        teacher: nn.Module | None = None,
+        folder: Path | None = None,
+        log: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> Found:
+        """See `vitrim.methods.Method.search`; further budgets are read off the same scores."""
+        scores, spec = self.scores(model, data, seed=seed), describe(model)
+
+        def read(budget: Budget) -> Found:
+            return Found(plan=fill(spec, scores, budget, choice=self.choice, by=self.by), parent=model, again=read)
+
+        return read(budget)
