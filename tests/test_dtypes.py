@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import vitrim
-from tests.conformance.method import digits
+from tests.samples import digits
 from tests.test_transfer import write_scenes
 from vitrim import methods
 from vitrim.cut.surgery import apply

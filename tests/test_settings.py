@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 import vitrim
-from tests.conformance.method import SHORT, digits
-from tests.samples import PRESETS, adopted, timm_model, without_data
+from tests.samples import PRESETS, adopted, digits, timm_model, without_data
 from vitrim import methods
 from vitrim.cut.shares import check_shares, kept_count, share_plan
 from vitrim.families import adopt, describe
@@ -32,6 +31,7 @@ from vitrim.run.pipeline import _check_budget
 from vitrim.run.presets import laid_under, preset, remark
 from vitrim.run.recipe import DataRecipe, Measure, ModelRecipe, Recipe, merged, overrides
 from vitrim.run.transfer.recipe import TransferRecipe
+from vitrim.testing import SHORT
 from vitrim.train import DISTILLED, RATES, Distill, Train
 from vitrim.train.optim import learning_rate, optimizer
 from vitrim.words.budget import Budget
