@@ -12,6 +12,7 @@ import pytest
 
 import vitrim
 import vitrim.words.errors
+import vitrim.words.steps
 
 SOURCE = Path(vitrim.__file__).parent
 ROOMS = "words report nn families cut data train measure deploy methods run testing cli demo hub".split()
@@ -132,39 +133,42 @@ def test_a_circle_is_seen():
     assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
 
 
-def step_names() -> set[str]:
-    """Classes of every kind of token step: words and modules."""
-    files = [path for folder in ("words", "nn") for path in (SOURCE / folder / "steps").glob("[!_]*.py")]
-    return {node.name for path in files for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)}
+def step_kinds() -> dict[str, str]:
+    """The field `kind` of every token step, by the name of its file."""
+    return {name: kind.model_fields["kind"].default for name, kind in vitrim.words.steps.kinds().items()}
 
 
-def named(source: str, names: set[str]) -> set[str]:
-    """Which of `names` a source uses as identifiers, in imports, expressions or annotations."""
+def named_steps(source: str) -> set[str]:
+    """Token steps that a source names: it imports one of their two files, or compares a `kind` with theirs."""
+    kinds = step_kinds()
     found = set()
+    for name in imports(source):
+        parts = name.split(".")
+        if parts[1:3] in (["words", "steps"], ["nn", "steps"]):
+            found |= set(parts[3:4]) & set(kinds)
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Name):
-            found.add(node.id)
-        elif isinstance(node, ast.Attribute):
-            found.add(node.attr)
-        elif isinstance(node, ast.alias):
-            found |= set(node.name.split("."))
-    return found & names
+        if isinstance(node, ast.Compare) and "kind" in ast.dump(node.left):
+            found |= {leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant)} & set(kinds.values())
+    return found
 
 
 @pytest.mark.parametrize("module", [module for module in modules() if room_of(module) not in ("methods", "testing")])
 def test_only_its_two_files_and_methods_name_a_step(module: str):
     if ".steps." not in module:
-        assert named(file_of(module).read_text(encoding="utf-8"), step_names()) == set()
+        assert named_steps(file_of(module).read_text(encoding="utf-8")) == set()
 
 
 def test_every_word_of_a_step_has_its_module():
     words, modules_ = ({path.name for path in (SOURCE / a / "steps").glob("[!_]*.py")} for a in ("words", "nn"))
     assert words == modules_
-    assert len(step_names()) == 2 * len(words)
+    assert len(step_kinds()) == len(words)
 
 
 def test_a_named_step_is_seen():
-    assert named("from vitrim.words.steps.drop import Drop\nx = steps.Merge", {"Drop", "Merge"}) == {"Drop", "Merge"}
+    assert named_steps("from vitrim.words.steps.drop import Drop") == {"drop"}
+    assert named_steps("from vitrim.nn.steps import merge") == {"merge"}
+    assert named_steps("if step.kind == 'top_k': pass") == {"top_k"}
+    assert named_steps("from vitrim.words.steps import Step, kinds") == set()
 
 
 def too_long(source: str) -> bool:

@@ -299,7 +299,9 @@ class TestRates:
 
     @pytest.mark.parametrize("name", RATES)
     def test_another_value_is_refused(self, name):
-        told = rf"train.{name} must be .* as in method.train, for cait trains .* but is .*; leave train.{name} out"
+        told = (
+            rf"train.{name} must be .* as in method.train, because cait continues .* but is .*; leave train.{name} out"
+        )
         value = dump(
             Train(lr_batch=8, batch=8, schedule="constant", power=0.5, warmup_epochs=0.25, min_lr=1e-8, lr=0.1)
         )[name]

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+import vitrim.families._plain as plain
 from vitrim.families._given import called, check_methods, check_tensors, check_types, unwrapped, with_own_head
 from vitrim.nn import Block, computed, keep_settings, make_block
 from vitrim.nn.modes import random_state_kept
@@ -155,15 +156,15 @@ def name_of(model: nn.Module) -> str | None:
     Raises:
         SpecError: if two families host the same class.
     """
-    owners = _owners(tuple(names()))
+    owners = _owners(tuple((name, get(name).HOSTS) for name in (*names(), *AROUND)))
     return next((owners[kind] for kind in type(model).__mro__ if kind in owners), None)
 
 
 @functools.cache
-def _owners(known: tuple[str, ...]) -> dict[type[nn.Module], str]:
+def _owners(hosts: tuple[tuple[str, tuple[type[nn.Module], ...]], ...]) -> dict[type[nn.Module], str]:
     owners: dict[type[nn.Module], str] = {}
-    for name in (*known, *AROUND):
-        for kind in get(name).HOSTS:
+    for name, kinds in hosts:
+        for kind in kinds:
             if owners.setdefault(kind, name) != name:
                 raise SpecError(
                     f"{kind.__name__}: a class must be hosted by one family, but {owners[kind]} and {name} both host "

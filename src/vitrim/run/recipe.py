@@ -161,7 +161,7 @@ class Recipe(Node):
         if found.source is not None and was not in (None, found.source):
             raise RunError(_changed("a recipe", self.method, {"name": found.name, "source": found.source}))
         given: Any = found_method(self.method) if method is None else method
-        return self._written(given, found.name, found.source)
+        return self._written(given, found.name, found.source, fill=method is not None)
 
     def resolved_as(self, now: Self, method: Method, folder: Path) -> Self:
         """The recipe of a run folder, resolved as `now`, which is to go on there.
@@ -183,9 +183,17 @@ class Recipe(Node):
         found = replace(methods.origin_of(method), name=now.method["name"])
         return self._written(methods.make(found, _settings(self.method, found)), found.name, source)
 
-    def _written(self, method: Any, name: str, source: str | None) -> Self:
-        """The same recipe with the settings of `method` written out."""
-        given = self.train.model_fields_set
+    def _written(self, method: Any, name: str, source: str | None, fill: bool = False) -> Self:
+        """The same recipe with the settings of `method` written out.
+
+        Args:
+            method: the method.
+            name: its name.
+            source: digest of its source.
+            fill: whether `train` takes what it does not name of the learning-rate cycle from the method; where the
+                recipe names the method, that is done as it is read.
+        """
+        given = self.train.model_fields_set if fill else set(Train.model_fields)
         shared = {key: getattr(method.train, key) for key in getattr(method, "shared", ())}
         train = self.train.model_copy(update={key: value for key, value in shared.items() if key not in given})
         for key, theirs in shared.items() if train.epochs else ():
