@@ -1,6 +1,7 @@
 """Law 16, asking changes nothing: descriptions, costs, files and tables leave random states, flags and models alone."""
 
 import contextlib
+import functools
 import gc
 import random
 import threading
@@ -355,6 +356,50 @@ def test_a_shared_layer_is_no_other_of_its_kind(counting):
         macs.append(describe(model).host)
     assert macs[0].macs == macs[1].macs
     assert macs[0].params == macs[1].params - 110
+
+
+def closing_over(value):
+    return lambda x: x + value
+
+
+def with_default(x, value=nn.Identity()):  # noqa: B008 what is tested
+    return value(x)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.ones(2),
+        torch.ones(2).add,
+        [].append,
+        object(),
+        nn.Linear(2, 2),
+        [nn.Linear(2, 2)],
+        {"layer": nn.Linear(2, 2)},
+        closing_over(3),
+        with_default,
+        functools.partial(closing_over(3)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_attribute_of_another_kind_is_no_known_structure(value, counting):
+    model = timm_model("vit", "plain", torch.float32)
+    vars(model.head)["own"] = value
+    told = [describe(model).host, describe(model).host]
+    assert told[0] == told[1]
+    assert len(counting) == 2
+    assert _parts._KNOWN == {}
+
+
+@pytest.mark.parametrize(
+    "values", [(True, 1), (1, 1.0), (0, None), ("1", 1), ((1,), [1]), (F.gelu, F.relu), (nn.GELU, nn.ReLU)], ids=str
+)
+def test_plain_attributes_tell_structures_apart(values, counting):
+    for value in (*values, *values):
+        model = timm_model("vit", "plain", torch.float32)
+        model.head.own = value
+        describe(model)
+    assert len(counting) == 2
 
 
 def test_what_is_remembered_is_bounded_and_keeps_no_model(counting, monkeypatch):

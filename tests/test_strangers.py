@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -204,7 +205,9 @@ def test_a_file_is_a_method(here, call):  # noqa: F811
     refused(
         call(*asked, "--method", "mine.py", "--set", "method.first=true"), f"run: a run {told}; restore that source"
     )
-    refused(call("run", "run/recipe.toml"), f"a recipe {told}")
+    refused(call("run", "run/recipe.toml"), f"a recipe {told}", "or begin another run with --set method.source=null")
+    assert call("run", "run/recipe.toml", "--set", "method.source=null", "--out", "other")[0] == 0
+    assert read_toml(Path("other/recipe.toml"))["method"]["source"].startswith(f"sha256:{other}")
     refused(call(*asked, "--method", "magnitude"), "run: a run must go on", "but got magnitude (of vitrim)")
     assert read_toml(Path("run/recipe.toml"))["method"] == written
 
@@ -224,6 +227,8 @@ def test_paths_are_taken_from_where_the_command_runs(here, monkeypatch):
     with pytest.raises(MethodError, match=r"mine\.py: a method's file must exist, but .*here/mine\.py does not"):
         methods.get("mine.py")
     monkeypatch.chdir(here / "sub")
+    with pytest.raises(MethodError, match=r"or a \.py file, but got 'mine'; did you mean 'mine\.py'\?"):
+        methods.get("mine")
     assert methods.get("mine.py") == methods.get("../sub/mine.py")
     monkeypatch.setenv("HOME", str(here))
     assert methods.settings_of("~/sub/mine.py") is methods.settings_of("mine.py")
@@ -400,72 +405,77 @@ def test_an_instance_with_other_settings_is_told_apart(here):
 
 
 CELL = """
-from vitrim.methods import ScoreMethod
-
-
-class Noted(ScoreMethod):
-    sentence = None
-
+class Noted:
     def scores(self, model, data, *, seed):
-        names = {"a", "b", "c", "d"}
         return {path: [x for x in (1, 2)] for path in data if path in {"hidden", "qk", "v"}}
+
+    @property
+    def size(self):
+        return (lambda: 3)()
+"""
+
+NOTED = """
+import runpy, sys
+cell = {"__name__": "a_notebook"}
+exec(compile(sys.argv[2], "<cell>", "exec"), cell)
+print(runpy.run_path(sys.argv[1])["digest_of"](cell["Noted"]))
 """
 
 
-def noted(code: str) -> str:
-    """The digest of a class of a notebook, whose module has no file."""
-    cell = {"__name__": "a_notebook"}
-    exec(compile(code.replace("sentence = None", "sentence: 'ClassVar[str]' = 'x'"), "<cell>", "exec"), cell)
-    return digest_of(cell["Noted"])
-
-
-def test_a_class_of_a_notebook_is_known_by_its_code():
-    digest = noted(CELL)
-    assert noted("\n\n\n" + CELL) == digest
-    assert noted(CELL.replace("x in (1, 2)", "x in (1, 3)")) != digest
-    assert noted(CELL.replace('"qk", ', "")) != digest
-    program = "from tests.test_strangers import CELL, noted; print(noted(CELL))"
+def noted(code: str, hashing: str) -> str:
+    """The digest of a class of a notebook, whose module has no file, in a process whose sets have another order."""
     done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONHASHSEED": "1"},  # the order of sets is another
-        cwd=Path(__file__).parents[1],
+        [sys.executable, "-c", NOTED, digest_of.__code__.co_filename, code],
+        env=os.environ | {"PYTHONHASHSEED": hashing},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == digest
+    return done.stdout.strip()
 
 
-def test_an_instance_of_a_program_goes_on_in_another(tmp_path):
-    """A script that defines its method, run twice; the second goes on, and refuses once the script has changed."""
-    code = """
-import timm, torch
+def test_a_class_of_a_notebook_is_known_by_its_code():
+    digest = noted(CELL, "1")
+    assert digest.startswith("sha256:")
+    assert noted("\n\n\n" + CELL, "2") == digest
+    assert noted(CELL.replace("x in (1, 2)", "x in (1, 3)"), "1") != digest
+    assert noted(CELL.replace('"qk", ', ""), "1") != digest
+    assert noted(CELL.replace("lambda: 3", "lambda: 4"), "1") != digest
+
+
+PROGRAM = """
+from typing import ClassVar
+
+import timm
+import torch
+
 import vitrim
-from vitrim.methods import ScoreMethod
+from vitrim import methods
 
-class Mine(ScoreMethod):
-    sentence = "mine"
+
+class Mine(methods.ScoreMethod):
+    sentence: ClassVar[str] = "does as magnitude does"
+
     def scores(self, model, data, *, seed):
-        return vitrim.methods.get("magnitude").scores(model, data, seed=seed)
+        return methods.get("magnitude").scores(model, data, seed=seed)
+
 
 torch.manual_seed(0)
 model = timm.create_model("test_vit", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=10)
 result = vitrim.compress(model, method=Mine(), budget="macs=0.6", measure={"latency": False}, out="run")
-print(result.measured["method"])
-""".replace('sentence = "mine"', 'sentence: "ClassVar[str]" = "mine"')
-    script = tmp_path / "script.py"
-    script.write_text(code, encoding="utf-8")
+"""
 
-    def program():
-        return subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
 
+def test_an_instance_of_a_program_goes_on_in_another(here):
+    """A script that defines its method, run twice: the second goes on, and refuses once the script has changed."""
+    script = here / "script.py"
+    script.write_text(PROGRAM, encoding="utf-8")
     for _ in range(2):
-        done = program()
-        assert (done.returncode, done.stdout) == (0, "(Mine in memory)\n"), done.stderr
-    script.write_text(code + "\n# another\n", encoding="utf-8")
-    done = program()
-    assert "RunError" in done.stderr
-    assert "must go on with the method that it began with, (Mine in memory) (sha256:" in done.stderr
+        result = runpy.run_path("script.py", run_name="__main__")["result"]
+        assert result.measured["method"] == "(Mine in memory)"
+    script.write_text(PROGRAM + "\n# another\n", encoding="utf-8")
+    with pytest.raises(RunError, match=r"that it began with, \(Mine in memory\) \(sha256:\w{12}\), but got \(Mine in"):
+        runpy.run_path("script.py", run_name="__main__")
 
 
 # The helper class.

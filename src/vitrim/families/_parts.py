@@ -222,20 +222,20 @@ def remembered(model: nn.Module, without: Sequence[nn.Module], question: Hashabl
         model: the model; the result may depend only on what `_structure` returns for it.
         without: modules that the result does not depend on.
         question: key of the computation, with everything else that the result depends on, such as the image size.
-        answer: function that computes the result.
+        answer: function that computes the result; never None.
     """
     known = _structure(model, without)
     if known is None:
         return answer()
-    key = (question, known)
-    if key not in _KNOWN:
-        found = answer()
-        if len(_KNOWN) >= _MOST:
-            _KNOWN.clear()
-        _KNOWN[key] = found
-        return found
-    kept: T = _KNOWN[key]
-    return kept
+    # One look-up, for another thread may forget everything in between.
+    kept: T | None = _KNOWN.get((question, known))
+    if kept is not None:
+        return kept
+    found = answer()
+    if len(_KNOWN) >= _MOST:
+        _KNOWN.clear()
+    _KNOWN[question, known] = found
+    return found
 
 
 class _Unclear(Exception):
@@ -298,9 +298,11 @@ def _plainly(value: Any) -> Hashable:
     kind = type(value)
     if value is None or kind in (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device):
         return kind, value
-    if isinstance(value, enum.Enum | type | types.BuiltinFunctionType):
+    if isinstance(value, enum.Enum | type):
         return value
-    if isinstance(value, types.FunctionType) and value.__closure__ is None:
+    if isinstance(value, types.FunctionType) and value.__closure__ is None and value.__defaults__ is None:
+        return value
+    if isinstance(value, types.BuiltinFunctionType) and isinstance(value.__self__, types.ModuleType | None):
         return value
     if kind in (list, tuple, set, frozenset):
         parts = [_plainly(part) for part in value]

@@ -1,7 +1,7 @@
 """What every method promises.
 
-A method looks at a dense model, some data and a budget, and finds a plan. It is a frozen value whose fields are its
-settings; its file's name is its name. `vitrim.methods` finds it because the file exists.
+A method looks at a dense model, some data and a budget, and finds a plan. It is a frozen value, a
+`vitrim.words.plain.Node`, whose fields are its settings.
 """
 
 from collections.abc import Callable, Mapping
@@ -65,18 +65,20 @@ class Method(Protocol):
         needs: ``"nothing"``, ``"images"`` or ``"labels"``; what data `search` cannot do without.
         sentence: what the method does, for ``vitrim methods``.
 
-    What a method may say besides:
+    Further attributes are read where a method has them:
 
-    - ``held_out``: how many training images its search compares candidates on, or what share of them (below 1). Without
-      it `DataRecipe.validation` is 0 where nobody says otherwise.
-    - ``shared``: names of settings of `vitrim.train.Train` that the child's training must have in common with the
-      search's (``train`` of the method), because both share one cycle of the learning rate. What a recipe's ``train``
-      leaves out is then the search's, and another value is refused.
-
-    A method whose search prices specs by `Budget.cost` alone, and so by measured times too, says so with ``timed =
-    True``. For the others a budget of latency is turned into one of macs, see `vitrim.run.latency_budget`. One that
-    makes sense for models whose outputs are no classes (features, a regression's value) says so with ``values = True``;
-    the others are refused for such models.
+    - ``timed = True`` says that the search prices specs by `Budget.cost` alone, and so by measured times too. For the
+      others a budget of latency is turned into one of macs, see `vitrim.run.latency_budget`.
+    - ``asks`` says in place of `needs` what an instance needs, where that depends on its settings.
+    - ``choice`` says which widths are allowed, and a budget that these cannot reach is refused before the search.
+    - ``least_images`` is the least number of images in one part of a training step that its children can take.
+    - ``held_out`` is the number of training images, or their share if below 1, that its search compares candidates on.
+      Without it `DataRecipe.validation` is 0 unless the user sets it.
+    - ``shared`` lists settings of `vitrim.train.Train` that the child's training must have in common with the search's
+      (``train`` of the method), because both share one learning-rate cycle. What a recipe's ``train`` leaves out is
+      then the search's, and another value is refused.
+    - ``values = True`` says that the method makes sense for models whose outputs are not classes (features, a value);
+      the others are refused for such models.
     """
 
     needs: ClassVar[str]

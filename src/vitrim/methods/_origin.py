@@ -95,7 +95,8 @@ def origin(name: str) -> Origin:
         return Origin(name=name, kind=importlib.import_module(f"{_PACKAGE}.{name}").Method, where="vitrim")
     if name not in others:
         known = sorted([*own, *others])
-        raise MethodError(f"a method must be one of {', '.join(known)}, but got '{name}'{did_you_mean(name, known)}")
+        near = f"; did you mean '{name}.py'?" if Path(f"{name}.py").is_file() else did_you_mean(name, known)
+        raise MethodError(f"a method must be one of {', '.join(known)} or a .py file, but got '{name}'{near}")
     return _of_entry(others[name])
 
 

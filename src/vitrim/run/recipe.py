@@ -159,7 +159,8 @@ class Recipe(Node):
         found = methods.origin(self._name()) if method is None else methods.origin_of(method)
         was = self.method.get("source")
         if found.source is not None and was not in (None, found.source):
-            raise RunError(_changed("a recipe", self.method, {"name": found.name, "source": found.source}))
+            way = "begin another run with --set method.source=null and another --out"
+            raise RunError(_changed("a recipe", self.method, {"name": found.name, "source": found.source}, way))
         given: Any = found_method(self.method) if method is None else method
         return self._written(given, found.name, found.source, fill=method is not None)
 
@@ -178,7 +179,7 @@ class Recipe(Node):
         if source is None:
             return self.resolved()
         if source != now.method.get("source"):
-            raise RunError(_changed(f"{folder}: a run", self.method, now.method))
+            raise RunError(_changed(f"{folder}: a run", self.method, now.method, "choose another --out"))
         # The source is the same, so that its class reads these settings, wherever its file lies now.
         found = replace(methods.origin_of(method), name=now.method["name"])
         return self._written(methods.make(found, _settings(self.method, found)), found.name, source)
@@ -246,11 +247,10 @@ def _settings(asked: Mapping[str, Any], found: methods.Origin) -> dict[str, Any]
     return {key: value for key, value in asked.items() if key not in others}
 
 
-def _changed(what: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def _changed(what: str, was: Mapping[str, Any], now: Mapping[str, Any], way: str) -> str:
     then, today = (f"{table['name']} ({_short(table.get('source'))})" for table in (was, now))
     return (
-        f"{what} must go on with the method that it began with, {then}, but got {today}; restore that source, or begin "
-        "another run without method.source"
+        f"{what} must go on with the method that it began with, {then}, but got {today}; restore that source, or {way}"
     )
 
 
