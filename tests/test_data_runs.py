@@ -195,7 +195,7 @@ def test_evaluate_warns_of_chance(tmp_path, call):
     store.save(families.adopt(timm.create_model("test_vit", **TINY)).eval(), tmp_path / "random.safetensors")
     code, _, err = call("evaluate", tmp_path / "random.safetensors", "--data", source)
     assert code == 0
-    assert "warning: the model does not know these images: its top-1 of" in err
+    assert "warning: the model cannot classify these images: its top-1 of" in err
 
 
 def test_two_levels_and_order_are_refused_on_the_command_line(trained, call, tmp_path):
@@ -251,7 +251,7 @@ def test_chance_is_told_from_knowledge():
         ),
         (
             {"top1": 9.0, "top1_parent": 10.0, "agreement": 90.0, "chance": 10.0, "test_images": 400},
-            ["the parent does not know these images: its top-1 of 10.0 % on 400 images is that of chance"],
+            ["the parent cannot classify these images: its top-1 of 10.0 % on 400 images is that of chance"],
         ),
         (
             {"latency_ratio_low": 0.15, "latency_ratio_high": 4.9},
