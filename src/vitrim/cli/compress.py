@@ -94,7 +94,7 @@ def _method(name: str | None, calibration: Path | None) -> dict[str, str]:
 
 
 def _distilled(epochs: float) -> dict[str, Any]:
-    """Return settings of label-free distillation: divergence from the dense output, on images and their mirror images."""
+    """Return label-free distillation settings: divergence from the dense output, on images and their mirror images."""
     if epochs:
         raise RecipeError("training must be bounded by --epochs or by --minutes, but both are given; leave one out")
     from vitrim.train import DISTILLED

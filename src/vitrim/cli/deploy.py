@@ -55,7 +55,7 @@ def export(
     channels: Channels = None,
     set_: Settings = None,
 ) -> None:
-    """Export a model after checking its logits against eager PyTorch, or quantize it to int8 and report its accuracy."""
+    """Export a model and check its logits against eager PyTorch, or quantize it to int8 and report its accuracy."""
     from vitrim.deploy.export import OPSET, check_target
     from vitrim.deploy.export import export as export_model
     from vitrim.deploy.parent import open_parent

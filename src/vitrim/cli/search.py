@@ -54,8 +54,8 @@ def search(
 ) -> None:
     """Search with several processes: each process that runs this command joins the study in the storage.
 
-    The command ends when the study contains all trials. `vitrim compress --method mdc --set method.storage=URL` then cuts
-    the model by the best plan.
+    The command ends when the study contains all trials. `vitrim compress --method mdc --set method.storage=URL` then
+    cuts the model by the best plan.
     """
     from vitrim import methods
     from vitrim.run.recipe import Recipe, merged, overrides

@@ -53,7 +53,7 @@ def seg(
 
 
 def written_by(net: Any, name: str, over: Any) -> tuple[Any, Any]:
-    """Return the recipe that a stored segmentation model was trained with, and its input; `over` may set mean and std."""
+    """Return the recipe that a stored segmentation model was trained with, and its input; `over` sets mean and std."""
     from vitrim.data import Input
     from vitrim.deploy import store
     from vitrim.run.transfer import TransferRecipe
