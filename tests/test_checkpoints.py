@@ -260,7 +260,7 @@ def test_a_head_of_several_layers(opened, refused):
     assert "a classifier must be one linear layer, but head has other layers in this file; --classes 0" in refused(held)
     found, said = opened(held, **TINY, num_classes=0)
     assert found.num_classes == 0
-    assert "left out head, for no classes are asked for" in said
+    assert "left out head, because no classes are asked for" in said
 
 
 # -- training checkpoints
@@ -488,7 +488,7 @@ def test_models_of_other_names_are_named(refused):
         plain, "deit_tiny_distilled_patch16_224", img_size=32
     )
     assert "norm_pre is a layer of CLIP's" in refused(vit(pre_norm=True).state_dict())
-    before = "in the file the norm stands before pooling: --set model.arguments.global_pool=token"
+    before = "in the file the norm is before pooling: --set model.arguments.global_pool=token"
     assert before in refused(vit().state_dict(), **TINY, global_pool="avg")
 
 
@@ -636,7 +636,7 @@ def test_quantised_weights(refused):
         assert f"blocks.0.attn.qkv.weight is {dtype}, so they are quantised" in text
     packed = torch.quantize_per_tensor(torch.randn(5, 32), 0.1, 0, torch.qint8)
     dynamic = state | {"head._packed_params._packed_params": (packed, torch.zeros(5)), "head.scale": torch.tensor(1.0)}
-    assert "head._packed_params._packed_params.0 is quantised to torch.qint8" in refused(dynamic)
+    assert "head._packed_params._packed_params.0 is quantized to torch.qint8" in refused(dynamic)
 
 
 FOREIGN = {

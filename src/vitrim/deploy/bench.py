@@ -1,7 +1,7 @@
 """Compare the speed of models in the common runtimes: one interleaved run, medians with their spread.
 
-The other models are compared with the first one. Every (model, runtime) pair takes its turn in the order A B C C B A, so
-that a slow phase of the machine affects all of them. A ratio is the median over neighboring turns.
+The other models are compared with the first one. Every (model, runtime) pair takes its turn in the order A B C C B A,
+so that a slow phase of the machine affects all of them. A ratio is the median over neighboring turns.
 """
 
 import contextlib

@@ -119,7 +119,7 @@ def _scores(
     wanted: Mapping[str, tuple[int, ...]],
     shown: Callable[[dict[str, Tensor]], Mapping[str, Tensor]],
 ) -> dict[str, int]:
-    """How many names and shapes of what lies behind each prefix are the model's; only prefixes that have any."""
+    """Return, for each prefix with any match, how many names and shapes under it are the model's."""
     votes: collections.Counter[str] = collections.Counter()
     sizes: collections.Counter[str] = collections.Counter()
     for name in held:

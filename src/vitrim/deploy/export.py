@@ -40,13 +40,13 @@ __all__ = [
 ]
 
 KINDS = {".onnx": "onnx", ".pt2": "program"}
-"""Kind of file by the end of its name."""
+"""Kind of file by suffix."""
 
 OPSET = 20
-"""The first that has GELU as one operator."""
+"""The first operator set that has GELU as one operator."""
 
 OLDEST_OPSET = 18
-"""What PyTorch's exporter translates to; older ones would be converted after, without a check of ours."""
+"""The oldest that PyTorch's exporter writes directly; a conversion to an older one would not be checked."""
 
 PARITY = TOLERANCES["export"][torch.float32]
 """Allowed difference of logits, relative to the largest logit."""

@@ -23,10 +23,10 @@ _TRAINING = re.compile(
     r"(mask_token|mask_embed|decoder\w*|projector|projection_head|predictor|prototypes|criterion|\w*loss|queue\w*"
     r"|n_averaged|logit_scale|logit_bias)(\..*)?|(.*\.)?(total_ops|total_params)"
 )
-"""Names of what only training needs: masked autoencoders' decoders, self-supervised heads, counters of tools."""
+"""Names of parts that only training needs: masked autoencoders' decoders, self-supervised heads, counters."""
 
 _HEADS = ("head", "fc", "classifier", "cls", "linear", "heads", "logits", "cls_head", "head_cls")
-"""Last words of names that a classifier has; the first that is there is taken for it where several could be."""
+"""Last parts of classifier names, in order of preference if several layers could be the classifier."""
 
 _NO_HEAD = re.compile(r"proj|loss|criterion|center|queue|prototype|decoder|predict|text|aux")
 
