@@ -646,7 +646,7 @@ FOREIGN = {
     "a TensorFlow model": b"\x08\x01\x12\xff\x01" + bytes(64),
     "an HDF5 file": b"\x89HDF\r\n\x1a\n" + bytes(64),
     "a TensorFlow Lite model": b"\x1c\0\0\0TFL3" + bytes(64),
-    "a page of the web": b"\n<!DOCTYPE html><html><head><title>404</title>",
+    "an HTML page": b"\n<!DOCTYPE html><html><head><title>404</title>",
     "a JSON file": b'{"metadata": {"total_size": 1}, "weight_map": {}}',
     "compressed by gzip": b"\x1f\x8b\x08" + bytes(64),
 }

@@ -243,11 +243,11 @@ def test_chance_is_told_from_knowledge():
         ({"agreement": 11.0, "compared_images": 256}, ["gives its parent's answer on 11.0 % of 256 images only"]),
         (
             {"top1": 40.0, "top1_parent": 92.0, "agreement": 60.0, "chance": 10.0, "test_images": 400},
-            ["top-1 collapses from 92.0 to 40.0 %"],
+            ["top-1 drops from 92.0 to 40.0 %"],
         ),
         (
             {"top1": 11.0, "top1_parent": 92.0, "agreement": 12.0, "chance": 10.0, "test_images": 400},
-            ["the child has lost what its parent knew", "gives its parent's answer"],
+            ["the child has lost its parent's accuracy", "gives its parent's answer"],
         ),
         (
             {"top1": 9.0, "top1_parent": 10.0, "agreement": 90.0, "chance": 10.0, "test_images": 400},
@@ -255,7 +255,7 @@ def test_chance_is_told_from_knowledge():
         ),
         (
             {"latency_ratio_low": 0.15, "latency_ratio_high": 4.9},
-            ["the ratio of times lies anywhere from 0.15 to 4.90"],
+            ["the ratio of times ranges from 0.15 to 4.90"],
         ),
         ({"latency_ratio_low": 0.5, "latency_ratio_high": 0.6}, []),
     ],

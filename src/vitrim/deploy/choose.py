@@ -127,7 +127,7 @@ def _scores(
             sizes[root] += 1
             votes[root] += name.removeprefix(root) in wanted
     most = max(votes.values(), default=0)
-    # Foreign names are no votes, so whatever is large enough is tried too.
+    # Weights under another naming scheme match no names, so every large enough group is converted and tried too.
     tried = [root for root in sizes if (votes[root] and votes[root] >= most / 2) or sizes[root] >= len(wanted) / 2]
     scores = {}
     for root in tried:
