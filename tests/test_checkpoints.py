@@ -261,7 +261,7 @@ def test_a_head_of_several_layers(opened, refused):
     assert "a classifier must be one linear layer, but head has other layers in this file; --classes 0" in refused(held)
     found, said = opened(held, **TINY, num_classes=0)
     assert found.num_classes == 0
-    assert "left out head, for no classes are asked for" in said
+    assert "left out head, because no classes are asked for" in said
 
 
 # -- training checkpoints
@@ -489,7 +489,7 @@ def test_models_of_other_names_are_named(refused):
         plain, "deit_tiny_distilled_patch16_224", img_size=32
     )
     assert "norm_pre is a layer of CLIP's" in refused(vit(pre_norm=True).state_dict())
-    before = "in the file the norm stands before pooling: --set model.arguments.global_pool=token"
+    before = "in the file the norm is before pooling: --set model.arguments.global_pool=token"
     assert before in refused(vit().state_dict(), **TINY, global_pool="avg")
 
 
@@ -717,7 +717,7 @@ def test_quantised_weights(refused):
         assert f"blocks.0.attn.qkv.weight is {dtype}, so they are quantised" in text
     packed = torch.quantize_per_tensor(torch.randn(5, 32), 0.1, 0, torch.qint8)
     dynamic = state | {"head._packed_params._packed_params": (packed, torch.zeros(5)), "head.scale": torch.tensor(1.0)}
-    assert "head._packed_params._packed_params.0 is quantised to torch.qint8" in refused(dynamic)
+    assert "head._packed_params._packed_params.0 is quantized to torch.qint8" in refused(dynamic)
 
 
 FOREIGN = {
@@ -727,7 +727,7 @@ FOREIGN = {
     "a TensorFlow model": b"\x08\x01\x12\xff\x01" + bytes(64),
     "an HDF5 file": b"\x89HDF\r\n\x1a\n" + bytes(64),
     "a TensorFlow Lite model": b"\x1c\0\0\0TFL3" + bytes(64),
-    "a page of the web": b"\n<!DOCTYPE html><html><head><title>404</title>",
+    "an HTML page": b"\n<!DOCTYPE html><html><head><title>404</title>",
     "a JSON file": b'{"metadata": {"total_size": 1}, "weight_map": {}}',
     "compressed by gzip": b"\x1f\x8b\x08" + bytes(64),
 }

@@ -290,7 +290,7 @@ def test_recipes(call):
     refused(call("recipes", "imagnet"), "`vitrim recipes` lists, but got 'imagnet'; did you mean 'imagenet'?")
     refused(call("run", "deit_small_spvt"), "did you mean 'deit_small_spvit'?")
     refused(call("run", "recipes/deit_small_spvit.toml"), "vitrim comes with one, `vitrim run deit_small_spvit`")
-    refused(call("run", "ade20k_fpn_deit_small", "--preset", "imagenet"), "this is a segmentation")
+    refused(call("run", "ade20k_fpn_deit_small", "--preset", "imagenet"), "this is a segmentation recipe")
     listing = "import sys; from vitrim import cli; cli.app(['recipes'], standalone_mode=False)"
     code = f"{listing}; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
@@ -482,7 +482,7 @@ def test_interrupted(problem, call, monkeypatch):
         raise problem
 
     monkeypatch.setattr(methods, "names", stop)
-    refused(call("methods"), "interrupted; the same command goes on from the last checkpoint")
+    refused(call("methods"), "interrupted; the same command continues from the last checkpoint")
 
 
 # As a process.
@@ -534,6 +534,6 @@ def test_ctrl_c_leaves_a_run_that_goes_on(files, tmp_path):
         out, error = running.communicate(timeout=HANGS)
     finally:
         running.kill()
-    refused((running.returncode, out, error), "interrupted; the same command goes on from the last checkpoint")
+    refused((running.returncode, out, error), "interrupted; the same command continues from the last checkpoint")
     assert len(list((tmp_path / "run" / "training").glob("train-*.safetensors"))) == 1
     assert not (tmp_path / "run" / "model.safetensors").exists()

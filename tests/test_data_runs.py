@@ -195,7 +195,7 @@ def test_evaluate_warns_of_chance(tmp_path, call):
     store.save(families.adopt(timm.create_model("test_vit", **TINY)).eval(), tmp_path / "random.safetensors")
     code, _, err = call("evaluate", tmp_path / "random.safetensors", "--data", source)
     assert code == 0
-    assert "warning: the model does not know these images: its top-1 of" in err
+    assert "warning: the model cannot classify these images: its top-1 of" in err
 
 
 def test_two_levels_and_order_are_refused_on_the_command_line(trained, call, tmp_path):
@@ -243,19 +243,19 @@ def test_chance_is_told_from_knowledge():
         ({"agreement": 11.0, "compared_images": 256}, ["gives its parent's answer on 11.0 % of 256 images only"]),
         (
             {"top1": 40.0, "top1_parent": 92.0, "agreement": 60.0, "chance": 10.0, "test_images": 400},
-            ["top-1 collapses from 92.0 to 40.0 %"],
+            ["top-1 drops from 92.0 to 40.0 %"],
         ),
         (
             {"top1": 11.0, "top1_parent": 92.0, "agreement": 12.0, "chance": 10.0, "test_images": 400},
-            ["the child has lost what its parent knew", "gives its parent's answer"],
+            ["the child has lost its parent's accuracy", "gives its parent's answer"],
         ),
         (
             {"top1": 9.0, "top1_parent": 10.0, "agreement": 90.0, "chance": 10.0, "test_images": 400},
-            ["the parent does not know these images: its top-1 of 10.0 % on 400 images is that of chance"],
+            ["the parent cannot classify these images: its top-1 of 10.0 % on 400 images is that of chance"],
         ),
         (
             {"latency_ratio_low": 0.15, "latency_ratio_high": 4.9},
-            ["the ratio of times lies anywhere from 0.15 to 4.90"],
+            ["the ratio of times ranges from 0.15 to 4.90"],
         ),
         ({"latency_ratio_low": 0.5, "latency_ratio_high": 0.6}, []),
     ],

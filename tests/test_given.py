@@ -245,7 +245,7 @@ def tripled(model: Any) -> None:
     ("change", "error", "says"),
     [
         (tripled, AdoptError, "forward: must be timm's, but Tripled has its own"),
-        (hooked, StoreError, "must give the logits of the living one, but they differ"),
+        (hooked, StoreError, "must give the logits of the model in memory, but they differ"),
     ],
 )
 def test_what_could_not_be_stored_is_refused_before_the_search(change, error, says, tmp_path, monkeypatch):

@@ -308,7 +308,7 @@ def test_a_machine_that_leaps_gets_the_slowest_child_that_meets_the_budget():
     model = small_vit()
     found, said = met(model, proportional(describe(model)), lambda t: 0.3 if t < 0.7 else 1.0)
     assert found.ratio == 0.3
-    assert said[-1] == "no plan lies nearer to 0.6 of the time than 0.300, which is faster"
+    assert said[-1] == "no plan is nearer to 0.6 of the time than 0.300, which is faster"
 
 
 def test_a_machine_that_gets_no_faster_is_refused_with_the_best():

@@ -365,5 +365,5 @@ def test_three_processes_share_a_search(tmp_path):
     assert len({(tmp_path / f"{i}.json").read_text() for i in range(3)}) == 1
     with pytest.raises(RunError, match="must be of the same space"):
         cli.app([*command, "--budget", "macs=0.7"], standalone_mode=False)
-    with pytest.raises(MethodError, match="of a method with trials, but taylor has none"):
+    with pytest.raises(MethodError, match="use a method with trials, but taylor has none"):
         cli.app([*command, "--method", "taylor"], standalone_mode=False)

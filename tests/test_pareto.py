@@ -136,7 +136,7 @@ def test_ridge_is_refused_where_there_is_nothing_to_fit_with(call, files, tmp_pa
         "magnitude", "--recover", "ridge", *QUICK[:4],
     )  # fmt: skip
     assert code == 2
-    assert "recover=ridge must see images" in error
+    assert "recover=ridge must have images" in error
     code, _, error = call(
         "compress", *source(files), "--out", tmp_path / "own", "--method", "post_training", "--recover", "ridge", *QUICK
     )

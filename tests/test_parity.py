@@ -56,7 +56,7 @@ def test_a_hook_behind_a_zero_head_is_seen_when_a_model_is_stored(family, preset
         store.save(model, file)
         before = file.read_bytes()
         handle = blocks_in(model)[1].register_forward_hook(folded_over)
-        with pytest.raises(StoreError, match="must give the features of the living one, but they differ by"):
+        with pytest.raises(StoreError, match="must give the features of the model in memory, but they differ by"):
             store.save(model, file)
         handle.remove()
         assert file.read_bytes() == before
@@ -75,7 +75,7 @@ def test_a_hook_on_the_backbone_of_a_segmentor_is_seen(tmp_path):
         model.head.classifier.weight.zero_()
     store.save(model, tmp_path / "m.safetensors")
     blocks_in(model.backbone)[1].register_forward_hook(folded_over)
-    with pytest.raises(StoreError, match="must give the features of the living one"):
+    with pytest.raises(StoreError, match="must give the features of the model in memory"):
         store.save(model, tmp_path / "m.safetensors")
     with pytest.raises(AdoptError, match="features must stay within"):
         adopt(model)

@@ -158,7 +158,7 @@ def test_the_licence_is_timms_or_asked_for(run, tmp_path):
     known = {"name": "vit_tiny_patch16_224", "weights": None, "random_weights": False}
     assert push._licence_of(known, tmp_path) == "apache-2.0"
     for other in ({"weights": "mine.pth"}, {"random_weights": True}, {"name": "mine"}):
-        with pytest.raises(StoreError, match=r"licence of the parent's weights must be known.* give --license"):
+        with pytest.raises(StoreError, match=r"license of the parent's weights must be known.* give --license"):
             push._licence_of({**known, **other}, tmp_path)
     with pytest.raises(StoreError, match="give --license"):
         push.push(run, "owner/small", folder=tmp_path / "out")
@@ -205,7 +205,7 @@ def test_a_provenance_of_ones_own_is_no_recipe(given, tmp_path):
     push.push(tmp_path / "m.safetensors", "owner/small", licence="mit", folder=tmp_path / "out")
     front, _ = described(tmp_path / "out")
     assert front["license"] == "mit"
-    with pytest.raises(StoreError, match=r"licence of the parent's weights must be known.* give --license"):
+    with pytest.raises(StoreError, match=r"license of the parent's weights must be known.* give --license"):
         push.push(tmp_path / "m.safetensors", "owner/small", folder=tmp_path / "two")
 
 

@@ -206,7 +206,7 @@ def test_from_the_command_line(parent, child, tmp_path, monkeypatch, capsys):
     [
         (["x", "--batch", "1,x"], "batch must be whole numbers of at least 1, joined by commas, but got 'x'"),
         (["x", "--runtimes", "eager,cuda"], "a runtime must be one of"),
-        (["x", "x", "--runtimes", "eager"], "models must be given each once"),
+        (["x", "x", "--runtimes", "eager"], "each model must be given once"),
         (["x", "y", "--out", "pyproject.toml/x.json"], "the place must be writable, but is not"),
         (["x", "y", "--out", "tests"], "a file must be named to write to"),
     ],

@@ -1,6 +1,6 @@
-"""vitrim takes a trained Vision Transformer and gives back a smaller, really faster, dense one.
+"""vitrim compresses a trained Vision Transformer into a smaller, faster, dense one.
 
-The front door. Names are fetched on first use, so that ``import vitrim`` does not wait for torch.
+This module is the public interface. Names are imported on first use, so that ``import vitrim`` does not import torch.
 """
 
 import importlib

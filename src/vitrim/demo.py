@@ -1,4 +1,4 @@
-"""The main job on data that ships with a library: ``make demo``.
+"""The demonstration ``make demo``: compress a model, on data that ships with scikit-learn.
 
 Trains a small ViT on scikit-learn's 1,797 handwritten digits, compresses it with ViT-Slim to half its
 multiply-accumulates, trains the child with its parent as teacher, and shows both side by side.
@@ -45,7 +45,7 @@ CHILD = Train(
 
 
 def small_vit(seed: int) -> VisionTransformer:
-    """A ViT for 32 x 32 digits: patch 8, width 96, depth 6, 3 heads, 12 M multiply-accumulates."""
+    """Build a ViT for 32 x 32 digits: patch 8, width 96, depth 6, 3 heads, 12 M multiply-accumulates."""
     torch.manual_seed(seed)
     return VisionTransformer(
         img_size=32, patch_size=8, embed_dim=96, depth=6, num_heads=3, num_classes=10, drop_path_rate=0.05
@@ -55,7 +55,7 @@ def small_vit(seed: int) -> VisionTransformer:
 def train_parent(
     path: Path, seed: int, build: Callable[[int], nn.Module] = small_vit, settings: Train = PARENT
 ) -> nn.Module:
-    """Train the dense model and store it; read it where it lies already."""
+    """Train the dense model and store it, or load it if the file already exists."""
     if path.is_file():
         return store.load(path)
     model = adopt(build(seed))
@@ -68,7 +68,7 @@ def train_parent(
 def recipe(
     parent: Path, budget: str, seed: int, method: str = "vit_slim", search: Train = SEARCH, child: Train = CHILD
 ) -> Recipe:
-    """Compress `parent` to `budget` and train the child; every method gets the same training."""
+    """Return a recipe that compresses `parent` to `budget` and trains the child; all methods get the same training."""
     gates = {"train": dump(search), "attention_l1": 1e-4, "mlp_l1": 2.5e-5, "gate_lr": 0.02}
     return load(
         Recipe,
@@ -87,7 +87,7 @@ def recipe(
 
 
 def demo(out: Path, seed: int = 0, budget: str = "macs=0.5") -> Result:
-    """Carry out the whole demonstration in the folder `out`."""
+    """Run the whole demonstration in the folder `out`."""
     console = Console(stderr=True)
     console.print(f"training a small ViT on digits for {PARENT.epochs:g} epochs", style="dim")
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Import this file, and ``timm.create_model`` opens models that ``vitrim push`` wrote (see `vitrim.deploy.hub`)."""
+"""Importing this module lets ``timm.create_model`` open models that ``vitrim push`` wrote; see `vitrim.deploy.hub`."""
 
 from vitrim.deploy.hub import ARCHITECTURE
 

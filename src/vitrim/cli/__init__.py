@@ -1,7 +1,7 @@
-"""The command line. Exit 0: done. Exit 1: failed, a bug of ours. Exit 2: a wrong request, told in one sentence.
+"""The command line. Exit 0: done. Exit 1: a bug in vitrim. Exit 2: a wrong request, explained in one sentence.
 
-Rooms are imported where they are used: `vitrim explain` answers before torch would have been read. A command stands in
-the file of its kind, and `app` in `shared` knows it.
+Packages are imported inside the commands that use them, so that `vitrim explain` finishes before torch would have been
+imported. Each command is in the file of its kind and is registered with `app` from `shared`.
 """
 
 import sys
@@ -20,7 +20,7 @@ from vitrim.words.errors import VitrimError
 __all__ = ["app", "compress", "curve", "deploy", "look", "main", "measure", "search", "transfer"]
 
 _INTERRUPTED = 130
-"""What typer returns for ctrl-C, the shell's own number for it."""
+"""The exit code that typer returns for ctrl-C, by the convention of shells."""
 
 
 def _version(asked: bool) -> None:
@@ -32,7 +32,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _start(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version this is.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -54,7 +54,7 @@ def main() -> None:
         command = getattr(getattr(problem, "ctx", None), "command_path", "vitrim")
         _fail(f"{problem.format_message().rstrip('.')}; see `{command} --help`")
     if code == _INTERRUPTED:
-        _fail("interrupted; the same command goes on from the last checkpoint")
+        _fail("interrupted; the same command continues from the last checkpoint")
     sys.exit(code)
 
 

@@ -33,29 +33,38 @@ if TYPE_CHECKING:
 @app.command()
 def compress(
     model: Annotated[str, typer.Argument(help="A timm name, an hf-hub: name, or a file that vitrim stored.")],
-    out: Annotated[Path, typer.Option("--out", help="Run folder to write; a stopped run goes on there.")],
+    out: Annotated[Path, typer.Option("--out", help="Run folder to write; a stopped run continues from it.")],
     method: Annotated[
         str | None,
-        typer.Option("--method", help="A name that `vitrim methods` lists, or a .py file; taylor by default."),
+        typer.Option(
+            "--method",
+            help="A name that `vitrim methods` lists, or a .py file. Default: taylor, or post_training with --calibration.",
+        ),
     ] = None,
     budget: Annotated[
         str, typer.Option("--budget", help="macs=0.5, macs=2.3G, params=12M, latency=0.6, or several.")
     ] = "macs=0.5",
     data: Source = None,
-    test: Annotated[str | None, typer.Option("--test", help="Images to measure on; no search sees them.")] = None,
+    test: Annotated[str | None, typer.Option("--test", help="Images to measure on; no search uses them.")] = None,
     weights: Weights = None,
     weights_key: WeightsKey = None,
     random_weights: Random = False,
     image_size: ImageSize = None,
     classes: Classes = None,
     channels: Channels = None,
-    epochs: Annotated[float, typer.Option("--epochs", help="Train the child so long; 0 cuts only.")] = 0,
+    epochs: Annotated[float, typer.Option("--epochs", help="Epochs to train the smaller model; 0 does not train.")] = 0,
     minutes: Annotated[
-        float | None, typer.Option("--minutes", help="Distil the child from its parent so long, without labels.")
+        float | None,
+        typer.Option("--minutes", help="Minutes to distill the smaller model from its parent, without labels."),
     ] = None,
-    recover: Annotated[str, typer.Option("--recover", help="ridge: compensate the cut in closed form.")] = "none",
+    recover: Annotated[
+        str, typer.Option("--recover", help="none, or ridge: compensate for the cut in closed form.")
+    ] = "none",
     calibration: Annotated[
-        Path | None, typer.Option("--calibration", help="A file of `vitrim pareto`; takes method post_training.")
+        Path | None,
+        typer.Option(
+            "--calibration", help="A calibration file that `vitrim pareto` wrote; sets --method post_training."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     preset: Presets = None,
@@ -88,7 +97,7 @@ def _method(name: str | None, calibration: Path | None) -> dict[str, str]:
 
 
 def _distilled(epochs: float) -> dict[str, Any]:
-    """Settings of label-free distillation: divergence from the dense output, on images and their mirror images."""
+    """Return label-free distillation settings: divergence from the dense output, on images and their mirror images."""
     if epochs:
         raise RecipeError("training must be bounded by --epochs or by --minutes, but both are given; leave one out")
     from vitrim.train import DISTILLED
@@ -100,12 +109,15 @@ def _distilled(epochs: float) -> dict[str, Any]:
 def run_(
     recipe: Annotated[Path, typer.Argument(help="A TOML recipe, or the name of one that `vitrim recipes` lists.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Run folder; runs/NAME by default, or the recipe's own.")
+        Path | None,
+        typer.Option(
+            "--out", help="Run folder; by default runs/NAME, or the folder of the recipe if that is a run folder."
+        ),
     ] = None,
     preset: Presets = None,
     set_: Settings = None,
 ) -> None:
-    """Carry out a recipe."""
+    """Run a recipe."""
     from vitrim.run.pipeline import run
     from vitrim.run.recipe import Recipe, merged, overrides
     from vitrim.run.shipped import recipe_file
@@ -117,7 +129,9 @@ def run_(
         from vitrim.run.transfer import TransferRecipe
 
         if preset:
-            raise RecipeError(f"{recipe}: a preset must be laid under a compression, but this is a segmentation")
+            raise RecipeError(
+                f"{recipe}: a preset must be used with a compression recipe, but this is a segmentation recipe"
+            )
         whole = set(written) == set(TransferRecipe.model_fields)
         transferred(merged(written, overrides(set_ or [])), out or _folder(recipe, whole), at=str(recipe))
         return
@@ -126,7 +140,10 @@ def run_(
 
 
 def _folder(recipe: Path, whole: bool) -> Path:
-    """Where a run goes by itself: a run folder's own recipe, which alone names every setting, goes on where it lies."""
+    """Return the default run folder.
+
+    A recipe that contains every setting is a run folder's own, and its run continues in that folder.
+    """
     return recipe.parent if recipe.name == "recipe.toml" and whole else Path("runs") / recipe.stem
 
 

@@ -1,4 +1,4 @@
-"""The command that makes a whole curve of smaller models."""
+"""The command that makes a series of smaller models, one for each budget."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,10 +25,15 @@ from vitrim.cli.shared import (
 def pareto(
     model: Annotated[str, typer.Argument(help="A timm name, an hf-hub: name, or a file that vitrim stored.")],
     data: Annotated[str, typer.Option("--data", help="Images to calibrate on; no labels are needed.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder to write; further budgets are added to what is there.")],
-    test: Annotated[str | None, typer.Option("--test", help="Images to measure on; no calibration sees them.")] = None,
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder to write; further budgets are added to those already in it.")
+    ],
+    test: Annotated[
+        str | None, typer.Option("--test", help="Images to measure on; the calibration does not use them.")
+    ] = None,
     budgets: Annotated[
-        list[str] | None, typer.Option("--budgets", help="What a model may cost, such as macs=0.5; several times.")
+        list[str] | None,
+        typer.Option("--budgets", help="Budget of one model, such as macs=0.5; repeat the option for several."),
     ] = None,
     weights: Weights = None,
     weights_key: WeightsKey = None,
@@ -39,7 +44,7 @@ def pareto(
     seed: Annotated[int, typer.Option("--seed")] = 0,
     set_: Settings = None,
 ) -> None:
-    """Calibrate once, without labels or training, and read off a model for each budget."""
+    """Calibrate once, without labels or training, and cut one model for each budget."""
     from vitrim.report import warnings
     from vitrim.run.curve import BUDGETS
     from vitrim.run.curve import pareto as make
@@ -52,7 +57,9 @@ def pareto(
     }
     found = make(merged(asked, overrides(set_ or [])), out, budgets or BUDGETS, say=say)
     rows = [_row(result.measured) for result in found.results]
-    show_table(f"{model}, read off one calibration", ["budget", "MACs", "top-1", "same answer", "latency", "s"], rows)
+    show_table(
+        f"{model}, one calibration for all budgets", ["budget", "MACs", "top-1", "same answer", "latency", "s"], rows
+    )
     for result in found.results:
         for text in warnings(result.measured):
             warn(f"{result.measured['budget']}: {text}")

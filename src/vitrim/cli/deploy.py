@@ -1,4 +1,4 @@
-"""The commands that take a model elsewhere."""
+"""The commands that export a model or push it to the Hub."""
 
 import sys
 import tempfile
@@ -39,11 +39,14 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="File to write: .onnx, or .pt2 for torch.export.")],
     opset: Annotated[int | None, typer.Option("--opset", help="ONNX operator set; 20 by default.")] = None,
     as_stored: Annotated[
-        bool, typer.Option("--as-stored", help="Keep the layers as they are stored, not in the form models run in.")
+        bool,
+        typer.Option("--as-stored", help="Keep the layers as stored, instead of the form optimized for inference."),
     ] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="Eight bits, by ONNX Runtime's static quantisation.")] = False,
-    data: Annotated[str | None, typer.Option("--data", help="Images that --int8 calibrates on.")] = None,
-    test: Annotated[str | None, typer.Option("--test", help="Images that --int8 is measured on.")] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Quantize to eight bits with ONNX Runtime's static quantization.")
+    ] = False,
+    data: Annotated[str | None, typer.Option("--data", help="Images to calibrate --int8 on.")] = None,
+    test: Annotated[str | None, typer.Option("--test", help="Images to measure the --int8 model on.")] = None,
     weights: Weights = None,
     weights_key: WeightsKey = None,
     random_weights: Random = False,
@@ -52,7 +55,7 @@ def export(
     channels: Channels = None,
     set_: Settings = None,
 ) -> None:
-    """Write a model for another runtime, once its logits there are eager PyTorch's; or in int8, with its accuracy."""
+    """Export a model and check its logits against eager PyTorch, or quantize it to int8 and report its accuracy."""
     from vitrim.deploy.export import OPSET, check_target
     from vitrim.deploy.export import export as export_model
     from vitrim.deploy.parent import open_parent
@@ -96,7 +99,9 @@ def _int8(net: "nn.Module", name: str, out: Path, how: dict[str, Any], asked: di
         ["same answer", "", percent(done.agreement, 2)],
     ]
     show_table(done.path, ["", "float32", "int8"], rows)
-    where = f"{done.test_images} test images" if done.test_images else "the calibration images, which flatters"
+    where = (
+        f"{done.test_images} test images" if done.test_images else "the calibration images, which overstates agreement"
+    )
     say(f"calibrated on {done.calibration_images} images, answers compared on {where}; opset {done.opset}")
     say(f"run by {done.runtime}")
 
@@ -119,7 +124,7 @@ def _int8_of_images(net: "nn.Module", name: str, out: Path, how: dict[str, Any],
 
 
 def _int8_of_scenes(net: "nn.Module", name: str, out: Path, how: dict[str, Any], source: "DataRecipe") -> "Quantized":
-    """Calibrated on crops of training scenes, measured in windows of the file's own size."""
+    """Calibrate on crops of training scenes and measure in windows of the exported image size."""
     from vitrim.data import SceneAugment, SceneLoader
     from vitrim.deploy.quantize import quantize
     from vitrim.run.transfer import score
@@ -150,16 +155,19 @@ def push(
     model: Annotated[str, typer.Argument(help="A run folder, or a file that vitrim stored.")],
     repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face Hub.")],
     licence: Annotated[
-        str | None, typer.Option("--license", help="Of the parent's weights, such as apache-2.0; timm's by default.")
+        str | None,
+        typer.Option(
+            "--license", help="License of the parent's weights, such as apache-2.0; by default the one timm records."
+        ),
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option("--folder", help="Write there what would be pushed, and push nothing.")
+        Path | None, typer.Option("--folder", help="Write the files to this folder instead of pushing them.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the card and push nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the model card and push nothing.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch to push to.")] = None,
 ) -> None:
-    """Push a model to the Hub, with a card written from its run."""
+    """Push a model to the Hugging Face Hub, with a model card written from its run."""
     from vitrim.deploy import push
     from vitrim.deploy.push import CARD
 

@@ -1,4 +1,4 @@
-"""The commands that say what there is."""
+"""The commands that list or report what exists, without measuring anything."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from vitrim.cli.shared import app, print_table, say, show_table
 
 @app.command()
 def explain(plan: Annotated[Path, typer.Argument(help="plan.json of a run folder.")]) -> None:
-    """Say what a plan keeps, block by block, and what that costs."""
+    """Show what a plan keeps in each block, and the cost of the result."""
     from vitrim.report import plan_table
     from vitrim.words.plan import read_plan
 
@@ -26,11 +26,13 @@ def explain(plan: Annotated[Path, typer.Argument(help="plan.json of a run folder
 def report_(
     folders: Annotated[list[Path], typer.Argument(help="Run folders.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="HTML file; Markdown goes to the screen without it.")
+        Path | None, typer.Option("--out", help="HTML file to write; without it, Markdown is printed.")
     ] = None,
-    csv: Annotated[Path | None, typer.Option("--csv", help="CSV file of all that was measured, unrounded.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", help="CSV file to write, with all measurements, unrounded.")
+    ] = None,
 ) -> None:
-    """Report on run folders, as one HTML page, as Markdown or as CSV."""
+    """Report on run folders, as one HTML page, as Markdown, or as CSV."""
     from vitrim import report
     from vitrim.words.errors import RunError
     from vitrim.words.plain import check_place, write_text
@@ -72,7 +74,7 @@ def methods_() -> None:
 
 @app.command("recipes")
 def recipes_(
-    name: Annotated[str | None, typer.Argument(help="Print this one, as TOML.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Recipe or preset to print as TOML.")] = None,
 ) -> None:
     """List the recipes and presets that come with vitrim, or print one of them."""
     from vitrim.run.shipped import Kind, about, names, text_of
@@ -91,9 +93,9 @@ def recipes_(
 @app.command("models")
 def models_(
     pattern: Annotated[str, typer.Argument(help="A timm name or a pattern such as 'deit*'.")] = "*",
-    json_: Annotated[bool, typer.Option("--json", help="One JSON record a line.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON record per line.")] = False,
 ) -> None:
-    """List the timm models that vitrim can cut, with their cost."""
+    """List timm models with their cost, and whether vitrim can cut them."""
     from vitrim.deploy.parent import known_models
 
     rows = []

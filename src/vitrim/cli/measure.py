@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A timm name, an hf-hub: name, or a file that vitrim stored.")],
-    data: Annotated[str, typer.Option("--data", help="Images to measure on; of a divided source, its test split.")],
+    data: Annotated[str, typer.Option("--data", help="Images to measure on; the test split if the source has splits.")],
     weights: Weights = None,
     weights_key: WeightsKey = None,
     random_weights: Random = False,
@@ -40,7 +40,7 @@ def evaluate(
     channels: Channels = None,
     set_: Settings = None,
 ) -> None:
-    """Measure top-1 of a model, or the mean IoU of a segmentor on the scenes of --data."""
+    """Measure the top-1 accuracy of a model, or the mean IoU of a segmentation model on the scenes of --data."""
     import torch
 
     from vitrim import measure
@@ -89,7 +89,7 @@ def evaluate(
     chance = None if found.top1 is None else chance_of(images.labels)
     if (reason := why_at_chance(found.top1, chance, found.count)) is not None:
         warn(
-            f"the model does not know these images: {reason}; check its weights, the numbers of the classes "
+            f"the model cannot classify these images: {reason}; check its weights, the numbers of the classes "
             "(data.class_order, data.class_map) and the normalization (data.mean, data.std)"
         )
 
@@ -99,23 +99,30 @@ def bench(
     models: Annotated[
         list[str], typer.Argument(help="Timm names, hf-hub: names, files that vitrim stored, or ONNX files.")
     ],
-    reference: Annotated[str | None, typer.Option("--reference", help="A model to time in turns with.")] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="A model to compare with, timed in turns with the first.")
+    ] = None,
     runtimes: Annotated[
         str | None,
-        typer.Option("--runtimes", help="eager, compile, cudagraph, onnxruntime, openvino; joined by commas."),
+        typer.Option("--runtimes", help="eager, compile, cudagraph, onnxruntime, openvino; separate with commas."),
     ] = None,
-    batch: Annotated[str, typer.Option("--batch", help="Images of a pass; several joined by commas.")] = "8",
+    batch: Annotated[str, typer.Option("--batch", help="Images per batch; separate several with commas.")] = "8",
     threads: Annotated[int | None, typer.Option("--threads", min=1)] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps.")] = None,
-    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time to spend on each batch.")] = 8.0,
-    memory: Annotated[bool, typer.Option("--memory", help="Peak memory too, each in a process of its own.")] = False,
-    as_stored: Annotated[
-        bool, typer.Option("--as-stored", help="Time models as they are stored, not in the form they run in.")
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, or mps.")] = None,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Seconds to spend on each batch size.")] = 8.0,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Also measure peak memory, each model in its own process.")
     ] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="JSON file to write, with a figure (.svg) beside.")] = None,
+    as_stored: Annotated[
+        bool,
+        typer.Option("--as-stored", help="Time the layers as stored, instead of the form optimized for inference."),
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="JSON file to write, with a figure (.svg) of the same name.")
+    ] = None,
 ) -> None:
-    """Time models in turns, the first being what the others are compared with; timm names get random weights."""
+    """Time models in turns and compare each with the first; models given by timm name get random weights."""
     import torch
 
     from vitrim.run.job import device_of
@@ -197,7 +204,7 @@ def _many(
     if out is not None:
         check_place(out, RunError)
     if len(set(names)) < len(names):
-        raise RecipeError(f"models must be given each once, but got {', '.join(names)}; leave one out")
+        raise RecipeError(f"each model must be given once, but got {', '.join(names)}; leave one out")
     nets = {
         short: Path(name) if name.endswith(".onnx") else open_parent(name, random_weights=not store.is_stored(name))
         for short, name in zip(names_apart(names), names, strict=True)

@@ -1,4 +1,4 @@
-"""The command that lends a process to a search that many share."""
+"""The command that runs one worker process of a shared search."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +37,9 @@ def search(
     ],
     budget: Annotated[str, typer.Option("--budget", help="macs=0.5, macs=2.3G, params=12M, or several.")] = "macs=0.5",
     method: Annotated[str, typer.Option("--method", help="A method that searches by trials.")] = "mdc",
-    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Trials of all processes together.")] = None,
+    trials: Annotated[
+        int | None, typer.Option("--trials", min=1, help="Total number of trials over all processes.")
+    ] = None,
     data: Source = None,
     weights: Weights = None,
     weights_key: WeightsKey = None,
@@ -46,13 +48,14 @@ def search(
     classes: Classes = None,
     channels: Channels = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the best plan here, as plan.json.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the best plan, written as plan.json.")] = None,
     preset: Presets = None,
     set_: Settings = None,
 ) -> None:
-    """Search with as many processes as you like: each one that runs this joins the study in the storage.
+    """Search with several processes: each process that runs this command joins the study in the storage.
 
-    Ends when the study holds all trials. `vitrim compress --method mdc --set method.storage=URL` then cuts the best.
+    The command ends when the study contains all trials. `vitrim compress --method mdc --set method.storage=URL` then
+    cuts the model by the best plan.
     """
     from vitrim import methods
     from vitrim.run.recipe import Recipe, merged, overrides
@@ -73,7 +76,7 @@ def search(
     asked = merged(asked, overrides(set_ or []))
     name = asked.get("method", {}).get("name")
     if isinstance(name, str) and "storage" not in methods.settings_of(name).model_fields:
-        raise MethodError(f"a shared search must be of a method with trials, but {name} has none; take mdc")
+        raise MethodError(f"a shared search must use a method with trials, but {name} has none; use mdc")
     recipe = read(Recipe, laid(merged(asked, {"method": shared}), preset)).resolved()
     _run(recipe, out)
 
@@ -87,7 +90,7 @@ def _run(recipe: "Recipe", out: Path | None) -> None:
     method = recipe.found_method()
     job = prepare(recipe, method, None, None, (recipe.data.train, None), say)
     if job.splits is None:
-        raise RecipeError("a search must see images, but there are none; give --data SRC")
+        raise RecipeError("a search must have images, but there are none; give --data SRC")
     parts = job.splits
     images = Data(train=parts.train, calibration=parts.calibration, validation=parts.validation, input=job.input)
     say(f"joining the search in {recipe.method['storage']}")

@@ -1,4 +1,4 @@
-"""What all commands share: the app, options that return, and how tables and remarks are printed."""
+"""Code that all commands share: the app, common options, and the printing of tables and messages."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -32,7 +32,7 @@ __all__ = [
 
 app = typer.Typer(
     name="vitrim",
-    help="Takes a trained Vision Transformer and gives back a smaller, really faster, dense one.",
+    help="Compress a trained Vision Transformer into a smaller, faster, dense one.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -42,23 +42,28 @@ Weights = Annotated[
     str | None, typer.Option("--weights", help="Weights file for a timm name (safetensors or PyTorch).")
 ]
 WeightsKey = Annotated[
-    str | None, typer.Option("--weights-key", help="Which of several state dicts in the file, such as model_ema.")
+    str | None, typer.Option("--weights-key", help="The state dict to use if the file has several, such as model_ema.")
 ]
 ImageSize = Annotated[
-    str | None, typer.Option("--image-size", help="Pixels, as in 256 or 224x320; positions are resampled for it.")
+    str | None,
+    typer.Option(
+        "--image-size", help="Image size in pixels, such as 256 or 224x320; position embeddings are resampled."
+    ),
 ]
-Classes = Annotated[int | None, typer.Option("--classes", min=0, help="Classes of the head; 0 opens features.")]
+Classes = Annotated[int | None, typer.Option("--classes", min=0, help="Number of classes; 0 removes the head.")]
 Channels = Annotated[int | None, typer.Option("--channels", min=1, help="Channels of an image.")]
-Random = Annotated[bool, typer.Option("--random-weights", help="Leave a timm model's weights random.")]
+Random = Annotated[bool, typer.Option("--random-weights", help="Use random weights for a timm model.")]
 Source = Annotated[
     str | None,
     typer.Option(
-        "--data", help="digits, a folder, a tar, torch/NAME, hfds/NAME or wds/FOLDER; :SPLIT names a split of it."
+        "--data", help="digits, a folder, a tar, torch/NAME, hfds/NAME or wds/FOLDER; add :SPLIT for one split."
     ),
 ]
 Presets = Annotated[
     list[str] | None,
-    typer.Option("--preset", metavar="NAME", help="imagenet or finetune, see `vitrim recipes`; your own settings win."),
+    typer.Option(
+        "--preset", metavar="NAME", help="imagenet or finetune, see `vitrim recipes`; other options override it."
+    ),
 ]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting of a recipe.")]
 
@@ -72,10 +77,10 @@ def model_table(
     classes: int | None = None,
     channels: int | None = None,
 ) -> dict[str, Any]:
-    """Make the table ``model`` of a recipe from the options of a command.
+    """Build the table ``model`` of a recipe from the options of a command.
 
     Raises:
-        RecipeError: if the image size is neither a number nor two with an x between.
+        RecipeError: if the image size is neither one number nor two numbers joined by an x.
     """
     sides = [] if image_size is None else image_size.lower().split("x")
     if len(sides) > 2 or not all(side.strip().isdecimal() and int(side) for side in sides):
@@ -94,12 +99,12 @@ def model_table(
 
 
 def say(text: str) -> None:
-    """Remark on what happens, beside the results."""
+    """Print a progress message to stderr."""
     Console(stderr=True, soft_wrap=True).print(Text(text, style="dim"))
 
 
 def warn(text: str) -> None:
-    """Say loudly, beside the results, what should not be overlooked."""
+    """Print a highlighted warning to stderr."""
     Console(stderr=True, soft_wrap=True).print(Text(f"warning: {text}", style="bold yellow"))
 
 
@@ -116,14 +121,14 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 def print_table(table: Table) -> None:
     """Print a table."""
     console = Console()
-    # A file or pipe has no width, and what reads it wants rows whole.
+    # A file or pipe has no width, and programs that read it need unbroken rows.
     (console if console.is_terminal else Console(width=10_000)).print(table)
 
 
 def laid(
     asked: Mapping[str, Any], names: Sequence[str] | None, more: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """`asked` on top of the presets called `names` and of `more`, see `vitrim.run.presets.laid_under`."""
+    """Return `asked` merged over the presets called `names` and over `more`; see `vitrim.run.presets.laid_under`."""
     from vitrim.run.presets import laid_under, preset, remark
 
     presets = {**(more or {}), **{f"preset {name}": preset(name) for name in names or []}}
@@ -134,7 +139,7 @@ def laid(
 
 
 def read(kind: Any, data: Any, at: str = "recipe") -> Any:
-    """Read a node from what was asked; see `vitrim.words.plain.load`."""
+    """Build a node from plain values; see `vitrim.words.plain.load`."""
     from vitrim.words.plain import load
 
     return load(kind, data, RecipeError, at=at)

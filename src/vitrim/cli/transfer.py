@@ -1,4 +1,4 @@
-"""The commands that take a model to another task."""
+"""The commands that fine-tune a model for another task."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,27 +9,32 @@ from vitrim.cli.shared import Random, Settings, Weights, WeightsKey, app, model_
 
 __all__ = ["scored", "seg", "transferred"]
 
-tasks = typer.Typer(help="Take a dense or compressed model to another task.", no_args_is_help=True)
+tasks = typer.Typer(help="Fine-tune a dense or compressed model for another task.", no_args_is_help=True)
 app.add_typer(tasks, name="transfer")
 
 
 @tasks.command()
 def seg(
-    backbone: Annotated[str, typer.Option("--backbone", help="A timm name, an hf-hub: name, or a file stored here.")],
+    backbone: Annotated[
+        str, typer.Option("--backbone", help="A timm name, an hf-hub: name, or a file that vitrim stored.")
+    ],
     data: Annotated[str, typer.Option("--data", help="Folder or tar of images/, masks/ and classes.txt.")],
-    out: Annotated[Path, typer.Option("--out", help="Run folder to write; a stopped run goes on there.")],
+    out: Annotated[Path, typer.Option("--out", help="Run folder to write; a stopped run continues from it.")],
     head: Annotated[str, typer.Option("--head", help="fpn or linear.")] = "fpn",
-    test: Annotated[str | None, typer.Option("--test", help="Scenes to measure on; those of --data otherwise.")] = None,
+    test: Annotated[
+        str | None, typer.Option("--test", help="Scenes to measure on; by default those of --data.")
+    ] = None,
     ignore: Annotated[
-        list[str] | None, typer.Option("--ignore", help="A class of classes.txt that does not count; repeatable.")
+        list[str] | None, typer.Option("--ignore", help="A class of classes.txt to leave out of the score; repeatable.")
     ] = None,
     size: Annotated[
-        str | None, typer.Option("--size", help="Height x width of crops, as in 512x512; the model's own by default.")
+        str | None,
+        typer.Option("--size", help="Height x width of crops, such as 512x512; by default the model's image size."),
     ] = None,
     weights: Weights = None,
     weights_key: WeightsKey = None,
     random_weights: Random = False,
-    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the scenes; 20 by default.")] = None,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="Epochs over the scenes; 20 by default.")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     set_: Settings = None,
 ) -> None:
@@ -48,7 +53,7 @@ def seg(
 
 
 def written_by(net: Any, name: str, over: Any) -> tuple[Any, Any]:
-    """The recipe that a stored segmentor was trained by, and what it takes; `over` may change mean and std."""
+    """Return the recipe that a stored segmentation model was trained with, and its input; `over` sets mean and std."""
     from vitrim.data import Input
     from vitrim.deploy import store
     from vitrim.run.transfer import TransferRecipe
@@ -59,7 +64,7 @@ def written_by(net: Any, name: str, over: Any) -> tuple[Any, Any]:
 
 
 def scenes_of(source: str, recipe: Any, split: str | None = None) -> Any:
-    """Scenes as a recipe counts their classes; the split that it tests on if none is named."""
+    """Return scenes with the classes of a recipe; the recipe's test split if `split` is None."""
     from vitrim.data import open_scenes, scene_splits
 
     wanted = (split or recipe.data.split) if scene_splits(source) else None
@@ -67,7 +72,7 @@ def scenes_of(source: str, recipe: Any, split: str | None = None) -> Any:
 
 
 def scored(net: Any, name: str, data: str, over: Any) -> None:
-    """Measure a stored segmentor as its recipe says, and show every class."""
+    """Measure a stored segmentation model with its recipe's settings, and print a row for each class."""
     import torch
 
     from vitrim.report import class_table
@@ -88,7 +93,7 @@ def _size(text: str | None) -> list[str] | None:
 
 
 def transferred(asked: dict[str, Any], out: Path, at: str = "recipe") -> None:
-    """Carry out a transfer recipe given as plain values, and show what came of it."""
+    """Run a transfer recipe given as plain values, and print the result."""
     from vitrim.report import class_table, segmented
     from vitrim.run.transfer import TransferRecipe, transfer
 

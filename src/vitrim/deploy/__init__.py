@@ -1,4 +1,4 @@
-"""Stored models, and the forms they run in, here and elsewhere."""
+"""Store, open, export, quantize, time and publish models."""
 
 from vitrim.cut.optimized import optimized
 

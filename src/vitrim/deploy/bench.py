@@ -1,7 +1,7 @@
-"""Models against models, in the runtimes that people deploy: one interleaved run, medians with their spread.
+"""Compare the speed of models in the common runtimes: one interleaved run, medians with their spread.
 
-The first model is what the others are compared with. Every (model, runtime) takes its turn in the order A B C C B A, so
-that what the machine does to one it does to all, and a ratio is the median over neighbouring turns.
+The other models are compared with the first one. Every (model, runtime) pair takes its turn in the order A B C C B A,
+so that a slow phase of the machine affects all of them. A ratio is the median over neighboring turns.
 """
 
 import contextlib
@@ -31,10 +31,11 @@ __all__ = ["Bench", "Timed", "bench", "write"]
 class Timed(Node):
     """One model in one runtime at one batch.
 
-    Times are seconds of a batch: the median, with the 10th and 90th percentile as `_low` and `_high`. `ratio` is the
-    median of (this / the first model in the same runtime) over neighbouring turns, and None where the first model does
-    not run there; `against_first` the same against the first line of all. `bytes` lie on disk, `peak_bytes` is what a
-    process grows by. `apart` is the largest difference of a logit from eager's, relative to the largest logit.
+    Times are seconds per batch: the median, with the 10th and 90th percentile as `_low` and `_high`. `ratio` is the
+    median of (this / the first model in the same runtime) over neighboring turns, or None if the first model does not
+    run in that runtime. `against_first` is the same ratio to the first line of all. `bytes` is the size on disk,
+    `peak_bytes` the memory that the process grows by. `apart` is the largest difference of a logit from the eager
+    model's, relative to the largest logit.
     """
 
     model: str
@@ -56,10 +57,10 @@ class Timed(Node):
 
 
 class Bench(Node):
-    """What was measured, and on what; `runs` samples were taken of each line at the least.
+    """The measurements and the machine they were made on; `runs` is the least number of samples of a line.
 
-    `as_stored` says whether the models ran as they are stored, not in the form of `vitrim.deploy.optimized`; records
-    that do not say are of models as stored.
+    `as_stored` is True if the models ran as they are stored, not in the form of `vitrim.deploy.optimized`. Records
+    without this field are of models as stored.
     """
 
     lines: tuple[Timed, ...]
@@ -95,7 +96,7 @@ class _Entry:
         return file
 
     def file(self, runtime: str) -> Path:
-        """What a process of its own opens."""
+        """Return the file that a separate process opens to run this model in `runtime`."""
         if runtime != "eager":
             return self.onnx()
         assert isinstance(self.model, nn.Module)
@@ -120,19 +121,20 @@ def bench(
     """Time models in runtimes, all in turns.
 
     Args:
-        models: by name, adopted models (left as they were) or ONNX files; the first is what the others are compared
-            with. A file runs in ``onnxruntime`` and ``openvino`` alone.
+        models: by name, adopted models (not modified) or ONNX files; the others are compared with the first. A file
+            runs only in ``onnxruntime`` and ``openvino``.
         runtimes: of `vitrim.deploy.runtimes.RUNTIMES`.
-        batches: images of a pass, each at least 1; each batch is a run of turns of its own.
-        threads: CPU threads; the process's setting where not given.
-        dtype: floating-point type; ``onnxruntime`` and ``openvino`` take float32 alone.
+        batches: batch sizes, each at least 1; each is timed in its own series of turns.
+        threads: CPU threads; the process's setting if not given.
+        dtype: floating-point type; ``onnxruntime`` and ``openvino`` accept only float32.
         device: where eager and compiled models run; ``onnxruntime`` and ``openvino`` run on the CPU.
-        seconds: time to spend on each batch, above 0; `runs` samples of each line are taken even if they take longer.
-        runs: least samples of each line, at least 2.
-        memory: whether to measure the peak memory too, of each line in a process of its own; eager models are in it as
-            they are stored.
+        seconds: time to spend on each batch size, above 0; `runs` samples of each line are taken even if they take
+            longer.
+        runs: least number of samples of each line, at least 2.
+        memory: whether to measure peak memory too, each line in its own process; eager models are measured as they are
+            stored.
         as_stored: whether models run as they are stored, not in the form of `vitrim.deploy.optimized`.
-        say: receives a line about what goes on.
+        say: called with a line of text at each stage.
 
     Raises:
         ExportError: if a runtime is unknown, not installed, or does not give eager's logits.
@@ -177,7 +179,7 @@ def bench(
 
 
 def write(found: Bench, path: Path) -> None:
-    """Write what was measured as JSON, and its figure as SVG beside it.
+    """Write the measurements as JSON, and their figure as an SVG file of the same name.
 
     Raises:
         RunError: if the place cannot be written to.
@@ -204,7 +206,7 @@ def _entries(models: Mapping[str, nn.Module | Path], as_stored: bool) -> Iterato
 
 
 def _image_in(file: Path) -> tuple[int, int, int]:
-    """Channels, height and width that an ONNX file takes."""
+    """Return the channels, height and width of the images that an ONNX file takes."""
     import onnx
 
     try:

@@ -1,6 +1,6 @@
-"""Read every tensor of a weights file, and say what a file is that holds none.
+"""Read every tensor of a weights file, and explain what a file is if it contains no weights.
 
-Nothing in a file is run: PyTorch files are read with ``weights_only=True`` and the types of `_harmless`, no others.
+No code in a file is run: PyTorch files are read with ``weights_only=True`` and only the extra types of `_harmless`.
 """
 
 import argparse
@@ -32,14 +32,14 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Read all tensors of a file under dotted names, wherever they are nested.
 
     Args:
-        path: safetensors, or what ``torch.save`` wrote; the content tells which, not the suffix.
+        path: a safetensors file or one that ``torch.save`` wrote; told apart by content, not by suffix.
 
     Returns:
-        Tensors on the CPU by names such as ``model_ema.module.blocks.0.norm1.weight``; items of lists are numbered.
+        Tensors on the CPU, by names such as ``model_ema.module.blocks.0.norm1.weight``; items of lists are numbered.
 
     Raises:
-        WeightsError: if the file is missing, damaged, of another kind, holds types that are not allowed, quantised
-            weights, or no tensor that has a name.
+        WeightsError: if the file is missing, damaged or of another kind, or contains types that are not allowed,
+            quantized weights, or no named tensor.
     """
     if not path.is_file():
         raise WeightsError(f"{path}: the weights file must exist, but it does not")
@@ -54,8 +54,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     for name, value in tensors.items():
         if value.is_quantized:
             raise WeightsError(
-                f"{path}: weights must be floating-point numbers, but {name} is quantised to {value.dtype}; give the "
-                "weights from before the quantisation"
+                f"{path}: weights must be floating-point numbers, but {name} is quantized to {value.dtype}; give the "
+                "weights from before the quantization"
             )
     if all(name.rpartition(".")[2].isdecimal() for name in tensors):
         raise WeightsError(f"{path}: the file must hold a state dict of tensors, but it holds something else")
@@ -63,7 +63,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def _flat(held: Any, prefix: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested mappings and lists, with its dotted name."""
+    """Yield every tensor in nested mappings and lists, with its dotted name."""
     if isinstance(held, Tensor):
         yield prefix.removesuffix("."), held.detach()
     elif isinstance(held, Mapping | list | tuple) and id(held) not in above:  # a pickle may hold itself
@@ -73,7 +73,7 @@ def _flat(held: Any, prefix: str = "", above: tuple[int, ...] = ()) -> Iterator[
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file starts as safetensors do: the length of a JSON table, and that table."""
+    """Return whether a file starts like safetensors: the length of a JSON table, and that table."""
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{" or path.suffix == ".safetensors"
 
@@ -82,7 +82,7 @@ def _is_safetensors(path: Path) -> bool:
 
 
 class _Settings:
-    """Stands for a node of an OmegaConf configuration; what it held becomes its attributes."""
+    """A replacement for a node of an OmegaConf configuration; the node's contents become its attributes."""
 
 
 def _path(*parts: str) -> str:
@@ -108,7 +108,7 @@ _TABLES = (
     "pytorch_lightning.utilities.parsing.AttributeDict",
     "yacs.config.CfgNode",
 )
-"""Dictionaries of configurations, each read as an `collections.OrderedDict`: its package need not be there."""
+"""Dictionary types of configurations. Each is read as a `collections.OrderedDict`, so its package is not needed."""
 
 _OMEGACONF = (
     *(f"base.{name}" for name in ("ContainerMetadata", "Metadata")),
@@ -121,10 +121,10 @@ _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path"
 
 @functools.cache
 def _harmless() -> dict[str, Any]:
-    """What a file may name besides tensors, by the names that it has there, and what is built in its place.
+    """Return the types other than tensors that a file may use, by pickled name, and what is built in their place.
 
-    All of them are values that training scripts keep beside weights: arguments, configurations, metrics, dates, paths.
-    None reads or writes anything, and none imports a package.
+    All are values that training scripts store with weights: arguments, configurations, metrics, dates, paths. None of
+    them reads or writes anything or imports a package.
     """
     scalar, rebuild = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
     dtypes = {type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDGSUMmO"}
@@ -154,33 +154,33 @@ def _load(path: Path) -> Any:
     given = torch.serialization.get_safe_globals()
     added: list[Any] = [entry for name, value in _harmless().items() if (entry := (value, name)) not in given]
     with torch.serialization.safe_globals(added), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pickle protocols and old storages: what can be read is read
+        warnings.simplefilter("ignore")  # about pickle protocols and old storages, which can still be read
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-# -- what is wrong with what cannot be read
+# -- why a file cannot be read
 
 _PLAIN = re.compile(
     r"collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(bytearray|set|complex)"
     r"|torch\.(\w+Storage|[a-z]\w*|Size|Tensor|storage\.\w+|nn\.parameter\.Parameter|serialization\._get_layout)"
     r"|torch\._utils\._rebuild\w+|torch\._tensor\._rebuild_from_type_v2"
 )
-"""Names that PyTorch itself reads from any file."""
+"""Names that PyTorch itself accepts in any file."""
 
 _MODULES = ("timm.models.", "torch.nn.modules.", "torch.nn.parallel.", "torch.fx.", "torchvision.", "transformers.")
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _RENAMED = {"builtins.long": "builtins.int", "builtins.unicode": "builtins.str", "builtins.xrange": "builtins.range"}
-"""Protocol 2, which ``torch.save`` writes, has the names of Python 2."""
+"""Pickle protocol 2, which ``torch.save`` writes, uses the names of Python 2."""
 
 
 def _fault(path: Path) -> str:
-    """Why weights could not be read from a file, and the way out."""
+    """Return why weights could not be read from a file, and the way out."""
     damaged = f"its {path.stat().st_size:,} bytes are not; copy or download it again"
     if _is_safetensors(path):
         return damaged
     try:
         pickles = _pickles(path)
-    except Exception:  # whatever pickletools and zipfile raise for bytes that are neither's
+    except Exception:  # pickletools and zipfile raise many types for bytes that they cannot parse
         return damaged
     names = {name for operations in pickles for name in _globals(operations)}
     unknown = sorted(name for name in names if not _PLAIN.fullmatch(name) and name not in _harmless())
@@ -202,9 +202,9 @@ def _fault(path: Path) -> str:
 
 
 def _pickles(path: Path) -> list[list[tuple[str, Any]]]:
-    """Operations of the pickles in a file up to that of the object, told apart without running them.
+    """Return the operations of each pickle in a file up to that of the object, parsed without running them.
 
-    A zip archive has one; a file from before those has three of its own before it, and the tensors' bytes after it.
+    A zip archive has one pickle. An older file has three further pickles before it, and the tensors' bytes after it.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -225,7 +225,7 @@ def _pickles(path: Path) -> list[list[tuple[str, Any]]]:
 
 
 def _globals(operations: list[tuple[str, Any]]) -> Iterator[str]:
-    """Names of all functions and classes in a pickle."""
+    """Yield the names of all functions and classes in a pickle."""
     words: list[str] = []
     for operation, value in operations:
         if operation == "GLOBAL" or (operation == "STACK_GLOBAL" and len(words) > 1):
@@ -240,7 +240,7 @@ def _globals(operations: list[tuple[str, Any]]) -> Iterator[str]:
 
 
 def what_else_it_is(path: Path) -> str | None:
-    """What a file is instead of weights, and the way out, for the end of a sentence; None if it may be weights."""
+    """Return a clause on what a file is instead of weights and the way out, or None if it may be weights."""
     with path.open("rb") as file:
         head = file.read(512)
     for mark, (what, way) in _MARKS.items():
@@ -255,9 +255,9 @@ def what_else_it_is(path: Path) -> str | None:
     if head[4:8] == b"TFL3":
         return f"it is a TensorFlow Lite model; {_ORIGINAL}"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "it is a page of the web and no download; fetch the file itself"
+        return "it is an HTML page, not a download; fetch the file itself"
     if text.startswith(b"{") and not _is_safetensors(path):
-        return "it is a JSON file; give the weights themselves, joined in one file if they lie in several"
+        return "it is a JSON file; give the weights themselves, joined in one file if they are in several"
     if not zipfile.is_zipfile(path):
         return None
     with zipfile.ZipFile(path) as archive:
@@ -266,7 +266,7 @@ def what_else_it_is(path: Path) -> str | None:
 
 
 def _archive(path: Path, members: list[str]) -> str | None:
-    """What a zip archive is that ``torch.save`` did not write."""
+    """Return a clause on what a zip archive is that ``torch.save`` did not write."""
     ends = {member.partition("/")[2] for member in members}
     if "constants.pkl" in ends:
         return (

@@ -1,8 +1,8 @@
-"""Take out of a weights file the one state dict that fits a model.
+"""Select the one state dict of a weights file that fits a model.
 
-Nested containers and prefixes of names are one thing here: in ``model_ema.module.blocks.0.norm1.weight`` the prefix is
-what stands before the name that the model has. So no list of containers or wrappers is needed, in whatever order they
-come; words such as ``ema`` only decide between several copies of one model.
+Nested containers and name prefixes are handled in the same way. In ``model_ema.module.blocks.0.norm1.weight``, the
+prefix is everything before the model's own name. So no list of containers or wrappers, or of their order, is needed.
+Words such as ``ema`` only decide between several copies of one model.
 """
 
 import collections
@@ -22,10 +22,10 @@ _AVERAGED = frozenset({"averaged", "average", "avg", "ema", "momentum", "shadow"
 """Words in a prefix that mark averaged weights."""
 
 _STATISTICS = frozenset({"buffer", "exp", "grad", "grads", "gradients", "optim", "optimizer", "optimizers", "sq"})
-"""Words in a prefix that mark what an optimizer keeps of every weight, under the weight's own name."""
+"""Words in a prefix that mark the optimizer state of each weight, stored under the weight's own name."""
 
 _COPY = 0.9
-"""Two state dicts of a file are copies of one model if each fits it at least so well, relative to the better one."""
+"""Two state dicts are copies of one model if the worse fit is at least this share of the better one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +33,11 @@ class Chosen:
     """One state dict of a file.
 
     Attributes:
-        prefix: what stood before its names, with the last dot; empty if nothing did.
+        prefix: the part before its names, with the last dot; empty if there is none.
         state: its tensors, without the prefix.
-        outside: all other tensors of the file, under their whole names.
-        remark: which of several copies this is, for the log; empty if there was no choice.
-        copies: prefixes of the others.
+        outside: all other tensors of the file, under their full names.
+        remark: which of several copies this is, for the log; empty if there was only one.
+        copies: prefixes of the other copies.
     """
 
     prefix: str
@@ -47,7 +47,7 @@ class Chosen:
     copies: tuple[str, ...] = ()
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
-        """What of the file is not this state dict, by the part of each name up to where it leaves our prefix."""
+        """Return the tensors outside this state dict, grouped by their name up to where it differs from our prefix."""
         ours, found = self.prefix.split("."), dict[str, dict[str, Tensor]]()
         for name, value in self.outside.items():
             words = name.split(".")
@@ -57,7 +57,7 @@ class Chosen:
 
 
 def read_weights(path: Path, wanted: Collection[str] = (), *, key: str | None = None) -> dict[str, Tensor]:
-    """Read from a file the state dict whose names fit best, see `choose`; all tensors if no names are given.
+    """Read the state dict of a file whose names fit best (see `choose`), or all tensors if no names are given.
 
     Raises:
         WeightsError: if the file is missing, damaged, no weights file, or holds nothing that fits.
@@ -74,18 +74,18 @@ def choose(
     key: str | None = None,
     shown: Callable[[dict[str, Tensor]], Mapping[str, Tensor]] = lambda state: state,
 ) -> Chosen:
-    """Choose the state dict that has most of a model's names; of several that have them the averaged one.
+    """Choose the state dict with the most of a model's names; if several have them, the averaged one.
 
     Args:
         held: all tensors of a file, see `vitrim.deploy.checkpoint.read_checkpoint`.
         wanted: names of the model's parameters and buffers with their shapes. Shapes only break ties between names.
         source: the file, for messages.
-        key: what to take, as a part of the dotted prefix: ``model_ema``, or ``checkpoint.teacher``.
-        shown: gives a state dict under the model's names, where other names are known.
+        key: the state dict to choose, as a part of the dotted prefix: ``model_ema``, or ``checkpoint.teacher``.
+        shown: converts a state dict to the model's names, for known other naming schemes.
 
     Raises:
-        WeightsError: if nothing in the file fits, `key` names nothing that does, or several state dicts fit and it is
-            not plain which of them is the averaged one.
+        WeightsError: if nothing in the file fits, `key` selects nothing that fits, or several state dicts fit and it is
+            not clear which one is averaged.
     """
     scores = _scores(held, wanted, shown)
     if not scores:
@@ -96,7 +96,7 @@ def choose(
     fitting = _copies(scores)
     usable = [root for root in fitting if not _STATISTICS & set(_words(root))] or fitting
     if key is not None:
-        # Among all that fit at all, for what is asked for may fit less well than what lies beside it.
+        # Consider all that fit at all, because the requested one may fit less well than another one.
         below = {root: score for root, score in scores.items() if f".{key.strip('.')}." in f".{root}"}
         if not below:
             raise WeightsError(
@@ -119,7 +119,7 @@ def _scores(
     wanted: Mapping[str, tuple[int, ...]],
     shown: Callable[[dict[str, Tensor]], Mapping[str, Tensor]],
 ) -> dict[str, int]:
-    """How many names and shapes of what lies behind each prefix are the model's; only prefixes that have any."""
+    """Return, for each prefix with any match, how many names and shapes under it are the model's."""
     votes: collections.Counter[str] = collections.Counter()
     sizes: collections.Counter[str] = collections.Counter()
     for name in held:
@@ -127,7 +127,7 @@ def _scores(
             sizes[root] += 1
             votes[root] += name.removeprefix(root) in wanted
     most = max(votes.values(), default=0)
-    # Foreign names are no votes, so whatever is large enough is tried too.
+    # Weights under another naming scheme match no names, so every large enough group is converted and tried too.
     tried = [root for root in sizes if (votes[root] and votes[root] >= most / 2) or sizes[root] >= len(wanted) / 2]
     scores = {}
     for root in tried:
@@ -139,12 +139,12 @@ def _scores(
 
 
 def _prefixes(name: str) -> list[str]:
-    """Every prefix of a dotted name with its last dot, from none on."""
+    """Return every prefix of a dotted name with its last dot, starting with the empty one."""
     return ["", *(name[: dot.end()] for dot in re.finditer(r"\.", name))]
 
 
 def _copies(scores: Mapping[str, int]) -> list[str]:
-    """The prefixes that fit about as well as the best one; of those that lie in each other the best, or the inner."""
+    """Return the prefixes that fit about as well as the best; of nested ones the better, or the inner if equal."""
     least = _COPY * max(scores.values())
     kept: list[str] = []
     for root in sorted(scores, key=lambda root: (-scores[root], -len(root))):
@@ -154,7 +154,7 @@ def _copies(scores: Mapping[str, int]) -> list[str]:
 
 
 def _one_of(roots: list[str], held: Mapping[str, Tensor], source: str) -> tuple[str, str]:
-    """The averaged one of several prefixes, and a line on the choice."""
+    """Return the averaged one of several prefixes, and a line about the choice."""
     if len(roots) == 1 or _one_storage(roots, held):
         return roots[0], ""
     averaged = [root for root in roots if _is_averaged(root, held)]
@@ -170,12 +170,12 @@ def _one_of(roots: list[str], held: Mapping[str, Tensor], source: str) -> tuple[
 
 
 def _is_averaged(root: str, held: Mapping[str, Tensor]) -> bool:
-    """Whether words say so, or the counter of `torch.optim.swa_utils.AveragedModel` lies beside."""
+    """Return whether a prefix contains a word for averaging, or `torch.optim.swa_utils.AveragedModel`'s counter."""
     return bool(_AVERAGED & set(_words(root))) or any(f"{above}n_averaged" in held for above in _prefixes(root))
 
 
 def _one_storage(roots: list[str], held: Mapping[str, Tensor]) -> bool:
-    """Whether all prefixes name the same memory, as where a module is an attribute twice."""
+    """Return whether all prefixes refer to the same memory, as when a module is an attribute twice."""
     places = [
         {name.removeprefix(root): value.data_ptr() for name, value in held.items() if name.startswith(root)}
         for root in roots
@@ -198,18 +198,18 @@ _WHOSE = {
     "self_attn.q_proj.": "a model of Hugging Face transformers",
     "Transformer/encoderblock_": "Google's own ViT in JAX",
 }
-"""Parts of names by which others' models are known."""
+"""Parts of names that identify models of other libraries."""
 
 
 def _whose(held: Mapping[str, Tensor]) -> str:
-    """Whose names these are, for the end of a sentence, where it is known."""
+    """Return a clause on which library these names come from, or an empty string if that is not known."""
     known = (whose for part, whose in _WHOSE.items() if any(part in name for name in held))
     whose = next(known, None)
     return "" if whose is None else f"; they are those of {whose}, and weights must be in timm's names"
 
 
 def listed(names: Collection[str], most: int = 6) -> str:
-    """Names as a sentence lists them; those beyond `most` are counted."""
+    """Return names joined as in a sentence; those beyond `most` are only counted."""
     shown = list(dict.fromkeys(names))
     if len(shown) > most:
         return f"{', '.join(shown[:most])} and {len(shown) - most} more"

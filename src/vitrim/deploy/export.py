@@ -1,4 +1,4 @@
-"""Models for other runtimes: ONNX and torch.export, each compared with eager PyTorch before anything is written.
+"""Export models to ONNX and torch.export, each compared with eager PyTorch before the file is written.
 
 B images. The batch is dynamic; every other size, token counts included, is a constant of the file.
 """
@@ -40,23 +40,23 @@ __all__ = [
 ]
 
 KINDS = {".onnx": "onnx", ".pt2": "program"}
-"""Kind of file by the end of its name."""
+"""Kind of file by suffix."""
 
 OPSET = 20
-"""The first that has GELU as one operator."""
+"""The first operator set that has GELU as one operator."""
 
 OLDEST_OPSET = 18
-"""What PyTorch's exporter translates to; older ones would be converted after, without a check of ours."""
+"""The oldest that PyTorch's exporter writes directly; a conversion to an older one would not be checked."""
 
 PARITY = TOLERANCES["export"][torch.float32]
-"""Allowed difference of logits, relative to the largest."""
+"""Allowed difference of logits, relative to the largest logit."""
 
 _BATCHES = (1, 3, 5)
 _LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
 
 class Exported(Node):
-    """What was written, and how near it is to eager PyTorch.
+    """The exported file, and how close it is to eager PyTorch.
 
     `apart` is the largest difference of a logit from eager's over batches of 1, 3 and 5, relative to the largest logit.
     """
@@ -79,19 +79,19 @@ def export(
     as_stored: bool = False,
     to_quantize: bool = False,
 ) -> Exported:
-    """Write `model` for another runtime, in the form of `vitrim.deploy.optimized`; the model is left as it was.
+    """Export `model` in the form of `vitrim.deploy.optimized`; the model is not modified.
 
     Args:
         model: an adopted model, in any mode and on any device; it is exported in evaluation mode, in float32, on CPU.
         path: ``….onnx`` for ONNX, ``….pt2`` for torch.export.
         opset: ONNX operator set, at least 18.
-        as_stored: whether the file holds the layers as they are stored instead, convolutions and merges folded.
-        to_quantize: whether eight bits are made of the file (`vitrim.deploy.optimized` with ``torch.int8``).
+        as_stored: whether the file contains the layers as they are stored instead, with convolutions and merges folded.
+        to_quantize: whether the file will be quantized to eight bits (`vitrim.deploy.optimized` with ``torch.int8``).
 
     Raises:
-        ExportError: if a package is missing, the opset is too old, the place cannot be written to, the model cannot be
-            traced, or the file's logits differ from eager's by more than 1e-4 of the largest; or, where the logits do
-            not tell images apart, its features. Nothing is written then.
+        ExportError: if a package is missing, the opset is too old, the file cannot be written, the model cannot be
+            traced, or the file's logits differ from the eager model's by more than 1e-4 of the largest. If the logits
+            are the same for all images, the features are compared instead. Nothing is written in these cases.
     """
     file, kind = check_target(path, opset)
     still = _still(model)
@@ -117,13 +117,13 @@ def export(
 
 
 def check_target(path: str | os.PathLike[str], opset: int = OPSET) -> tuple[Path, str]:
-    """Refuse a file that could not be written, before the work whose result is to lie there.
+    """Raise an error if a file could not be written, before the work that produces it.
 
     Returns:
-        the path, and its kind (`KINDS`).
+        The path, and its kind (`KINDS`).
 
     Raises:
-        ExportError: if the kind is unknown, a package is missing, the opset too old, or the place not writable.
+        ExportError: if the kind is unknown, a package is missing, the opset is too old, or the file is not writable.
     """
     file = Path(path)
     kind = KINDS.get(file.suffix)
@@ -148,10 +148,10 @@ def _unwritable(file: Path, problem: OSError) -> ExportError:
 
 
 def need(*packages: str, extra: str = "export") -> None:
-    """Refuse to go on without these packages.
+    """Raise an error if one of these packages is not installed.
 
     Raises:
-        ExportError: naming them and the extra that brings them.
+        ExportError: naming the packages and the extra that installs them.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
@@ -162,7 +162,7 @@ def need(*packages: str, extra: str = "export") -> None:
 
 
 def _still(model: nn.Module) -> nn.Module:
-    """A copy to trace: evaluation mode, float32, CPU."""
+    """Return a copy to trace: evaluation mode, float32, CPU."""
     describe(model)
     missing = why_not_held(model)
     if missing is not None:
@@ -173,7 +173,7 @@ def _still(model: nn.Module) -> nn.Module:
 
 
 def _form(still: nn.Module, as_stored: bool, to_quantize: bool) -> nn.Module:
-    """What is written of a model."""
+    """Return the form of a model that is written."""
     if as_stored:
         return fold(fold_steps_(copy.deepcopy(still))).eval()
     return optimized(still, dtype=torch.int8 if to_quantize else None)
@@ -185,7 +185,7 @@ def _traced(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
         with torch.no_grad(), quiet(*_LOGGERS):
             return torch.export.export(model, (example,), dynamic_shapes=({0: batch},), strict=False)
     except Exception as problem:
-        # The exporter raises whatever the operator that it cannot trace raises.
+        # The exporter passes on any exception of an operator that it cannot trace.
         raise ExportError(
             f"the model must be traceable with any batch, but torch.export says: {reason(problem)}; please report it"
         ) from problem
@@ -212,10 +212,10 @@ def onnx_session(path: Path, threads: int | None = None) -> tuple[str, Callable[
 
     Args:
         path: the file.
-        threads: of one operator; the process's setting if None.
+        threads: threads of one operator; the process's setting if None.
 
     Returns:
-        the runtime's name and version, and what maps images ``(B, 3, height, width)`` to logits.
+        The runtime's name and version, and a function that maps images ``(B, 3, height, width)`` to logits.
     """
     need("onnxruntime")
     import onnxruntime
@@ -223,7 +223,7 @@ def onnx_session(path: Path, threads: int | None = None) -> tuple[str, Callable[
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
-    # Threads that spin after a call would take the processor from whatever runs in turns with this one.
+    # Threads that spin after a call would take the processor from the models that are timed in turns with this one.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
@@ -244,10 +244,10 @@ def _program(program: torch.export.ExportedProgram, part: Path, opset: int) -> t
 def _compare(
     what: str, eager: Callable[[Tensor], Any], run: Callable[[Tensor], Tensor], image: tuple[int, int, int]
 ) -> tuple[float, bool]:
-    """Hold what a file gives against eager on random images.
+    """Compare the outputs of a file with eager PyTorch's on random images.
 
     Returns:
-        The largest relative difference, and whether what eager gives varies from image to image.
+        The largest relative difference, and whether the eager outputs vary from image to image.
 
     Raises:
         ExportError: if the difference is too large, or not finite.
@@ -276,14 +276,14 @@ class _Features(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Any:
-        """Map images to the features that the head reads."""
+        """Return the features that the head reads."""
         features = features_of(self.model)
         assert features is not None
         return features(x)
 
 
 def _check_features(still: nn.Module, folded: nn.Module, write: Any, part: Path, opset: int) -> None:
-    """Write the features too, and hold them against eager's: behind a head of zeros any features give the same logits.
+    """Export and compare the features too, because with a head of zeros any features give the same logits.
 
     Raises:
         ExportError: if they differ.
@@ -298,10 +298,10 @@ def _check_features(still: nn.Module, folded: nn.Module, write: Any, part: Path,
 
 @contextlib.contextmanager
 def beside(file: Path) -> Iterator[Path]:
-    """A path to write to; what lies there takes the place of `file` if all goes well.
+    """Yield a temporary path to write to, which is renamed to `file` on success.
 
     Raises:
-        ExportError: if the place cannot be written to; other errors pass, those of other files too.
+        ExportError: if the file cannot be written. Other errors pass, also those about other files.
     """
     try:
         with (
@@ -318,7 +318,7 @@ def beside(file: Path) -> Iterator[Path]:
 
 
 def _is_about(problem: OSError, file: Path) -> bool:
-    """Whether the operating system refused something in the folder of `file`, or did not say where (a full disk)."""
+    """Return whether an error concerns the folder of `file`, or names no file (as for a full disk)."""
     if problem.errno is None:
         return False
     return problem.filename is None or Path(os.fsdecode(problem.filename)).is_relative_to(followed(file).parent)

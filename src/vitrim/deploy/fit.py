@@ -1,6 +1,6 @@
-"""Fit a weights file to a model: which state dict, which classifier, which settings, what is left out.
+"""Fit a weights file to a model: choose its state dict, its classifier, its settings and the tensors to leave out.
 
-D width of the features that the classifier reads, K classes.
+D is the width of the features that the classifier reads, K the number of classes.
 """
 
 import re
@@ -23,10 +23,10 @@ _TRAINING = re.compile(
     r"(mask_token|mask_embed|decoder\w*|projector|projection_head|predictor|prototypes|criterion|\w*loss|queue\w*"
     r"|n_averaged|logit_scale|logit_bias)(\..*)?|(.*\.)?(total_ops|total_params)"
 )
-"""Names of what only training needs: masked autoencoders' decoders, self-supervised heads, counters of tools."""
+"""Names of parts that only training needs: masked autoencoders' decoders, self-supervised heads, counters."""
 
 _HEADS = ("head", "fc", "classifier", "cls", "linear", "heads", "logits", "cls_head", "head_cls")
-"""Last words of names that a classifier has; the first that is there is taken for it where several could be."""
+"""Last parts of classifier names, in order of preference if several layers could be the classifier."""
 
 _NO_HEAD = re.compile(r"proj|loss|criterion|center|queue|prototype|decoder|predict|text|aux")
 
@@ -39,10 +39,10 @@ class Fit:
         name: of the model.
         source: the file, for messages.
         chosen: its state dict.
-        shapes: of that under timm's names, not resampled, without data.
+        shapes: the same under timm's names, not resampled, without data.
         arguments: keyword arguments of ``timm.create_model``, given and inferred.
         head: name in the file, weight `(K, D)` and bias `(K,)` of a classifier under another name than the model's.
-        remarks: what to tell, a line each.
+        remarks: lines for the log.
     """
 
     name: str
@@ -57,18 +57,18 @@ class Fit:
 def fit(
     held: Mapping[str, Tensor], name: str, model: Any, given: Mapping[str, Any], *, source: str, key: str | None = None
 ) -> Fit:
-    """Find out how to open a timm model with the weights of a file.
+    """Determine how to open a timm model with the weights of a file.
 
     Args:
         held: all tensors of the file.
         name: of the model.
-        model: what it stands for, of the arguments that were given; without data, if need be.
+        model: the timm model of that name with the given arguments; it may be without data.
         given: these arguments.
         source: the file, for messages.
         key: see `vitrim.deploy.choose.choose`.
 
     Raises:
-        WeightsError: if no state dict fits, several do, it is quantised, or its shapes are those of no such model.
+        WeightsError: if no state dict fits, several do, it is quantized, or its shapes do not fit such a model.
     """
     state = model.state_dict()
     wanted = {name: tuple(value.shape) for name, value in state.items()}
@@ -121,10 +121,10 @@ def fit(
 
 
 def fill_(model: nn.Module, fit: Fit) -> list[str]:
-    """Fill a model that was made with the arguments of `fit`, strictly.
+    """Load the weights, strictly, into a model that was built with the arguments of `fit`.
 
     Returns:
-        What to tell: a line on each thing that was resampled, dropped or filled.
+        A line for the log on each thing that was resampled, dropped or filled.
 
     Raises:
         WeightsError: if the weights do not fit, see `load_weights_`.
@@ -144,7 +144,7 @@ def fill_(model: nn.Module, fit: Fit) -> list[str]:
     heads = [name for name in state if name.startswith(tuple(f"{head}." for head in (target, *more)))]
     if fit.arguments.get("num_classes") == 0 and heads:
         state = {name: value for name, value in state.items() if name not in heads}
-        remarks.append(f"left out {target}, for no classes are asked for")
+        remarks.append(f"left out {target}, because no classes are asked for")
     training = [name for name in state if name not in mine and _TRAINING.fullmatch(name)]
     if training:
         state = {name: value for name, value in state.items() if name not in training}
@@ -155,20 +155,20 @@ def fill_(model: nn.Module, fit: Fit) -> list[str]:
 
 
 def _way_out(fit: Fit, model: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """What to do about weights that do not fit, to end a sentence; empty if nothing is known."""
+    """Return a clause on what to do about weights that do not fit; empty if nothing is known."""
     other = near_name(fit.name, fit.shapes, model)
     if other:
         return other
     extra = set(state) - set(model.state_dict())
     if "norm.weight" in extra and "fc_norm.weight" not in state:
-        return "; in the file the norm stands before pooling: --set model.arguments.global_pool=token, or fc_norm=false"
+        return "; in the file the norm is before pooling: --set model.arguments.global_pool=token, or fc_norm=false"
     if "norm_pre.weight" in extra:
         return "; norm_pre is a layer of CLIP's: name a model of CLIP (`vitrim models '*clip*'` lists them)"
     return ""
 
 
 def _classifiers(model: nn.Module) -> tuple[str, ...]:
-    """Names of the layers that give the K logits, as timm knows them: ``head``, ``head.fc``, or two of a distilled."""
+    """Return timm's names of the layers that compute the K logits: ``head``, ``head.fc``, or two if distilled."""
     known = pretrained(model).get("classifier") or "head"
     return (known,) if isinstance(known, str) else tuple(known)
 
@@ -179,15 +179,15 @@ def _check_types(shapes: Mapping[str, Tensor], mine: Mapping[str, Tensor], sourc
         if wanted and (not value.is_floating_point() or value.dtype.itemsize < 2):
             raise WeightsError(
                 f"{source}: weights must be floating-point numbers of 16 bits or more, but {name} is {value.dtype}, so "
-                "they are quantised; give those from before the quantisation"
+                "they are quantized; give those from before the quantization"
             )
 
 
-# -- what is not the model's
+# -- tensors that the model does not have
 
 
 def _unknown(chosen: Chosen, shapes: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, dict[str, Tensor]]:
-    """Tensors of the state dict that the model does not know, by the first word of their names."""
+    """Return the tensors of the state dict that the model does not have, by the first part of their names."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name in shapes:
         if name not in wanted and name in chosen.state and not _TRAINING.fullmatch(name):
@@ -197,7 +197,7 @@ def _unknown(chosen: Chosen, shapes: Mapping[str, Tensor], wanted: Collection[st
 
 
 def _ignored(state: Mapping[str, Tensor], shapes: Mapping[str, Tensor], model: nn.Module) -> list[str]:
-    """Parts of a state dict that timm's conversion passes over, such as CLIP's text tower."""
+    """Return the parts of a state dict that timm's conversion ignores, such as CLIP's text tower."""
     parts = dict.fromkeys(name.split(".")[0] for name in state)
     if len(shapes) >= len(state) or len(parts) < 2:
         return []
@@ -211,13 +211,13 @@ def _ignored(state: Mapping[str, Tensor], shapes: Mapping[str, Tensor], model: n
 
 
 def find_head(parts: Mapping[str, Mapping[str, Tensor]], model: Any) -> tuple[str, Tensor, Tensor | None] | None:
-    """The one linear layer that can be the classifier, where the file has none under the model's own name.
+    """Return the one linear layer that can be the classifier if the file has none under the model's own name.
 
     It reads D features and is alone in its part of the file: a projector has several layers.
 
     Args:
-        parts: tensors that the model does not know, by parts of the file.
-        model: whose D it is.
+        parts: tensors that the model does not have, by parts of the file.
+        model: the model, which gives D.
 
     Returns:
         Its name in the file, its weight `(K, D)` and bias `(K,)` or None; None if there is none, or no plain choice.
@@ -237,7 +237,7 @@ def find_head(parts: Mapping[str, Mapping[str, Tensor]], model: Any) -> tuple[st
 
 
 def _rank(at: str) -> int:
-    """Place of a layer's name among those of classifiers, by its last word that is no number."""
+    """Return the rank of a layer's name among classifier names, by its last part that is not a number."""
     words = [word for word in at.split(".") if not word.isdecimal()]
     return _HEADS.index(words[-1]) if words and words[-1] in _HEADS else len(_HEADS)
 
@@ -246,16 +246,16 @@ def _rank(at: str) -> int:
 
 
 def load_weights_(model: nn.Module, state: Mapping[str, Tensor], source: str, *, hint: str = "") -> None:
-    """Fill `model` with `state`, strictly.
+    """Load `state` into `model`, strictly.
 
     Args:
-        model: to be filled.
-        state: under its names.
+        model: the model to load into.
+        state: tensors under the model's names.
         source: the file, for messages.
-        hint: the way out, for the end of the sentence, if it does not fit.
+        hint: a clause with the way out, for the end of the message if the weights do not fit.
 
     Raises:
-        WeightsError: naming the keys that are missing, unexpected or of another shape; the model is left as it was.
+        WeightsError: naming the keys that are missing, unexpected or of another shape; the model is not modified then.
     """
     mine = model.state_dict()
     missing = sorted(set(mine) - set(state))

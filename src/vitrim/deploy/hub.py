@@ -1,7 +1,7 @@
-"""timm's own loader for what vitrim pushed: importing this file registers the architecture ``vitrim`` with timm.
+"""Importing this module registers the architecture ``vitrim`` with timm, so that timm can load models vitrim pushed.
 
-``timm.create_model("hf-hub:owner/name", pretrained=True)`` and ``"local-dir:FOLDER"`` then build the stored structure,
-which the repository's ``config.json`` names, and fill it.
+``timm.create_model("hf-hub:owner/name", pretrained=True)`` and ``"local-dir:FOLDER"`` then build the structure stored
+in the repository's ``config.json``, and load its weights.
 """
 
 from typing import Any
@@ -22,12 +22,12 @@ ARCHITECTURE = "vitrim"
 
 
 def config(spec: Spec, channels: int, licence: str) -> dict[str, Any]:
-    """The ``config.json`` by which timm builds a model of structure `spec`.
+    """Return the ``config.json`` from which timm builds a model of structure `spec`.
 
     Args:
-        spec: of the model.
-        channels: of an image.
-        licence: its identifier on the Hub.
+        spec: structure of the model.
+        channels: channels of an image.
+        licence: the license's identifier on the Hub.
     """
     published = dict(spec.host.pretrained)
     sources = {"url", "file", "hf_hub_id", "hf_hub_filename", "source", "tag", "custom_load", "license"}
@@ -56,7 +56,7 @@ def _create(
     """Build a model for timm.
 
     Raises:
-        StoreError: if timm has no configuration of vitrim's, or is asked for what a stored structure cannot be given.
+        StoreError: if timm passes no configuration of vitrim's, or arguments that a stored structure cannot take.
     """
     if spec is None:
         raise StoreError(
@@ -81,7 +81,7 @@ def _create(
 
 _TIMMS_OWN = {"pretrained_cfg_overlay", "pretrained_model_args"}
 _create.__name__ = ARCHITECTURE
-# timm adds the name to the module's public ones; ours stay what this file says.
+# timm adds the name to the module's ``__all__``; this restores it.
 _public = list(__all__)
 register_model(_create)
 __all__[:] = _public

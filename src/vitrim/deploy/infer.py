@@ -1,4 +1,4 @@
-"""Settings of a model that the shapes of its weights show.
+"""Infer settings of a model from the shapes of its weights.
 
 D width, P positions, p patch size in pixels.
 """
@@ -24,7 +24,7 @@ _SIZES = ("tiny", "xsmall", "small", "little", "medium", "betwixt", "base", "lar
 
 @dataclass(slots=True)
 class Inferred:
-    """What was found.
+    """The settings that were inferred.
 
     Attributes:
         arguments: keyword arguments of ``timm.create_model``.
@@ -35,26 +35,26 @@ class Inferred:
     remarks: list[str] = field(default_factory=list)
 
     def take(self, remark: str, **arguments: Any) -> None:
-        """Note arguments with the reason for them."""
+        """Add arguments and the remark that explains them."""
         self.arguments |= arguments
         self.remarks.append(remark)
 
 
 def infer(state: Mapping[str, Tensor], model: Any, given: Mapping[str, Any], source: str) -> Inferred:
-    """Find the arguments by which a model gets the shapes of its weights.
+    """Find the arguments with which a model gets the shapes of its weights.
 
     Args:
         state: shapes under timm's names, not resampled.
-        model: as named, of any device, in which only shapes are read.
-        given: arguments that were asked for; they are left alone.
+        model: the named model on any device; only its shapes are read.
+        given: arguments that the user gave; they are not changed.
         source: the file, for messages.
 
     Returns:
-        Arguments beyond those given; empty where the model has these shapes already.
+        Arguments beyond those given; empty if the model has these shapes already.
 
     Raises:
-        WeightsError: if the weights are of a distilled model and `model` is none, or their positions fit no square grid
-            and no grid that is asked for.
+        WeightsError: if the weights are of a distilled model and `model` is not one, or their positions fit neither a
+            square grid nor the requested one.
     """
     found = Inferred()
     patch = _stem(state, model, given, found)
@@ -66,10 +66,10 @@ def infer(state: Mapping[str, Tensor], model: Any, given: Mapping[str, Any], sou
 
 
 def _stem(state: Mapping[str, Tensor], model: Any, given: Mapping[str, Any], found: Inferred) -> tuple[int, int] | None:
-    """Channels and patches, from the kernel `(D, C, p, p)` of a patch embedding that is one convolution.
+    """Infer channels and patch size from the kernel `(D, C, p, p)` of a patch embedding that is one convolution.
 
     Returns:
-        The patch size that the model will have; None where it has another stem.
+        The patch size that the model will have; None if it has another kind of stem.
     """
     embed = getattr(model, "patch_embed", None)
     kernel, mine = state.get("patch_embed.proj.weight"), getattr(getattr(embed, "proj", None), "weight", None)
@@ -122,7 +122,7 @@ def _image(
     source: str,
     patch: tuple[int, int] | None,
 ) -> None:
-    """Image size from the positions `(1, P, D)`, of which prefix tokens have theirs or not."""
+    """Infer the image size from the positions `(1, P, D)`, which may or may not include those of prefix tokens."""
     positions = state.get("pos_embed")
     embed = model.patch_embed
     size, grid = getattr(embed, "img_size", None), getattr(embed, "grid_size", None)
@@ -140,7 +140,7 @@ def _image(
     if math.isqrt(max(count, 0)) ** 2 != count:
         other = positions.shape[1] - (prefix if apart else 0)
         if math.isqrt(max(other, 0)) ** 2 != other:
-            # timm takes the root for the side of the grid, and may return positions of some shape or other.
+            # timm assumes that the side of the grid is the square root, and may return positions of a wrong shape.
             way = f"give --image-size HEIGHTxWIDTH of these, in multiples of {step[0]}"
             raise WeightsError(f"{source}: positions must be of a square grid, but {count} are not; {way}")
         if "no_embed_class" not in given:
@@ -161,15 +161,15 @@ def _image(
 
 
 def near_name(name: str, state: Mapping[str, Tensor], model: nn.Module) -> str:
-    """The way out where weights are of another width or depth than the model that was named, to end a sentence.
+    """Return the way out if weights have another width or depth than the named model, for the end of a message.
 
     Args:
         name: a timm name.
         state: shapes under timm's names.
-        model: what `name` stands for.
+        model: the model called `name`.
 
     Returns:
-        Text that starts with a semicolon; empty if width and depth are the model's.
+        Text that starts with a semicolon; empty if width and depth are those of the model.
     """
     theirs, mine = _build(state), _build(model.state_dict())
     if 0 in theirs or theirs == mine:
@@ -180,7 +180,7 @@ def near_name(name: str, state: Mapping[str, Tensor], model: nn.Module) -> str:
 
 
 def _build(state: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Number of blocks, and the width of the first."""
+    """Return the number of blocks, and the width of the first."""
     found = {match[0]: name for name in state if (match := re.match(r"(layers\.\d+\.)?blocks\.\d+\.", name))}
     norm = next((value for name, value in state.items() if re.search(r"blocks\.\d+\.norm1\.weight$", name)), None)
     return len(found), 0 if norm is None else len(norm)
@@ -194,7 +194,7 @@ def _siblings(name: str) -> list[str]:
 
 
 def _distilled_name(state: Mapping[str, Tensor], distilled: bool) -> str:
-    """The DeiT of the width of these weights, with a distillation token, or without if the named one has it."""
+    """Return the name of a DeiT of the same width, with a distillation token, or without if the named one has it."""
     for size in ("tiny", "small", "base"):
         with_token, without = f"deit_{size}_distilled_patch16_224", f"deit_{size}_patch16_224"
         if _build(_empty(without).state_dict()) == _build(state):

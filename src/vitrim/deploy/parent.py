@@ -42,17 +42,17 @@ def open_parent(
     Args:
         name: a timm name, an ``hf-hub:`` name, or the path of a file that vitrim stored.
         weights: a weights file for a timm name (safetensors, or a PyTorch file read without running code).
-        weights_key: which state dict of a file that holds several, as a part of the names in it: ``model_ema``.
-        random_weights: whether to leave a timm model's weights random.
-        arguments: further keyword arguments of ``timm.create_model``; what is not given is inferred from the shapes of
-            the weights where these show it.
-        seed: of random weights, so that a run that goes on finds the same ones.
-        say: receives a line on each thing that was chosen, inferred, resampled or left out of a weights file.
+        weights_key: the state dict to use if a file contains several, as a part of the names in it: ``model_ema``.
+        random_weights: whether to use random weights for a timm model.
+        arguments: further keyword arguments of ``timm.create_model``; those not given are inferred from the shapes of
+            the weights where possible.
+        seed: seed of random weights, so that a resumed run gets the same ones.
+        say: called with a line on each thing that was chosen, inferred, resampled or left out of a weights file.
 
     Raises:
         RecipeError: if the name is unknown, or weights are given twice.
         WeightsError: if the weights are unreadable, not finite, or do not fit.
-        AdoptError: if the model has a part that cannot be represented.
+        AdoptError: if the model has a part that a spec cannot represent.
     """
     opened = open_teacher(
         name,
@@ -106,10 +106,10 @@ def open_teacher(
 
 
 def _check_name(name: str) -> None:
-    """Refuse a name that no model has.
+    """Raise an error if no model has this name.
 
     Raises:
-        RecipeError: naming the nearest.
+        RecipeError: naming the most similar name.
     """
     if name.startswith("("):
         raise RecipeError(
@@ -122,10 +122,10 @@ def _check_name(name: str) -> None:
 
 
 def _check_not_weights(name: str) -> None:
-    """Refuse a file of PyTorch weights in the place of a model's name.
+    """Raise an error if a file of PyTorch weights is given as a model's name.
 
     Raises:
-        RecipeError: saying where it belongs.
+        RecipeError: naming the option that takes the file.
     """
     path = Path(name)
     if not path.is_file():
@@ -140,7 +140,7 @@ def _check_not_weights(name: str) -> None:
 
 
 def _tell_changes(model: nn.Module, name: str, given: dict[str, Any], say: Say) -> None:
-    """Tell what timm does to published weights for a model of other classes or another image size."""
+    """Log what timm does to published weights for a model of other classes or another image size."""
     known = pretrained(model)
     if given.get("num_classes") and given["num_classes"] != known.get("num_classes"):
         say(
@@ -154,7 +154,7 @@ def _tell_changes(model: nn.Module, name: str, given: dict[str, Any], say: Say) 
 
 
 def _filled(name: str, path: Path, key: str | None, given: dict[str, Any], say: Say) -> nn.Module:
-    """A model with the weights of a file, of the settings that are given and those that the weights show."""
+    """Build a model with the weights of a file, from the given settings and those inferred from the weights."""
     _check_name(name)
     held = read_checkpoint(path)
     found = fit(held, name, _frame(name, given), given, source=str(path), key=key)
@@ -166,11 +166,11 @@ def _filled(name: str, path: Path, key: str | None, given: dict[str, Any], say: 
 
 
 def _frame(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """The model of these arguments, without data where timm can build it so."""
+    """Build the model of these arguments, without data if timm can build it so."""
     try:
         with torch.device("meta"):
             model: nn.Module = timm.create_model(name, **arguments)
-    except Exception:  # what is wrong with the arguments, or with the device, is told where it is built with data
+    except Exception:  # a problem with the arguments or the device is reported when the model is built with data
         return _create(name, pretrained=False, **arguments)
     return model
 
@@ -180,7 +180,7 @@ def _create(name: str, **arguments: Any) -> nn.Module:
         model: nn.Module = timm.create_model(name, **arguments)
     except TypeError as problem:
         raise RecipeError(f"model.arguments: {name} must take each of them, but {problem}") from None
-    except Exception as problem:  # from timm's asserts to whatever the Hub's client raises
+    except Exception as problem:  # timm's asserts, and many types from the Hub's client
         said = reason(problem)
         if arguments.get("pretrained"):
             raise WeightsError(
@@ -196,13 +196,13 @@ def _near(name: str) -> str:
 
 
 def known_models(pattern: str = "*") -> Iterator[dict[str, Any]]:
-    """Every timm name like `pattern` whose class a family takes in, built without weights.
+    """Yield every timm name that matches `pattern` and whose class a family supports, built without weights.
 
     Yields:
-        ``name``, ``family``, ``macs``, ``params`` and ``reason``: None where the model can be cut, else why not.
+        ``name``, ``family``, ``macs``, ``params`` and ``reason``, which is None if the model can be cut, else why not.
 
     Raises:
-        RecipeError: if no name fits.
+        RecipeError: if no name matches.
     """
     hosts = tuple(host for name in families.names() for host in families.get(name).HOSTS)
     names = [name for name in timm.list_models(pattern) if _knows(name, hosts)]
@@ -226,7 +226,7 @@ def _verdict(model: nn.Module) -> dict[str, Any]:
 
 
 def _unfilled(name: str) -> nn.Module:
-    """A timm model without data; with data where this version of timm cannot build it without."""
+    """Build a timm model without data, or with data if this version of timm cannot build it without."""
     try:
         with torch.device("meta"):
             model: nn.Module = timm.create_model(name)
@@ -236,6 +236,6 @@ def _unfilled(name: str) -> nn.Module:
 
 
 def _knows(name: str, hosts: tuple[type[nn.Module], ...]) -> bool:
-    """Whether the module of a timm name knows one of `hosts`; it spares building a thousand other models."""
+    """Return whether the module of a timm name contains one of `hosts`; saves building a thousand other models."""
     module = sys.modules[timm.model_entrypoint(name).__module__]
     return any(inspect.isclass(value) and issubclass(value, hosts) for value in vars(module).values())

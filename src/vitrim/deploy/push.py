@@ -1,7 +1,7 @@
-"""A model to the Hugging Face Hub, with a card that says what it is, where it comes from and what was measured.
+"""Push a model to the Hugging Face Hub, with a model card on its structure, its origin and its measurements.
 
-What is pushed: ``model.safetensors`` (weights, structure and provenance, without names of local folders),
-``config.json`` for timm's loader, and ``README.md``, the card.
+The files are ``model.safetensors`` (weights, structure and provenance, without names of local folders), ``config.json``
+for timm's loader, and ``README.md``, the model card.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ CARD, CONFIG = "README.md", "config.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pushed:
-    """What was pushed, or written in its place.
+    """The files that were pushed, or written to a folder instead.
 
     Attributes:
         repository: ``owner/name``.
-        files: names and bytes.
-        folder: where they lie; None once they are on the Hub alone.
+        files: names, and sizes in bytes.
+        folder: the folder that contains them; None if they are only on the Hub.
     """
 
     repository: str
@@ -47,7 +47,7 @@ class Pushed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Known:
-    """All that a card may tell; what was not measured is absent."""
+    """The contents of a model card; values that were not measured are absent."""
 
     repository: str
     spec: Spec
@@ -72,21 +72,21 @@ def push(
     revision: str | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Pushed:
-    """Push a model and its card.
+    """Push a model and its model card.
 
     Args:
-        model: a run folder, or a file that vitrim stored; a run's ``plan.json`` and ``measured.json`` are read where
-            they lie beside it.
-        repository: ``owner/name``; made if it is not there.
-        licence: identifier of the licence of the parent's weights, as the Hub writes it (``apache-2.0``); timm's own
-            record where not given.
-        folder: write there instead, and push nothing; must be new or empty.
-        private: whether a repository that is made is private.
+        model: a run folder, or a file that vitrim stored; ``plan.json`` and ``measured.json`` in the same folder are
+            read if they exist.
+        repository: ``owner/name``; created if it does not exist.
+        licence: identifier of the license of the parent's weights, as the Hub writes it (``apache-2.0``); if not given,
+            the one that timm records.
+        folder: write the files to this folder and push nothing; must be new or empty.
+        private: whether a newly created repository is private.
         revision: branch to push to.
-        say: receives a line about each stage.
+        say: called with a line of text at each stage.
 
     Raises:
-        StoreError: if the model cannot be read, the licence is not known, the folder is not empty, or the Hub refuses.
+        StoreError: if the model cannot be read, the license is not known, the folder is not empty, or the Hub refuses.
     """
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise StoreError(f"a repository must be named owner/name, but got '{repository}'")
@@ -133,12 +133,12 @@ def _file_of(model: Path) -> Path:
 
 
 def _given(file: Path) -> dict[str, Any]:
-    """What was given when the model was stored, without folders of the machine; empty if it is no table."""
+    """Return the provenance given when the model was stored, without local folders; empty if it is not a table."""
     return _table(_without_local(store.provenance(file).get("given")))
 
 
 def _table(value: Any) -> dict[str, Any]:
-    """A table of names and values; empty where a stored model's owner put anything else in its place."""
+    """Return `value` if it is a table of names and values, else an empty one."""
     return dict(value) if isinstance(value, Mapping) else {}
 
 
@@ -156,7 +156,7 @@ def _known(file: Path, repository: str, licence: str | None) -> _Known:
             "push the run folder's own model, or move the file away"
         )
     if parent is not None and decided is not None and cost_of(decided.child(parent)).macs != cost.macs:
-        parent = decided = None  # the model was changed after, and its card is not to tell another's blocks
+        parent = decided = None  # the model was changed later, so the plan does not describe its blocks
     return _Known(
         repository=repository,
         spec=spec,
@@ -168,10 +168,10 @@ def _known(file: Path, repository: str, licence: str | None) -> _Known:
 
 
 def _licence_of(model: Mapping[str, Any], file: Path) -> str:
-    """The licence that timm records for its own weights.
+    """Return the license that timm records for its own weights.
 
     Raises:
-        StoreError: where the weights are not timm's, or timm does not say.
+        StoreError: if the weights are not timm's, or timm records no license.
     """
     name = str(model.get("name", ""))
     if not model.get("weights") and not model.get("random_weights") and timm.is_model(name):
@@ -179,13 +179,13 @@ def _licence_of(model: Mapping[str, Any], file: Path) -> str:
         if known is not None and known.license:
             return str(known.license)
     raise StoreError(
-        f"{file}: the licence of the parent's weights must be known, but neither the file nor timm says it; "
+        f"{file}: the license of the parent's weights must be known, but neither the file nor timm states it; "
         "give --license, such as apache-2.0"
     )
 
 
 def _without_local(value: Any) -> Any:
-    """Plain values without the folders of the machine: absolute paths keep their last part."""
+    """Return plain values without local folders: only the last part of each absolute path remains."""
     if isinstance(value, dict):
         return {key: _without_local(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -201,7 +201,7 @@ def _without_folders(text: str) -> str:
 
 
 def card(known: _Known) -> str:
-    """The card of a model: front matter, what it is, how to open it, what was measured, how it was made."""
+    """Return the model card: front matter, structure, how to open the model, measurements, and how it was made."""
     parts = [
         _front(known),
         f"# {known.repository.split('/')[1]}",
@@ -214,7 +214,7 @@ def card(known: _Known) -> str:
 
 
 def _front(known: _Known) -> str:
-    """What the Hub reads; JSON is YAML, so every value is quoted as JSON."""
+    """Return the YAML front matter that the Hub reads; values are written as JSON, which is valid YAML."""
     task, score, metric = _task(known)
     tags = [task, "timm", "vitrim", "pruning"]
     lines = [f"license: {json.dumps(known.licence)}", "library_name: timm", f"pipeline_tag: {task}"]
@@ -238,7 +238,7 @@ def _front(known: _Known) -> str:
 
 
 def _task(known: _Known) -> tuple[str, Any, str]:
-    """Task, score and metric in the Hub's words."""
+    """Return task, score and metric under the Hub's names."""
     if known.spec.family == "segmentor":
         return "image-segmentation", known.measured.get("miou"), "mean_iou"
     return "image-classification", known.measured.get("top1"), "accuracy"
@@ -251,7 +251,7 @@ def _base(name: str) -> str:
 
 
 def _data(known: _Known) -> str | None:
-    """Where the test images come from, as far as the recipe says."""
+    """Return the source of the test images, if the recipe contains it."""
     data = known.recipe.get("data", {})
     source = data.get("test") or data.get("train")
     return str(source) if source else None
@@ -300,7 +300,7 @@ def _origin(known: _Known) -> str:
     told = {
         "parent": known.parent,
         "parent's weights": known.recipe.get("model", {}).get("weights"),
-        "licence of the parent's weights": known.licence,
+        "license of the parent's weights": known.licence,
         "method": measured.get("method"),
         "budget": measured.get("budget"),
         "epochs of training after the cut": measured.get("epochs"),
@@ -312,7 +312,7 @@ def _origin(known: _Known) -> str:
     rows = [(key, str(value)) for key, value in told.items() if value is not None]
     table = report.as_markdown(report.Table("Origin", ("", "value"), rows))
     words = (
-        "The weights were made from the parent's and are under its licence. Every setting of the run is in the "
+        "The weights were made from the parent's and are under its license. Every setting of the run is in the "
         "metadata of `model.safetensors` (`vitrim.deploy.store.provenance`)."
     )
     return "\n\n".join(["## Origin", table, words])

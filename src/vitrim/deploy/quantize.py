@@ -1,13 +1,13 @@
-"""Eight-bit ONNX files by ONNX Runtime's static quantisation, with their accuracy told.
+"""Write eight-bit ONNX files with ONNX Runtime's static quantization, and measure their accuracy.
 
 B images, C channels, (h, w) height and width of the input.
 
-Weights become int8, one scale an output channel; activations uint8, one scale a tensor, wide enough for 99.99 % of what
-the calibration images give: LayerNorm leaves a few channels far out, and a scale that reached them would waste most of
-its steps (`benchmarks/int8.py` has the comparison). Only products with weights are quantised (linear layers and
-convolutions). Products of two activations (queries with keys, attention with values), softmax, norms and GELU stay in
-float32: they are few of the multiply-accumulates. The file holds QDQ pairs (QuantizeLinear, DequantizeLinear), which
-ONNX Runtime, OpenVINO and TensorRT fuse each in their own way.
+Weights become int8, with one scale per output channel. Activations become uint8, with one scale per tensor, wide enough
+for 99.99 % of the activations on the calibration images: LayerNorm leaves a few channels with outliers, and a scale
+that covered them would waste most of its steps (`benchmarks/int8.py` has the comparison). Only products with weights
+are quantized (linear layers and convolutions). Products of two activations (queries with keys, attention with values),
+softmax, norms and GELU stay in float32, because they are few of the multiply-accumulates. The file contains QDQ pairs
+(QuantizeLinear, DequantizeLinear), which ONNX Runtime, OpenVINO and TensorRT each fuse in their own way.
 """
 
 import os
@@ -36,13 +36,13 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 class Quantized(Node):
-    """What was written, and what it costs in accuracy.
+    """The quantized file, and its loss of accuracy.
 
-    Bytes are of the file and of the same model in float32. `top1` and `top1_before` are percent on the test images,
-    None where there are none or they have no labels; `agreement` is how often both give the same answer, percent,
-    on the test images, or else on the calibration images, which flatters, and None for outputs that are no classes. A
-    segmentor answers for each pixel; `miou`
-    and `miou_before` are its mean intersection over union on test scenes, percent.
+    Bytes are those of the file and of the same model in float32. `top1` and `top1_before` are percent on the test
+    images, or None if there are no test images or no labels. `agreement` is how often both models predict the same
+    class, in percent, on the test images, or else on the calibration images, which overstates it; it is None if the
+    outputs are not classes. A segmentation model predicts a class for each pixel; `miou` and `miou_before` are its mean
+    intersection over union on test scenes, in percent.
     """
 
     path: str
@@ -73,25 +73,26 @@ def quantize(
     as_stored: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Quantized:
-    """Write `model` as an eight-bit ONNX file; the model is left as it was.
+    """Write `model` as an eight-bit ONNX file; the model is not modified.
 
     Args:
         model: an adopted model, on the CPU.
         path: ``….onnx``.
-        calibration: batches of images ``(B, C, h, w)``, normalised, and labels, which are not looked at; all are held
-            in memory, their activations one batch at a time. They are gone through twice where there is no `test`.
+        calibration: batches of normalized images ``(B, C, h, w)`` and labels, which are not used. All images are held
+            in memory, their activations one batch at a time. They are iterated twice if there is no `test`.
         test: batches to measure both models on; labels are -1 where unknown.
-        miou: what measures a segmentor, in percent; called with the model, and with what answers as the file does.
+        miou: a function that returns the mean intersection over union of a segmentation model, in percent; called with
+            the model, and with a module that runs the file.
         percentile: share of the activations that a scale covers, in (50, 100]; 100 is their whole range.
         opset: ONNX operator set, at least 18.
-        threads: CPU threads of the measurement; PyTorch's setting where not given.
-        as_stored: whether the layers stay as they are stored; else they are in the form of `vitrim.deploy.optimized`
-            for a quantizer.
-        say: receives a line about what goes on.
+        threads: CPU threads of the measurement; PyTorch's setting if not given.
+        as_stored: whether the layers stay as they are stored; if not, they are in the form of
+            `vitrim.deploy.optimized` for a quantizer.
+        say: called with a line of text at each stage.
 
     Raises:
-        ExportError: if a package is missing, the opset is too old, the place cannot be written to, the model cannot be
-            exported, or the quantiser refuses it. Nothing is written then.
+        ExportError: if a package is missing, the opset is too old, the file cannot be written, the model cannot be
+            exported, or the quantizer refuses it. Nothing is written then.
         DataError: if an image cannot be read.
     """
     file = Path(path)
@@ -132,7 +133,7 @@ def quantize(
 
 
 def _readable(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, with what the operating system says of a file that cannot be read in one sentence.
+    """Yield the batches; report a file that the operating system cannot read in one sentence.
 
     Raises:
         DataError: naming the file.
@@ -146,7 +147,7 @@ def _readable(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class _Running(nn.Module):
-    """A file that runs, in place of the model that it was made of."""
+    """A module that runs an ONNX file in place of the model that it was made from."""
 
     def __init__(self, run: Callable[[Tensor], Tensor], model: nn.Module) -> None:
         super().__init__()
@@ -165,7 +166,7 @@ class _Compared(NamedTuple):
 
 @torch.inference_mode()
 def _compared(model: nn.Module, run: Callable[[Tensor], Tensor], batches: Batches) -> _Compared:
-    """How both answer; logits are ``(B, classes)``, or ``(B, classes, h, w)`` of a segmentor."""
+    """Compare both models' predictions; logits are ``(B, classes)``, or ``(B, classes, h, w)`` for segmentation."""
     images = answers = same = hits = hits_before = 0
     known, classes = True, describe(model).classes
     with evaluating(model):
@@ -187,7 +188,7 @@ def _compared(model: nn.Module, run: Callable[[Tensor], Tensor], batches: Batche
 
 
 def _quantized(source: Path, target: Path, held: Sequence[Any], percentile: float) -> None:
-    """Write `target` from the float file `source` and batches of images, arrays."""
+    """Write the quantized `target` from the float file `source` and batches of images (arrays)."""
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -208,17 +209,17 @@ def _quantized(source: Path, target: Path, held: Sequence[Any], percentile: floa
                 op_types_to_quantize=["Conv", "Gemm", "MatMul"],
                 nodes_to_exclude=_weightless(graph),
                 calibrate_method=CalibrationMethod.Percentile,
-                # Batch by batch, or the activations of all images would be held at once.
+                # One batch at a time, because otherwise the activations of all images would be held at once.
                 extra_options={"CalibPercentile": percentile, "CalibStridedMinMax": 1},
             )
-    except Exception as problem:  # the quantiser raises whatever its parts raise
+    except Exception as problem:  # the quantizer passes on many types of exceptions
         if isinstance(problem, ExportError | OSError):
             raise
-        raise ExportError(f"ONNX Runtime must be able to quantise this model, but says: {reason(problem)}") from problem
+        raise ExportError(f"ONNX Runtime must be able to quantize this model, but says: {reason(problem)}") from problem
 
 
 def _reader(name: str, held: Sequence[Any]) -> Any:
-    """What ONNX Runtime reads the calibration images from, a batch for each range that it asks for."""
+    """Return the reader that gives ONNX Runtime the calibration images, one batch for each requested range."""
     from onnxruntime.quantization import CalibrationDataReader
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -237,6 +238,6 @@ def _reader(name: str, held: Sequence[Any]) -> Any:
 
 
 def _weightless(graph: Any) -> list[str]:
-    """Names of the products of two activations."""
+    """Return the names of the products of two activations."""
     weights = {tensor.name for tensor in graph.initializer}
     return [node.name for node in graph.node if node.op_type == "MatMul" and not weights & set(node.input)]

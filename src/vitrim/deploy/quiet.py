@@ -1,4 +1,4 @@
-"""Libraries that remark on what they do, silenced while they do it."""
+"""Silence the warnings and log messages of libraries."""
 
 import contextlib
 import io
@@ -11,11 +11,11 @@ __all__ = ["quiet"]
 
 @contextlib.contextmanager
 def quiet(*loggers: str, prints: bool = True) -> Iterator[None]:
-    """Without warnings, and without what these loggers say below an error: none of it a user can act on.
+    """Suppress warnings, and these loggers' messages below errors, because a user cannot act on them.
 
     Args:
-        loggers: their names; the root logger's is empty.
-        prints: whether what is printed is shown.
+        loggers: names of loggers; the root logger's is empty.
+        prints: whether text printed by the library is shown.
     """
     chosen = [logging.getLogger(name) for name in loggers]
     levels = [logger.level for logger in chosen]

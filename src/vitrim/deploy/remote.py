@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: the one place that reads from it and writes to it."""
+"""Read from and write to the Hugging Face Hub; no other module does."""
 
 from pathlib import Path
 
@@ -12,34 +12,34 @@ __all__ = ["HUB", "fetch", "on_hub", "repository_of", "upload"]
 
 HUB = "hf-hub:"
 
-# The bases bring the errors of the transport, which is another library in each generation of huggingface_hub; a name
-# that is no repository's is a ValueError there, and a missing file need not be an OSError.
+# The base classes include the errors of the HTTP library, which differs between versions of huggingface_hub. An invalid
+# repository name is a ValueError there, and a missing file need not be an OSError.
 _FAULTS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError, EntryNotFoundError)
 
 
 def on_hub(path: str | Path) -> bool:
-    """Whether a path names a repository on the Hub."""
+    """Return whether a path names a repository on the Hub."""
     return str(path).startswith(HUB)
 
 
 def repository_of(name: str) -> tuple[str, str | None]:
-    """Repository and revision of ``hf-hub:owner/name[@revision]``."""
+    """Return repository and revision of ``hf-hub:owner/name[@revision]``."""
     repository, _, revision = name.removeprefix(HUB).partition("@")
     return repository, revision or None
 
 
 def fetch(name: str, file: str) -> Path | None:
-    """Fetch a file of a repository, or find it among those fetched before.
+    """Download a file of a repository, or find it in the cache.
 
     Args:
         name: ``hf-hub:owner/name[@revision]``.
-        file: its name there.
+        file: its name in the repository.
 
     Returns:
         The local file, or None if the repository has no such file.
 
     Raises:
-        StoreError: if there is no such repository, or the Hub cannot be asked.
+        StoreError: if there is no such repository, or the Hub cannot be reached.
     """
     repository, revision = repository_of(name)
     try:
@@ -51,12 +51,12 @@ def fetch(name: str, file: str) -> Path | None:
 
 
 def upload(folder: Path, repository: str, *, private: bool = False, revision: str | None = None) -> None:
-    """Write all files of a folder to a repository, which is made if it is not there.
+    """Upload all files of a folder to a repository, which is created if it does not exist.
 
     Args:
         folder: the files.
         repository: ``owner/name``.
-        private: whether a repository that is made is private.
+        private: whether a newly created repository is private.
         revision: branch to write to.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Stored models: one ``.safetensors`` file with the weights, the spec and the provenance; no pickle anywhere.
+"""Store models: one ``.safetensors`` file with the weights, the spec and the provenance, without pickle.
 
-The spec lies as JSON in the file's metadata, so the file says by itself what it is and loading needs nothing else.
-``hf-hub:owner/name[@revision]`` stands for the file ``model.safetensors`` of a repository on the Hugging Face Hub.
+The spec is stored as JSON in the file's metadata, so loading needs nothing but the file.
+``hf-hub:owner/name[@revision]`` names the file ``model.safetensors`` of a repository on the Hugging Face Hub.
 """
 
 import contextlib
@@ -34,24 +34,25 @@ FILE = "model.safetensors"
 
 
 def save(model: nn.Module, path: str | Path, *, provenance: Mapping[str, Any] | None = None) -> Path:
-    """Store an adopted model, and prove that what lies there is this model.
+    """Store an adopted model, and check that the file gives the same model back.
 
-    The file is written beside `path`, read back, built from its spec, held against `model` on a random input, and only
-    then renamed. So a file that exists loads, and a part that a spec cannot carry (a custom head, a hook that changes
-    logits or features) is refused now. Every parameter keeps its type; which of them were frozen is not stored.
+    A temporary file is written next to `path`, read back, built from its spec, compared with `model` on a random input,
+    and only then renamed. So a file that exists can be loaded, and a part that a spec cannot represent (a custom head,
+    a hook that changes logits or features) raises an error now. Every parameter keeps its type; which parameters were
+    frozen is not stored.
 
     Args:
         model: an adopted model, dense or cut, on any device.
         path: a file, or ``hf-hub:owner/name[@branch]`` to push to the Hub.
-        provenance: plain values on where the model comes from, kept with versions and date.
+        provenance: plain values on the origin of the model, stored with versions and date.
 
     Returns:
-        `path`, from which `load` takes the model back.
+        `path`, which `load` accepts.
 
     Raises:
-        StoreError: if the model was not adopted, is more than its spec, or cannot be written; the target is left as it
-            was.
-        WeightsError: naming the tensor, if weights are not finite or of a type that is not computed in.
+        StoreError: if the model was not adopted, has parts that its spec does not describe, or cannot be written; an
+            existing file is not changed then.
+        WeightsError: naming the tensor, if weights are not finite or of a type that models do not compute in.
     """
     if on_hub(path):
         repository, revision = repository_of(str(path))
@@ -76,23 +77,24 @@ def save(model: nn.Module, path: str | Path, *, provenance: Mapping[str, Any] | 
 
 
 def load(path_or_name: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:
-    """Take a stored model back, in eval mode, with the types it was stored in.
+    """Load a stored model, in evaluation mode, with the types it was stored in.
 
     Args:
-        path_or_name: what `save` wrote, a folder with a ``model.safetensors``, or ``hf-hub:owner/name[@revision]``.
+        path_or_name: a file that `save` wrote, a folder with a ``model.safetensors``, or
+            ``hf-hub:owner/name[@revision]``.
         device: where to put it.
 
     Raises:
-        StoreError: if the file is missing, damaged, no vitrim file, or of a newer format.
-        WeightsError: naming the keys, if the weights do not fit the spec, are not finite, or of a type that is not
-            computed in.
+        StoreError: if the file is missing, damaged, not a vitrim file, or of a newer format.
+        WeightsError: naming the keys, if the weights do not fit the spec, are not finite, or of a type that models do
+            not compute in.
         SpecError: if the installed timm cannot build the host.
     """
     return _read(_find(path_or_name)).to(device)
 
 
 def read_spec(path_or_name: str | Path) -> Spec:
-    """Read the spec of a stored model, not its weights.
+    """Read the spec of a stored model without its weights.
 
     Raises:
         StoreError: as `load`.
@@ -101,7 +103,7 @@ def read_spec(path_or_name: str | Path) -> Spec:
 
 
 def provenance(path_or_name: str | Path) -> dict[str, Any]:
-    """Read where a stored model comes from (``vitrim``, ``torch``, ``timm``, ``date``, ``given``), not its weights.
+    """Read the provenance of a stored model (``vitrim``, ``torch``, ``timm``, ``date``, ``given``), not its weights.
 
     Raises:
         StoreError: as `load`.
@@ -114,13 +116,13 @@ def provenance(path_or_name: str | Path) -> dict[str, Any]:
 
 
 def is_stored(path_or_name: str | Path) -> bool:
-    """Whether `load` is to be asked for this model, rather than timm.
+    """Return whether `load` should open this model, rather than timm.
 
-    True for whatever is a file, or is written like one: `load` then says what is wrong with it. A Hub name is looked
-    up, for timm's own models lie there too.
+    True for every existing file and every name that looks like a file; `load` then reports what is wrong with it. A Hub
+    name is looked up, because timm's own models are on the Hub too.
 
     Raises:
-        StoreError: if the Hub cannot be asked.
+        StoreError: if the Hub cannot be reached.
     """
     if on_hub(path_or_name):
         return hub_file(str(path_or_name)) is not None
@@ -129,16 +131,16 @@ def is_stored(path_or_name: str | Path) -> bool:
 
 
 def hub_file(name: str) -> Path | None:
-    """Fetch the weights of a repository on the Hub, or find them among those fetched before.
+    """Download the weights of a repository on the Hub, or find them in the cache.
 
     Args:
         name: ``hf-hub:owner/name[@revision]``.
 
     Returns:
-        The local file, or None if the repository holds no model that vitrim stored.
+        The local file, or None if the repository contains no model that vitrim stored.
 
     Raises:
-        StoreError: if there is no such repository, or the Hub cannot be asked.
+        StoreError: if there is no such repository, or the Hub cannot be reached.
     """
     path = fetch(name, FILE)
     if path is None:
@@ -148,7 +150,7 @@ def hub_file(name: str) -> Path | None:
 
 
 def _contents(model: nn.Module) -> tuple[Spec, dict[str, Tensor]]:
-    """Spec and weights of `model`, if the two are all it is made of."""
+    """Return spec and weights of `model`; raise an error if it has parts that neither describes."""
     try:
         blocks_of(model)
         spec = describe(model)
@@ -169,7 +171,7 @@ def _contents(model: nn.Module) -> tuple[Spec, dict[str, Tensor]]:
 
 
 def _check_owners(model: nn.Module) -> None:
-    """Refuse tensors without data, and parameters that are one under two names: the file would hold two."""
+    """Raise an error for tensors without data, and for one parameter under two names: the file would contain two."""
     first: dict[int, str] = {}
     missing = why_not_held(model)
     if missing is not None:
@@ -181,7 +183,7 @@ def _check_owners(model: nn.Module) -> None:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Weights and buffers on the CPU; views of one storage part here, for a file holds each by itself."""
+    """Return weights and buffers on the CPU; views of one storage are copied, because a file stores each separately."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     seen: set[int] = set()
     for name, value in state.items():
@@ -193,7 +195,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _misfit(model: nn.Module, state: Mapping[str, Tensor]) -> str | None:
-    """What differs between the names and shapes of `model` and those of `state`, in words."""
+    """Return a clause on how the names and shapes of `state` differ from those of `model`, or None."""
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in state.items()}
     for text, names in (("lacks", wanted.keys() - found.keys()), ("has besides", found.keys() - wanted.keys())):
@@ -208,7 +210,7 @@ def _some(names: list[str]) -> str:
 
 
 def _difference(a: Any, b: Any, at: str) -> str | None:
-    """The first place where two trees of plain values differ."""
+    """Return the first place where two trees of plain values differ, or None."""
     if isinstance(a, dict) and isinstance(b, dict):
         pairs = [(f"{at}.{key}", a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys())]
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
@@ -233,11 +235,11 @@ def _written(spec: Spec, given: Mapping[str, Any] | None) -> str:
 
 
 def _prove(model: nn.Module, stored: nn.Module, image: tuple[int, int]) -> None:
-    """Refuse a stored model that is not the function of the living one."""
+    """Raise an error if a stored model does not compute the same outputs as the model in memory."""
     found = find_difference(stored.to(home_of(model)[0]), model, image, "store")
     if found is not None:
         raise StoreError(
-            f"a stored model must give the {found.what} of the living one, but they differ by {found.apart:.1e}; "
+            f"a stored model must give the {found.what} of the model in memory, but they differ by {found.apart:.1e}; "
             "remove hooks and changed modules that its spec does not know"
         )
 
@@ -297,7 +299,8 @@ def _read(path: Path) -> nn.Module:
     state = {}
     with _opened(path) as file:
         for name in file.keys():
-            # Cloned, or the model would hang on the file, and start at addresses where a CPU rounds differently.
+            # Cloned, because otherwise the tensors would map the file and start at addresses where a CPU rounds
+            # differently.
             state[name] = file.get_tensor(name).clone()
     misfit = _misfit(model, state)
     if misfit is not None:
@@ -306,6 +309,6 @@ def _read(path: Path) -> nn.Module:
     if wrong is not None:
         raise WeightsError(f"{path}: {wrong}")
     if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in state):
-        model = build(spec)  # these buffers are computed, not stored, so they need a model that was built with data
+        model = build(spec)  # some buffers are computed, not stored, so the model must be built with data
     model.load_state_dict(state, assign=True)
     return model.eval()

@@ -1,4 +1,4 @@
-"""Bring weights under timm's names and to a model's sizes, with the functions that timm has for published weights."""
+"""Convert weights to timm's names and a model's sizes, with timm's own functions for published weights."""
 
 import functools
 import inspect
@@ -20,13 +20,13 @@ __all__ = ["named_for", "shown"]
 
 
 def shown(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A state dict under timm's names, without data: shapes are those in the file, nothing is resampled."""
+    """Return a state dict under timm's names, without data: shapes are those in the file, nothing is resampled."""
     bare = {name: value.to("meta") for name, value in state.items()}
     for host in (_Unsized.of(bare, model), model):
         try:
             found = _filtered(bare, host, model)
             named = families.convert(model, found) if families.name_of(model) else found
-        except Exception:  # a filter of timm's reads shapes as it likes, and those of another model can be anything
+        except Exception:  # timm's filters read shapes unchecked, and weights of another model can have any shape
             continue
         if any("patch_generator" in name for name in state):  # RADIO's positions are resampled for every image
             named.pop("pos_embed", None)
@@ -37,11 +37,11 @@ def shown(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def named_for(state: Mapping[str, Tensor], model: nn.Module, source: str) -> tuple[dict[str, Tensor], list[str]]:
-    """A state dict under the names of `model`, resampled where its image, patches or windows have another size.
+    """Return a state dict under the names of `model`, resampled if its image, patches or windows have another size.
 
     Args:
-        state: as the file names it.
-        model: of the sizes that are wanted.
+        state: the state dict under the file's names.
+        model: a model of the wanted sizes.
         source: the file, for messages.
 
     Returns:
@@ -87,7 +87,7 @@ def named_for(state: Mapping[str, Tensor], model: nn.Module, source: str) -> tup
 
 
 class _Unsized(SimpleNamespace):
-    """A model as timm's filters see it, whose sizes are those of the weights, so that nothing is resampled."""
+    """A stand-in for a model, given to timm's filters: its sizes are those of the weights, so nothing is resampled."""
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], model: Any) -> "_Unsized":
@@ -109,15 +109,15 @@ def _filtered(state: Mapping[str, Tensor], host: Any, model: nn.Module) -> dict[
     if change is None:
         return dict(state)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PyTorch's, about how timm resamples
+        warnings.simplefilter("ignore")  # PyTorch warns about how timm resamples
         return dict(change(dict(state), host))
 
 
 @functools.cache
 def _filter(name: str) -> Callable[..., Mapping[str, Tensor]] | None:
-    """The function by which timm converts published weights for models of this name; None if it has none.
+    """Return timm's function that converts published weights for models of this name; None if there is none.
 
-    timm hands it to its builder and keeps it nowhere, so the arguments that some names give it are repeated here.
+    timm passes it to its builder and does not store it, so the arguments that some names give it are repeated here.
     """
     if not timm.is_model(name):
         return None

@@ -1,1 +1,1 @@
-"""From a recipe to a run folder."""
+"""Run recipes and write run folders."""

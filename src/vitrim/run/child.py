@@ -1,4 +1,4 @@
-"""What a run's child is worth next to its parent: costs, accuracy, time, and on what they were measured."""
+"""Compare the child of a run with its parent: costs, accuracy and time, and the conditions of the measurements."""
 
 import datetime
 import platform
@@ -25,12 +25,12 @@ __all__ = ["judged"]
 
 
 def judged(job: Job, child: nn.Module, seconds: float) -> dict[str, Any]:
-    """Measure the child of a run against its parent, or read what was measured; writes ``measured.json``.
+    """Measure the child of a run against its parent and write ``measured.json``, or read it if it exists.
 
     Args:
         job: the run.
-        child: as it is stored.
-        seconds: what searching, cutting and training took.
+        child: the child as it is stored.
+        seconds: time that searching, cutting and training took.
     """
     path = job.file("measured.json")
     if path is not None and path.is_file():
@@ -67,7 +67,7 @@ def judged(job: Job, child: nn.Module, seconds: float) -> dict[str, Any]:
 
 
 def _accuracy(job: Job, child: nn.Module) -> dict[str, Any]:
-    """Top-1 of both on the test images, and how often they agree; agreement alone where there is no test split."""
+    """Return the top-1 of both on the test images, and how often they agree; only agreement without a test split."""
     unknown: dict[str, Any] = dict.fromkeys(
         "top1 top1_error top1_parent top1_parent_error agreement agreement_error distance".split()
     )
@@ -104,7 +104,7 @@ def _accuracy(job: Job, child: nn.Module) -> dict[str, Any]:
 
 
 def _tested_on_training(job: Job) -> bool:
-    """Whether training and test images are one undivided source."""
+    """Return whether training and test images are the same source without splits."""
     if job.splits is None or job.splits.test is None or not job.trains:
         return False
     train, test = job.splits.train, job.splits.test

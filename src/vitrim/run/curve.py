@@ -1,4 +1,4 @@
-"""One calibration, and as many smaller models as one likes: the curve of what a model can be had for."""
+"""Calibrate once and cut a model for each of several budgets: a curve of accuracy over cost."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ FILE = "calibration.safetensors"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pareto:
-    """What came of it.
+    """The result of `pareto`.
 
     Attributes:
         results: one for each budget.
-        calibration: the file that further budgets are read off.
-        folder: where everything lies.
+        calibration: the calibration file, from which models for further budgets can be cut.
+        folder: the folder that contains all files.
     """
 
     results: tuple[Result, ...]
@@ -45,14 +45,14 @@ def pareto(
     """Calibrate once and make a model for each budget.
 
     Writes ``calibration.safetensors``, a run folder for each budget, ``pareto.svg`` (top-1 against MACs and latency;
-    agreement with the dense model where there are no labels) and ``report.html``. What lies there already is kept, so a
-    call that was stopped goes on, and one with further budgets adds them in seconds each.
+    agreement with the dense model if there are no labels) and ``report.html``. Existing files are kept, so the same
+    call continues a stopped one, and a call with further budgets adds them in seconds each.
 
     Args:
-        asked: tables of a `vitrim.run.recipe.Recipe`; method and budget are filled in.
-        folder: where to write.
-        budgets: what the models may cost.
-        say: receives a line about each stage as it starts.
+        asked: tables of a `vitrim.run.recipe.Recipe`; method and budget are set here.
+        folder: the folder to write.
+        budgets: one budget for each model.
+        say: called with a line of text at the start of each stage.
 
     Raises:
         VitrimError: one sentence on what must hold, what came, and the way out.
@@ -77,7 +77,7 @@ def pareto(
 
 
 def _calibrated(recipe: Recipe, path: Path, say: Callable[[str], None]) -> None:
-    """Write the calibration, or check the one that is there."""
+    """Write the calibration, or check the existing one."""
     method = recipe.found_method()
     if recipe.data.train is None:
         raise DataError("data must be given, but there is none and post_training needs images; give --data SRC")

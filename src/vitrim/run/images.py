@@ -1,4 +1,4 @@
-"""Open the images of a run, and say and record in one line what they are."""
+"""Open the images of a run, and log and record what was read."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -15,21 +15,21 @@ from vitrim.words.plain import read_json, write_text
 __all__ = ["FILE", "about", "check_record", "known_order", "line_of", "open_splits", "open_test", "write_record"]
 
 FILE = "data.json"
-"""In a run folder: what was read, so that a resumed run reads the same."""
+"""The file in a run folder that records what was read, so that a resumed run reads the same."""
 
 
 def reading_of(
     data: DataRecipe, model: nn.Module, input: Input, classes: int, say: Callable[[str], None], order: str = ""
 ) -> Reading:
-    """How a recipe wants its images read.
+    """Return how the images of a recipe are read.
 
     Args:
-        data: the recipe's part.
-        model: asked for the order of class folders where the recipe leaves it open and two orders differ.
-        input: what the model takes.
-        classes: outputs of the model.
-        say: is told what the model says.
-        order: what an earlier run of this recipe found, or empty.
+        data: the table ``data`` of the recipe.
+        model: a model that decides the order of class folders, if the recipe leaves it open and two orders differ.
+        input: the model's input settings.
+        classes: number of outputs of the model.
+        say: called with a line about the order that the model decides.
+        order: the order that an earlier run of this recipe found, or empty.
     """
     return Reading(
         class_map=data.class_map,
@@ -54,22 +54,22 @@ def open_splits(
     order: str = "",
     say: Callable[[str], None] = lambda _: None,
 ) -> Splits | None:
-    """Open training and test images, and say in one line each what they are.
+    """Open training and test images, and log one line about each.
 
     Args:
-        data: the recipe's part.
-        train: opened images or a source, or None: then the parts are of the test images.
-        test: opened images or a source, or None for the test split of `train`, where it has one.
+        data: the table ``data`` of the recipe.
+        train: opened images or a source; None to split the test images instead.
+        test: opened images or a source; None for the test split of `train`, if it has one.
         model: the parent.
-        input: what it takes.
-        classes: its outputs; where there are none (`num_classes=0`), labels are not looked at.
-        seed: decides the draw of calibration and validation images.
-        validation: in place of the recipe's.
+        input: the parent's input settings.
+        classes: number of its outputs; labels are not used if there are none (`num_classes=0`).
+        seed: seed of the draw of calibration and validation images.
+        validation: the validation setting, in place of the recipe's.
         order: numbering of the class folders that an earlier run found.
-        say: receives the lines.
+        say: called with the lines.
 
     Raises:
-        DataError: the images are unfit, or their classes are not the model's.
+        DataError: if the images are unsuitable, or their classes do not match the model's.
     """
     first = test if train is None else train
     if first is None:
@@ -99,18 +99,18 @@ def _parts(parts: Splits) -> tuple[Images | None, ...]:
 def open_test(
     data: DataRecipe, source: str, *, model: nn.Module, input: Input, classes: int, say: Callable[[str], None]
 ) -> Images:
-    """Open the images that a model is measured on, never training images unless the source names them.
+    """Open the images that a model is measured on; never training images, unless the source names that split.
 
     Args:
-        data: the recipe's part.
+        data: the table ``data`` of the recipe.
         source: see `vitrim.data.source.find_source`.
         model: see `open_splits`.
-        input: what it takes.
-        classes: its outputs.
-        say: receives the line.
+        input: the model's input settings.
+        classes: number of its outputs.
+        say: called with a line about the images.
 
     Raises:
-        DataError: the images are unfit, or their classes are not the model's.
+        DataError: if the images are unsuitable, or their classes do not match the model's.
     """
     images = test_images(find_source(source), reading_of(data, model, input, classes, say))
     images = images.unlabeled() if classes == 0 else images
@@ -120,7 +120,7 @@ def open_test(
 
 
 def line_of(parts: Splits) -> str:
-    """What is read, in one line: images, classes, the first three class names with their numbers, what is left out."""
+    """Return a line on what is read: images, classes, the first three class names with numbers, files left out."""
     told = [f"{len(parts.train):,} for training"]
     for name, part in (("calibration", parts.calibration), ("validation", parts.validation)):
         if part is not None:
@@ -132,7 +132,7 @@ def line_of(parts: Splits) -> str:
 
 
 def about(parts: Splits | None) -> dict[str, Any] | None:
-    """What a run folder keeps of its images: sources, counts, numbering and names of the classes, what was left out."""
+    """Return the record of a run's images: sources, counts, numbers and names of the classes, files left out."""
     if parts is None:
         return None
     return {
@@ -149,10 +149,10 @@ def about(parts: Splits | None) -> dict[str, Any] | None:
 
 
 def known_order(folder: Path | None) -> str:
-    """The order of class folders that an earlier run in `folder` found, or empty.
+    """Return the order of class folders that an earlier run in `folder` found, or an empty string.
 
     Raises:
-        RunError: its record is damaged.
+        RunError: if its record is damaged.
     """
     if folder is None or not (folder / FILE).is_file():
         return ""
@@ -164,10 +164,10 @@ def known_order(folder: Path | None) -> str:
 
 
 def check_record(folder: Path | None, found: Mapping[str, Any] | None) -> None:
-    """Compare what was read with what the run folder says was read before.
+    """Compare what was read with the run folder's record of an earlier run.
 
     Raises:
-        RunError: a class has another number, or a source another number of images.
+        RunError: if a class has another number, or a source another number of images.
     """
     if folder is None or found is None or not (folder / FILE).is_file():
         return
@@ -201,6 +201,6 @@ def _differing(was: Any, now: Any) -> str:
 
 
 def write_record(folder: Path, found: Mapping[str, Any] | None) -> None:
-    """Write what was read into a run folder, if it is not there."""
+    """Write the record of what was read into a run folder, unless it exists."""
     if found is not None and not (folder / FILE).is_file():
         write_text(folder / FILE, json.dumps(found, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Budgets of time: the table that they are planned with, and the measurement that they are held to."""
+"""Latency budgets: the table of times used to plan a cut, and the measurement used to check it."""
 
 import functools
 import hashlib
@@ -31,29 +31,29 @@ from vitrim.words.table import FORMAT, Table
 __all__ = ["CLOSE", "Met", "clocked", "meet", "table_for"]
 
 CLOSE = 0.05
-"""How far from its budget a child may be measured, as a share of it."""
+"""Allowed distance of a child's measured time from the budget, as a share of the budget."""
 
 _TRIES = 5
-"""Children that are measured before the best of them is taken or all are refused."""
+"""Largest number of children measured before the best is taken or an error is raised."""
 
 _READINGS = 6
-"""Budgets of macs that are tried for one of latency."""
+"""Largest number of macs budgets tried for one latency budget."""
 
 
 def table_for(model: nn.Module, settings: Measure, *, say: Callable[[str], None] = lambda _: None) -> Table:
-    """The table of `model` on this machine: made once, then read from the cache.
+    """Return the table of times of `model` on this machine: measured once, then read from the cache.
 
-    For ``onnxruntime`` and ``openvino`` it is that of eager PyTorch, whose blocks need no export: it is off by more
-    there, and what is measured in the runtime itself corrects it (`meet`).
+    For ``onnxruntime`` and ``openvino`` it is the table of eager PyTorch, whose blocks need no export. It is less
+    accurate for them, and measurements in the runtime itself correct it (`meet`).
 
-    The cache is ``$VITRIM_CACHE``, else ``~/.cache/vitrim``; a file of it is named by the structure of the model, the
-    device, batch, threads, type, runtime, the versions of PyTorch and vitrim and the format of the table, so that none
-    of them is taken for another.
+    The cache is ``$VITRIM_CACHE``, or ``~/.cache/vitrim`` if that is not set. The name of a cached file depends on the
+    structure of the model, the device, batch, threads, type, runtime, the versions of PyTorch and vitrim and the format
+    of the table, so that tables are not confused.
 
     Args:
         model: an adopted dense model.
-        settings: how it is measured.
-        say: told before something takes long.
+        settings: measurement settings.
+        say: called with a line of text before slow steps.
     """
     given: dict[str, Any] = {
         "batch": settings.batch,
@@ -78,7 +78,7 @@ def table_for(model: nn.Module, settings: Measure, *, say: Callable[[str], None]
 
 
 def clocked(child: nn.Module, parent: nn.Module, settings: Measure) -> Latency:
-    """Time `child` in turns with its parent, as `settings` say.
+    """Time `child` in turns with its parent, with the given settings.
 
     Raises:
         ExportError: if the runtime is not installed or cannot take a model.
@@ -98,7 +98,7 @@ def clocked(child: nn.Module, parent: nn.Module, settings: Measure) -> Latency:
 
 
 def _exported(child: nn.Module, parent: nn.Module, settings: Measure) -> Latency:
-    """The same in a runtime that reads ONNX, on the CPU in float32."""
+    """Time both in a runtime that reads ONNX, on the CPU in float32."""
     if settings.dtype not in (None, "float32"):
         raise ExportError(
             f"{settings.runtime} must run in float32, but measure.dtype is {settings.dtype}; leave it out"
@@ -124,14 +124,14 @@ def _exported(child: nn.Module, parent: nn.Module, settings: Measure) -> Latency
 
 @dataclass(frozen=True, kw_only=True)
 class Met:
-    """A child that meets a budget of time.
+    """A child that meets a latency budget.
 
     Attributes:
-        found: what the method found.
+        found: the result of the method.
         child: the cut model.
         ratio: its measured time over its parent's.
-        predicted: the same by the table.
-        measured: how many children were timed.
+        predicted: the same ratio predicted by the table.
+        measured: number of children that were timed.
     """
 
     found: Found
@@ -151,19 +151,19 @@ def meet(
     timed: bool,
     say: Callable[[str], None] = lambda _: None,
 ) -> Met:
-    """Plan by the table, measure, and plan again where the table was off.
+    """Plan by the table, measure, and plan again if the table was inaccurate.
 
     Args:
         parent: the dense model.
-        budget: with a bound of latency, and a table.
-        search: what finds a plan for a budget.
-        cut: what makes the child.
-        clock: what times the child in turns with its parent.
-        timed: whether `search` plans by the table itself; it is given a budget of macs otherwise.
-        say: told of each measurement.
+        budget: a budget with a latency bound and a table.
+        search: a function that finds a plan for a budget.
+        cut: a function that cuts the child.
+        clock: a function that times the child in turns with its parent.
+        timed: whether `search` plans by the table itself; if not, it is given macs budgets.
+        say: called with a line about each measurement.
 
     Raises:
-        BudgetError: if no child comes within 5 % of the budget or below it; with the fastest there was.
+        BudgetError: if no child is within 5 % of the budget or below it; names the fastest.
     """
     assert budget.latency is not None
     planner = _Planner(parent=parent, budget=budget, search=search, timed=timed)
@@ -177,7 +177,7 @@ def meet(
         say(f"planned for {aim:.3f} of the time, the table says {predicted:.3f}, measured {ratio:.3f}")
         if abs(ratio - budget.latency) <= CLOSE * budget.latency:
             break
-        # The table may be off by a factor; what is asked of it moves by as much.
+        # The table may be wrong by a constant factor, so the share to plan for is corrected by that factor.
         aim = min(max(aim * budget.latency / ratio, 0.01), 1.0)
         if any(abs(math.log(aim / asked)) < 0.005 for asked in planner.asked):
             break
@@ -190,20 +190,20 @@ def meet(
         )
     best_met = max(within, key=lambda met: met.ratio)
     if best_met.ratio < (1 - CLOSE) * budget.latency:
-        say(f"no plan lies nearer to {budget.latency:g} of the time than {best_met.ratio:.3f}, which is faster")
+        say(f"no plan is nearer to {budget.latency:g} of the time than {best_met.ratio:.3f}, which is faster")
     return replace(best_met, measured=len(tried))
 
 
 def _steady(taken: Latency, budget: Budget) -> float:
-    """The measured ratio, if the machine was quiet enough to tell it.
+    """Return the measured ratio, if its spread is small enough.
 
     Raises:
-        BudgetError: with the spread, if twice the median's standard error is more than what a budget is met within.
+        BudgetError: with the spread, if twice the median's standard error exceeds the allowed distance from a budget.
     """
     assert taken.ratio is not None
     assert taken.ratio_low is not None
     assert taken.ratio_high is not None
-    # 2.56 standard deviations lie between the percentiles; a median errs 1.25 times as much as a mean.
+    # The 10th and 90th percentiles are 2.56 standard deviations apart. A median has 1.25 times the error of a mean.
     error = 1.25 * (taken.ratio_high - taken.ratio_low) / 2.56 / math.sqrt(taken.runs)
     if 2 * error > CLOSE * taken.ratio:
         raise BudgetError(
@@ -215,7 +215,7 @@ def _steady(taken: Latency, budget: Budget) -> float:
 
 
 class _Planner:
-    """Finds a plan whose child takes a share of the time by the table."""
+    """Find plans whose child takes a given share of the parent's time, according to the table."""
 
     def __init__(self, *, parent: nn.Module, budget: Budget, search: Callable[[Budget], Found], timed: bool) -> None:
         self.parent, self.budget, self.search, self.timed = parent, budget, search, timed
@@ -225,11 +225,11 @@ class _Planner:
         self.last: Found | None = None
 
     def predicted(self, found: Found) -> float:
-        """The child's time over the parent's, by the table."""
+        """Return the child's time over the parent's, predicted by the table."""
         return self.budget.cost(found.plan.child(self.spec)).latency / self.dense.latency
 
     def at(self, share: float) -> Found:
-        """A plan at `share` of the parent's time."""
+        """Return a plan for `share` of the parent's time."""
         self.asked.append(share)
         if self.timed:
             return self._found(self.budget.model_copy(update={"latency": share}))
@@ -241,10 +241,10 @@ class _Planner:
         return self.last
 
     def _by_macs(self, share: float) -> Found:
-        """Try budgets of macs until the table gives `share`.
+        """Try macs budgets until the table predicts `share`.
 
-        Time is nearly a straight line in macs for cuts of one kind: from the dense model through each child that was
-        tried goes the line on which the next budget is read.
+        Time is nearly linear in macs for cuts of one kind. The next budget is read from the line through the dense
+        model and the child that was tried last.
         """
         macs, best = self._first(share), None
         low, high = 0.0, 1.0
@@ -268,7 +268,7 @@ class _Planner:
         return best[1]
 
     def _first(self, share: float) -> float:
-        """The share of macs that even cuts leave at `share` of the time."""
+        """Return the share of macs that remains if even cuts leave `share` of the time."""
         budget = Budget(latency=share, table=self.budget.table)
         scores = {path: torch.zeros(axis.size) for path, axis in axes(self.parent).items()}
         try:

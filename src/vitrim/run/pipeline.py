@@ -1,9 +1,9 @@
-"""One straight line from a recipe to a run folder.
+"""Run a recipe, stage by stage, and write a run folder.
 
     parent -> search -> cut -> train against the parent -> measure -> store -> report
 
-Each stage writes its file beside and renames it, and reads what the one before wrote; so a run resumes at the first
-missing file, also in the middle of a search or of training.
+Each stage reads the file of the stage before it, and writes its own file under a temporary name and renames it. So a
+run resumes at the first missing file, also in the middle of a search or of training.
 """
 
 import json
@@ -42,19 +42,19 @@ from vitrim.words.spec import Spec, folded
 __all__ = ["Result", "compress", "run"]
 
 BEGUN = "start.safetensors"
-"""In the folder of a search: what the training goes on from."""
+"""The file in a search's folder with the state that training continues from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What came of a run.
+    """The result of a run.
 
     Attributes:
         model: the child, in evaluation mode.
-        plan: what was cut from the parent.
-        measured: flat record of ``measured.json``; ``top1`` in percent, None where it could not be measured.
+        plan: the plan by which the child was cut from the parent.
+        measured: flat record of ``measured.json``; ``top1`` in percent, None if it could not be measured.
         parent: the parent, adopted, in evaluation mode.
-        folder: where the files lie, if anywhere.
+        folder: the run folder, or None.
     """
 
     model: nn.Module
@@ -84,26 +84,26 @@ def compress(
     """Make `model` smaller.
 
     Args:
-        model: a timm model, an adopted model, or the name of one (see `vitrim compress`); left as it was.
+        model: a timm model, an adopted model, or the name of one (see `vitrim compress`); not modified.
         data: images to search and train on: a source string (``digits``, a folder, a tar, ``torch/cifar10`` …), a
             dataset of (PIL image or ``(3, height, width)`` tensor, label), a loader of batches, or None for methods
             that need none.
         method: name of a method, see `vitrim methods`; the path of a Python file that defines one; or an instance.
-        budget: what the child may cost: ``macs=0.5``, ``macs=2.3G``, ``params=12M``, or several joined by commas; or a
-            `Budget` of the same bounds, without a table, for a run measures its own.
-        epochs: how long to train the child with its parent as teacher; 0 cuts only.
-        seed: of everything random.
-        test: images to measure on, in the same forms; no search sees them.
-        preset: a preset or several that come with the package, laid under all that is said here (`vitrim recipes`).
+        budget: the limit on the child's cost: ``macs=0.5``, ``macs=2.3G``, ``params=12M``, or several joined by commas;
+            or a `Budget` of the same bounds, without a table, because a run measures its own.
+        epochs: epochs to train the child with its parent as teacher; 0 does not train.
+        seed: seed of all random numbers.
+        test: images to measure on, in the same forms; no search uses them.
+        preset: one or several presets that come with the package (`vitrim recipes`); all other arguments override them.
         settings: the method's own settings; an instance has them already.
-        recover: ``ridge`` compensates what was cut in closed form, see `vitrim.run.recipe.Recipe`.
+        recover: ``ridge`` compensates for the cut in closed form, see `vitrim.run.recipe.Recipe`.
         train: further settings of training, see `vitrim.train.Train`.
         measure: how to measure, see `vitrim.run.recipe.Measure`.
         recipe: any other setting of `vitrim.run.recipe.Recipe`, such as ``{"data": {"mean": [0.5, 0.5, 0.5]}}``.
-        out: a run folder to write; a run that was stopped there goes on.
+        out: a run folder to write; a run that was stopped there continues.
 
     Returns:
-        The child, its plan and what was measured.
+        The child, its plan and the measurements.
 
     Raises:
         VitrimError: one sentence on what must hold, what came, and the way out.
@@ -133,37 +133,37 @@ def compress(
 
 
 def _budget_text(budget: str | Budget) -> str:
-    """A budget as a recipe writes it.
+    """Return a budget as text, as in a recipe.
 
     Raises:
-        BudgetError: if it bounds nothing, or has a table of its own.
+        BudgetError: if it bounds nothing, or has a table.
     """
     if not isinstance(budget, Budget):
         return budget
     if not budget.bounds():
         raise BudgetError("a budget must bound macs, params or latency, but bounds nothing; give macs=0.5")
     if budget.table is not None:
-        raise BudgetError("a budget for compress must have no table, for a run measures its own; leave table out")
+        raise BudgetError("a budget for compress must have no table, because a run measures its own; leave table out")
     return str(budget)
 
 
 def _portrait(model: nn.Module) -> str:
-    """A name that tells a model in memory from another, so that no run folder is taken for the other's.
+    """Return a unique name for a model in memory, so that run folders of different models are not confused.
 
     Raises:
-        WeightsError: naming the tensor, if it is without data or cannot be computed with.
+        WeightsError: naming the tensor, if it has no data or a type that models do not compute in.
     """
     check_weights(model)
     return f"({type(model).__name__} in memory, {fingerprint(model)[:8]})"
 
 
 def run(recipe: Recipe, folder: Path, *, say: Callable[[str], None] = lambda _: None) -> Result:
-    """Carry out a recipe and write its run folder, or go on with a run that was stopped.
+    """Run a recipe and write its run folder, or continue a run that was stopped.
 
     Args:
-        recipe: what to do.
-        folder: where to write; may exist if it holds the same recipe.
-        say: receives a line about each stage as it starts.
+        recipe: the recipe.
+        folder: the run folder; may exist if it contains the same recipe.
+        say: called with a line of text at the start of each stage.
 
     Raises:
         VitrimError: one sentence on what must hold, what came, and the way out.
@@ -197,7 +197,7 @@ def _run(
 
 
 def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module, float, Start | None]:
-    """Search and cut, or read what an earlier run cut; with the seconds that it took and what training goes on from."""
+    """Search and cut, or read an earlier cut; also return the seconds it took and the state training continues from."""
     start = time.perf_counter()
     plan_file, cut_file = job.file("plan.json"), job.file("cut.safetensors")
     for stored in ("model.safetensors", "cut.safetensors"):
@@ -212,7 +212,7 @@ def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module, float, Start | None
             return plan, *_stored(job, path), _begun(job)
     job.say(f"searching with {job.recipe.method['name']} for {job.budget}")
     data = None
-    # Without training images the splits are the test images', which no search sees.
+    # Without training images the splits are parts of the test images, which no search may use.
     if job.splits is not None and job.trains:
         data = Data(
             train=job.splits.train,
@@ -229,18 +229,18 @@ def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module, float, Start | None
         if found.start is not None:
             found.start.save(plan_file.with_name("search") / BEGUN)
         store.save(child, cut_file, provenance={"seconds": time.perf_counter() - start})
-        # What a resumed run would read is what this one goes on with, down to which weights are frozen.
+        # Continue with what a resumed run would read, including which weights are frozen.
         return found.plan, *_stored(job, cut_file), _begun(job)
     return found.plan, child, time.perf_counter() - start, found.start
 
 
 def _found(job: Job, method: Method, data: Data | None) -> tuple[Found, nn.Module]:
-    """What the method finds, and the child that is cut by it."""
+    """Return the method's result, and the child that is cut by it."""
     log, searches = logger(job.file("log.jsonl")), 0
 
     def search(budget: Budget) -> Found:
         nonlocal searches
-        # A search of another budget must not go on where this one ended.
+        # A search for another budget must not continue from the state of this one.
         folder = job.file("search" if not searches else f"search/again-{searches}")
         searches += 1
         return method.search(
@@ -269,17 +269,17 @@ def _found(job: Job, method: Method, data: Data | None) -> tuple[Found, nn.Modul
 
 
 def _begun(job: Job) -> Start | None:
-    """What a search left for the training to go on from, if it did."""
+    """Return the state that a search stored for the training to continue from, or None."""
     folder = job.file("search")
     return Start.load(folder / BEGUN) if folder is not None and (folder / BEGUN).is_file() else None
 
 
 def _recovered(job: Job, found: Found, data: Data | None) -> Mapping[str, Tensor]:
-    """The grafts of the child, with what `recover` makes of the weights that are slices."""
+    """Return the grafts of the child, with the weights that `recover` computes for sliced layers."""
     if job.recipe.recover == "none":
         return found.grafts
     if data is None or data.calibration is None:
-        raise MethodError("recover=ridge must see images, but no data was given; give --data SRC or leave it out")
+        raise MethodError("recover=ridge must have images, but no data was given; give --data SRC or leave it out")
     if found.grafts:
         raise MethodError(
             "recover=ridge must find weights that are slices of the parent's, but "
@@ -296,10 +296,10 @@ def _stored(job: Job, path: Path) -> tuple[nn.Module, float]:
 
 
 def _check_budget(job: Job, child: Spec) -> None:
-    # Convolutions are trained with all they are mixed from, and folded before they are stored.
+    # Convolutions are trained together with the weights they are mixed from, and folded before they are stored.
     parent, cost = cost_of(job.spec), cost_of(folded(child))
     if job.budget.latency is not None:
-        # Times were measured; what else is bounded need not be spent.
+        # The time was measured, so the other bounds need not be used up.
         others = job.budget.model_copy(update={"latency": None})
         if others.bounds() and not others.admits(cost, parent):
             raise BudgetError(f"what {job.recipe.method['name']} finds must cost at most {others}, but costs {cost}")
@@ -314,7 +314,7 @@ def _check_budget(job: Job, child: Spec) -> None:
 
 
 def _way_out(job: Job, cost: Cost, parent: Cost) -> str:
-    """What to do where a budget is left unspent: finer widths where the method has a choice, else a lower budget."""
+    """Return the way out if a budget is not used up: finer widths if the method has a choice, else a lower budget."""
     if job.recipe.method.get("choice", "free") != "free":
         return "choose finer widths with method.choice=free"
     shares = {
@@ -324,7 +324,7 @@ def _way_out(job: Job, cost: Cost, parent: Cost) -> str:
 
 
 def _train(job: Job, child: nn.Module, seconds: float, begun: Start | None) -> tuple[nn.Module, float]:
-    """Train the child, or read what an earlier run trained; `seconds` grow by those of every part of the training."""
+    """Train the child, or read an earlier run's; return it, and `seconds` plus the time of all parts of training."""
     path = job.file("model.safetensors")
     if path is not None and path.is_file():
         return _stored(job, path)
@@ -356,17 +356,17 @@ def _train(job: Job, child: nn.Module, seconds: float, begun: Start | None) -> t
 
 
 def _finish(job: Job) -> None:
-    """Write the report and clear away what only a stopped run would need."""
+    """Write the report and delete the files that only a resumed run would need."""
     if job.folder is None:
         return
     if not job.has("report.html"):
         write_text(job.folder / "report.html", report.html([job.folder]))
     (job.folder / "cut.safetensors").unlink(missing_ok=True)
-    for half in job.folder.glob(".*.*.*"):  # what a killed run was writing
+    for half in job.folder.glob(".*.*.*"):  # a temporary file of a killed run
         half.unlink()
     for name in ("search", "training"):
         scraps = job.folder / name
-        # A study of trials is a result, which other tools read.
+        # Keep the study of trials, because it is a result that other tools read.
         for path in sorted(scraps.rglob("*"), reverse=True) if scraps.is_dir() else []:
             if path.suffix != ".db":
                 path.unlink() if path.is_file() else path.rmdir()

@@ -1,4 +1,4 @@
-"""Presets: settings for a kind of data, laid under what a recipe or a command says itself."""
+"""Presets: default settings for a kind of data, overridden by the settings of a recipe or command."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,26 +15,26 @@ Keys = tuple[str, ...]
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The settings of a preset that comes with the package.
+    """Return the settings of a preset that comes with the package.
 
     Raises:
-        RecipeError: if there is none of that name.
+        RecipeError: if there is no preset of that name.
     """
     return read_toml(path_of("presets", name))
 
 
 def laid_under(asked: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return `asked` on top of `presets`: what it names stays, what it leaves out is theirs.
+    """Return `asked` merged over `presets`: settings of `asked` override those of the presets.
 
-    Of a method that trains nothing while it searches, their ``method.train`` is left out; and so is, of a method that
-    trains its child on in the search's cycle of the learning rate, what of ``train`` must be the search's.
+    If the method does not train while it searches, the presets' ``method.train`` is left out. If search and child share
+    one learning rate schedule, those settings of the presets' ``train`` that must equal the search's are left out.
 
     Args:
         asked: tables of a `vitrim.run.recipe.Recipe`.
-        presets: tables of settings, by the name that messages call them.
+        presets: tables of settings, by name; messages use these names.
 
     Raises:
-        RecipeError: if two presets say different things of one setting.
+        RecipeError: if two presets give different values for one setting.
     """
     said: dict[Keys, tuple[str, Any]] = {}
     under: dict[str, Any] = {}
@@ -57,7 +57,7 @@ def laid_under(asked: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]
 
 
 def remark(asked: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """A sentence on the settings of `presets` that `asked` has otherwise; None where there are none."""
+    """Return a sentence on the settings of `presets` that `asked` overrides, or None if there are none."""
     mine = dict(leaves(asked))
     other = [
         f"{'.'.join(path)} is {mine[path]!r} as asked, not {value!r} as in {name}"
@@ -69,7 +69,7 @@ def remark(asked: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]]) -
 
 
 def leaves(table: Mapping[str, Any], at: Keys = ()) -> Iterator[tuple[Keys, Any]]:
-    """Every value of nested tables with the keys that lead to it."""
+    """Yield every value of nested tables with its path of keys."""
     for key, value in table.items():
         if isinstance(value, Mapping):
             yield from leaves(value, (*at, key))
@@ -91,5 +91,5 @@ def _shared(whole: Mapping[str, Any]) -> tuple[str, ...]:
     try:
         shared: tuple[str, ...] = getattr(found_method(whole.get("method")), "shared", ())
     except VitrimError:
-        return ()  # the recipe says what is wrong
+        return ()  # reading the recipe reports the error
     return shared

@@ -1,4 +1,4 @@
-"""What a user should not overlook in results: how sure a number is, and what makes it worth little."""
+"""Remarks on results: the standard error of a number, and warnings about unreliable or poor results."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,20 +9,20 @@ from numpy.typing import NDArray
 __all__ = ["chance_of", "remarks", "standard_error", "why_at_chance"]
 
 COLLAPSED = 50.0
-"""Agreement, percent, below which a child is no smaller form of its parent; the same share of its parent's top-1."""
+"""Agreement in percent, and share of the parent's top-1 in percent, below which a child has lost too much."""
 
 WIDE = 2.0
-"""Times of one run that differ by this factor tell little."""
+"""A ratio of times whose percentiles differ by this factor is unreliable."""
 
 _SURE = 3.0
 
 
 def standard_error(percent: float | None, count: int) -> float | None:
-    """Standard error of a share of `count` images, in points: 100 sqrt(p (1 - p) / count).
+    """Return the standard error of a share of `count` images, in percentage points: 100 sqrt(p (1 - p) / count).
 
     Args:
-        percent: the share, in `[0, 100]`; None for none.
-        count: images that it was measured on.
+        percent: the share, in `[0, 100]`, or None.
+        count: number of images that it was measured on.
     """
     if percent is None or not count:
         return None
@@ -31,17 +31,17 @@ def standard_error(percent: float | None, count: int) -> float | None:
 
 
 def chance_of(labels: NDArray[np.int64]) -> float:
-    """Top-1 of a model that always gives the most frequent class of these images, percent."""
+    """Return the top-1, in percent, of a model that always predicts the most frequent class of these images."""
     return 100 * float(np.bincount(labels[labels >= 0]).max()) / len(labels)
 
 
 def why_at_chance(top1: float | None, chance: float | None, count: int) -> str | None:
-    """Why a top-1 says that a model knows nothing of the images, or None.
+    """Return why a top-1 is no better than chance, or None.
 
     Args:
         top1: percent.
         chance: see `chance_of`.
-        count: images that both were measured on.
+        count: number of images that both were measured on.
     """
     if top1 is None or chance is None or top1 > chance + _SURE * (standard_error(chance, count) or 0.0):
         return None
@@ -51,30 +51,28 @@ def why_at_chance(top1: float | None, chance: float | None, count: int) -> str |
 
 
 def remarks(measured: Mapping[str, Any], *, tested_on_training: bool = False) -> list[str]:
-    """Sentences on what is wrong with what was measured, worst first; empty when nothing is.
+    """Return sentences on problems of the measurements, worst first; empty if there are none.
 
     Args:
-        measured: as in ``measured.json``.
-        tested_on_training: whether the images that top-1 was measured on were trained on, too.
+        measured: the record of ``measured.json``.
+        tested_on_training: whether top-1 was measured on images that were also trained on.
     """
     found = []
     if tested_on_training:
-        found.append("top-1 was measured on the training images, which flatters; give others (--test)")
+        found.append("top-1 was measured on the training images, which overstates it; give others (--test)")
     count = int(measured.get("test_images") or 0)
     top1, parent, chance = (measured.get(name) for name in ("top1", "top1_parent", "chance"))
     parents = why_at_chance(parent, chance, count)
     if parents is not None:
         found.append(
-            f"the parent does not know these images: {parents}; check its weights, the numbers of the classes "
+            f"the parent cannot classify these images: {parents}; check its weights, the numbers of the classes "
             "(data.class_order, data.class_map) and the normalization (data.mean, data.std)"
         )
     child = why_at_chance(top1, chance, count)
     if parents is None and child is not None:
-        found.append(f"the child has lost what its parent knew: {child}; train it (--epochs), or cut less")
+        found.append(f"the child has lost its parent's accuracy: {child}; train it (--epochs), or cut less")
     elif parents is None and top1 is not None and parent is not None and top1 < parent * COLLAPSED / 100:
-        found.append(
-            f"top-1 collapses from {parent:.1f} to {top1:.1f} %, less than half; train it (--epochs), or cut less"
-        )
+        found.append(f"top-1 drops from {parent:.1f} to {top1:.1f} %, less than half; train it (--epochs), or cut less")
     agreement = measured.get("agreement")
     if agreement is not None and agreement < COLLAPSED:
         found.append(
@@ -84,7 +82,7 @@ def remarks(measured: Mapping[str, Any], *, tested_on_training: bool = False) ->
     low, high = measured.get("latency_ratio_low"), measured.get("latency_ratio_high")
     if low is not None and high is not None and high > WIDE * low:
         found.append(
-            f"the ratio of times lies anywhere from {low:.2f} to {high:.2f}; measure again on an idle machine, or "
+            f"the ratio of times ranges from {low:.2f} to {high:.2f}; measure again on an idle machine, or "
             "longer (measure.seconds)"
         )
     return found

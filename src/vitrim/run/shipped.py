@@ -1,4 +1,4 @@
-"""Recipes and presets that come with the package, by name; no torch here."""
+"""Recipes and presets that come with the package, by name; this module does not import torch."""
 
 from importlib import resources
 from pathlib import Path
@@ -15,12 +15,12 @@ _KINDS: tuple[Kind, Kind] = ("recipes", "presets")
 
 
 def names(kind: Kind) -> list[str]:
-    """Names of all recipes or presets that come with the package."""
+    """Return the names of all recipes or presets that come with the package."""
     return sorted(path.stem for path in _folder(kind).glob("*.toml"))
 
 
 def path_of(kind: Kind, name: str) -> Path:
-    """The TOML file of a recipe or preset.
+    """Return the path of the TOML file of a recipe or preset.
 
     Raises:
         RecipeError: if there is none of that name.
@@ -31,7 +31,7 @@ def path_of(kind: Kind, name: str) -> Path:
 
 
 def text_of(name: str) -> str:
-    """What a recipe or preset says, as TOML.
+    """Return the TOML text of a recipe or preset.
 
     Raises:
         RecipeError: if there is none of that name.
@@ -43,12 +43,12 @@ def text_of(name: str) -> str:
 
 
 def about(kind: Kind, name: str) -> str:
-    """The first line of a recipe or preset, which says what it is."""
+    """Return the first line of a recipe or preset, which describes it."""
     return path_of(kind, name).read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
 
 
 def recipe_file(asked: Path) -> Path:
-    """The file of a recipe that was asked for by its path, or by the name of one that comes with the package.
+    """Return the path of a recipe that is given by its path, or by the name of one that comes with the package.
 
     Raises:
         RecipeError: if there is neither.

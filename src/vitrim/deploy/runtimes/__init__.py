@@ -1,4 +1,4 @@
-"""A model in the runtimes that people deploy, each one call and each checked against eager PyTorch."""
+"""Run a model in the common runtimes, each checked against eager PyTorch."""
 
 from vitrim.deploy.runtimes.peak import peak_bytes
 from vitrim.deploy.runtimes.ready import RUNTIMES, Ready, check_runtimes, ready, weights_bytes

@@ -1,6 +1,6 @@
-"""How much memory a runtime takes to open a model and run it, each in a process of its own.
+"""Measure how much memory a runtime takes to open and run a model, each in its own process.
 
-In one process the second model would find the memory that the first has given back, and seem to need none.
+In one process, the second model would reuse the memory that the first has freed, and seem to need none.
 """
 
 import json
@@ -16,20 +16,20 @@ _STATUS = Path("/proc/self/status")
 
 
 def peak_bytes(file: Path, image: tuple[int, int, int], runtime: str, batch: int, threads: int) -> int | None:
-    """Most memory that opening `file` and two passes add to a process that has its libraries loaded.
+    """Return the peak memory that opening `file` and two passes add to a process that has its libraries loaded.
 
     Args:
-        file: a model that vitrim stored for ``eager``, an ONNX file for ``onnxruntime`` and ``openvino``.
+        file: for ``eager`` a model that vitrim stored, for ``onnxruntime`` and ``openvino`` an ONNX file.
         image: channels, height and width.
-        runtime: of ``compile`` nothing is known: its process is the compiler's too.
+        runtime: the runtime. ``compile`` gives None, because the compiler runs in the same process.
         batch: images of a pass, at least 1.
         threads: CPU threads.
 
     Returns:
-        bytes of resident memory; None where the system (any but Linux) or the runtime does not tell.
+        Bytes of resident memory; None if the system (any but Linux) or the runtime does not allow the measurement.
 
     Raises:
-        ExportError: if the process fails, with its last words.
+        ExportError: if the process fails, with its last line of output.
     """
     if runtime == "compile" or not _STATUS.is_file():
         return None
@@ -42,7 +42,7 @@ def peak_bytes(file: Path, image: tuple[int, int, int], runtime: str, batch: int
 
 
 def _resident(name: str) -> int:
-    """A line of the process's status, in bytes."""
+    """Return a line of the process's status, in bytes."""
     line = next(line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith(name))
     return 1024 * int(line.split()[1])
 

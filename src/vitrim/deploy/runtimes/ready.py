@@ -1,4 +1,4 @@
-"""A model made ready to run: eager PyTorch, torch.compile, CUDA graphs, ONNX Runtime or OpenVINO behind one call.
+"""Prepare a model to run in eager PyTorch, torch.compile, CUDA graphs, ONNX Runtime or OpenVINO, with one function.
 
 B images, C channels, (h, w) height and width of the input.
 """
@@ -25,7 +25,7 @@ from vitrim.words.plain import did_you_mean, reason
 __all__ = ["RUNTIMES", "Ready", "check_runtimes", "ready", "weights_bytes"]
 
 RUNTIMES = ("eager", "compile", "cudagraph", "onnxruntime", "openvino")
-"""In the order in which a table shows them; ``cudagraph`` runs on CUDA alone, the last two on the CPU, in float32."""
+"""Runtimes in the order of tables; ``cudagraph`` runs only on CUDA, the last two only on the CPU in float32."""
 
 _PACKAGES = {
     "onnxruntime": (("onnx", "onnxscript", "onnxruntime"), "export"),
@@ -36,16 +36,16 @@ _READS_ONNX = tuple(_PACKAGES)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """A model that runs.
+    """A model that is ready to run.
 
     Attributes:
         runtime: one of `RUNTIMES`.
         version: the runtime's name and version.
-        run: maps images ``(B, C, h, w)``, on the device and of the type of those it was made ready with, to logits; of
-            ``compile`` another B compiles again, of ``cudagraph`` it is refused.
-        bytes: what lies on disk: the ONNX file, or the weights as a safetensors file holds them.
-        apart: largest difference of a logit from eager's on the example images, relative to the largest logit; None
-            where there is no model to compare with.
+        run: maps images ``(B, C, h, w)``, of the device and type of the example images, to logits. Another B makes
+            ``compile`` compile again, and raises an error with ``cudagraph``.
+        bytes: size on disk: that of the ONNX file, or of the weights in a safetensors file.
+        apart: largest difference of a logit from the eager model's on the example images, relative to the largest
+            logit; None if there is no model to compare with.
     """
 
     runtime: str
@@ -56,10 +56,10 @@ class Ready:
 
 
 def check_runtimes(names: Sequence[str]) -> None:
-    """Refuse runtimes that are unknown, not installed or not possible here, before anything is opened.
+    """Raise an error for runtimes that are unknown, not installed or not possible on this machine.
 
     Raises:
-        ExportError: naming those there are, or the extra that brings the missing one.
+        ExportError: naming the known runtimes, or the extra that installs the missing one.
     """
     if not names:
         raise ExportError(f"runtimes must be at least one of {', '.join(RUNTIMES)}, but none is named")
@@ -82,19 +82,19 @@ def ready(
     onnx: Path | None = None,
     as_stored: bool = False,
 ) -> Ready:
-    """Make a model ready to run, and hold its logits against eager PyTorch's of the model as it is stored.
+    """Prepare a model to run, and compare its logits with those of the stored model in eager PyTorch.
 
-    It runs in the form of `vitrim.deploy.optimized`.
+    The model runs in the form of `vitrim.deploy.optimized`.
 
     Args:
-        model: an adopted model, left as it was; or an ONNX file for a runtime that reads one, which is run unchecked.
+        model: an adopted model, not modified; or an ONNX file for a runtime that reads one, which is run unchecked.
             A model that is not adopted runs as it is, in eager PyTorch, compiled or as a CUDA graph.
-        images: an example batch ``(B, C, h, w)``, where and in the type in which the model is to run; ``onnxruntime``
-            and ``openvino`` take float32 on the CPU, ``cudagraph`` any type on CUDA.
+        images: an example batch ``(B, C, h, w)``, on the device and of the type in which the model will run;
+            ``onnxruntime`` and ``openvino`` take float32 on the CPU, ``cudagraph`` any type on CUDA.
         runtime: one of `RUNTIMES`.
-        threads: CPU threads of ``onnxruntime`` and ``openvino``; PyTorch's setting where not given, which is also what
-            ``eager`` and ``compile`` run with.
-        onnx: what `vitrim.deploy.export.export` wrote of this model, so that it is not exported again.
+        threads: CPU threads of ``onnxruntime`` and ``openvino``; if not given, PyTorch's setting, which ``eager`` and
+            ``compile`` always use.
+        onnx: the file that `vitrim.deploy.export.export` wrote of this model, so that it is not exported again.
         as_stored: whether the model runs as it is stored instead.
 
     Raises:
@@ -130,7 +130,7 @@ def ready(
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Bytes of all weights and stored buffers of `model`."""
+    """Return the bytes of all weights and stored buffers of `model`."""
     return sum(value.numel() * value.element_size() for value in model.state_dict().values())
 
 
@@ -139,7 +139,7 @@ def _torch(runtime: str) -> str:
 
 
 def _still(model: nn.Module, images: Tensor) -> nn.Module:
-    """A copy in evaluation mode, where and in the type in which `images` are."""
+    """Return a copy in evaluation mode, on the device and of the type of `images`."""
     missing = why_not_held(model)
     if missing is not None:
         raise ExportError(missing)
@@ -156,7 +156,7 @@ def _eager(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    # One call's programs would count against another's limit, beyond which PyTorch goes back to eager.
+    # Programs of earlier calls count against the limit of compiled programs, beyond which PyTorch falls back to eager.
     apart = "isolate_recompiles" in inspect.signature(torch.compile).parameters
     options: dict[str, Any] = {"isolate_recompiles": True} if apart else {}
     quick: Any = torch.compile(model, fullgraph=True, dynamic=False, **options)
@@ -230,7 +230,7 @@ def _of_file(file: Path, runtime: str, threads: int | None) -> Ready:
         raise ExportError(f"{file}: the ONNX file must exist, but it does not")
     try:
         version, run = (onnx_session if runtime == "onnxruntime" else _openvino)(file, threads)
-    except Exception as problem:  # each runtime raises a class of its own for a file that it cannot read
+    except Exception as problem:  # each runtime raises its own class for a file that it cannot read
         raise ExportError(f"{file}: {runtime} must be able to read the file, but says: {reason(problem)}") from None
     return Ready(runtime=runtime, version=version, run=run, bytes=file.stat().st_size, apart=None)
 
@@ -238,7 +238,7 @@ def _of_file(file: Path, runtime: str, threads: int | None) -> Ready:
 def _openvino(path: Path, threads: int | None) -> tuple[str, Callable[[Tensor], Tensor]]:
     import openvino
 
-    # On processors that have it OpenVINO computes in bfloat16 unless it is told the type; the other runtimes do not.
+    # On processors with bfloat16, OpenVINO computes in it unless the type is set; the other runtimes do not.
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads() if threads is None else threads,
         "INFERENCE_PRECISION_HINT": "f32",
@@ -262,7 +262,7 @@ def _checked(found: Ready, still: nn.Module, images: Tensor) -> Ready:
         want = still(images)
     try:
         got = found.run(images)
-    except Exception as problem:  # a compiler that is missing, an operator that cannot be compiled
+    except Exception as problem:  # a missing compiler, or an operator that cannot be compiled
         raise _unable(found.runtime, problem) from problem
     allowed = TOLERANCES["runtime"][images.dtype]
     apart = relative(got, want)

@@ -1,4 +1,4 @@
-"""From classes of pictures to classes of pixels: a head on any backbone, fine-tuned, measured, stored and reported."""
+"""Semantic segmentation: put a head on a backbone, fine-tune, measure, store and report it."""
 
 from vitrim.run.transfer.recipe import SceneData, SceneTest, TransferRecipe
 from vitrim.run.transfer.run import Transferred, transfer

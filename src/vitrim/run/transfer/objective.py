@@ -15,17 +15,17 @@ __all__ = ["PixelObjective"]
 
 
 class PixelObjective(Objective):
-    """Cross-entropy of every pixel, that of segmentation_models_pytorch.
+    """Cross-entropy of every pixel, from segmentation_models_pytorch.
 
-    Ignored pixels count as zeros in the mean, as in mmsegmentation's default: so the loss of a batch is the mean of
-    those of its parts, and a crop of ignored pixels alone does no harm.
+    Ignored pixels count as zeros in the mean, as in mmsegmentation's default. So the loss of a batch is the mean of the
+    losses of its parts, and a crop that contains only ignored pixels has loss 0.
     """
 
     def __init__(self, settings: Distill, smoothing: float, teacher: nn.Module | None, labelled: bool) -> None:
-        """See `Objective`; a teacher is refused.
+        """Build the loss; see `Objective`. A teacher is not supported.
 
         Raises:
-            RecipeError: a teacher is given, or the package that has the loss is missing.
+            RecipeError: if a teacher is given, or the package that has the loss is missing.
         """
         if teacher is not None:
             raise RecipeError("segmentation must be learned from masks alone, but a teacher is given; leave it out")

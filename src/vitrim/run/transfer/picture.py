@@ -1,4 +1,4 @@
-"""Predictions as pictures: the scene, its mask and what the model says, side by side."""
+"""Draw predictions as pictures: the scene, its mask and the prediction, side by side."""
 
 import colorsys
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from vitrim.data import IGNORE
 __all__ = ["colours", "side_by_side"]
 
 _WIDEST = 360
-"""Pixels of one panel; a report holds its pictures, and should stay small."""
+"""Pixels of one panel; limited because a report contains its pictures."""
 
 _GAP = 6
 _GOLDEN = 0.618033988749895
 
 
 def colours(count: int) -> list[str]:
-    """Colours of so many classes, ``#rrggbb``: hues a golden section apart, so that neighbours differ."""
+    """Return `count` class colors, ``#rrggbb``: hues a golden ratio apart, so that consecutive colors differ."""
     found = []
     for index in range(count):
         bright, full = (0.92, 0.62, 0.78)[index % 3], (0.72, 0.88, 0.5)[index // 3 % 3]
@@ -31,13 +31,13 @@ def colours(count: int) -> list[str]:
 def side_by_side(
     picture: Image.Image, truth: NDArray[np.uint8], said: NDArray[np.uint8], palette: Sequence[str]
 ) -> Image.Image:
-    """Three panels: the scene, its mask, the prediction; ignored pixels are black.
+    """Draw three panels: the scene, its mask and the prediction; ignored pixels are black.
 
     Args:
         picture: the scene.
         truth: labels `(h, w)`, `IGNORE` for none.
         said: labels `(h, w)`.
-        palette: colours of the classes.
+        palette: colors of the classes.
     """
     table = np.zeros((256, 3), dtype=np.uint8)
     table[: len(palette)] = [tuple(bytes.fromhex(colour[1:])) for colour in palette]

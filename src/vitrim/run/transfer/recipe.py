@@ -1,4 +1,4 @@
-"""Everything that decides a transfer, as one strict TOML file."""
+"""The recipe of a transfer: all its settings, as one strict TOML file."""
 
 from typing import Any, Literal, Self
 
@@ -13,19 +13,19 @@ from vitrim.words.plain import Node
 __all__ = ["SceneData", "SceneTest", "TransferRecipe"]
 
 _TRAIN: dict[str, Any] = {"epochs": 20, "batch": 16, "lr": 2e-4, "weight_decay": 1e-4, "schedule": "poly"}
-"""Training settings that differ from those of a classifier; Semantic FPN's custom on ADE20k."""
+"""Training settings that differ from those of a classifier; as usual for Semantic FPN on ADE20k."""
 
 
 class SceneData(Node):
-    """Which scenes.
+    """Which scenes to train and test on.
 
     Attributes:
         train: source of the training scenes, see `vitrim.data.open_scenes`.
-        test: source of the test scenes; None for those of `train`.
-        split: part of the test source that is measured on.
-        ignore: names of classes that are not learned and not counted; pixels of value 255 never are.
-        size: height and width of a training crop and of what the model takes, in pixels; the model's own if None.
-        mean, std: normalisation, where the model's own config is wrong.
+        test: source of the test scenes; None for the test scenes of `train`.
+        split: split of the test source to measure on.
+        ignore: names of classes that are neither learned nor counted; pixels of value 255 never are.
+        size: height and width of training crops and of the model's input, in pixels; the model's image size if None.
+        mean, std: normalization, if the model's own config is wrong.
     """
 
     train: str
@@ -38,16 +38,16 @@ class SceneData(Node):
 
 
 class SceneTest(Node):
-    """How a segmentor meets test scenes; its logits are resized to the scene before the best class is taken.
+    """How a segmentation model is run on test scenes; logits are resized to the scene before the best class is taken.
 
     Attributes:
-        mode: ``whole``: the scene at once, its shorter side that of the input and both sides rounded up to `align`; the
-            model is set to that size. ``slide``: windows of the model's own size over the scene scaled to cover it,
-            logits averaged where they overlap.
+        mode: ``whole``: the whole scene at once. Its shorter side is scaled to that of the input, both sides are
+            rounded up to `align`, and the model is set to that size. ``slide``: windows of the model's own size over the scaled
+            scene; logits are averaged where windows overlap.
         align: pixels that sides are multiples of, for ``whole``.
         stride: from one window to the next, as a share of its sides in `(0, 1]`, for ``slide``.
-        batch: scenes (or windows) of one pass.
-        pictures: predictions that the report shows.
+        batch: scenes (or windows) per pass.
+        pictures: number of predictions that the report shows.
     """
 
     mode: Literal["whole", "slide"] = "whole"
@@ -61,17 +61,17 @@ class TransferRecipe(Node):
     """A whole transfer.
 
     Attributes:
-        task: says that this recipe is none of a compression.
+        task: marks this recipe as a segmentation recipe, not a compression recipe.
         model: the backbone, dense or compressed.
-        data: its scenes.
-        head: what is put on it.
-        augment: what is done to training scenes.
+        data: the scenes.
+        head: the segmentation head.
+        augment: augmentation of training scenes.
         train: how backbone and head are trained together; without mixup, cutmix, teacher and `train.augment`. What a
             table leaves out is 20 epochs of batch 16 at 2e-4, falling as a polynomial, with a weight decay of 1e-4.
-        test: how scenes are met.
-        measure: how the whole segmentor is timed.
-        seed: of everything random.
-        device: where to run.
+        test: how the model is run on test scenes.
+        measure: how the whole segmentation model is timed.
+        seed: seed of all random numbers.
+        device: the device to run on.
     """
 
     task: Literal["segmentation"] = "segmentation"
@@ -94,5 +94,5 @@ class TransferRecipe(Node):
         return self
 
     def resolved(self) -> Self:
-        """The same recipe; every setting is written out already."""
+        """Return the same recipe, because it already contains every setting."""
         return self

@@ -1,9 +1,9 @@
-"""One straight line from a transfer recipe to a run folder.
+"""Run a transfer recipe, stage by stage, and write a run folder.
 
     backbone -> head -> train on scenes -> store -> score on test scenes -> time -> report
 
-As in `vitrim.run.pipeline`, each stage writes its file beside and renames it, so a run resumes at the first missing
-file, also in the middle of training.
+As in `vitrim.run.pipeline`, each stage writes its file under a temporary name and renames it, so a run resumes at the
+first missing file, also in the middle of training.
 """
 
 import datetime
@@ -44,13 +44,13 @@ __all__ = ["Transferred", "transfer"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transferred:
-    """What came of a transfer.
+    """The result of a transfer.
 
     Attributes:
-        model: the segmentor, images `(B, 3, R, C)` to logits `(B, K, R, C)`, in evaluation mode.
+        model: the segmentation model, images `(B, 3, R, C)` to logits `(B, K, R, C)`, in evaluation mode.
         measured: record of ``measured.json``; `miou` in percent.
         classes: records of ``classes.json``: `name colour iou recall pixels` of each class.
-        folder: where the files lie.
+        folder: the run folder.
     """
 
     model: nn.Module
@@ -77,13 +77,13 @@ def transfer(
     backbone: nn.Module | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Transferred:
-    """Carry out a transfer recipe and write its run folder, or go on with a run that was stopped.
+    """Run a transfer recipe and write its run folder, or continue a run that was stopped.
 
     Args:
-        recipe: what to do.
-        folder: where to write; may exist if it holds the same recipe.
-        backbone: a model in place of the one that the recipe names; left as it was.
-        say: receives a line about each stage as it starts.
+        recipe: the recipe.
+        folder: the run folder; may exist if it contains the same recipe.
+        backbone: a model to use instead of the one that the recipe names; not modified.
+        say: called with a line of text at the start of each stage.
 
     Raises:
         VitrimError: one sentence on what must hold, what came, and the way out.
@@ -102,9 +102,9 @@ def transfer(
 
 
 def _prepare(recipe: TransferRecipe, folder: Path, backbone: nn.Module | None, say: Callable[[str], None]) -> _Job:
-    """Open all that is needed and refuse what cannot work, before the first file is written."""
+    """Open model and scenes and raise all errors that can be found before the first file is written."""
     train, test = _scenes(recipe.data, say)
-    confusion(test.classes)  # a package that is missing should not be missed after the training
+    confusion(test.classes)  # raises an error now, not after training, if the package is missing
     say(f"opening {recipe.model.name}")
     if backbone is None:
         backbone = open_parent(**dump(recipe.model), seed=recipe.seed, say=say)
@@ -125,10 +125,10 @@ def _prepare(recipe: TransferRecipe, folder: Path, backbone: nn.Module | None, s
 
 
 def _scenes(data: SceneData, say: Callable[[str], None]) -> tuple[Scenes, Scenes]:
-    """Training and test scenes, every mask of them read once.
+    """Open training and test scenes; every mask is read once.
 
     Raises:
-        DataError: a mask is not as it must be, or both parts count other classes.
+        DataError: if a mask is invalid, or training and test scenes have different classes.
     """
     say(f"reading masks of {data.train}")
     train = open_scenes(data.train, "train", ignore=data.ignore)
@@ -155,7 +155,7 @@ def _test_split(data: SceneData) -> str | None:
 
 
 def _train(job: _Job) -> nn.Module:
-    """Train the segmentor, or read what an earlier run trained."""
+    """Train the segmentation model, or read an earlier run's."""
     path = job.folder / "model.safetensors"
     if path.is_file():
         return store.load(path, device=next(job.model.parameters()).device)
@@ -176,7 +176,7 @@ def _train(job: _Job) -> nn.Module:
         model, seconds = fitted.ema if fitted.ema is not None else fitted.model, fitted.seconds
     given = {"recipe": dump(job.recipe), "classes": list(job.train.names), "seconds": seconds}
     store.save(model.eval(), path, provenance=given)
-    # What a resumed run would read is what this one goes on with.
+    # Continue with what a resumed run would read.
     return store.load(path, device=next(model.parameters()).device)
 
 
@@ -234,7 +234,7 @@ def _time(job: _Job, model: nn.Module) -> dict[str, Any]:
     settings = job.recipe.measure
     if not settings.latency:
         return {"latency_ms": None, "device": str(next(model.parameters()).device)}
-    job.say("timing the whole segmentor")
+    job.say("timing the whole segmentation model")
     taken = latency(
         model,
         batch=settings.batch,
@@ -252,7 +252,7 @@ def _time(job: _Job, model: nn.Module) -> dict[str, Any]:
 
 
 def _finish(folder: Path) -> None:
-    """Write the report and clear away what only a stopped run would need."""
+    """Write the report and delete the files that only a resumed run would need."""
     if not (folder / "report.html").is_file():
         write_text(folder / "report.html", report.html([folder]))
     shutil.rmtree(folder / "training", ignore_errors=True)

@@ -1,6 +1,6 @@
-"""How good a segmentor is: predictions at the size of each scene, and their intersection over union.
+"""Measure a segmentation model: predictions at the size of each scene, and their intersection over union.
 
-K classes, (h, w) height and width of a scene, (R, C) those of what the model takes.
+K classes, (h, w) height and width of a scene, (R, C) height and width of the model's input.
 """
 
 import copy
@@ -27,16 +27,16 @@ Size = tuple[int, int]
 
 
 class Scores(Node):
-    """What was measured.
+    """The scores of a segmentation model.
 
     Attributes:
-        miou: mean of `iou` over the classes that scenes or predictions have, percent.
-        accuracy: pixels that count whose class is right, percent.
-        iou: intersection over union of each class, percent; None where neither scenes nor predictions have it.
-        recall: pixels of each class that are found, percent; None where scenes have none.
+        miou: mean of `iou` over the classes that occur in scenes or predictions, percent.
+        accuracy: share of the pixels that count whose class is correct, percent.
+        iou: intersection over union of each class, percent; None if it occurs in neither scenes nor predictions.
+        recall: share of the pixels of each class that are found, percent; None if no scene contains the class.
         pixels: pixels of each class.
         scenes: their number.
-        seconds: wall-clock time, with loading.
+        seconds: wall-clock time, including loading.
     """
 
     miou: float
@@ -52,22 +52,22 @@ class Scores(Node):
 def score(
     model: nn.Module, scenes: Scenes, input: Input, settings: SceneTest, *, keep: Sequence[int] = ()
 ) -> tuple[Scores, dict[int, Tensor]]:
-    """Measure a segmentor; it is left as it was.
+    """Measure a segmentation model; it is not modified.
 
     Args:
-        model: a segmentor, images to logits `(B, K, R, C)`.
-        scenes: what to measure on.
-        input: what the model takes.
-        settings: how scenes are met.
-        keep: numbers of scenes whose predictions are wanted.
+        model: a segmentation model, images to logits `(B, K, R, C)`.
+        scenes: the scenes to measure on.
+        input: the model's input settings.
+        settings: how the model is run on scenes.
+        keep: numbers of the scenes whose predictions are returned.
 
     Returns:
-        the scores, and the wanted predictions, uint8 `(h, w)`.
+        The scores, and the predictions of the scenes in `keep`, uint8 `(h, w)`.
 
     Raises:
-        DataError: a scene is damaged, or its classes are not the model's.
-        RecipeError: the model cannot take scenes as `settings` say, or a package is missing.
-        WeightsError: a logit is not finite.
+        DataError: if a scene is damaged, or its classes do not match the model's.
+        RecipeError: if the model cannot be run with these settings, or a package is missing.
+        WeightsError: if a logit is not finite.
     """
     start = time.perf_counter()
     count: Any = getattr(model, "num_classes", None)
@@ -90,10 +90,10 @@ def score(
 
 
 def confusion(classes: int) -> Any:
-    """What counts pixels by their class and the one that is said, torchmetrics' own.
+    """Return torchmetrics' confusion matrix, which counts pixels by true and predicted class.
 
     Raises:
-        RecipeError: torchmetrics is missing.
+        RecipeError: if torchmetrics is missing.
     """
     try:
         from torchmetrics.classification import MulticlassConfusionMatrix
@@ -110,21 +110,21 @@ def _labels(scenes: Scenes, index: int) -> Tensor:
 
 
 def _resized(logits: Tensor, size: Size) -> Tensor:
-    """Logits `(K, R, C)` at the size of the scene."""
+    """Return logits `(K, R, C)` resized to the scene."""
     if tuple(logits.shape[1:]) == size:
         return logits
     return F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
 def _pixels(model: nn.Module, scenes: Scenes, index: int, input: Input, size: Size) -> Tensor:
-    """What a model takes, `(C, *size)`, where the model is."""
+    """Return the model's input of a scene, `(C, *size)`, on the model's device."""
     device, dtype = home_of(model)
     picture, _ = scenes[index]
     return normalize(to_pixels(picture, input, size)[None], input)[0].to(device, dtype)
 
 
 def _whole(model: nn.Module, scenes: Scenes, input: Input, settings: SceneTest) -> Iterator[tuple[int, Tensor]]:
-    """Logits `(K, R, C)` of each scene; scenes of one size together, since the model must be set to it."""
+    """Yield logits `(K, R, C)` of each scene; scenes of one size together, because the model must be set to it."""
     groups: dict[Size, list[int]] = {}
     for index in range(len(scenes)):
         groups.setdefault(_aligned(scenes.size(index), input.size, settings.align), []).append(index)
@@ -143,7 +143,7 @@ def _aligned(size: Size, input: Size, align: int) -> Size:
 
 
 def _at(model: Any, size: Size, own: Size) -> nn.Module:
-    """The model, or a copy that takes images of `size`."""
+    """Return the model, or a copy that takes images of `size`."""
     if size == own:
         return model  # type: ignore[no-any-return]
     twin = copy.deepcopy(model)
@@ -157,7 +157,7 @@ def _at(model: Any, size: Size, own: Size) -> nn.Module:
 
 
 def _slide(model: nn.Module, scenes: Scenes, input: Input, settings: SceneTest) -> Iterator[tuple[int, Tensor]]:
-    """Logits of each scene, averaged over windows."""
+    """Yield logits of each scene, averaged over windows."""
     for index in range(len(scenes)):
         size = scenes.size(index)
         factor = max(want / have for want, have in zip(input.size, size, strict=True))
@@ -192,7 +192,7 @@ def _averaged(model: nn.Module, whole: Tensor, places: list[Size], window: Size,
 
 
 def _summary(table: Tensor, scenes: int, seconds: float) -> Scores:
-    """Scores of a confusion matrix, `(K, K)`, rows the truth."""
+    """Compute the scores from a confusion matrix `(K, K)` whose rows are the true classes."""
     right, truth, said = table.diagonal(), table.sum(1), table.sum(0)
     iou = _shares(right, truth + said - right)
     present = [value for value in iou if value is not None]
@@ -212,7 +212,7 @@ def _shares(part: Tensor, whole: Tensor) -> tuple[float | None, ...]:
 
 
 def by_class(scores: Scores, names: Sequence[str], colours: Sequence[str]) -> list[Mapping[str, Any]]:
-    """One record a class, for ``classes.json``."""
+    """Return one record per class, for ``classes.json``."""
     rows = zip(names, colours, scores.iou, scores.recall, scores.pixels, strict=True)
     return [
         {"name": name, "colour": colour, "iou": iou, "recall": recall, "pixels": pixels}
