@@ -38,7 +38,7 @@ def compress(
         str | None,
         typer.Option(
             "--method",
-            help="A name that `vitrim methods` lists, or a .py file. Default: taylor, or post_training with --calibration.",
+            help="A name from `vitrim methods`, or a .py file. Default: taylor, or post_training with --calibration.",
         ),
     ] = None,
     budget: Annotated[
