@@ -35,7 +35,7 @@ from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.steps.drop import Drop
 from vitrim.words.steps.grid_merge import GridMerge
 from vitrim.words.steps.merge import Merge
-from vitrim.words.table import Table
+from vitrim.words.table import TimeTable
 
 SHARES = (0.8, 0.65, 0.5, 0.35)
 
@@ -60,7 +60,7 @@ def children(dense: nn.Module) -> dict[str, Plan]:
     return found
 
 
-def foretold(dense: nn.Module, table: Table, threads: int, seconds: float) -> list[dict[str, Any]]:
+def foretold(dense: nn.Module, table: TimeTable, threads: int, seconds: float) -> list[dict[str, Any]]:
     """Predicted and measured share of the dense time, of every child."""
     lines, spec = [], describe(dense)
     for name, plan in children(dense).items():
@@ -73,7 +73,7 @@ def foretold(dense: nn.Module, table: Table, threads: int, seconds: float) -> li
     return lines
 
 
-def planned(dense: nn.Module, table: Table, threads: int, seconds: float) -> dict[str, float]:
+def planned(dense: nn.Module, table: TimeTable, threads: int, seconds: float) -> dict[str, float]:
     """A plan at half the time, and how long both take."""
     start = time.perf_counter()
     budget = Budget(latency=0.5, table=table)

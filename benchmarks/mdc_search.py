@@ -27,8 +27,7 @@ from vitrim.data import Input, split
 from vitrim.demo import PARENT, small_vit, train_parent
 from vitrim.deploy import store
 from vitrim.families import describe
-from vitrim.methods import mdc
-from vitrim.methods import Data
+from vitrim.methods import Data, mdc
 from vitrim.methods.mdc import bayes
 from vitrim.methods.mdc.decode import Bounds, Frame, natural
 from vitrim.methods.mdc.policy import Array, Space, sample

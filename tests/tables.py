@@ -2,7 +2,7 @@
 
 from vitrim.words.costs import attention_macs, conv_macs, mlp_macs
 from vitrim.words.spec import Attention
-from vitrim.words.table import Machine, StageTimes, Table
+from vitrim.words.table import Machine, StageTimes, TimeTable
 
 MACHINE = Machine(device="none", batch=8, threads=1, dtype="float32", torch="0")
 
@@ -32,4 +32,4 @@ def proportional(spec, host=1e-4):
                 mlp=[[1e-9 * mlp_macs(n, stage.width, m, stage.form.factors) for m in hidden] for n in tokens],
             )
         )
-    return Table(machine=MACHINE, stages=stages, host=host, dense=1.0)
+    return TimeTable(machine=MACHINE, stages=stages, host=host, dense=1.0)

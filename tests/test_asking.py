@@ -392,7 +392,9 @@ def test_an_attribute_of_another_kind_is_no_known_structure(value, counting):
 
 
 @pytest.mark.parametrize(
-    "values", [(True, 1), (1, 1.0), (0, None), ("1", 1), ((1,), [1]), (F.gelu, F.relu), (nn.GELU, nn.ReLU)], ids=str
+    "values",
+    [(True, 1), (1, 1.0), (0, None), ("1", 1), ((1,), [1]), (F.gelu, F.relu), (nn.GELU, nn.ReLU)],
+    ids=lambda pair: "-".join(type(one).__name__ + getattr(one, "__name__", "") for one in pair),
 )
 def test_plain_attributes_tell_structures_apart(values, counting):
     for value in (*values, *values):

@@ -19,7 +19,7 @@ from vitrim.families.vit import example
 from vitrim.measure import counted
 from vitrim.methods import cait
 from vitrim.methods.cait.masks import Channels, free_axes, merge_plan, ramped
-from vitrim.methods.cait.slots import Rules, allocate, ladders_of, plan_of
+from vitrim.methods.cait.slots import Rules, allocate_slots, ladders_of, plan_of
 from vitrim.run.pipeline import run
 from vitrim.run.recipe import Recipe, read_recipe
 from vitrim.testing import digits
@@ -81,7 +81,7 @@ class TestMaskedIsCut:
     def test_logits(self, preset, rules):
         model = model_of(preset)
         spec, x = describe(model), images(describe(model))
-        masks = allocate(spec, random_scores(model), half(spec), rules)
+        masks = allocate_slots(spec, random_scores(model), half(spec), rules)
         gated = channels_of(copy.deepcopy(model)).eval()
         gated.keep(masks)
         child = apply(model, plan_of(spec, masks))
@@ -94,7 +94,7 @@ class TestMaskedIsCut:
     def test_the_scale_is_that_of_the_dense(self):
         model = model_of()
         spec, x = describe(model), images(describe(model))
-        child = apply(model, plan_of(spec, allocate(spec, random_scores(model), half(spec), RULES)))
+        child = apply(model, plan_of(spec, allocate_slots(spec, random_scores(model), half(spec), RULES)))
         with torch.no_grad():
             right = child(x)
             for block in child.blocks:
@@ -111,7 +111,7 @@ class TestMaskedIsCut:
                 gated.get_buffer(f"gate/{path.replace('.', '/')}").uniform_(0.5, 1.5)
             wanted = gated(x)
             assert apart(wanted, plain) > 1e-3
-            assert apart(gated.settle()(x), wanted) < EXACT
+            assert apart(gated.fold_gates()(x), wanted) < EXACT
 
     def test_a_step_of_the_cut_model_is_the_masked_step(self):
         """Same averages, same gradients, same clipping: one AdamW step more leaves the same kept weights."""
@@ -128,7 +128,7 @@ class TestMaskedIsCut:
             adam.step()
 
         step(gated, optimizer)
-        masks = allocate(spec, random_scores(model), half(spec), RULES)
+        masks = allocate_slots(spec, random_scores(model), half(spec), RULES)
         gated.keep(masks)
         gated.leaves.clear()
         plan = plan_of(spec, masks)
@@ -162,7 +162,7 @@ class TestSlots:
         )
         before = None
         for share in (0.9, 0.7, 0.5, 0.45):
-            masks = allocate(spec, random_scores(model), half(spec, share), rules)
+            masks = allocate_slots(spec, random_scores(model), half(spec, share), rules)
             macs = cost_of(plan_of(spec, masks).child(spec)).macs
             assert half(spec, share)["macs"] - dearest < macs <= half(spec, share)["macs"]
             if before is not None:
@@ -186,21 +186,21 @@ class TestSlots:
         model = model_of()
         spec = describe(model)
         scores = {path: torch.ones(axis.size) for path, axis in axes(model).items()}
-        masks = allocate(spec, scores, half(spec, 0.999), Rules(**FINE, by_cost=False))
+        masks = allocate_slots(spec, scores, half(spec, 0.999), Rules(**FINE, by_cost=False))
         touched = [path for path, mask in masks.items() if not bool(mask.all())]
         assert touched == ["stages.0.blocks.2.hidden"] or all("blocks.2" in path for path in touched)
 
     def test_too_small_a_budget(self):
         model = model_of()
         with pytest.raises(BudgetError, match=r"must be at least [\d,]+, what the floors of all widths cost, but got"):
-            allocate(describe(model), random_scores(model), half(describe(model), 0.1), RULES)
+            allocate_slots(describe(model), random_scores(model), half(describe(model), 0.1), RULES)
 
     def test_bad_scores(self):
         model = model_of()
         scores = random_scores(model)
         scores["stages.0.blocks.1.v"][3] = torch.nan
         with pytest.raises(MethodError, match=r"blocks\.1\.v: scores must be finite"):
-            allocate(describe(model), scores, half(describe(model)), RULES)
+            allocate_slots(describe(model), scores, half(describe(model)), RULES)
 
 
 class TestScores:
@@ -209,7 +209,7 @@ class TestScores:
         model = model_of()
         spec, x, y = describe(model), images(describe(model), 4), torch.tensor([1, 2, 3, 4])
         gated = channels_of(model).train()
-        gated.keep(allocate(spec, random_scores(model), half(spec), RULES))
+        gated.keep(allocate_slots(spec, random_scores(model), half(spec), RULES))
         (F.cross_entropy(gated(x[:2]), y[:2]) / 2).backward()
         (F.cross_entropy(gated(x[2:]), y[2:]) / 2).backward()
         for path in ("stages.0.blocks.1.qk", "stages.0.blocks.0.v", "stages.0.blocks.2.hidden"):
@@ -265,7 +265,7 @@ class TestScores:
 
         def refresh(raw):
             seen = {name: torch.where(gated.mask(name) == 1, value, 0.9 * value) for name, value in raw.items()}
-            gated.keep(allocate(spec, seen, half(spec, 0.9), rules))
+            gated.keep(allocate_slots(spec, seen, half(spec, 0.9), rules))
 
         refresh(scores)
         kept = gated.mask(path).clone()
@@ -520,6 +520,6 @@ def test_recipes_are_strict_and_meet_their_budgets(path):
     for at, _, block in small.blocks():
         scores |= {f"{at}.{name}": torch.rand(sum(block.mixer.v)) for name in ("qk", "v")}
         scores[f"{at}.hidden"] = torch.rand(block.hidden)
-    masks = allocate(small, scores, budget.limits(cost_of(spec)), found.rules, fine=True)
+    masks = allocate_slots(small, scores, budget.limits(cost_of(spec)), found.rules, fine=True)
     cost = cost_of(plan_of(spec, masks, found.merging(spec, budget)).child(spec))
     assert 1 - SLACK < budget.spent(cost, cost_of(spec)) <= 1

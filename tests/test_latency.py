@@ -15,7 +15,7 @@ from vitrim.cut.observe import axes
 from vitrim.cut.surgery import apply
 from vitrim.families import describe
 from vitrim.measure import Latency
-from vitrim.measure.parts import fitted, halved, machine_of, make_table
+from vitrim.measure.parts import fitted, half_widths, machine_of, make_table
 from vitrim.methods.spvit.planning import decide, planned
 from vitrim.methods.spvit.search import SinglePath, layout, times
 from vitrim.run import latency_budget
@@ -26,7 +26,7 @@ from vitrim.words.errors import BudgetError, ExportError, RecipeError, WeightsEr
 from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.spec import Attention, Skip, folded
 from vitrim.words.steps.drop import Drop
-from vitrim.words.table import StageTimes, Table
+from vitrim.words.table import StageTimes, TimeTable
 
 
 def small_vit(**arguments):
@@ -135,7 +135,7 @@ def test_a_measured_table_gives_the_dense_model_its_own_time(family, preset):
     bare = Plan.of(spec, [BlockPlan(mixer=Skip(), mlp=Skip()) for _ in spec.blocks()]).child(spec)
     assert table.latency(bare) == round(table.host * 1e9)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert Table.model_validate_json(table.model_dump_json()) == table
+    assert TimeTable.model_validate_json(table.model_dump_json()) == table
 
 
 @pytest.mark.parametrize("norm", [{}, {"qk_norm": True}])
@@ -143,9 +143,9 @@ def test_a_table_learns_what_branches_cost_within_a_model(norm):
     spec = describe(small_vit(**norm))
     alone = proportional(spec)
     truth = alone.scaled(1.3).model_copy(update={"branch": 2e-5})
-    dense, half = truth.latency(spec) / 1e9, truth.latency(halved(spec)) / 1e9
+    dense, half = truth.latency(spec) / 1e9, truth.latency(half_widths(spec)) / 1e9
     found = fitted(alone.model_copy(update={"dense": dense}), spec, half)
-    for child in (spec, halved(spec), Plan.keep(spec).child(spec), headless(spec)):
+    for child in (spec, half_widths(spec), Plan.keep(spec).child(spec), headless(spec)):
         assert found.latency(child) == pytest.approx(truth.latency(child), abs=10)
 
 
@@ -161,7 +161,7 @@ def test_a_table_fitted_to_noise_still_gives_the_dense_model_its_own_time(half):
     found = fitted(table, spec, half * table.dense)
     assert found.branch >= 0
     assert found.latency(spec) / 1e9 == pytest.approx(table.dense, abs=1e-7)
-    assert found.latency(halved(spec)) < found.latency(spec)
+    assert found.latency(half_widths(spec)) < found.latency(spec)
 
 
 # -- plans
@@ -282,7 +282,7 @@ def met(model, table, clock, share=0.6, name="magnitude", is_timed=True, spread=
         lambda b: method.search(model, None, b, seed=0),
         lambda f: apply(f.parent, f.plan),
         lambda child: reading(clock(table.latency(describe(child)) / dense), spread),
-        timed=is_timed,
+        plans_by_time=is_timed,
         say=said.append,
     )
     return found, said
@@ -292,7 +292,7 @@ def met(model, table, clock, share=0.6, name="magnitude", is_timed=True, spread=
 @pytest.mark.parametrize("clock", [lambda t: t, lambda t: 1.25 * t, lambda t: 0.2 + 0.8 * t, lambda t: t**1.5])
 def test_what_is_measured_comes_within_five_percent(is_timed, clock):
     model = small_vit()
-    found, said = met(model, proportional(describe(model)), clock, is_timed=is_timed)
+    found, said = met(model, proportional(describe(model)), clock, is_plans_by_time=is_timed)
     assert abs(found.ratio - 0.6) <= 0.05 * 0.6
     assert found.measured == len(said)
     assert found.ratio == pytest.approx(clock(found.predicted))
@@ -352,11 +352,11 @@ def test_a_runtime_that_reads_onnx_meets_its_time_itself():
     model = small_vit()
     spec = describe(model)
     half = apply(model, fill(spec, zeros(model), Budget(macs=0.5)))
-    taken = latency_budget.clocked(half, model, Measure(runtime="onnxruntime", batch=2, threads=1, seconds=0.2))
+    taken = latency_budget.time_child(half, model, Measure(runtime="onnxruntime", batch=2, threads=1, seconds=0.2))
     assert 0 < taken.ratio < 1.2
     assert taken.dtype == "float32"
     with pytest.raises(ExportError, match=r"must run in float32, but .* is bfloat16"):
-        latency_budget.clocked(half, model, Measure(runtime="onnxruntime", dtype="bfloat16"))
+        latency_budget.time_child(half, model, Measure(runtime="onnxruntime", dtype="bfloat16"))
 
 
 def test_a_runtime_that_is_not_there_is_refused_before_anything_is_measured(monkeypatch):

@@ -12,7 +12,7 @@ from tests.tables import proportional
 from tests.tolerance import EXACT
 from vitrim import families, methods
 from vitrim.cut import surgery
-from vitrim.cut.compensate import Choice, compensated, importances, recovered
+from vitrim.cut.compensate import BlockChoice, compensated, importances, recovered
 from vitrim.cut.compensate.attention import AttentionCut
 from vitrim.cut.compensate.closed_form import Moments
 from vitrim.cut.compensate.hear import attended, hidden
@@ -55,7 +55,7 @@ def whole(spec):
         if isinstance(block.mixer, Attention) and block.mixer.v:
             qk = block.mixer.qk[0] if stage.form.head_norm is None else None
             v = block.mixer.v[0] if stage.form.mixed_norm is None else None
-        found.append(Choice(qk=qk, v=v))
+        found.append(BlockChoice(qk=qk, v=v))
     return found
 
 
@@ -80,7 +80,7 @@ def narrow(spec):
     for (_, stage, block), choice in zip(spec.blocks(), whole(spec), strict=True):
         qk, v = (None if width is None else max(1, width // 2) for width in (choice.qk, choice.v))
         hidden = block.hidden // 2 if block.hidden and stage.form.hidden_norm is None else None
-        found.append(Choice(qk=qk, v=v, hidden=hidden))
+        found.append(BlockChoice(qk=qk, v=v, hidden=hidden))
     return found
 
 

@@ -34,7 +34,7 @@ from vitrim.words.errors import (
 )
 from vitrim.words.plain import load, read_json
 from vitrim.words.plan import Plan, read_plan, write_plan
-from vitrim.words.table import Machine, Table
+from vitrim.words.table import Machine, TimeTable
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 QUIET = {"latency": False}
@@ -319,7 +319,7 @@ def test_a_budget_may_be_given_as_a_value():
     assert text.measured["budget"] == value.measured["budget"] == "macs=0.6,params=0.9"
     with pytest.raises(BudgetError, match=r"but bounds nothing; give macs=0\.5"):
         compress(tiny(), method="magnitude", budget=Budget(), measure=QUIET)
-    made = Table(
+    made = TimeTable(
         machine=Machine(device="cpu", batch=1, threads=1, dtype="float32", torch="2"), stages=(), host=1.0, dense=1.0
     )
     with pytest.raises(BudgetError, match="must have no table"):

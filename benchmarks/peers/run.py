@@ -25,7 +25,7 @@ from vitrim.data import Input, eval_loader, split
 from vitrim.deploy.parent import open_teacher
 from vitrim.families import describe
 from vitrim.measure import counted
-from vitrim.measure.turns import spread, turns
+from vitrim.measure.turns import percentiles, turns
 from vitrim.train import evaluate
 from vitrim.words.costs import cost_of
 from vitrim.words.plan import BlockPlan, Plan
@@ -159,7 +159,7 @@ def compare(
     records = []
     for (name, share, model, taken), mine in zip(made, samples, strict=True):
         cost, found = counted(model, image), evaluate(model, test, reference=logits)
-        low, middle, high = spread([a / b for a, b in zip(mine, samples[0], strict=True)])
+        low, middle, high = percentiles([a / b for a, b in zip(mine, samples[0], strict=True)])
         records.append(
             {
                 "model": name,

@@ -20,7 +20,7 @@ from vitrim.deploy.export import export
 from vitrim.deploy.runtimes import Ready, check_runtimes, peak_bytes, ready
 from vitrim.families import describe
 from vitrim.measure.model import image_of
-from vitrim.measure.turns import at_least, name_of, place_of, spread, threading, turns, waiting
+from vitrim.measure.turns import at_least, name_of, percentiles, place_of, threading, turns, waiting
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import ExportError, RecipeError, RunError
 from vitrim.words.plain import Node, dump, reason, write_json, write_text
@@ -259,9 +259,9 @@ def _lines(
         found.runtime: mine for (entry, found), mine in zip(opened, samples, strict=True) if entry.name == first
     }
     for (entry, found), mine, peak in zip(opened, samples, peaks, strict=True):
-        low, middle, high = spread(mine)
+        low, middle, high = percentiles(mine)
         theirs = reference.get(found.runtime)
-        ratios = None if theirs is None else spread([a / b for a, b in zip(mine, theirs, strict=True)])
+        ratios = None if theirs is None else percentiles([a / b for a, b in zip(mine, theirs, strict=True)])
         cost = cost_of(describe(entry.model)) if isinstance(entry.model, nn.Module) else None
         yield Timed(
             model=entry.name,
@@ -274,7 +274,7 @@ def _lines(
             ratio=None if ratios is None else ratios[1],
             ratio_low=None if ratios is None else ratios[0],
             ratio_high=None if ratios is None else ratios[2],
-            against_first=spread([a / b for a, b in zip(mine, samples[0], strict=True)])[1],
+            against_first=percentiles([a / b for a, b in zip(mine, samples[0], strict=True)])[1],
             bytes=found.bytes,
             peak_bytes=peak,
             macs=None if cost is None else cost.macs,

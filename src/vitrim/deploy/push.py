@@ -310,7 +310,7 @@ def _origin(known: _Known) -> str:
         "date": measured.get("date"),
     }
     rows = [(key, str(value)) for key, value in told.items() if value is not None]
-    table = report.as_markdown(report.Table("Origin", ("", "value"), rows))
+    table = report.as_markdown(report.TextTable("Origin", ("", "value"), rows))
     words = (
         "The weights were made from the parent's and are under its license. Every setting of the run is in the "
         "metadata of `model.safetensors` (`vitrim.deploy.store.provenance`)."

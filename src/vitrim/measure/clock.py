@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vitrim.measure.model import Image, compiled_copy, home_of, image_of, running
-from vitrim.measure.turns import at_least, name_of, place_of, spread, threading, turns, waiting
+from vitrim.measure.turns import at_least, name_of, percentiles, place_of, threading, turns, waiting
 from vitrim.nn.modes import evaluating
 from vitrim.nn.weights import why_not_held
 from vitrim.words.errors import RecipeError, WeightsError
@@ -161,12 +161,12 @@ def latency(
 
 
 def _summary(samples: Sequence[Sequence[float]], batch: int) -> dict[str, float]:
-    low, middle, high = spread(samples[0])
+    low, middle, high = percentiles(samples[0])
     summary = {"seconds": middle, "seconds_low": low, "seconds_high": high, "images_per_second": batch / middle}
     if len(samples) == 2:
-        low, middle, high = spread(samples[1])
+        low, middle, high = percentiles(samples[1])
         summary |= {"reference_seconds": middle, "reference_seconds_low": low, "reference_seconds_high": high}
-        low, middle, high = spread([mine / theirs for mine, theirs in zip(*samples, strict=True)])
+        low, middle, high = percentiles([mine / theirs for mine, theirs in zip(*samples, strict=True)])
         summary |= {"ratio": middle, "ratio_low": low, "ratio_high": high}
     return summary
 

@@ -24,8 +24,8 @@ from vitrim.measure.turns import (
     Timer,
     keeping_memory,
     name_of,
+    percentiles,
     place_of,
-    spread,
     threading,
     timer,
     turns,
@@ -37,9 +37,9 @@ from vitrim.words.plain import FrozenDict
 from vitrim.words.progress import progress
 from vitrim.words.spec import Attention, Block, Conv, Skip, Spec, Stage
 from vitrim.words.steps import Step, Tokens, flow_of, kinds
-from vitrim.words.table import TICKS, Machine, StageTimes, Table
+from vitrim.words.table import TICKS, Machine, StageTimes, TimeTable
 
-__all__ = ["fitted", "halved", "machine_of", "make_table"]
+__all__ = ["fitted", "half_widths", "machine_of", "make_table"]
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """Shares of heads and of tokens for which times are measured."""
@@ -86,7 +86,7 @@ def make_table(
     as_stored: bool = False,
     seconds: float = 8.0,
     rounds: int = ROUNDS,
-) -> Table:
+) -> TimeTable:
     """Measure the times of the branches of `model` for several widths and numbers of tokens.
 
     DeiT-S takes about half a minute on two CPU cores (``benchmarks/latency_budget.py``). Blocks are built with random
@@ -115,9 +115,9 @@ def make_table(
     with evaluating(*nets), torch.inference_mode(), threading(threads), random_state_kept(place):
         calls = [functools.partial(bench.ready(net), inputs) for net in nets]
         full, bare, less = turns(calls, wait=waiting(place), seconds=seconds).samples
-        low, middle, high = spread(full)
+        low, middle, high = percentiles(full)
         host = middle * min(_share(bare, full), _MOST)
-        table = Table(
+        table = TimeTable(
             machine=machine_of(
                 model,
                 batch=batch,
@@ -147,7 +147,7 @@ def _share(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 def _wholes(model: nn.Module, spec: Spec) -> list[nn.Module]:
     """Copies of a dense model: itself, without branches, and with half of all widths."""
-    return [copy.deepcopy(model), _hollow(model), _rebuilt(model, halved(spec))]
+    return [copy.deepcopy(model), _hollow(model), _rebuilt(model, half_widths(spec))]
 
 
 def _hollow(model: nn.Module) -> nn.Module:
@@ -158,7 +158,7 @@ def _hollow(model: nn.Module) -> nn.Module:
     return bare
 
 
-def halved(spec: Spec) -> Spec:
+def half_widths(spec: Spec) -> Spec:
     """Return the same spec with half of all neurons and half of each head's channels (or of the heads, if tied)."""
     stages = []
     for stage in spec.stages:
@@ -189,14 +189,14 @@ def _rebuilt(model: nn.Module, spec: Spec) -> nn.Module:
     return other
 
 
-def fitted(table: Table, spec: Spec, seconds: float) -> Table:
+def fitted(table: TimeTable, spec: Spec, seconds: float) -> TimeTable:
     """Return the table, scaled so that the dense model `spec` takes its measured time, and the halved one `seconds`.
 
     In a model, a branch is slower than alone because less of its data is in the cache, and each call has an overhead.
     Therefore all times are multiplied by one factor, and a constant time is added for every branch. If noise would make
     one of the two negative, only the factor is fitted.
     """
-    whole, part = (table.latency(one) / TICKS - table.host for one in (spec, halved(spec)))
+    whole, part = (table.latency(one) / TICKS - table.host for one in (spec, half_widths(spec)))
     rest = table.dense - table.host
     branches = sum(bool(getattr(block.mixer, "v", True)) + bool(block.hidden) for _, _, block in spec.blocks())
     if not whole > 0:

@@ -23,8 +23,8 @@ __all__ = [
     "at_least",
     "keeping_memory",
     "name_of",
+    "percentiles",
     "place_of",
-    "spread",
     "threading",
     "timer",
     "turns",
@@ -144,7 +144,7 @@ def waiting(device: torch.device) -> Callable[[], None]:
     return wait
 
 
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
+def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the 10th percentile, median and 90th percentile of at least two values."""
     tenths = statistics.quantiles(values, n=10, method="inclusive")
     return tenths[0], statistics.median(values), tenths[-1]

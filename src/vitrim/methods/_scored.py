@@ -24,7 +24,7 @@ class ScoreMethod(Node):
 
     Attributes:
         needs: see `vitrim.methods.Method`.
-        timed: plans are filled by `Budget.cost` alone, so these methods plan by measured times too.
+        plans_by_time: plans are filled by `Budget.cost` alone, so these methods plan by measured times too.
         sentence: see `vitrim.methods.Method`.
         by: what is cut first, see `vitrim.cut.fill.fill`: ``score`` where scores are ranks, ``density`` where they add
             up.
@@ -32,7 +32,7 @@ class ScoreMethod(Node):
     """
 
     needs: ClassVar[str] = "nothing"
-    timed: ClassVar[bool] = True
+    plans_by_time: ClassVar[bool] = True
     sentence: ClassVar[str]
     by: ClassVar[Literal["score", "density"]] = "score"
 

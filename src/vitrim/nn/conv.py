@@ -22,7 +22,7 @@ from vitrim.words.spec import NO_RATES, Form, Mixture, Rates
 from vitrim.words.spec import Attention as AttentionSpec
 from vitrim.words.spec import Conv as ConvSpec
 
-__all__ = ["EPS", "Conv", "Same", "mixed_back", "mixed_kernel", "state_of", "taps", "votes"]
+__all__ = ["EPS", "Conv", "Same", "mixed_back", "mixed_kernel", "slot_order", "state_of", "votes"]
 
 EPS = 1e-5
 """Epsilon of the batch norm, as in the authors' code."""
@@ -33,7 +33,7 @@ def votes(logits: Tensor, temperature: float) -> Tensor:
     return (logits / temperature).softmax(dim=0)
 
 
-def taps(mixture: Mixture) -> list[int]:
+def slot_order(mixture: Mixture) -> list[int]:
     """Return the slot of each of the nine positions of a 3 x 3 kernel, row by row."""
     slots = {offset: slot for slot, offset in enumerate(mixture.offsets)}
     return [slots[down, right] for down in (-1, 0, 1) for right in (-1, 0, 1)]
@@ -51,7 +51,7 @@ def mixed_kernel(share: Tensor, value: Tensor, kernel: int, mixture: Mixture) ->
     split = value.view(len(share), -1)
     if kernel == 1:
         return (share[:, mixture.centre] @ split).view(-1, value.shape[1])
-    return (share[:, taps(mixture)].t() @ split).view(3, 3, -1, value.shape[1]).permute(2, 3, 0, 1)
+    return (share[:, slot_order(mixture)].t() @ split).view(3, 3, -1, value.shape[1]).permute(2, 3, 0, 1)
 
 
 def mixed_back(

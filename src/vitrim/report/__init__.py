@@ -7,11 +7,11 @@ from vitrim.report.blocks import Row, sheet, total
 from vitrim.report.folder import names_apart
 from vitrim.report.page import csv, html, markdown
 from vitrim.report.scenes import class_table, segmented
-from vitrim.report.tables import Table, as_markdown, outcome, plan_table, result, warnings
+from vitrim.report.tables import TextTable, as_markdown, outcome, plan_table, result, warnings
 
 __all__ = [
     "Row",
-    "Table",
+    "TextTable",
     "as_markdown",
     "class_table",
     "csv",

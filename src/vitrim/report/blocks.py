@@ -11,13 +11,13 @@ from vitrim.words.costs import block_cost, cost_of
 from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.spec import Attention, Block, Conv, Spec
 
-__all__ = ["HOST", "Fate", "Head", "Row", "convolution", "fates", "sheet", "total"]
+__all__ = ["HOST", "Fate", "HeadWidths", "Row", "convolution", "fates", "sheet", "total"]
 
 HOST = "stem and head"
 """Path of the row for everything outside the blocks."""
 
 
-class Head(NamedTuple):
+class HeadWidths(NamedTuple):
     """Channels of one head of the parent, before and after, of queries and keys, and of values."""
 
     qk: int
@@ -41,7 +41,7 @@ class Fate(NamedTuple):
 
     path: str
     attention: str
-    heads: tuple[Head, ...]
+    heads: tuple[HeadWidths, ...]
     mlp: str
     hidden: int
     hidden_before: int
@@ -127,14 +127,16 @@ def _branch(had: bool, skipped: bool) -> str:
     return "skipped" if skipped else "kept"
 
 
-def _heads(block: Block, plan: BlockPlan) -> tuple[Head, ...]:
+def _heads(block: Block, plan: BlockPlan) -> tuple[HeadWidths, ...]:
     mixer = block.mixer
     if not isinstance(mixer, Attention):
         return ()
     if plan.mixer is not None:
-        return tuple(Head(0, qk, 0, v) for qk, v in zip(mixer.qk, mixer.v, strict=True))
+        return tuple(HeadWidths(0, qk, 0, v) for qk, v in zip(mixer.qk, mixer.v, strict=True))
     kept_qk, kept_v = plan.heads(mixer)
-    return tuple(Head(len(kq), q, len(kv), v) for kq, q, kv, v in zip(kept_qk, mixer.qk, kept_v, mixer.v, strict=True))
+    return tuple(
+        HeadWidths(len(kq), q, len(kv), v) for kq, q, kv, v in zip(kept_qk, mixer.qk, kept_v, mixer.v, strict=True)
+    )
 
 
 def sheet(parent: Spec, plan: Plan) -> list[Row]:

@@ -12,7 +12,7 @@ from vitrim.report.folder import Run, read_runs
 from vitrim.report.picture import picture
 from vitrim.report.strips import strips
 from vitrim.report.style import STYLE
-from vitrim.report.tables import Table, as_markdown, markdown_text
+from vitrim.report.tables import TextTable, as_markdown, markdown_text
 
 __all__ = ["csv", "html", "markdown"]
 
@@ -148,7 +148,7 @@ def _outcome(run: Run) -> str:
     return scenes.spoken(run.measured) if _segments(run) else tables.outcome(run.measured)
 
 
-def _figures(run: Run) -> list[Table | None]:
+def _figures(run: Run) -> list[TextTable | None]:
     """Return the tables of the results of a run."""
     if _segments(run):
         return [scenes.segmented(run.measured), scenes.class_table(run.classes)]
@@ -206,7 +206,7 @@ def _origin(run: Run) -> list[str]:
     return parts
 
 
-def _table(table: Table, kind: str, headless: bool = False, links: Sequence[str] = ()) -> str:
+def _table(table: TextTable, kind: str, headless: bool = False, links: Sequence[str] = ()) -> str:
     head = "".join(f'<th scope="col">{escape(cell)}</th>' if cell else "<td></td>" for cell in table.head)
     names = [escape(row[0]) for row in table.rows]
     if links:

@@ -8,7 +8,7 @@ the line is a single labeled bar. The MLP is one bar to the right of the heads.
 from collections.abc import Sequence
 from html import escape
 
-from vitrim.report.blocks import Fate, Head, convolution
+from vitrim.report.blocks import Fate, HeadWidths, convolution
 from vitrim.report.tables import short
 
 __all__ = ["picture"]
@@ -98,7 +98,7 @@ def _attention(fate: Fate, y: float, bar: int) -> str:
     return "".join(cells)
 
 
-def _head(head: Head, x: float, y: float, wide: float, bar: int) -> str:
+def _head(head: HeadWidths, x: float, y: float, wide: float, bar: int) -> str:
     if not head.lives:
         return _rect(x, y, wide, bar, "dead")
     half = bar / 2

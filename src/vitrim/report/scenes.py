@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrim.report.folder import Record, Run, number
-from vitrim.report.tables import DASH, Table, percent, short
+from vitrim.report.tables import DASH, TextTable, percent, short
 from vitrim.words.errors import RunError
 
 __all__ = ["class_table", "gallery", "segmented", "spoken"]
@@ -16,7 +16,7 @@ __all__ = ["class_table", "gallery", "segmented", "spoken"]
 _COLOR = re.compile(r"#[0-9a-f]{6}")
 
 
-def segmented(measured: Record) -> Table:
+def segmented(measured: Record) -> TextTable:
     """Return the table of scores and costs of a segmentor."""
     batch = number(measured, "batch")
     time = number(measured, "latency_ms")
@@ -31,10 +31,10 @@ def segmented(measured: Record) -> Table:
             DASH if time is None else f"{time:.2f} ms",
         ),
     ]
-    return Table("Segmentor", ("", "value"), rows)
+    return TextTable("Segmentor", ("", "value"), rows)
 
 
-def class_table(classes: Sequence[Mapping[str, Any]]) -> Table:
+def class_table(classes: Sequence[Mapping[str, Any]]) -> TextTable:
     """Return the table of classes: intersection over union, recall in pixels, and fraction of all pixels."""
     total = sum(number(dict(each), "pixels") or 0 for each in classes)
     rows = []
@@ -45,7 +45,7 @@ def class_table(classes: Sequence[Mapping[str, Any]]) -> Table:
         rows.append(
             (name, percent(number(dict(each), "iou"), 2), percent(number(dict(each), "recall"), 2), percent(share, 2))
         )
-    return Table("Every class", ("class", "IoU", "found", "of all pixels"), rows)
+    return TextTable("Every class", ("class", "IoU", "found", "of all pixels"), rows)
 
 
 def spoken(measured: Record) -> str:

@@ -12,7 +12,7 @@ from vitrim.words.plan import Plan
 from vitrim.words.spec import Spec
 
 __all__ = [
-    "Table",
+    "TextTable",
     "as_csv",
     "as_markdown",
     "block_table",
@@ -30,7 +30,7 @@ __all__ = [
 DASH = "–"  # noqa: RUF001 an en dash means "no value" in a cell
 
 
-class Table(NamedTuple):
+class TextTable(NamedTuple):
     """A caption, a heading and rows of cells. The first column is the name of the row; the others are values."""
 
     caption: str
@@ -67,7 +67,7 @@ def _points(value: float) -> str:
     return f"{round(value, 1) + 0.0:+.1f}".replace("-", "\N{MINUS SIGN}") + " points"
 
 
-def result(measured: Record) -> Table:
+def result(measured: Record) -> TextTable:
     """Return the table that compares parent and child."""
     batch = number(measured, "batch")
     latency = "latency" if batch is None else f"latency, batch of {batch:g}"
@@ -91,7 +91,7 @@ def result(measured: Record) -> Table:
     errors = [number(measured, name) for name in ("top1_parent_error", "top1_error")]
     if any(error is not None for error in errors):
         rows.insert(3, ("standard error of top-1", *(DASH if e is None else f"{e:.1f} points" for e in errors), DASH))
-    return Table("Parent and child", ("", "parent", "child", "child / parent"), rows)
+    return TextTable("Parent and child", ("", "parent", "child", "child / parent"), rows)
 
 
 def _side_by_side(
@@ -107,7 +107,7 @@ def _with_spread(measured: Record, name: str) -> str:
     return text if low is None or high is None else f"{text} ({low:.3f} to {high:.3f})"
 
 
-def comparison(runs: Sequence[Run]) -> Table:
+def comparison(runs: Sequence[Run]) -> TextTable:
     """Return the table of all runs, one row per run."""
     head: tuple[str, ...] = ("run", "method", "MACs", "of parent", "parameters", "of parent")
     head = (*head, "top-1", "parent's", "latency ratio")
@@ -115,7 +115,7 @@ def comparison(runs: Sequence[Run]) -> Table:
     if any(number(run.measured, "miou") is not None for run in runs):
         head = (*head, "mean IoU")
         rows = [(*row, percent(number(run.measured, "miou"))) for row, run in zip(rows, runs, strict=True)]
-    return Table("All runs", head, rows)
+    return TextTable("All runs", head, rows)
 
 
 def _compared(run: Run) -> tuple[str, ...]:
@@ -138,24 +138,24 @@ def _error(measured: Record, name: str) -> str:
     return "" if error is None else f" \N{PLUS-MINUS SIGN} {error:.1f}"
 
 
-def everything(runs: Sequence[Run]) -> Table:
+def everything(runs: Sequence[Run]) -> TextTable:
     """Return all measured values, unrounded: one row per run, one column per name that occurs in any run."""
     names = list(dict.fromkeys(name for run in runs for name in run.measured))
     rows = [(run.name, *("" if (v := run.measured.get(name)) is None else str(v) for name in names)) for run in runs]
-    return Table("All that was measured", ("run", *names), rows)
+    return TextTable("All that was measured", ("run", *names), rows)
 
 
-def block_table(run: Run) -> Table | None:
+def block_table(run: Run) -> TextTable | None:
     """Return the table of what every block keeps, with sums; None if there is no plan yet."""
     return None if run.parent is None or run.plan is None else plan_table(run.parent, run.plan)
 
 
-def plan_table(parent: Spec, plan: Plan) -> Table:
+def plan_table(parent: Spec, plan: Plan) -> TextTable:
     """Return the table of what every block keeps of `parent`, with sums; with tokens if the plan drops some."""
     rows = sheet(parent, plan)
     drops = any(block.tokens is not None for block in plan.blocks())
     head = ("block", "heads", "q/k widths", "v widths", "neurons", *["tokens"] * drops, "MACs before", "after", "share")
-    return Table("Every block", head, [_line(row, drops) for row in (*rows, total(rows))])
+    return TextTable("Every block", head, [_line(row, drops) for row in (*rows, total(rows))])
 
 
 def _line(row: Row, drops: bool) -> tuple[str, ...]:
@@ -164,14 +164,14 @@ def _line(row: Row, drops: bool) -> tuple[str, ...]:
     return row.path, row.heads, row.qk, row.v, row.hidden, *tokens, f"{row.macs_before:,}", f"{row.macs:,}", share
 
 
-def provenance(measured: Record) -> Table:
+def provenance(measured: Record) -> TextTable:
     """Return the table of all measured values and settings that the other tables do not show."""
     shown = {"top1", "top1_parent", "agreement", "latency_ms", "latency_parent_ms", "miou", "accuracy", "macs_head"}
     shown |= {"top1_error", "top1_parent_error", "distance", "warnings"}
     for name in ("macs", "params", "latency"):
         shown |= {name, f"{name}_parent", f"{name}_ratio", f"{name}_ratio_low", f"{name}_ratio_high"}
     rows = [(str(key), _plain(value)) for key, value in measured.items() if key not in shown]
-    return Table("Settings and origin", ("", "value"), rows)
+    return TextTable("Settings and origin", ("", "value"), rows)
 
 
 def _plain(value: object) -> str:
@@ -214,7 +214,7 @@ def warnings(measured: Record) -> list[str]:
     return [line for line in text.splitlines() if line.strip()] if isinstance(text, str) else []
 
 
-def as_markdown(table: Table) -> str:
+def as_markdown(table: TextTable) -> str:
     """Return a table in Markdown, with escaped cells."""
     rule = ("---", *("---:" for _ in table.head[1:]))
     lines = [table.head, rule, *table.rows]
@@ -227,7 +227,7 @@ def markdown_text(text: str) -> str:
     return "".join(f"\\{sign}" if sign in "\\`*_[]|#" else sign for sign in escape(flat, quote=False))
 
 
-def as_csv(table: Table) -> str:
+def as_csv(table: TextTable) -> str:
     """Return a table as comma-separated values with a heading; cells that look like a formula are quoted."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -14,17 +14,17 @@ from vitrim.data import Images, eval_loader
 from vitrim.families import describe
 from vitrim.run.images import line_of
 from vitrim.run.job import Job
-from vitrim.run.latency_budget import clocked
+from vitrim.run.latency_budget import time_child
 from vitrim.run.remarks import chance_of, remarks, standard_error
 from vitrim.train import evaluate, reference_logits
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import RunError
 from vitrim.words.plain import read_json, write_json
 
-__all__ = ["judged"]
+__all__ = ["measure_child"]
 
 
-def judged(job: Job, child: nn.Module, seconds: float) -> dict[str, Any]:
+def measure_child(job: Job, child: nn.Module, seconds: float) -> dict[str, Any]:
     """Measure the child of a run against its parent and write ``measured.json``, or read it if it exists.
 
     Args:
@@ -121,7 +121,7 @@ def _time(job: Job, child: nn.Module) -> dict[str, Any]:
     if not settings.latency:
         return dict.fromkeys(_TIMES) | {"device": str(next(child.parameters()).device)}
     job.say("timing parent and child in turns")
-    taken = clocked(child, job.parent, settings)
+    taken = time_child(child, job.parent, settings)
     return {
         "latency_ms": 1e3 * taken.seconds,
         "latency_parent_ms": 1e3 * (taken.reference_seconds or 0.0),

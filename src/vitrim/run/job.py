@@ -246,7 +246,7 @@ def _check_reach(parent: nn.Module, spec: Spec, budget: Budget, method: Method) 
     """
     budget.limits(budget.cost(spec))
     choice = getattr(method, "choice", None)
-    if choice is not None and (budget.latency is None or getattr(method, "timed", False)):
+    if choice is not None and (budget.latency is None or getattr(method, "plans_by_time", False)):
         fill(spec, {path: torch.zeros(axis.size) for path, axis in axes(parent).items()}, budget, choice=choice)
 
 

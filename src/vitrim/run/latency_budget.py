@@ -26,9 +26,9 @@ from vitrim.run.recipe import Measure
 from vitrim.words.budget import Budget
 from vitrim.words.errors import BudgetError, ExportError, VitrimError
 from vitrim.words.plain import load, read_json, write_text
-from vitrim.words.table import FORMAT, Table
+from vitrim.words.table import FORMAT, TimeTable
 
-__all__ = ["CLOSE", "Met", "clocked", "meet", "table_for"]
+__all__ = ["CLOSE", "Met", "meet", "table_for", "time_child"]
 
 CLOSE = 0.05
 """Allowed distance of a child's measured time from the budget, as a share of the budget."""
@@ -40,7 +40,7 @@ _READINGS = 6
 """Largest number of macs budgets tried for one latency budget."""
 
 
-def table_for(model: nn.Module, settings: Measure, *, say: Callable[[str], None] = lambda _: None) -> Table:
+def table_for(model: nn.Module, settings: Measure, *, say: Callable[[str], None] = lambda _: None) -> TimeTable:
     """Return the table of times of `model` on this machine: measured once, then read from the cache.
 
     For ``onnxruntime`` and ``openvino`` it is the table of eager PyTorch, whose blocks need no export. It is less
@@ -69,7 +69,7 @@ def table_for(model: nn.Module, settings: Measure, *, say: Callable[[str], None]
     path = folder / "latency" / f"{key}.json"
     if path.is_file():
         say(f"reading the table of times {path}")
-        return load(Table, read_json(path, BudgetError), BudgetError, at=str(path))
+        return load(TimeTable, read_json(path, BudgetError), BudgetError, at=str(path))
     say(f"making a table of times on {machine}")
     table = make_table(model, seconds=settings.seconds, **given)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def table_for(model: nn.Module, settings: Measure, *, say: Callable[[str], None]
     return table
 
 
-def clocked(child: nn.Module, parent: nn.Module, settings: Measure) -> Latency:
+def time_child(child: nn.Module, parent: nn.Module, settings: Measure) -> Latency:
     """Time `child` in turns with its parent, with the given settings.
 
     Raises:
@@ -148,7 +148,7 @@ def meet(
     cut: Callable[[Found], nn.Module],
     clock: Callable[[nn.Module], Latency],
     *,
-    timed: bool,
+    plans_by_time: bool,
     say: Callable[[str], None] = lambda _: None,
 ) -> Met:
     """Plan by the table, measure, and plan again if the table was inaccurate.
@@ -159,14 +159,14 @@ def meet(
         search: a function that finds a plan for a budget.
         cut: a function that cuts the child.
         clock: a function that times the child in turns with its parent.
-        timed: whether `search` plans by the table itself; if not, it is given macs budgets.
+        plans_by_time: whether `search` plans by the table itself; if not, it is given macs budgets.
         say: called with a line about each measurement.
 
     Raises:
         BudgetError: if no child is within 5 % of the budget or below it; names the fastest.
     """
     assert budget.latency is not None
-    planner = _Planner(parent=parent, budget=budget, search=search, timed=timed)
+    planner = _Planner(parent=parent, budget=budget, search=search, plans_by_time=plans_by_time)
     aim, tried = budget.latency, list[Met]()
     while len(tried) < _TRIES:
         found = planner.at(aim)
@@ -217,8 +217,10 @@ def _steady(taken: Latency, budget: Budget) -> float:
 class _Planner:
     """Find plans whose child takes a given share of the parent's time, according to the table."""
 
-    def __init__(self, *, parent: nn.Module, budget: Budget, search: Callable[[Budget], Found], timed: bool) -> None:
-        self.parent, self.budget, self.search, self.timed = parent, budget, search, timed
+    def __init__(
+        self, *, parent: nn.Module, budget: Budget, search: Callable[[Budget], Found], plans_by_time: bool
+    ) -> None:
+        self.parent, self.budget, self.search, self.plans_by_time = parent, budget, search, plans_by_time
         self.spec = describe(parent)
         self.dense = budget.cost(self.spec)
         self.asked: list[float] = []
@@ -231,7 +233,7 @@ class _Planner:
     def at(self, share: float) -> Found:
         """Return a plan for `share` of the parent's time."""
         self.asked.append(share)
-        if self.timed:
+        if self.plans_by_time:
             return self._found(self.budget.model_copy(update={"latency": share}))
         return self._by_macs(share)
 

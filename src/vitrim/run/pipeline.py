@@ -24,10 +24,10 @@ from vitrim.deploy import store
 from vitrim.families import adopt, describe
 from vitrim.methods import Data, Found, Method
 from vitrim.nn.weights import check_weights, fingerprint
-from vitrim.run.child import judged
+from vitrim.run.child import measure_child
 from vitrim.run.images import about, write_record
 from vitrim.run.job import Job, check_folder, full_disk, leaving_nothing, logger, prepare
-from vitrim.run.latency_budget import clocked, meet
+from vitrim.run.latency_budget import meet, time_child
 from vitrim.run.presets import laid_under
 from vitrim.run.presets import preset as read_preset
 from vitrim.run.recipe import Recipe, merged, write_recipe
@@ -191,7 +191,7 @@ def _run(
                 write_record(folder, about(job.splits))
             plan, child, seconds, begun = _cut(job, method)
             child, seconds = _train(job, child, seconds, begun)
-            measured = judged(job, child, seconds)
+            measured = measure_child(job, child, seconds)
             _finish(job)
     return Result(model=child.eval(), plan=plan, measured=measured, parent=job.parent, folder=folder)
 
@@ -258,8 +258,8 @@ def _found(job: Job, method: Method, data: Data | None) -> tuple[Found, nn.Modul
         job.budget,
         search,
         cut,
-        lambda child: clocked(fold(child.eval()), job.parent, job.recipe.measure),
-        timed=getattr(method, "timed", False),
+        lambda child: time_child(fold(child.eval()), job.parent, job.recipe.measure),
+        plans_by_time=getattr(method, "plans_by_time", False),
         say=job.say,
     )
     record = {"stage": "latency", "predicted": met.predicted, "measured": met.ratio, "children": met.measured}

@@ -145,9 +145,9 @@ class Loop:
                     self.steps = self.state.step
                 while self.state.step < self.steps:
                     self._epoch(advance, interrupts)
-                self._settle()
+                self._check_pending()
         except Stop:
-            self._settle()
+            self._check_pending()
         except KeyboardInterrupt:
             if self.whole:
                 self._save()
@@ -254,12 +254,12 @@ class Loop:
         host does not wait for the device.
         """
         if self.device.type != "cpu":
-            self._settle()
+            self._check_pending()
         self.pending = loss, norm, step
         if self.device.type == "cpu":
-            self._settle()
+            self._check_pending()
 
-    def _settle(self) -> None:
+    def _check_pending(self) -> None:
         if self.pending is None:
             return
         (loss, norm, step), self.pending = self.pending, None
@@ -330,7 +330,7 @@ class Loop:
 
     def _save(self) -> None:
         """Write a checkpoint, unless there is one of this step or no folder; raise first if the loss is not finite."""
-        self._settle()
+        self._check_pending()
         if self.folder is None or self.saved == self.state.step or not self.accelerator.is_main_process:
             return
         self.state.window = self.window.tolist()

@@ -13,7 +13,7 @@ from vitrim.words.errors import BudgetError
 from vitrim.words.plain import NONE, Node, did_you_mean, why_not_valid
 from vitrim.words.spec import Block, Spec, Stage
 from vitrim.words.steps import Tokens
-from vitrim.words.table import Table
+from vitrim.words.table import TimeTable
 
 __all__ = ["BOUNDS", "SLACK", "Budget", "Price"]
 
@@ -62,7 +62,7 @@ class Budget(Node):
     macs: float | None = None
     params: float | None = None
     latency: float | None = None
-    table: Table | None = Field(default=None, repr=False)
+    table: TimeTable | None = Field(default=None, repr=False)
 
     def __init__(self, **fields: Any) -> None:
         given = {name: _bound(name, value) if name in BOUNDS else value for name, value in fields.items()}

@@ -18,7 +18,7 @@ from vitrim.words.plain import Frozen, FrozenDict, Node
 from vitrim.words.spec import Attention, Block, Conv, Spec, Stage
 from vitrim.words.steps import Flow, Tokens, flow_of
 
-__all__ = ["FORMAT", "Machine", "StageTimes", "Table"]
+__all__ = ["FORMAT", "Machine", "StageTimes", "TimeTable"]
 
 FORMAT = 1
 """Version of a stored table; increased when the meaning of its numbers changes."""
@@ -112,7 +112,7 @@ class StageTimes(Node):
         return _between((self.tokens, self.hidden), self.mlp, (rows, hidden)) if hidden else 0.0
 
 
-class Table(Node):
+class TimeTable(Node):
     """Times of the parts of one model on one machine.
 
     Attributes:
@@ -175,7 +175,7 @@ class Table(Node):
             seconds += times.steps[block.tokens.kind] * here.total / stage.tokens
         return round(seconds * TICKS)
 
-    def scaled(self, factor: float) -> "Table":
+    def scaled(self, factor: float) -> "TimeTable":
         """Return the same table with the times of its stages multiplied by `factor`."""
         stages = tuple(
             times.model_copy(

@@ -4,12 +4,12 @@ from vitrim.cut.compensate.attention import AttentionCut
 from vitrim.cut.compensate.hear import arriving, passed, resumed
 from vitrim.cut.compensate.importance import Importance, importances
 from vitrim.cut.compensate.neurons import NeuronCut
-from vitrim.cut.compensate.place import Choice, Place
+from vitrim.cut.compensate.place import BlockChoice, Place
 from vitrim.cut.compensate.walk import Walk, compensated, recovered
 
 __all__ = [
     "AttentionCut",
-    "Choice",
+    "BlockChoice",
     "Importance",
     "NeuronCut",
     "Place",

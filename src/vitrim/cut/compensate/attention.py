@@ -12,7 +12,7 @@ from torch import Tensor
 from vitrim.cut.compensate.closed_form import Moments, least_squares_queries, query_key_maps, refit, value_map
 from vitrim.cut.compensate.heads import Heads
 from vitrim.cut.compensate.hear import attended
-from vitrim.cut.compensate.place import Choice, Kept, Place, Widths, part, unscaled
+from vitrim.cut.compensate.place import BlockChoice, Kept, Place, Widths, part, unscaled
 from vitrim.nn import Attention
 from vitrim.nn.feed import wide
 from vitrim.nn.stream import tokens_of
@@ -39,7 +39,7 @@ class AttentionCut:
         self.place, self.module, self.node = place, module, node
         self.worth = place.worth[f"{place.path}.mixer"]
 
-    def cut(self, choice: Choice) -> tuple[AttentionSpec, Fields, State]:
+    def cut(self, choice: BlockChoice) -> tuple[AttentionSpec, Fields, State]:
         """Return the new mixer, its part of the plan, and its new parameters by name, relative to the block.
 
         Queries and keys are cut first, then values with the new attention weights, then the projection is re-fitted.
@@ -59,7 +59,7 @@ class AttentionCut:
         widths = tuple(len(rows) for rows in heads.q)
         heads, kept = self._values(heads, choice.v, alive, moments)
         mixer = self.node.model_copy(update={"qk": widths, "v": tuple(len(rows) for rows in heads.v)})
-        fields: Fields = {"qk": self._spread(alive, qk, widths), "v": kept}
+        fields: Fields = {"qk": self._with_dead_heads(alive, qk, widths), "v": kept}
         return mixer, fields, heads.state() | self._biases(alive)
 
     @functools.cached_property
@@ -104,7 +104,7 @@ class AttentionCut:
         index = torch.cat([torch.arange(starts[head], starts[head] + self.node.v[head]) for head in alive])
         return moments.of(index)
 
-    def _living(self, choice: Choice) -> Kept:
+    def _living(self, choice: BlockChoice) -> Kept:
         alive = choice.heads if choice.heads is not None else tuple(range(len(self.node.v)))
         for widths in (choice.qk, choice.v):
             if isinstance(widths, tuple):
@@ -184,9 +184,9 @@ class AttentionCut:
         values = [new.mT @ old for new, old in zip(maps, heads.v, strict=True)]
         new_sizes = tuple(new.shape[1] for new in maps)
         made = Heads(heads.q, heads.k, values, list(torch.split(weight, list(new_sizes), dim=1)), bias, heads.biased)
-        return made, self._spread(alive, widths, new_sizes)
+        return made, self._with_dead_heads(alive, widths, new_sizes)
 
-    def _spread(self, alive: Kept, widths: Widths, sizes: tuple[int, ...]) -> tuple[Kept, ...]:
+    def _with_dead_heads(self, alive: Kept, widths: Widths, sizes: tuple[int, ...]) -> tuple[Kept, ...]:
         """Return the kept channels of each head of the parent; channels of a new basis are given as the first ones."""
         if isinstance(widths, tuple):
             return tuple(widths[head] if head in alive else () for head in range(len(self.node.v)))

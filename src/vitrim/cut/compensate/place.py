@@ -15,14 +15,14 @@ from vitrim.nn.stream import Residual, tokens_of
 from vitrim.words.spec import Stage
 from vitrim.words.steps import Tokens
 
-__all__ = ["Choice", "Kept", "Place", "Widths", "part", "unscaled"]
+__all__ = ["BlockChoice", "Kept", "Place", "Widths", "part", "unscaled"]
 
 Kept = tuple[int, ...]
 Widths = int | tuple[Kept, ...] | None
 
 
 @dataclass(frozen=True)
-class Choice:
+class BlockChoice:
     """What to keep of one block.
 
     Attributes:

@@ -19,7 +19,7 @@ from vitrim.cut.compensate.attention import AttentionCut
 from vitrim.cut.compensate.hear import arriving, passed
 from vitrim.cut.compensate.importance import Importance, importances
 from vitrim.cut.compensate.neurons import NeuronCut
-from vitrim.cut.compensate.place import Choice, Place, Widths
+from vitrim.cut.compensate.place import BlockChoice, Place, Widths
 from vitrim.cut.surgery import apply
 from vitrim.families import blocks_of, describe
 from vitrim.nn import Attention, Block
@@ -34,7 +34,7 @@ __all__ = ["Walk", "compensated", "recovered"]
 
 def compensated(
     model: nn.Module,
-    choices: Sequence[Choice],
+    choices: Sequence[BlockChoice],
     images: Sequence[Tensor],
     worth: Mapping[str, Importance],
     *,
@@ -122,7 +122,7 @@ class Walk:
         return Place(path, block, stage, arrives, self.worth, streams, self.dense, self.strength, self.alpha)
 
 
-def _cut(place: Place, choice: Choice) -> tuple[Block, BlockPlan, dict[str, Tensor]]:
+def _cut(place: Place, choice: BlockChoice) -> tuple[Block, BlockPlan, dict[str, Tensor]]:
     """Return the new block, its part of the plan, and its new parameters."""
     block, node = place.block, place.block.spec
     state: dict[str, Tensor] = {}
@@ -172,7 +172,7 @@ def recovered(
     return compensated(base, choices, images, worth, strength=strength, alpha=0.0 if few else alpha)[1]
 
 
-def _choice(decision: BlockPlan, block: BlockSpec) -> Choice:
+def _choice(decision: BlockPlan, block: BlockSpec) -> BlockChoice:
     """Return the kept channels of a plan as a choice; a branch that is skipped in `block` has none."""
     qk: Widths = None
     v: Widths = None
@@ -181,4 +181,4 @@ def _choice(decision: BlockPlan, block: BlockSpec) -> Choice:
         qk = None if kept_qk == tuple(tuple(range(k)) for k in block.mixer.qk) else kept_qk
         v = None if kept_v == tuple(tuple(range(k)) for k in block.mixer.v) else kept_v
     whole = decision.hidden is None or block.hidden is None or len(decision.hidden) == block.hidden
-    return Choice(qk=qk, v=v, hidden=None if whole else decision.hidden)
+    return BlockChoice(qk=qk, v=v, hidden=None if whole else decision.hidden)

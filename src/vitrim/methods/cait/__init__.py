@@ -43,7 +43,7 @@ from vitrim.data import Augment
 from vitrim.families import describe
 from vitrim.methods import Data, Found
 from vitrim.methods.cait.masks import Channels, Merge, free_axes, merge_plan, ramped, thirds
-from vitrim.methods.cait.slots import Rules, allocate, plan_of
+from vitrim.methods.cait.slots import Rules, allocate_slots, plan_of
 from vitrim.train import RATES, Distill, Fitted, Start, Train, fit, steps_of
 from vitrim.words.budget import SLACK, Budget
 from vitrim.words.costs import cost_of
@@ -255,7 +255,7 @@ class Method(Node):
         }
         ranked_at = spec if self.order == "channel_first" else None
         scores = channels.scores(self.hysteresis)
-        channels.keep(allocate(counted, scores, limits, self.rules, ranked_at=ranked_at, fine=last))
+        channels.keep(allocate_slots(counted, scores, limits, self.rules, ranked_at=ranked_at, fine=last))
 
     @property
     def rules(self) -> Rules:
@@ -292,14 +292,14 @@ class Method(Node):
         masks = channels.masks()
         left = _left(channels)
         plan = plan_of(spec, masks, steps)
-        parent = channels.settle()
+        parent = channels.fold_gates()
         parent.train(training)
         start = None
         if fitted is not None and self.cut < 1:
             averaged = None
             if fitted.ema is not None:
                 assert isinstance(fitted.ema, Channels)
-                averaged = apply(fitted.ema.settle(), plan).state_dict()
+                averaged = apply(fitted.ema.fold_gates(), plan).state_dict()
             start = Start(done=self.cut, averages=_cut_averages(parent, plan, fitted.averages), ema=averaged)
         told = {"revived": int(channels.revived), **left}
         child = plan.child(spec)

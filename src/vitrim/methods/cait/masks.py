@@ -177,7 +177,7 @@ class Channels(Gated):
                 self.get_buffer(f"gate/{key_of(path)}").copy_(new)
 
     @torch.no_grad()
-    def settle(self) -> nn.Module:
+    def fold_gates(self) -> nn.Module:
         """Multiply the gates of ``resrep`` into the model's weights, in place, and return the model.
 
         Those of ``taylor`` are masks: what they switch off is cut, so they stay out.

@@ -26,7 +26,7 @@ from vitrim.words.plan import BlockPlan, Kept, Plan
 from vitrim.words.spec import Attention, Block, Spec, Stage
 from vitrim.words.steps import Tokens
 
-__all__ = ["Ladder", "Rules", "allocate", "ladders_of", "masks_of", "plan_of", "row_of", "spend", "top_up"]
+__all__ = ["Rules", "SlotLadder", "allocate_slots", "ladders_of", "masks_of", "plan_of", "row_of", "spend", "top_up"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class Rules:
 
 
 @dataclass(slots=True, kw_only=True)
-class Ladder:
+class SlotLadder:
     """The slots of one width that is chosen by itself.
 
     Attributes:
@@ -71,7 +71,7 @@ class Ladder:
     kept: int = field(default=0)
 
 
-def ladders_of(spec: Spec, scores: Mapping[str, Tensor], rules: Rules) -> list[Ladder]:
+def ladders_of(spec: Spec, scores: Mapping[str, Tensor], rules: Rules) -> list[SlotLadder]:
     """All slots of a model, everything kept.
 
     Args:
@@ -137,7 +137,7 @@ def _unit(stage: Stage, block: Block, arriving: Tokens, name: str) -> tuple[int,
 
 def _ladder(
     index: int, path: str, parts: Mapping[str, Ranked], unit: Mapping[str, tuple[int, int]], group: int, floor: int
-) -> Ladder:
+) -> SlotLadder:
     """A ladder of slots; a head that is narrower than others has no part in the slots beyond it."""
     size = max(len(head) for _, values in parts.values() for head in values)
     scores, saves = [], []
@@ -148,10 +148,10 @@ def _ladder(
     steps = range(math.ceil(size / group) - 1, 0, -1)
     widths = [size, *(step * group for step in steps if step * group >= min(floor, size))]
     orders = {f"{path}.{name}": orders for name, (orders, _) in parts.items()}
-    return Ladder(block=index, orders=orders, scores=scores, saves=saves, widths=widths, kept=size)
+    return SlotLadder(block=index, orders=orders, scores=scores, saves=saves, widths=widths, kept=size)
 
 
-def spend(ladders: list[Ladder], row: list[tuple[int, int]], cost: Cost, limits: Mapping[str, float]) -> Cost:
+def spend(ladders: list[SlotLadder], row: list[tuple[int, int]], cost: Cost, limits: Mapping[str, float]) -> Cost:
     """Take groups away until `cost` is within `limits`.
 
     Args:
@@ -187,7 +187,7 @@ def _within(cost: list[int], limits: Mapping[str, float]) -> bool:
     return all(cost[Cost._fields.index(name)] <= limit for name, limit in limits.items())
 
 
-def row_of(ladders: list[Ladder], names: Iterable[str], cost: Cost, rules: Rules) -> list[tuple[int, int]]:
+def row_of(ladders: list[SlotLadder], names: Iterable[str], cost: Cost, rules: Rules) -> list[tuple[int, int]]:
     """All groups as (ladder, rung), the least worth first; of equals the deeper block, its MLP before its attention.
 
     Args:
@@ -212,7 +212,7 @@ def row_of(ladders: list[Ladder], names: Iterable[str], cost: Cost, rules: Rules
     return [(number, rung) for *_, rung, number in sorted(keys)]
 
 
-def top_up(ladders: list[Ladder], cost: Cost, limits: Mapping[str, float]) -> Cost:
+def top_up(ladders: list[SlotLadder], cost: Cost, limits: Mapping[str, float]) -> Cost:
     """Give single slots back, the most valuable first, where whole groups leave more than the slack (small models)."""
     rest = list(cost)
 
@@ -220,7 +220,7 @@ def top_up(ladders: list[Ladder], cost: Cost, limits: Mapping[str, float]) -> Co
         return all(rest[Cost._fields.index(name)] < (1 - SLACK) * limit for name, limit in limits.items())
 
     while short():
-        room: list[tuple[float, int, Ladder, list[int]]] = []
+        room: list[tuple[float, int, SlotLadder, list[int]]] = []
         for ladder in ladders:
             if ladder.kept < ladder.widths[0]:
                 more = [value + add for value, add in zip(rest, ladder.saves[ladder.kept], strict=True)]
@@ -234,7 +234,7 @@ def top_up(ladders: list[Ladder], cost: Cost, limits: Mapping[str, float]) -> Co
     return Cost(*rest)
 
 
-def masks_of(ladders: list[Ladder]) -> dict[str, Tensor]:
+def masks_of(ladders: list[SlotLadder]) -> dict[str, Tensor]:
     """By path of an axis, 1 for each channel that is kept and 0 for the others, all heads in a row."""
     masks = {}
     for ladder in ladders:
@@ -273,7 +273,7 @@ def _places(mask: Tensor) -> Kept:
     return tuple(int(place) for place in mask.nonzero().flatten())
 
 
-def allocate(
+def allocate_slots(
     spec: Spec,
     scores: Mapping[str, Tensor],
     limits: Mapping[str, float],

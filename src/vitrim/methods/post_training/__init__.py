@@ -61,7 +61,7 @@ class Method(Node):
     """
 
     needs: ClassVar[str] = "images"
-    timed: ClassVar[bool] = True
+    plans_by_time: ClassVar[bool] = True
     sentence: ClassVar[str] = "merges patches and narrows layers, compensated in closed form; no labels, no training"
 
     merge: Literal["auto", "bipartite", "grid", "none"] = "auto"

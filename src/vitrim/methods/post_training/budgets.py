@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from vitrim.cut.compensate import Choice
-from vitrim.methods.post_training.allocate import allocate, power_law
+from vitrim.cut.compensate import BlockChoice
 from vitrim.methods.post_training.calibration import Calibration
+from vitrim.methods.post_training.knapsack import choose_options, power_law
 from vitrim.methods.post_training.sensitivity import merging
 from vitrim.words.budget import SLACK, Budget, Price
 from vitrim.words.costs import block_cost
@@ -17,7 +17,7 @@ from vitrim.words.errors import BudgetError
 from vitrim.words.spec import Attention, Block, Spec, Stage
 from vitrim.words.steps import Tokens
 
-__all__ = ["Found", "least", "read_off"]
+__all__ = ["Reading", "least", "read_off"]
 
 _TRIES = 8
 """Schedules that are looked at, the best first, until one spends its budget."""
@@ -27,7 +27,7 @@ _STEP, _STEP_HIDDEN, _WIDE = 8, 32, 512
 
 
 @dataclass(frozen=True)
-class Found:
+class Reading:
     """What a budget gives.
 
     Attributes:
@@ -38,7 +38,7 @@ class Found:
     """
 
     merges: tuple[int, ...]
-    choices: tuple[Choice, ...]
+    choices: tuple[BlockChoice, ...]
     loss: float
     exact: bool
 
@@ -53,7 +53,7 @@ class _Group:
         counts: heads, channels of queries and of values together, or neurons, of each choice.
     """
 
-    choices: list[Choice]
+    choices: list[BlockChoice]
     losses: list[float]
     counts: list[tuple[int, ...]]
 
@@ -84,7 +84,7 @@ def _with(spec: Spec, blocks: Sequence[Block]) -> Spec:
     return spec.model_copy(update={"stages": tuple(stages)})
 
 
-def read_off(calibration: Calibration, budget: Budget, *, merge: bool, widths: bool, exact: bool) -> Found:
+def read_off(calibration: Calibration, budget: Budget, *, merge: bool, widths: bool, exact: bool) -> Reading:
     """The schedule and widths with the least sum of losses within `budget`.
 
     For each schedule of merging that was measured, widths are allocated to what it leaves of the budget, at the costs
@@ -107,7 +107,7 @@ def read_off(calibration: Calibration, budget: Budget, *, merge: bool, widths: b
     check_reach(spec, [counts for counts, _ in rows], exact, budget, widths)
     # Where the exact last block alone saves more than is asked for, the budget is spent without it.
     ways = (True, False) if exact else (False,)
-    found: list[Found] = []
+    found: list[Reading] = []
     for way in ways:
         found += [_spent(spec, one, budget) for one in _all(calibration, rows, way, budget, widths)[:_TRIES]]
         for one in found:
@@ -122,7 +122,7 @@ def _all(
     exact: bool,
     budget: Budget,
     widths: bool,
-) -> list[Found]:
+) -> list[Reading]:
     """The best of each schedule, the best of all first."""
     found = [_allocated(calibration, counts, loss, exact, budget, widths) for counts, loss in rows]
     return sorted((one for one in found if one is not None), key=lambda one: one.loss)
@@ -154,14 +154,14 @@ def _allocated(
     exact: bool,
     budget: Budget,
     widths: bool,
-) -> Found | None:
+) -> Reading | None:
     """Widths for what one schedule leaves of the budget; None if they cannot reach it."""
     small = merging(calibration.spec, counts, exact).child(calibration.spec)
     whole, limits = budget.cost(small), budget.limits(budget.cost(calibration.spec))
     room = [limit - getattr(whole, name) for name, limit in limits.items()]
-    still = tuple(Choice() for _ in counts)
+    still = tuple(BlockChoice() for _ in counts)
     if not widths:
-        return Found(counts, still, loss, exact) if min(room) >= 0 else None
+        return Reading(counts, still, loss, exact) if min(room) >= 0 else None
     places, groups, costs = [], [], []
     names = tuple(limits)
     for index, ((path, stage, block), arriving) in enumerate(zip(small.blocks(), small.arrivals(), strict=True)):
@@ -174,15 +174,15 @@ def _allocated(
                     _costs(priced(options, block, stage, arriving, budget), block, stage, arriving, budget, names)
                 )
     try:
-        chosen = allocate([options.losses for options in groups], costs, room)
+        chosen = choose_options([options.losses for options in groups], costs, room)
     except BudgetError:
         return None
     choices = list(still)
     for index, options, number in zip(places, groups, chosen, strict=True):
         decided = {name: value for name, value in vars(options.choices[number]).items() if value is not None}
-        choices[index] = Choice(**{**vars(choices[index]), **decided})
+        choices[index] = BlockChoice(**{**vars(choices[index]), **decided})
         loss += options.losses[number]
-    return Found(counts, tuple(choices), loss, exact)
+    return Reading(counts, tuple(choices), loss, exact)
 
 
 def _costs(
@@ -214,7 +214,7 @@ def _heads_priced(group: _Group, block: Block, stage: Stage, arriving: Tokens, b
             numbers.append(a + (qk - 1) * (b - a) + (v - 1) * (c - a) + (heads - 1) * head)
         return Price(*numbers)
 
-    def timed(heads: int, qk: int, v: int) -> int:
+    def nanoseconds_of(heads: int, qk: int, v: int) -> int:
         even = mixer.model_copy(
             update={"qk": (qk // heads,) * heads, "v": (v // heads,) * heads} if heads else _NO_HEADS
         )
@@ -222,7 +222,7 @@ def _heads_priced(group: _Group, block: Block, stage: Stage, arriving: Tokens, b
 
     if budget.table is None:
         return [line(*counts) for counts in group.counts]
-    return [line(*counts)._replace(latency=timed(*counts)) for counts in group.counts]
+    return [line(*counts)._replace(latency=nanoseconds_of(*counts)) for counts in group.counts]
 
 
 def _neurons_priced(group: _Group, block: Block, stage: Stage, arriving: Tokens, budget: Budget) -> list[Price]:
@@ -251,14 +251,14 @@ def _attention(calibration: Calibration, path: str, block: Block) -> _Group:
         kept = tuple(sorted(set(range(len(mixer.v))) - set(order[:gone])))
         lost, share = _heads_loss([alone[head] for head in order], together, gone), len(kept) / len(mixer.v)
         for (qk, qk_loss), (v, v_loss) in itertools.product(levels["qk"], levels["v"]):
-            group.choices.append(Choice(heads=kept if gone else None, qk=qk, v=v))
+            group.choices.append(BlockChoice(heads=kept if gone else None, qk=qk, v=v))
             group.losses.append(lost + share * (qk_loss + v_loss))
             channels = (
                 qk * len(kept) if qk else sum(mixer.qk[head] for head in kept),
                 v * len(kept) if v else sum(mixer.v[head] for head in kept),
             )
             group.counts.append((len(kept), *channels))
-    group.choices.append(Choice(heads=()))
+    group.choices.append(BlockChoice(heads=()))
     group.losses.append(together)
     group.counts.append((0, 0, 0))
     return group
@@ -291,7 +291,7 @@ def _neurons(calibration: Calibration, path: str, block: Block) -> _Group:
     shares, losses = calibration.shares[name], calibration.losses[name]
     step = _STEP_HIDDEN if size >= _WIDE else _STEP
     for width in (size, *(range((size - 1) // step * step, 0, -step) if len(shares) > 1 else ()), 0):
-        group.choices.append(Choice(hidden=None if width == size else width))
+        group.choices.append(BlockChoice(hidden=None if width == size else width))
         group.losses.append(power_law(shares, losses, 1 - width / size))
         group.counts.append((width,))
     return group
@@ -300,7 +300,7 @@ def _neurons(calibration: Calibration, path: str, block: Block) -> _Group:
 # -- what steps leave unspent
 
 
-def _spent(spec: Spec, found: Found, budget: Budget) -> Found:
+def _spent(spec: Spec, found: Reading, budget: Budget) -> Reading:
     """Give back what fits: single neurons, then single patches; a budget is spent to `SLACK`."""
     parent = budget.cost(spec)
     for more in (_more_neurons, _fewer_merges):
@@ -309,13 +309,13 @@ def _spent(spec: Spec, found: Found, budget: Budget) -> Found:
     return found
 
 
-def _priced(spec: Spec, found: Found, budget: Budget) -> Price:
+def _priced(spec: Spec, found: Reading, budget: Budget) -> Price:
     small = merging(spec, found.merges, found.exact).child(spec)
     blocks = [_chosen(block, choice) for (_, _, block), choice in zip(small.blocks(), found.choices, strict=True)]
     return budget.cost(_with(small, blocks))
 
 
-def _chosen(block: Block, choice: Choice) -> Block:
+def _chosen(block: Block, choice: BlockChoice) -> Block:
     """The node that a choice of widths makes of a block."""
     mixer, hidden = block.mixer, block.hidden
     if isinstance(mixer, Attention):
@@ -328,7 +328,7 @@ def _chosen(block: Block, choice: Choice) -> Block:
     return block.model_copy(update={"mixer": mixer, "hidden": hidden})
 
 
-def _more_neurons(spec: Spec, found: Found, budget: Budget) -> Found:
+def _more_neurons(spec: Spec, found: Reading, budget: Budget) -> Reading:
     parent = budget.cost(spec)
     for index, (_, _, block) in enumerate(spec.blocks()):
         have, size = found.choices[index].hidden, block.hidden
@@ -345,13 +345,13 @@ def _more_neurons(spec: Spec, found: Found, budget: Budget) -> Found:
     return found
 
 
-def _replaced(found: Found, index: int, hidden: int) -> Found:
+def _replaced(found: Reading, index: int, hidden: int) -> Reading:
     choices = list(found.choices)
-    choices[index] = Choice(**{**vars(choices[index]), "hidden": hidden})
+    choices[index] = BlockChoice(**{**vars(choices[index]), "hidden": hidden})
     return replace(found, choices=tuple(choices))
 
 
-def _fewer_merges(spec: Spec, found: Found, budget: Budget) -> Found:
+def _fewer_merges(spec: Spec, found: Reading, budget: Budget) -> Reading:
     """Merge one patch less in one block after another, as long as the budget allows it."""
     parent, moved = budget.cost(spec), True
     while moved:

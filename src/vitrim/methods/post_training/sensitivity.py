@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from vitrim.cut.compensate import (
     AttentionCut,
-    Choice,
+    BlockChoice,
     NeuronCut,
     Place,
     Walk,
@@ -226,14 +226,18 @@ class _Row:
             cut = AttentionCut(self.place)
             widths = block.attn.qk
             if not form.head_norm and len(set(widths)) == 1:
-                yield "qk", _CUTS, tuple(self._attention(cut, Choice(qk=_left(widths[0], s))) for s in _CUTS)
+                yield "qk", _CUTS, tuple(self._attention(cut, BlockChoice(qk=_left(widths[0], s))) for s in _CUTS)
             if not form.mixed_norm and len(set(block.attn.v)) == 1:
                 size = block.attn.v[0]
-                yield "v", _CUTS, tuple(self._attention(cut, Choice(v=_left(size, s))) for s in _CUTS)
+                yield "v", _CUTS, tuple(self._attention(cut, BlockChoice(v=_left(size, s))) for s in _CUTS)
             heads = range(len(widths))
             alone = [tuple(h for h in heads if h != gone) for gone in heads] if not form.mixed_norm else []
             sets = [*(kept for kept in alone if kept), ()]
-            yield "heads", tuple(1.0 for _ in sets), tuple(self._attention(cut, Choice(heads=kept)) for kept in sets)
+            yield (
+                "heads",
+                tuple(1.0 for _ in sets),
+                tuple(self._attention(cut, BlockChoice(heads=kept)) for kept in sets),
+            )
         hidden = block.spec.hidden
         if hidden:
             neurons = NeuronCut(self.place, block)
@@ -241,7 +245,7 @@ class _Row:
             found = tuple(self._neurons(neurons, width) for width in [*sizes, 0])
             yield "hidden", (*_CUTS, 1.0)[-len(found) :], found
 
-    def _attention(self, cut: AttentionCut, choice: Choice) -> float:
+    def _attention(self, cut: AttentionCut, choice: BlockChoice) -> float:
         mixer, _, state = cut.cut(choice)
         return self._loss(self.place.rebuilt(mixer, self.place.block.spec.hidden, state))
 

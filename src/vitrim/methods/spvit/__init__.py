@@ -78,7 +78,7 @@ class Method(Node):
 
     needs: ClassVar[str] = "images"
     least_images: ClassVar[int] = 2
-    timed: ClassVar[bool] = True
+    plans_by_time: ClassVar[bool] = True
     sentence: ClassVar[str] = "learns which attentions a convolution made of their own weights can replace, and neurons"
 
     train: Train = Train(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrim.nn.conv import EPS, mixed_back, taps, votes
+from vitrim.nn.conv import EPS, mixed_back, slot_order, votes
 from vitrim.words.errors import DataError
 from vitrim.words.spec import Mixture
 
@@ -48,7 +48,7 @@ class Paths(nn.Module):
         """
         share = votes(self.mix, self.mixture.temperature)
         heads = torch.unflatten(values, -1, (self.mixture.heads, self.width))
-        kernel = share[:, taps(self.mixture)].view(-1, 1, 1, 3, 3).expand(-1, self.width, 1, 3, 3).flatten(0, 1)
+        kernel = share[:, slot_order(self.mixture)].view(-1, 1, 1, 3, 3).expand(-1, self.width, 1, 3, 3).flatten(0, 1)
         moved = F.conv2d(values.permute(0, 3, 1, 2), kernel, padding=1, groups=len(kernel))
         three = torch.unflatten(moved.permute(0, 2, 3, 1), -1, (self.mixture.heads, self.width)).sum(dim=-2)
         return share[:, self.mixture.centre] @ heads, three

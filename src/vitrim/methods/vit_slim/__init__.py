@@ -90,7 +90,7 @@ class Method(Node):
     """
 
     needs: ClassVar[str] = "images"
-    timed: ClassVar[bool] = True
+    plans_by_time: ClassVar[bool] = True
     sentence: ClassVar[str] = "trains l1-penalised gates on channels together with the weights and keeps the largest"
 
     train: Train = Train(

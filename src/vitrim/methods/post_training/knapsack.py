@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from vitrim.words.errors import BudgetError
 
-__all__ = ["allocate", "power_law"]
+__all__ = ["choose_options", "power_law"]
 
 _UNITS = 4000
 Array = NDArray[np.float64]
 
 
-def allocate(
+def choose_options(
     losses: Sequence[Sequence[float]], costs: Sequence[Sequence[Sequence[int]]], limits: Sequence[int]
 ) -> list[int]:
     """Choose options.
