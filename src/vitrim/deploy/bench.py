@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitrim import report
 from vitrim.deploy import store
 from vitrim.deploy.export import export
-from vitrim.deploy.runtimes import Ready, check_runtimes, peak_bytes, ready
+from vitrim.deploy.runtimes import READS_ONNX, Ready, check_runtimes, peak_bytes, ready
 from vitrim.families import describe
 from vitrim.measure.model import image_of
 from vitrim.measure.turns import at_least, name_of, percentiles, place_of, threading, turns, waiting
@@ -85,7 +85,7 @@ class _Entry:
     as_stored: bool
 
     def runs_in(self, runtime: str) -> bool:
-        return isinstance(self.model, nn.Module) or runtime in ("onnxruntime", "openvino")
+        return isinstance(self.model, nn.Module) or runtime in READS_ONNX
 
     def onnx(self) -> Path:
         if isinstance(self.model, Path):
@@ -234,7 +234,7 @@ def _opened(
             say(f"{runtime}: opening {entry.name}, batch of {batch}")
             generator = torch.Generator().manual_seed(0)
             images = torch.randn(batch, *entry.image, generator=generator).to(place, dtype)
-            file = entry.onnx() if runtime in ("onnxruntime", "openvino") and place.type == "cpu" else None
+            file = entry.onnx() if runtime in READS_ONNX and place.type == "cpu" else None
             yield entry, ready(entry.model, images, runtime, onnx=file, as_stored=entry.as_stored), images
 
 

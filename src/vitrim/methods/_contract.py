@@ -67,8 +67,8 @@ class Method(Protocol):
 
     Further attributes are read where a method has them:
 
-    - ``plans_by_time = True`` says that the search prices specs by `Budget.cost` alone, and so by measured times too. For
-      the others a budget of latency is turned into one of macs, see `vitrim.run.latency_budget`.
+    - ``plans_by_time = True`` says that the search prices specs by `Budget.cost` alone, and so by measured times too.
+      For the others a budget of latency is turned into one of macs, see `vitrim.run.latency_budget`.
     - ``asks`` says in place of `needs` what an instance needs, where that depends on its settings.
     - ``choice`` says which widths are allowed, and a budget that these cannot reach is refused before the search.
     - ``least_images`` is the least number of images in one part of a training step that its children can take.

@@ -15,7 +15,7 @@ from torch import nn
 from vitrim import __version__
 from vitrim.cut.fill import fill
 from vitrim.cut.observe import axes
-from vitrim.deploy.runtimes import ready
+from vitrim.deploy.runtimes import READS_ONNX, ready
 from vitrim.families import describe
 from vitrim.measure import Latency, latency
 from vitrim.measure.model import image_of
@@ -83,7 +83,7 @@ def time_child(child: nn.Module, parent: nn.Module, settings: Measure) -> Latenc
     Raises:
         ExportError: if the runtime is not installed or cannot take a model.
     """
-    if settings.runtime in ("onnxruntime", "openvino"):
+    if settings.runtime in READS_ONNX:
         return _exported(child, parent, settings)
     return latency(
         child,

@@ -13,11 +13,12 @@ import tomli_w
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from vitrim import methods
+from vitrim.deploy.runtimes import RUNTIMES
 from vitrim.methods import Method
 from vitrim.train import Train
 from vitrim.words.budget import Budget
 from vitrim.words.errors import RecipeError, RunError, VitrimError
-from vitrim.words.plain import NONE, Node, dump, load, read_toml, write_text
+from vitrim.words.plain import NONE, Node, did_you_mean, dump, load, read_toml, write_text
 
 __all__ = ["DataRecipe", "Measure", "ModelRecipe", "Recipe", "merged", "overrides", "read_recipe", "write_recipe"]
 
@@ -94,9 +95,17 @@ class Measure(Node):
     batch: PositiveInt = 8
     threads: PositiveInt | None = None
     seconds: float = Field(default=8.0, gt=0)
-    runtime: Literal["eager", "compile", "onnxruntime", "openvino"] = "eager"
+    runtime: str = "eager"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     as_stored: bool = False
+
+    @field_validator("runtime")
+    @classmethod
+    def _known(cls, runtime: str) -> str:
+        known = [name for name in RUNTIMES if name != "cudagraph"]
+        if runtime not in known:
+            raise ValueError(f"must be one of {', '.join(known)}, but got '{runtime}'{did_you_mean(runtime, known)}")
+        return runtime
 
 
 class Recipe(Node):

@@ -22,7 +22,7 @@ from vitrim.nn.weights import why_not_held
 from vitrim.words.errors import ExportError
 from vitrim.words.plain import did_you_mean, reason
 
-__all__ = ["RUNTIMES", "Ready", "check_runtimes", "ready", "weights_bytes"]
+__all__ = ["READS_ONNX", "RUNTIMES", "Ready", "check_runtimes", "ready", "weights_bytes"]
 
 RUNTIMES = ("eager", "compile", "cudagraph", "onnxruntime", "openvino")
 """Runtimes in the order of tables; ``cudagraph`` runs only on CUDA, the last two only on the CPU in float32."""
@@ -31,7 +31,8 @@ _PACKAGES = {
     "onnxruntime": (("onnx", "onnxscript", "onnxruntime"), "export"),
     "openvino": (("onnx", "onnxscript", "onnxruntime", "openvino"), "openvino"),
 }
-_READS_ONNX = tuple(_PACKAGES)
+READS_ONNX = tuple(_PACKAGES)
+"""Runtimes that run an ONNX file, on the CPU in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +105,7 @@ def ready(
     check_runtimes([runtime])
     if isinstance(model, Path):
         return _of_file(model, runtime, threads)
-    if runtime in _READS_ONNX and (images.device.type != "cpu" or images.dtype != torch.float32):
+    if runtime in READS_ONNX and (images.device.type != "cpu" or images.dtype != torch.float32):
         raise ExportError(
             f"{runtime} must run on cpu in float32, but got {images.dtype} on {images.device}; "
             "leave device and dtype out, or choose eager or compile"
@@ -114,7 +115,7 @@ def ready(
             f"cudagraph must be given images on a CUDA device, but got them on {images.device}; move them"
         )
     still = _still(model, images)
-    if runtime in _READS_ONNX:
+    if runtime in READS_ONNX:
         with tempfile.TemporaryDirectory(prefix="vitrim-") as folder:
             file = Path(folder) / "model.onnx" if onnx is None else onnx
             if onnx is None:
@@ -224,8 +225,8 @@ def _told(images: Tensor) -> str:
 
 
 def _of_file(file: Path, runtime: str, threads: int | None) -> Ready:
-    if runtime not in _READS_ONNX:
-        raise ExportError(f"{file}: an ONNX file must run in {' or '.join(_READS_ONNX)}, but {runtime} is asked for")
+    if runtime not in READS_ONNX:
+        raise ExportError(f"{file}: an ONNX file must run in {' or '.join(READS_ONNX)}, but {runtime} is asked for")
     if not file.is_file():
         raise ExportError(f"{file}: the ONNX file must exist, but it does not")
     try:
