@@ -1,6 +1,6 @@
-"""Methods: one file each, found because the file exists; its name is the method's name in a recipe.
+"""Methods: every file or package in this folder is a method, and its name is the method's name in a recipe.
 
-Files whose names begin with an underscore are helpers of one method or several.
+Files whose names begin with an underscore are helpers of one or several methods.
 """
 
 import importlib
@@ -16,15 +16,15 @@ __all__ = ["get", "names", "settings_of"]
 
 
 def names() -> list[str]:
-    """Names of all methods."""
+    """Return the names of all methods."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def settings_of(name: str) -> type[Node]:
-    """The class of the method called `name`; its fields are the settings.
+    """Return the class of the method called `name`; its fields are the settings.
 
     Raises:
-        MethodError: if there is none.
+        MethodError: if there is no such method.
     """
     if name not in names():
         raise MethodError(
@@ -35,7 +35,7 @@ def settings_of(name: str) -> type[Node]:
 
 
 def get(name: str, settings: Mapping[str, Any] | None = None) -> Method:
-    """The method called `name` with `settings`; what is not given keeps its default.
+    """Build the method called `name` with `settings`; settings that are not given keep their defaults.
 
     Raises:
         MethodError: if there is no such method or setting.

@@ -110,7 +110,7 @@ def compress(
     """
     sources = [str(source) if isinstance(source, str | Path) else None for source in (data, test)]
     asked = {
-        "model": {"name": model if isinstance(model, str) else _portrait(model)},
+        "model": {"name": model if isinstance(model, str) else _name_in_memory(model)},
         "data": {"train": sources[0], "test": sources[1]},
         "method": {"name": method, **(settings or {})},
         "budget": _budget_text(budget),
@@ -141,7 +141,7 @@ def _budget_text(budget: str | Budget) -> str:
     return str(budget)
 
 
-def _portrait(model: nn.Module) -> str:
+def _name_in_memory(model: nn.Module) -> str:
     """Return a unique name for a model in memory, so that run folders of different models are not confused.
 
     Raises:

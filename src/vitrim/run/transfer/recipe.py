@@ -42,8 +42,8 @@ class SceneTest(Node):
 
     Attributes:
         mode: ``whole``: the whole scene at once. Its shorter side is scaled to that of the input, both sides are
-            rounded up to `align`, and the model is set to that size. ``slide``: windows of the model's own size over the scaled
-            scene; logits are averaged where windows overlap.
+            rounded up to `align`, and the model is set to that size. ``slide``: windows of the model's own size over
+            the scaled scene; logits are averaged where windows overlap.
         align: pixels that sides are multiples of, for ``whole``.
         stride: from one window to the next, as a share of its sides in `(0, 1]`, for ``slide``.
         batch: scenes (or windows) per pass.
