@@ -80,8 +80,8 @@ def search(
         initial: number of these that are drawn before the Gaussian process proposes.
         seed: seed of all draws.
         proposal: ``gp``, or ``random`` for only random draws.
-        first: policies to measure before any is drawn, ``(F, P)``; they count toward `initial`. Policies that do not fit
-            the budget at any scale, or whose architecture was already measured, are left out.
+        first: policies to measure before any is drawn, ``(F, P)``; they count toward `initial`. Policies that do not
+            fit the budget at any scale, or whose architecture was already measured, are left out.
         alone: whether no other process works on the study. Unfinished trials were then left by a killed process, and
             are measured again at once; otherwise only after a long time without an update.
         told: called with every trial that this process measured.

@@ -53,8 +53,8 @@ MEMORY = 2**23
 """Bytes that one chunk of components may take. Larger chunks leave the cache and are no faster (0.20 s a block of
 DeiT-S at n = 64, one thread, from 4 to 16 MiB; 0.28 s at 64)."""
 
-# A component that varies by less than this many roundings of its size is taken for constant: attention weights sum to 1
-# up to rounding only, and the median kernel, blind to amplitude, would take that noise for a signal.
+# A component that varies by less than this many rounding errors counts as constant: attention weights sum to 1 only up
+# to rounding, and the median kernel, which is independent of amplitude, would treat that noise as a signal.
 _ROUNDINGS = 64
 
 
@@ -103,8 +103,8 @@ def gaussian(*bandwidths: float) -> Kernel:
 def median_gaussian(z: Tensor) -> Tensor:
     """Return Gram matrices of ``exp(-|a - b|^2 / (2 m^2))``, m the median distance of a component's sample pairs.
 
-    It does not vanish at any dimension and does not depend on the amplitude. If m is 0 (a constant component), the whole
-    matrix is 0, so that its dependence on anything is exactly 0.
+    It does not vanish at any dimension and does not depend on the amplitude. If m is 0 (a constant component), the
+    whole matrix is 0, so that its dependence on anything is exactly 0.
 
     Args:
         z: ``(..., n, F)``.

@@ -22,11 +22,11 @@ __all__ = ["Array", "Space", "even", "mutate", "project", "sample", "within"]
 Array = NDArray[np.float64]
 
 _DRAWS = 20
-"""Uniform draws for each policy wanted, before scaling takes over."""
+"""Uniform draws per requested policy, before the rest is scaled."""
 _HALVINGS = 48
 _ROUNDS = 8
 _LEAST = 1e-6
-"""A ratio of 0 could not be scaled up."""
+"""Least ratio before scaling, because a ratio of 0 could not be scaled up."""
 _MOVED = 0.2
 _STEP = 0.1
 

@@ -48,7 +48,8 @@ class Method(Node):
     Attributes:
         merge: ``bipartite``: similar patches are merged, different ones in every image; ``grid``: neighbors are
             averaged, the same in every image, and a grid stays a grid; ``none``: no patches are merged. The last two
-            are for dense prediction and for static graphs. ``auto``: bipartite if the model supports it (not in windows).
+            are for dense prediction and for static graphs. ``auto``: bipartite if the model supports it (not in
+            windows).
         widths: whether heads, their channels and neurons may be cut.
         only_prefix: whether the last block computes only the prefix tokens if the head reads nothing else, which
             changes no logit. None means yes only with bipartite merging, because patches may be needed otherwise.
