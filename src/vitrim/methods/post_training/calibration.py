@@ -110,8 +110,8 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
         "seconds": calibration.seconds,
     }
     try:
-        with writing(path) as beside:
-            save_file(tensors, beside, metadata={_KEY: json.dumps(sheet)})
+        with writing(path) as part:
+            save_file(tensors, part, metadata={_KEY: json.dumps(sheet)})
     except (OSError, SafetensorError) as problem:
         raise MethodError(
             f"{path}: the calibration must be written here, but {problem}; choose another place"

@@ -61,7 +61,7 @@ _SHARES = {
     0.38: (3, 4),
 }
 """MACs that the schedules of merging are made for, as shares of the dense model's, and their shapes. All five shapes of
-all shares were measured on a ViT-Ti: the best lay within these bands, one from the edge or better where it had room."""
+all shares were measured on a ViT-Ti: the best was within these bands, at least one shape from an edge if possible."""
 
 _LIGHT = 0.7
 """Share of the MACs above which only every second block merges, twice as many patches. The loss there is the same, and

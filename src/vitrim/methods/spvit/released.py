@@ -60,14 +60,14 @@ def open_released(
     """
     source = "weights" if isinstance(weights, Mapping) else str(weights)
     held = dict(weights) if isinstance(weights, Mapping) else read_checkpoint(Path(weights))
-    guest: nn.Module = timm.create_model(model) if isinstance(model, str) else model
+    source_model: nn.Module = timm.create_model(model) if isinstance(model, str) else model
     # The dense model's names are enough to find the state dict of a training file: stem, norms and MLPs keep them.
-    shapes = {name: tuple(value.shape) for name, value in guest.state_dict().items()}
+    shapes = {name: tuple(value.shape) for name, value in source_model.state_dict().items()}
     state = choose(held, shapes, source=source).state
     head = state.get("head.weight")
     if isinstance(model, str) and head is not None:
-        guest = timm.create_model(model, num_classes=len(head))
-    dense = adopt(guest).eval()
+        source_model = timm.create_model(model, num_classes=len(head))
+    dense = adopt(source_model).eval()
     spec, how = describe(dense), layout(describe(dense), leaves=leaves)
     prefixes = [name for name, module in dense.named_modules() if hasattr(module, "drop_path1")]
     parts = [

@@ -27,7 +27,7 @@ from vitrim.words.spec import Conv, Mixture, Skip, Spec
 __all__ = ["Counting", "Layout", "Prices", "SinglePath", "layout", "prices"]
 
 Counting = Literal["published", "counted"]
-"""``published``: the authors' rule, with one product per channel for each norm, and neurons only on patches; or ours."""
+"""``published``: the authors' rule, with one product a channel for each norm, and neurons only on patches; or ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
