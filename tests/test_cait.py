@@ -192,7 +192,7 @@ class TestSlots:
 
     def test_too_small_a_budget(self):
         model = model_of()
-        with pytest.raises(BudgetError, match=r"must be at least [\d,]+, what the floors of all widths cost, but got"):
+        with pytest.raises(BudgetError, match=r"must be at least [\d,]+, the cost with the smallest widths, but got"):
             allocate_slots(describe(model), random_scores(model), half(describe(model), 0.1), RULES)
 
     def test_bad_scores(self):
@@ -370,7 +370,7 @@ class TestSearch:
         [
             ({"merges": [(1, "w"), (2, "h")]}, "macs=0.9", "merges must leave at least 98% of macs=0.9 to spend"),
             ({"prune_attention": False, "prune_mlp": False}, "macs=0.3", "budget must be met by merges alone"),
-            ({"merges": [(7, "w")]}, "macs=0.5", "merges must stand between two of 3 blocks"),
+            ({"merges": [(7, "w")]}, "macs=0.5", "merges must be between two of 3 blocks"),
             ({"train": {"epochs": 0}}, "macs=0.4", "must train to score channels, but method.train.epochs is 0"),
             ({}, "macs=0.05", "budget of macs must be at least"),
         ],

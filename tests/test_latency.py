@@ -319,7 +319,7 @@ def test_a_machine_that_gets_no_faster_is_refused_with_the_best():
 
 def test_a_noisy_machine_is_refused_with_its_spread():
     model = small_vit()
-    with pytest.raises(BudgetError, match=r"40 samples of the ratio lie from 0\.\d+ to 0\.\d+; stop other work"):
+    with pytest.raises(BudgetError, match=r"40 samples of the ratio range from 0\.\d+ to 0\.\d+; stop other work"):
         met(model, proportional(describe(model)), lambda t: t, spread=0.9)
 
 

@@ -285,7 +285,7 @@ def test_calibrations_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(MethodError, match=r"images must be of the size \(32, 32\)"):
         method.search(model, size, budget, seed=0)
     mean = dataclasses.replace(data, input=data.input.model_copy(update={"mean": (0.1, 0.1, 0.1)}))
-    with pytest.raises(MethodError, match="normalised as they were"):
+    with pytest.raises(MethodError, match="normalized as they were"):
         method.search(model, mean, budget, seed=0)
     path.write_bytes(b"no tensors")
     with pytest.raises(MethodError, match="must be whole safetensors"):

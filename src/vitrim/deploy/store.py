@@ -64,9 +64,9 @@ def save(model: nn.Module, path: str | Path, *, provenance: Mapping[str, Any] | 
     spec, state = _contents(model)
     metadata = {"format": "pt", "vitrim": _written(spec, provenance)}
     try:
-        with writing(target) as beside:
-            save_file(state, beside, metadata=metadata)
-            _prove(model, _read(beside), spec.image)
+        with writing(target) as part:
+            save_file(state, part, metadata=metadata)
+            _prove(model, _read(part), spec.image)
     except StoreError:
         raise
     except (OSError, SafetensorError) as problem:
@@ -163,7 +163,7 @@ def _contents(model: nn.Module) -> tuple[Spec, dict[str, Tensor]]:
         empty = build(spec)
     misfit = _misfit(empty, state)
     if misfit is not None:
-        raise StoreError(f"a stored model must have the weights that its spec says, but {misfit}; put timm's own back")
+        raise StoreError(f"a stored model must have the weights of its spec, but {misfit}; put timm's own back")
     differ = _difference(dump(spec), dump(describe(empty)), "spec")
     if differ is not None:
         raise StoreError(f"a stored model must be all in its spec, but {differ} is not; put timm's own part back")

@@ -32,7 +32,7 @@ def settings_of(name: str) -> type[Node]:
     """The class of the method called `name`, or of the file at that path; its fields are the settings.
 
     Raises:
-        MethodError: if there is none.
+        MethodError: if there is no such method.
     """
     return origin(name).kind
 

@@ -174,7 +174,7 @@ def meet(
         predicted = planner.predicted(found)
         ratio = _steady(clock(child), budget)
         tried.append(Met(found=found, child=child, ratio=ratio, predicted=predicted, measured=len(tried) + 1))
-        say(f"planned for {aim:.3f} of the time, the table says {predicted:.3f}, measured {ratio:.3f}")
+        say(f"planned for {aim:.3f} of the time, the table predicts {predicted:.3f}, measured {ratio:.3f}")
         if abs(ratio - budget.latency) <= CLOSE * budget.latency:
             break
         # The table may be wrong by a constant factor, so the share to plan for is corrected by that factor.
@@ -208,7 +208,7 @@ def _steady(taken: Latency, budget: Budget) -> float:
     if 2 * error > CLOSE * taken.ratio:
         raise BudgetError(
             f"times must repeat within {CLOSE:.0%} for a budget of latency={budget.latency:g}, but on this machine "
-            f"{taken.runs} samples of the ratio lie from {taken.ratio_low:.3f} to {taken.ratio_high:.3f}; stop other "
+            f"{taken.runs} samples of the ratio range from {taken.ratio_low:.3f} to {taken.ratio_high:.3f}; stop other "
             "work, raise measure.seconds, or bound macs"
         )
     return taken.ratio

@@ -113,7 +113,7 @@ def compress(
         raise RecipeError("settings must be those of the instance, but settings are given too; leave them out")
     sources = [str(source) if isinstance(source, str | Path) else None for source in (data, test)]
     asked = {
-        "model": {"name": model if isinstance(model, str) else _portrait(model)},
+        "model": {"name": model if isinstance(model, str) else _name_in_memory(model)},
         "data": {"train": sources[0], "test": sources[1]},
         "method": {"name": str(method), **(settings or {})} if held is None else {},
         "budget": _budget_text(budget),
@@ -147,7 +147,7 @@ def _budget_text(budget: str | Budget) -> str:
     return str(budget)
 
 
-def _portrait(model: nn.Module) -> str:
+def _name_in_memory(model: nn.Module) -> str:
     """Return a unique name for a model in memory, so that run folders of different models are not confused.
 
     Raises:

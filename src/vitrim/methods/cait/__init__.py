@@ -1,30 +1,30 @@
-"""CAIT-style: neighbours merged on the grid, and channels cut evenly over heads, chosen again and again while training.
+"""CAIT-style: merge neighboring patches of the grid, and cut channels evenly over heads, re-selected during training.
 
 H heads, K channels of a head, M hidden neurons, P patches, T steps of the whole run.
 
 Source: "CAIT: Triple-Win Compression towards High Accuracy, Fast Inference, and Favorable Transferability For ViTs",
-Wang et al., arXiv 2309.15755 (v1 2023, v2 2025). **The method section could not be read**: from the abstracts it is
-known that neighbouring tokens are integrated so that the spatial structure stays (ATME), that channels are pruned
-dynamically, and those of attention uniformly (CDCP), and that both are applied together. Everything else here is our
-decision, so results are "CAIT-style" and not the paper's.
+Wang et al., arXiv 2309.15755 (v1 2023, v2 2025). **The method section could not be read.** The abstracts state that
+neighboring tokens are integrated so that the spatial structure stays (ATME), that channels are pruned dynamically, and
+those of attention uniformly (CDCP), and that both are applied together. Everything else here is our decision, so
+results are "CAIT-style" and not the paper's.
 
 Tokens: pairs of patches become one, along the columns after a third of the blocks and along the rows after two
 thirds, by a linear map that starts as their mean (`vitrim.words.steps.GridMerge`). A grid stays a grid.
 
-Channels: during training they are scored, masked, scored again and possibly revived. The same number of channels is
+Channels: during training they are scored, masked, scored again and possibly unmasked. The same number of channels is
 kept in all heads of a block, and of queries, keys and values (`vitrim.methods.cait.slots`), so attention stays one
-dense call. The budget that masks are chosen for falls from what merging leaves to the one asked for.
+dense call. The budget that masks are chosen for falls from the cost after merging to the requested budget.
 
-The run of T steps is split at the cut (`cut`, 0.6 T). What comes before is this search: warm-up without masks, the
-ramp, a hold in which masks may still change. What comes after is the run's own training of the child. Both share one
-cycle of the learning rate, and the optimiser's averages and averaged weights of what is kept are handed over
-(``Found.start``). So for a run of 30 epochs ``method.train.epochs = 18`` and ``train.epochs = 12``, with the same
-rates and batch: what a recipe's ``train`` leaves out of them is ``method.train``'s, and other values are refused
-(`Method.shared`).
+The run of T steps is split at the cut (`cut`, 0.6 T). Before it is this search: warm-up without masks, the ramp, and a
+hold in which masks may still change. After it is the run's own training of the child. Both share one learning rate
+schedule, and the optimizer's averages and the averaged weights of all that is kept are passed on (``Found.start``). So
+for a run of 30 epochs set ``method.train.epochs = 18`` and ``train.epochs = 12``, with the same rates and batch. Those
+that a recipe's ``train`` leaves out are taken from ``method.train``, and other values raise an error (`Method.shared`).
 
-Scores. ``taylor``: the average of the squared gradient of the loss by the mask, also of masked channels, for which it
-is the first-order effect of switching them on. ``resrep`` (Ding et al., ICCV 2021, of the same group): gates that are
-pulled to zero and of which only the unmasked feel the loss; score is their size. Its matrix is a diagonal here.
+Scores. ``taylor``: the average of the squared gradient of the loss with respect to the mask. For masked channels it is
+the first-order effect of unmasking them. ``resrep`` (Ding et al., ICCV 2021, of the same group): gates with a penalty
+that pulls them to zero; only unmasked gates get the gradient of the loss. The score is the gate's magnitude. The
+paper's matrix is a diagonal here.
 """
 
 import copy
@@ -55,43 +55,45 @@ from vitrim.words.spec import Spec
 __all__ = ["Method"]
 
 GONE = 1e-5
-"""A gate of ``resrep`` below this has gone."""
+"""A gate of ``resrep`` below this counts as zero."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Method(Node):
-    """Merge neighbouring tokens and cut channels that training can do without.
+    """Merge neighboring tokens and cut channels that are chosen during training.
 
     Attributes:
         train: the search's own training, up to the cut; see above for its epochs. The default is the short one.
-        merges: (after which block, ``w`` or ``h``), from 1; empty for none. None puts them at the thirds, on models
-            without windows, and fewer where those alone would leave the budget unspent.
-        form: how neighbours are merged, see `vitrim.words.steps.GridMerge`.
-        size_bias: whether attention counts merged patches; for merging without training.
+        merges: pairs of (block after which to merge, counted from 1; ``w`` or ``h``); empty for none. None merges after
+            one third and two thirds of the blocks on models without windows, and less if those merges alone would
+            leave part of the budget unused.
+        form: how neighbors are merged, see `vitrim.words.steps.GridMerge`.
+        size_bias: whether attention weights merged patches by their size; for merging without training.
         scorer: see above.
-        rank: whether groups go by score for each multiply-accumulate saved, or by score.
+        rank: whether groups are ranked by score per multiply-accumulate saved, or by score.
         equal_qkv: whether queries, keys and values of a head keep the same width.
         same_index: whether all heads keep the same channels.
         prune_attention: whether heads' channels are cut.
-        prune_mlp: whether neurons are.
-        group_attention, group_mlp: slots that go together.
-        floor_attention, floor_mlp: slots that stay.
-        average: how slowly ``taylor`` scores follow.
-        hysteresis: what a masked channel's score is multiplied by.
+        prune_mlp: whether neurons are cut.
+        group_attention, group_mlp: number of slots that are cut together.
+        floor_attention, floor_mlp: least number of slots to keep.
+        average: decay of the moving average of ``taylor`` scores.
+        hysteresis: factor on the score of masked channels.
         warmup, ramp_end, cut: ends of the phases, as shares of the whole run.
-        refresh: steps between two choices of masks; None for 200 (100 below 20,000 steps), and at least 20 choices on
+        refresh: steps between two choices of masks; None for 200 (100 below 20,000 steps), with at least 20 choices on
             the ramp.
         order: ``joint`` merges from the beginning; ``channel_first`` scores and ranks channels on all tokens and merges
             at the cut.
-        gate_lr: of ``resrep``; None lets a masked gate fall to zero within 7 % of the run.
-        gate_l1: pull on its gates.
-        gate_momentum: of their steps.
+        gate_lr: learning rate of the gates of ``resrep``; None for one with which a masked gate falls to zero within
+            7 % of the run.
+        gate_l1: weight of the l1 penalty on the gates.
+        gate_momentum: momentum of the gates' steps.
     """
 
     needs: ClassVar[str] = "images"
     sentence: ClassVar[str] = (
-        "CAIT-style: merges neighbouring tokens, and re-chooses while training which channels all heads keep evenly"
+        "CAIT-style: merges neighboring tokens and selects, during training, the same number of channels in all heads"
     )
 
     train: Train = Train(
@@ -132,7 +134,7 @@ class Method(Node):
 
     @property
     def shared(self) -> tuple[str, ...]:
-        """What search and child have in common: all that the learning rate of a step depends on."""
+        """Return the training settings that search and child share: all that determine a step's learning rate."""
         return RATES if self.cut < 1 else ()
 
     @model_validator(mode="after")
@@ -143,7 +145,9 @@ class Method(Node):
                 f"{self.cut:g}"
             )
         if self.train.precision == "fp16":
-            raise ValueError("train.precision must be fp32 or bf16, for a loss scale would change scores, but is fp16")
+            raise ValueError(
+                "train.precision must be fp32 or bf16, because a loss scale would change scores, but is fp16"
+            )
         return self
 
     def search(
@@ -157,11 +161,11 @@ class Method(Node):
         folder: Path | None = None,
         log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Found:
-        """See `vitrim.methods.Method.search`; also the state that training goes on from.
+        """See `vitrim.methods.Method.search`; the result includes the state that training continues from.
 
         Raises:
-            MethodError: if merges are asked for that the model cannot have, or leave the budget unspent.
-            BudgetError: if merges and floors cost more than the budget.
+            MethodError: if the model cannot have the requested merges, or they leave part of the budget unused.
+            BudgetError: if the model with all merges and the smallest widths costs more than the budget.
         """
         if data is None or data.train is None:
             raise MethodError("cait must train, but no data was given; give data or use magnitude")
@@ -197,7 +201,7 @@ class Method(Node):
         return self._found(channels, fitted, spec, steps, model.training)
 
     def merging(self, spec: Spec, budget: Budget) -> Plan:
-        """The plan that merges tokens, and cuts nothing else.
+        """Return the plan that merges tokens and cuts nothing else.
 
         Raises:
             MethodError: see `search`.
@@ -232,16 +236,16 @@ class Method(Node):
     def after_step(
         self, channels: Channels, done: int, taken: int, whole: int, counted: Spec, spec: Spec, budget: Budget
     ) -> None:
-        """Score channels, and choose masks anew where it is time.
+        """Score channels, and choose new masks if this step is due.
 
         Args:
-            channels: the masked model, gradients still in place.
-            done: steps taken.
-            taken: steps of this search.
+            channels: the masked model, with the gradients of the step.
+            done: number of steps taken.
+            taken: number of steps of this search.
             whole: T.
-            counted: the merged model, as it is counted.
+            counted: spec of the merged model, used to count costs.
             spec: the parent.
-            budget: what the child may cost.
+            budget: limit on the child's cost.
         """
         channels.learn()
         start = round(self.warmup * whole)
@@ -259,7 +263,7 @@ class Method(Node):
 
     @property
     def rules(self) -> Rules:
-        """How slots are made and taken."""
+        """Return the rules by which slots are formed and cut."""
         return Rules(
             group_attention=self.group_attention,
             group_mlp=self.group_mlp,
@@ -288,7 +292,7 @@ class Method(Node):
         )
 
     def _found(self, channels: Channels, fitted: Fitted | None, spec: Spec, steps: Plan, training: bool) -> Found:
-        """What the masks say, with the state of the training cut alike."""
+        """Return the plan of the current masks, and the training state cut in the same way."""
         masks = channels.masks()
         left = _left(channels)
         plan = plan_of(spec, masks, steps)
@@ -315,7 +319,7 @@ class Method(Node):
 
 @torch.no_grad()
 def _left(channels: Channels) -> dict[str, Any]:
-    """How many gates of ``resrep`` that are cut had not gone yet: only where none is left is the cut exact."""
+    """Count the gates of ``resrep`` that are cut but not yet zero; the cut is exact only if there are none."""
     if channels.scorer != "resrep":
         return {}
     cut = [channels.scores()[path][channels.mask(path).cpu() == 0] for path in channels.paths]
@@ -325,7 +329,7 @@ def _left(channels: Channels) -> dict[str, Any]:
 def _cut_averages(
     parent: nn.Module, plan: Plan, averages: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, dict[str, Tensor]]:
-    """The optimiser's state of what is kept, by the child's names.
+    """Return the optimizer's state of the kept weights, by the child's names.
 
     Gates of ``resrep`` that were folded into the weights are not folded into their averages: kept gates stay near 1.
     """

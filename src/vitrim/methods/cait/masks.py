@@ -1,4 +1,4 @@
-"""Parts of `vitrim.methods.cait`: where neighbours are merged, and masks that are chosen again while training."""
+"""Parts of `vitrim.methods.cait`: the plan that merges neighbors, and the masks that are re-selected in training."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
@@ -15,11 +15,11 @@ from vitrim.words.steps.grid_merge import GridMerge
 __all__ = ["Channels", "Merge", "free_axes", "merge_plan", "ramped", "thirds"]
 
 Merge = tuple[int, Literal["w", "h"]]
-"""After which block, counted from 1, and which axis is halved."""
+"""The block after which to merge, counted from 1, and the axis that is halved."""
 
 
 def thirds(spec: Spec) -> tuple[Merge, ...]:
-    """Columns after a third of the blocks, rows after two thirds, as far as the grid allows it: ours, not published."""
+    """Return merges of columns after 1/3 and rows after 2/3 of the blocks, if the grid allows: ours, not published."""
     depth, (rows, columns) = len(spec.blocks()), spec.stages[0].grid
     sites: list[Merge] = [(round(depth / 3), "w"), (round(2 * depth / 3), "h")]
     return tuple(
@@ -33,16 +33,16 @@ def merge_plan(
     form: Literal["linear", "mean", "channel"] = "linear",
     size_bias: bool = False,
 ) -> Plan:
-    """The plan that merges neighbours, and cuts nothing else.
+    """Return the plan that merges neighbors and cuts nothing else.
 
     Args:
         spec: the parent.
-        merges: where. A merge after block p acts at the input of block p + 1.
+        merges: positions and axes. A merge after block p acts at the input of block p + 1.
         form: see `vitrim.words.steps.GridMerge`.
         size_bias: see there.
 
     Raises:
-        MethodError: if tokens of the model cannot be merged, or a site is none.
+        MethodError: if tokens of the model cannot be merged, or a position does not exist.
         PlanError: if the grid does not allow so many merges.
     """
     if merges and any(stage.window is not None for stage in spec.stages):
@@ -50,7 +50,7 @@ def merge_plan(
     depth = len(spec.blocks())
     sites = [after for after, _ in merges]
     if any(not 0 < after < depth for after in sites) or len(set(sites)) < len(sites):
-        raise MethodError(f"merges must stand between two of {depth} blocks, after 1 to {depth - 1}, but got {sites}")
+        raise MethodError(f"merges must be between two of {depth} blocks, after 1 to {depth - 1}, but got {sites}")
     steps = {after: GridMerge(axis=axis, form=form, size_bias=size_bias) for after, axis in merges}
     plan = Plan.of(spec, [BlockPlan(tokens=steps.get(index)) for index in range(depth)])
     plan.child(spec)
@@ -58,22 +58,22 @@ def merge_plan(
 
 
 class Channels(Gated):
-    """A model whose channels are masked, and may come back, while it is trained.
+    """A model whose channels are masked, and may be unmasked again, during training.
 
-    Masks act through the weights of queries (not of keys: either alone masks their product), of values, and of the
-    layer that reads the neurons. So a masked channel's weights get no gradient and rest, while the mask itself gets
-    one, which is what switching the channel on would do to the loss.
+    Masks multiply the weights of queries (not of keys, because one factor masks their product), of values, and of the
+    layer that reads the neurons. So a masked channel's weights get no gradient and do not change. The mask itself gets
+    a gradient, which is the first-order effect of unmasking the channel on the loss.
 
-    Masks, gates and scores are buffers: checkpoints hold them, optimisers do not see them.
+    Masks, gates and scores are buffers: checkpoints contain them, and optimizers do not update them.
 
     Args:
         model: an adopted model; trained in place.
         paths: axes to mask.
         scorer: see `vitrim.methods.cait.Method`.
-        average: how slowly scores follow, in [0, 1).
-        gate_lr: rate of ``resrep``'s gates.
-        gate_l1: what pulls them to 0.
-        momentum: of their steps.
+        average: decay of the moving average of scores, in [0, 1).
+        gate_lr: learning rate of the gates of ``resrep``.
+        gate_l1: weight of the l1 penalty on the gates.
+        momentum: momentum of the gates' steps.
     """
 
     count: Tensor
@@ -108,26 +108,26 @@ class Channels(Gated):
             self.set_distilled_training = switch
 
     def held(self, key: str) -> Tensor:
-        """The gate that multiplies an axis; while training, a leaf that gathers gradients until the end of the step."""
+        """Return the gate that multiplies an axis; in training, a leaf that accumulates gradients during the step."""
         gate: Tensor = self.get_buffer(f"gate/{key}")
         if not (self.training and torch.is_grad_enabled()):
             return gate
         return self.leaves.setdefault(key, gate.detach().requires_grad_())
 
     def mask(self, path: str) -> Tensor:
-        """1 for each channel of an axis that is kept, 0 for the others."""
+        """Return 1 for each channel of an axis that is kept, 0 for the others."""
         return self.get_buffer(f"mask/{key_of(path)}")
 
     def masks(self) -> dict[str, Tensor]:
-        """All masks by path, on the CPU."""
+        """Return all masks by path, on the CPU."""
         return {path: self.mask(path).cpu() for path in self.paths}
 
     @torch.no_grad()
     def learn(self) -> None:
-        """Take the gradients of one step into the scores, the mean over all processes.
+        """Update the scores with the gradients of one step, averaged over all processes.
 
-        ``taylor``: the average of their squares. ``resrep``: a step of the gates, in which masked ones feel the pull to
-        zero alone; masks act on gradients only.
+        ``taylor``: the moving average of their squares. ``resrep``: a step of the gates, in which masked gates get only
+        the penalty; masks act only on gradients.
         """
         self.count += 1
         for path in self.paths:
@@ -148,7 +148,7 @@ class Channels(Gated):
 
     @torch.no_grad()
     def scores(self, hysteresis: float = 1.0) -> dict[str, Tensor]:
-        """What each channel is worth, by path; those of masked ones are multiplied by `hysteresis`.
+        """Return the score of each channel, by path; those of masked channels are multiplied by `hysteresis`.
 
         Raises:
             MethodError: before the first step, or if a score is not finite.
@@ -160,14 +160,14 @@ class Channels(Gated):
         found = {}
         for path in self.paths:
             gate, seen = (self.get_buffer(f"{name}/{key_of(path)}") for name in ("gate", "seen"))
-            # In float64, for squares of small gradients leave the range of shorter types.
+            # In float64, because squares of small gradients underflow in shorter types.
             score = seen.double() / (1 - self.average ** int(self.count)) if self.scorer == "taylor" else gate.abs()
             found[path] = torch.where(self.mask(path).bool(), score.double(), hysteresis * score.double()).cpu()
         return found
 
     @torch.no_grad()
     def keep(self, masks: Mapping[str, Tensor]) -> None:
-        """Write masks; counts the channels that come back."""
+        """Set the masks, and count the channels that are unmasked again."""
         for path, new in masks.items():
             mask = self.mask(path)
             new = new.to(mask)
@@ -180,13 +180,13 @@ class Channels(Gated):
     def fold_gates(self) -> nn.Module:
         """Multiply the gates of ``resrep`` into the model's weights, in place, and return the model.
 
-        Those of ``taylor`` are masks: what they switch off is cut, so they stay out.
+        The gates of ``taylor`` are masks. They are not multiplied in, because the masked channels are cut.
         """
         return self.fold_() if self.scorer == "resrep" else self.model
 
 
 def free_axes(model: nn.Module, attention: bool, mlp: bool) -> tuple[str, ...]:
-    """Axes whose channels can be cut one by one: none that a norm ties."""
+    """Return the axes whose channels can be cut individually, which excludes axes that a norm ties together."""
     return tuple(
         path
         for path, axis in axes(model).items()
@@ -195,6 +195,6 @@ def free_axes(model: nn.Module, attention: bool, mlp: bool) -> tuple[str, ...]:
 
 
 def ramped(share: float, start: float, end: float, warmup: float, ramp_end: float) -> float:
-    """What may be spent after a `share` of the run: `start` until `warmup`, then down along a cubic to `end`."""
+    """Return the budget after a `share` of the run: `start` until `warmup`, then falling along a cubic to `end`."""
     part = min(max((share - warmup) / (ramp_end - warmup), 0.0), 1.0)
     return end + (start - end) * (1 - part) ** 3

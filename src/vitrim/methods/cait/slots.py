@@ -1,12 +1,12 @@
-"""Keep the same number of channels in every head: from scores to widths, slot by slot.
+"""Choose widths from scores so that every head of a block keeps the same number of channels.
 
 H heads, K channels of a head, M hidden neurons, N tokens at a block, D width.
 
-In each head the channels stand in a row, the best first. The r-th channels of all heads of a block, of queries and keys
-and of values, are its *slot* r; a neuron is a slot of its own. Slots are taken away in groups, the last ones first, so
-heads keep equal widths and each the best of its own channels, whatever the scores are. All groups of all blocks stand
-in one row by what they are worth for what they save; as many are taken from the front as the budget needs. That order
-depends on no budget, so what a smaller budget keeps lies inside what a larger one keeps.
+In each head the channels are sorted, the best first. The r-th channels of all heads of a block, of queries and keys and
+of values, are its *slot* r; each neuron is one slot. Slots are removed in groups, the last ones first. So heads keep
+equal widths, and each keeps the best of its own channels for any scores. All groups of all blocks are sorted by score
+per cost saved, and as many are removed from the front as the budget needs. The order does not depend on the budget, so
+the channels kept for a smaller budget are a subset of those kept for a larger one.
 
 Source: our reading of CAIT (arXiv 2309.15755) and of the group's published pruning code; the paper's own method section
 could not be read.
@@ -31,12 +31,12 @@ __all__ = ["Rules", "SlotLadder", "allocate_slots", "ladders_of", "masks_of", "p
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """How slots are made and taken.
+    """How slots are formed and removed.
 
     Attributes:
-        group_attention, group_mlp: slots that are taken together.
-        floor_attention, floor_mlp: slots that stay.
-        by_cost: whether a group is worth its score for each multiply-accumulate saved, or its score alone.
+        group_attention, group_mlp: number of slots that are removed together.
+        floor_attention, floor_mlp: least number of slots to keep.
+        by_cost: whether groups are ranked by score per multiply-accumulate saved, or by score alone.
         equal_qkv: whether a head's queries, keys and values keep the same width.
         same_index: whether all heads keep the same channels.
     """
@@ -52,15 +52,15 @@ class Rules:
 
 @dataclass(slots=True, kw_only=True)
 class SlotLadder:
-    """The slots of one width that is chosen by itself.
+    """The slots of one width that is chosen independently.
 
     Attributes:
         block: number of the block.
         orders: by path of an axis, each head's channels, the best first.
-        scores: of each slot, the best first; they never rise.
+        scores: score of each slot, the best first; non-increasing.
         saves: (macs, params) of each slot.
-        widths: the widths to choose from, falling.
-        kept: slots that are kept.
+        widths: the widths to choose from, decreasing.
+        kept: number of slots that are kept.
     """
 
     block: int
@@ -72,11 +72,11 @@ class SlotLadder:
 
 
 def ladders_of(spec: Spec, scores: Mapping[str, Tensor], rules: Rules) -> list[SlotLadder]:
-    """All slots of a model, everything kept.
+    """Return all slots of a model, with everything kept.
 
     Args:
-        spec: the model, with the token steps that it is priced with.
-        scores: by path of an axis, one number for each channel, all heads in a row. An axis without scores stays.
+        spec: the model, with the token steps that its costs are computed with.
+        scores: by path of an axis, one number for each channel, heads concatenated. An axis without scores is not cut.
         rules: see `Rules`.
 
     Raises:
@@ -121,7 +121,7 @@ def _ranked(scores: Tensor, widths: tuple[int, ...], same: bool, at: str) -> Ran
 
 
 def _unit(stage: Stage, block: Block, arriving: Tokens, name: str) -> tuple[int, int]:
-    """(macs, params) of one channel of one head, or of one neuron: costs are straight lines in every width."""
+    """Return (macs, params) of one channel of one head, or of one neuron; costs are linear in every width."""
 
     def cost(width: int) -> tuple[int, int]:
         if name == "hidden":
@@ -138,7 +138,7 @@ def _unit(stage: Stage, block: Block, arriving: Tokens, name: str) -> tuple[int,
 def _ladder(
     index: int, path: str, parts: Mapping[str, Ranked], unit: Mapping[str, tuple[int, int]], group: int, floor: int
 ) -> SlotLadder:
-    """A ladder of slots; a head that is narrower than others has no part in the slots beyond it."""
+    """Build the slots of one width; a narrower head contributes nothing to slots beyond its width."""
     size = max(len(head) for _, values in parts.values() for head in values)
     scores, saves = [], []
     for rank in range(size):
@@ -152,19 +152,19 @@ def _ladder(
 
 
 def spend(ladders: list[SlotLadder], row: list[tuple[int, int]], cost: Cost, limits: Mapping[str, float]) -> Cost:
-    """Take groups away until `cost` is within `limits`.
+    """Remove groups until `cost` is within `limits`.
 
     Args:
-        ladders: everything kept; their `kept` is set.
-        row: see `row_of`.
-        cost: of the model with everything kept.
-        limits: of macs, params or both.
+        ladders: the slots, with everything kept; their `kept` is set.
+        row: the groups in order of removal, see `row_of`.
+        cost: cost of the model with everything kept.
+        limits: limits of macs, params or both.
 
     Returns:
-        The cost of what is kept: above a limit less the dearest group, where anything had to go.
+        The cost of the kept slots. If any group was removed, it is above the limit minus the most expensive group.
 
     Raises:
-        BudgetError: naming the least possible, if all floors together are too dear.
+        BudgetError: naming the least possible cost, if the model with the smallest widths exceeds a limit.
     """
     rest = list(cost)
     for number, rung in row:
@@ -177,7 +177,7 @@ def spend(ladders: list[SlotLadder], row: list[tuple[int, int]], cost: Cost, lim
     if not _within(rest, limits):
         name = next(name for name, limit in limits.items() if getattr(Cost(*rest), name) > limit)
         raise BudgetError(
-            f"budget of {name} must be at least {getattr(Cost(*rest), name):,}, what the floors of all widths cost, "
+            f"budget of {name} must be at least {getattr(Cost(*rest), name):,}, the cost with the smallest widths, "
             f"but got {limits[name]:,.0f}; allow more, lower method.floor_attention and floor_mlp, or merge more"
         )
     return Cost(*rest)
@@ -188,12 +188,12 @@ def _within(cost: list[int], limits: Mapping[str, float]) -> bool:
 
 
 def row_of(ladders: list[SlotLadder], names: Iterable[str], cost: Cost, rules: Rules) -> list[tuple[int, int]]:
-    """All groups as (ladder, rung), the least worth first; of equals the deeper block, its MLP before its attention.
+    """Return all groups as (ladder, group), the least valuable first; ties: deeper blocks first, MLP before attention.
 
     Args:
         ladders: see `ladders_of`.
-        names: what is limited, macs, params or both.
-        cost: of the model with everything kept.
+        names: the limited costs: macs, params or both.
+        cost: cost of the model with everything kept.
         rules: see `Rules`.
     """
     limited = [(Cost._fields.index(name), getattr(cost, name)) for name in names]
@@ -213,7 +213,7 @@ def row_of(ladders: list[SlotLadder], names: Iterable[str], cost: Cost, rules: R
 
 
 def top_up(ladders: list[SlotLadder], cost: Cost, limits: Mapping[str, float]) -> Cost:
-    """Give single slots back, the most valuable first, where whole groups leave more than the slack (small models)."""
+    """Add single slots back, the most valuable first, if removing whole groups left more than the slack unused."""
     rest = list(cost)
 
     def short() -> bool:
@@ -235,7 +235,7 @@ def top_up(ladders: list[SlotLadder], cost: Cost, limits: Mapping[str, float]) -
 
 
 def masks_of(ladders: list[SlotLadder]) -> dict[str, Tensor]:
-    """By path of an axis, 1 for each channel that is kept and 0 for the others, all heads in a row."""
+    """Return, by path of an axis, 1 for each channel that is kept and 0 for the others, heads concatenated."""
     masks = {}
     for ladder in ladders:
         for path, orders in ladder.orders.items():
@@ -246,12 +246,12 @@ def masks_of(ladders: list[SlotLadder]) -> dict[str, Tensor]:
 
 
 def plan_of(spec: Spec, masks: Mapping[str, Tensor], steps: Plan | None = None) -> Plan:
-    """The plan that keeps what masks say.
+    """Return the plan that keeps the channels whose mask is 1.
 
     Args:
         spec: the parent.
-        masks: by path of an axis.
-        steps: a plan whose token steps go along.
+        masks: masks by path of an axis.
+        steps: a plan whose token steps are included.
     """
     decided = (steps or Plan.keep(spec)).blocks()
     blocks = []
@@ -282,15 +282,15 @@ def allocate_slots(
     ranked_at: Spec | None = None,
     fine: bool = False,
 ) -> dict[str, Tensor]:
-    """Masks of what is kept within `limits`.
+    """Return the masks of the channels to keep within `limits`.
 
     Args:
-        spec: the model with everything kept, as it is counted.
+        spec: the model with everything kept, used to count costs.
         scores: see `ladders_of`.
-        limits: of macs, params or both.
+        limits: limits of macs, params or both.
         rules: see `Rules`.
-        ranked_at: the model whose prices rank the groups, if not `spec`.
-        fine: whether single slots are given back where groups leave more than the slack.
+        ranked_at: the model whose costs rank the groups, if not `spec`.
+        fine: whether single slots are added back if groups leave more than the slack unused.
 
     Raises:
         BudgetError: see `spend`.

@@ -1,24 +1,26 @@
-"""MDC: heads, neurons and tokens cut together, by dependence scores and a Gaussian process over policies.
+"""MDC: cut heads, neurons and tokens together, by dependence scores and a Gaussian process over policies.
 
 L blocks, H heads, M hidden neurons, N tokens.
 
 Sources: Hou and Kung, "Multi-Dimensional Model Compression of Vision Transformer", ICME 2022, arXiv 2201.00043, and
 "Multi-Dimensional Vision Transformer Compression via Dependency Guided Gaussian Process Search", CVPR Workshops 2022.
-Heads and neurons are ranked once by how much the output depends on them (`_mdc_scores`). A policy is a ratio of neurons
-and one of heads for each block and one of tokens for three blocks that select (`_mdc`). Policies that spend the budget
-are measured on held-out training images with the parent's own weights, and a Gaussian process proposes the next
-(`vitrim.methods.mdc.bayes`). The best measured is cut.
+Heads and neurons are ranked once by how much the output depends on them (`vitrim.methods.mdc.scores`). A policy is one
+ratio of neurons and one of heads for each block, and one of tokens for three blocks that select tokens
+(`vitrim.methods.mdc.decode`). Policies that use up the budget are measured on held-out training images with the
+parent's own weights, and a Gaussian process proposes the next policy (`vitrim.methods.mdc.bayes`). The model is cut by
+the best measured policy.
 
 Where we differ from the authors' published code, on purpose:
 
-- It ranks neurons by nine parts of activation size and one of dependence, and so keeps loud constants above all
-  (`neurons_by = "released"`); here dependence alone ranks, as the paper has it.
-- Its estimator is biased: loud noise outranks a quiet signal. Ours is unbiased, with the median bandwidth.
+- It ranks neurons by nine parts of activation size and one of dependence, and so ranks large constants highest
+  (`neurons_by = "released"`). Here neurons are ranked by dependence alone, as in the paper.
+- Its estimator is biased: noise of large amplitude outranks a signal of small amplitude. Ours is unbiased, with the
+  median bandwidth.
 - It scores in training mode, on augmented images, and candidates on the very images that are reported; here scores are
   taken in evaluation mode, and candidates on training images that were held out.
 - Its rounding takes a head from every block at any ratio above 0 (`rounding = "floor"`).
 - It accepts policies up to 2 % over the budget, and leaves stem, head and fused tokens out of the cost.
-- It ranks again before the final training, on other images; here the ranking of the search is the one that is cut.
+- It ranks again before the final training, on other images; here the model is cut by the ranking of the search.
 - Its kept tokens are in the order of their scores, which moves a distillation token; here they stay in order.
 """
 
@@ -62,31 +64,31 @@ class Method(Node):
     """Search a policy of heads, neurons and tokens.
 
     Attributes:
-        heads, neurons: largest ratio that a block may lose; 0 leaves them alone.
-        tokens: largest ratio that a selection may drop; 0 leaves tokens alone; None is 0.5 where they can be cut.
-        trials: policies to measure in all, by all processes that share the search.
-        initial: of which so many are drawn before the Gaussian process proposes.
-        corners: whether the first policies cut one dimension each, and the others only as far as the budget needs it,
-            before any is drawn; with ``gp``. The published search has none: of 25 ratios drawn at random, none is ever
-            left alone.
-        proposal: ``gp``; ``random`` draws alone; ``even`` cuts one share of every bound, and searches nothing.
-        preset: a published policy in place of a search.
-        measure: what a policy is measured by on held-out images: ``top1``; ``agreement`` with the dense model, which
-            needs no labels; ``loss``, finer where images are few; ``auto``: top1 where all images have labels.
+        heads, neurons: largest ratio that a block may lose; 0 does not cut them.
+        tokens: largest ratio that a selection may drop; 0 does not cut tokens; None is 0.5 if tokens can be cut.
+        trials: total number of policies to measure, by all processes that share the search.
+        initial: number of these trials that are drawn before the Gaussian process proposes.
+        corners: whether the first policies, before any is drawn, cut mainly one dimension each, and the others only as
+            far as the budget needs; with ``gp``. The published search has no such policies: of 25 ratios drawn at
+            random, practically none is 0.
+        proposal: ``gp``; ``random``: only random draws; ``even``: one share of every bound, without a search.
+        preset: a published policy to use instead of a search.
+        measure: how a policy is measured on held-out images: ``top1``; ``agreement`` with the dense model, which needs
+            no labels; ``loss``, which has a finer resolution if images are few; ``auto``: top1 if all images have
+            labels.
         neurons_by: ``hsic``, or the published code's mix with activation size.
         heads_by: ``released``: relevance less a tenth of the mean redundancy; ``greedy``: one after another by what
-            each adds to those chosen, which alone tells copies apart.
-        tokens_by: ``cls_attn``: by the class token's attention; ``hsic_attn``: at the first selection that times the
-            dependence of the place. At later ones a place is a rank and has no meaning.
+            each adds to those chosen; only ``greedy`` detects copies.
+        tokens_by: ``cls_attn``: by the class token's attention; ``hsic_attn``: at the first selection, that attention
+            times the dependence of the grid position. At later selections positions are ranks without meaning.
         estimator: ``unbiased_median``, or the published code's ``biased_multi``.
-        target: what components should inform on: the dense model's ``output``, or ``labels``.
+        target: the variable whose dependence on components is measured: the dense model's ``output``, or ``labels``.
         rounding: see `vitrim.methods.mdc.decode.Frame`.
-        fused: whether the mean of the tokens left out goes on.
-        batch: calibration images of one estimate; estimates are averaged.
+        fused: whether the dropped tokens are replaced by one token, their mean.
+        batch: number of calibration images per estimate; estimates are averaged.
         train: weight sharing before the search, each step on one policy drawn within the budget; 0 epochs: none. The
             paper gives no length; 10 epochs on ImageNet at a tenth of the final learning rate are our reading.
-        storage: an Optuna storage by URL, to share the search with other processes; None for a file in the run
-            folder.
+        storage: URL of an Optuna storage, to share the search with other processes; None for a file in the run folder.
         study: name of the study in its storage.
     """
 
@@ -120,7 +122,7 @@ class Method(Node):
 
     @property
     def held_out(self) -> float:
-        """The share of the training images that policies are compared on; none where nothing is searched."""
+        """Return the share of the training images that policies are compared on; 0 if nothing is searched."""
         return 0.0 if self.preset is not None or self.proposal == "even" else 0.1
 
     @model_validator(mode="after")
@@ -142,7 +144,7 @@ class Method(Node):
     ) -> Found:
         """See `vitrim.methods.Method.search`."""
         if data is None or data.calibration is None:
-            raise MethodError("mdc must see images, but no data was given; give data or use magnitude")
+            raise MethodError("mdc must have images, but no data was given; give data or use magnitude")
         spec, bounds = describe(model), self._bounds(describe(model))
         frame = Frame(spec, natural(spec), budget, bounds, self.rounding)
         url = self.storage or (f"sqlite:///{folder / 'trials.db'}" if folder is not None else None)
@@ -182,7 +184,7 @@ class Method(Node):
         return Bounds(heads=self.heads, neurons=self.neurons, tokens=tokens)
 
     def _open(self, model: nn.Module, data: Data, budget: Budget, seed: int, url: str | None) -> Any:
-        """The study, which is refused where it is of another model, space or choice of images."""
+        """Open the study; raise an error if it is for another model, space or choice of images."""
         if url is not None and self.storage is None:
             Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         settings = dump(self)
@@ -190,13 +192,13 @@ class Method(Node):
             settings.pop(free)
         images = [len(part) if isinstance(part, Sized) else 0 for part in (data.calibration, data.validation)]
         identity = {
-            "model": _portrait(model),
+            "model": _identity(model),
             "space": json.dumps({"budget": str(budget), "seed": seed, "images": images, **settings}, sort_keys=True),
         }
         return open_study(url, self.study, identity)
 
     def _scores(self, model: nn.Module, spec: Spec, data: Data, study: Any) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Rankings, and scores of places; those that the study keeps already, if it does."""
+        """Return rankings, and scores of grid positions, read from the study if it contains them."""
         images = data.calibration
         assert images is not None
         wanted = [f"ranking.{path}" for path in natural(spec)]
@@ -233,7 +235,7 @@ class Method(Node):
         folder: Path | None,
         log: Callable[[Mapping[str, Any]], None] | None,
     ) -> nn.Module:
-        """The weights that policies are measured with: the model's own, or a copy trained to serve all policies."""
+        """Return the model to measure policies with: the model itself, or a copy trained on all policies."""
         if not self.train.epochs:
             return model
         if data.train is None:
@@ -254,7 +256,7 @@ class Method(Node):
         return shared.model.train(model.training)
 
     def _objective(self, parent: nn.Module, dense: nn.Module, chooser: Chooser, data: Data) -> Objective:
-        """Measure a policy on the held-out images, with the parent's weights behind masks."""
+        """Return a function that measures a policy on the held-out images, with the parent's weights and masks."""
         images = data.validation
         if images is None or (isinstance(images, Sized) and not len(images)):
             raise MethodError(
@@ -284,19 +286,19 @@ class Method(Node):
 
 
 _HELD = 2**29
-"""Bytes of held-out images that are kept ready; more are read again for each policy."""
+"""Bytes of held-out images that are cached in memory; beyond it, images are read again for each policy."""
 
 
 def _even(count: int, batch: int) -> int:
-    """The size of batches, at most `batch`, whose last is not left with fewer than 4 images."""
+    """Return a batch size, at most `batch`, for which the last batch has at least 4 images."""
     size = min(batch, count)
     while size > 4 and 0 < count % size < 4:
         size -= 1
     return max(size, 1)
 
 
-def _portrait(model: nn.Module) -> str:
-    """What tells a model from others, down to its weights."""
+def _identity(model: nn.Module) -> str:
+    """Return a text that identifies a model, including its weights."""
     return fingerprint(model, json.dumps(dump(describe(model)), sort_keys=True).encode())[:16]
 
 

@@ -1,15 +1,15 @@
-"""Look for the best policy of a space: trials in an Optuna study, proposals by Optuna's Gaussian process.
+"""Search a space for the best policy: trials in an Optuna study, proposals by Optuna's Gaussian process.
 
 P ratios of a policy, S policies side by side.
 
 Source: Hou and Kung, CVPR Workshops 2022 (a Gaussian process from policy to accuracy, expected improvement). The
-process and its log expected improvement are Optuna's (`optuna.samplers.GPSampler`). It knows no budget: a point that it
-asks for stands for the policy that scaling brings into the budget (`within`), and it learns from points to values. A
-BoTorch process over a pool of feasible policies, as the paper has it, was measured beside it and found a little less,
-with two packages more (docs/methods/mdc.md).
+process and its log expected improvement are Optuna's (`optuna.samplers.GPSampler`). The sampler does not use the
+budget: each point it proposes is scaled into the budget (`within`), and the process is fitted to points and values. A
+BoTorch process over a pool of feasible policies, as in the paper, was measured for comparison. It found slightly worse
+policies and needs two more packages (docs/methods/mdc.md).
 
-The study is the state. What is proposed next is a function of (seed, place of the trial, what the study holds), so a
-search that was killed and goes on repeats the uninterrupted one, and any number of processes may share a study.
+The study is the only state. The next proposal is a function of (seed, position of the trial, contents of the study). So
+a search that was killed and resumed repeats the uninterrupted one, and any number of processes may share a study.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ __all__ = ["Objective", "Proposal", "Trial", "best_of", "search", "trials_of"]
 
 Proposal = Literal["gp", "random"]
 Objective = Callable[[Array], tuple[float, Mapping[str, Any]]]
-"""Measures a policy ``(P,)``: the larger the better, and notes to keep with it."""
+"""A function from a policy ``(P,)`` to its value (larger is better) and notes to store with it."""
 
 _MEASURED = (TrialState.COMPLETE, TrialState.RUNNING)
 _DRAWN, _MORE, _NEAR = 16, 2000, 64
 PATIENCE = 60.0
-"""Seconds without news, at the least, after which another process's trial is taken for lost."""
+"""Least number of seconds without an update after which another process's trial counts as lost."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,10 +45,10 @@ class Trial:
     """One measured policy.
 
     Attributes:
-        number: of the trial in its study.
+        number: number of the trial in its study.
         policy: ratios, ``(P,)``.
-        value: what was measured; larger is better.
-        notes: what the objective said of it.
+        value: the measured value; larger is better.
+        notes: notes of the objective.
     """
 
     number: int
@@ -70,25 +70,25 @@ def search(
     alone: bool = True,
     told: Callable[[Trial], None] = lambda _: None,
 ) -> None:
-    """Measure policies until the study holds `trials` of them, together with every other process that shares it.
+    """Measure policies until the study contains `trials` of them, together with all processes that share it.
 
     Args:
         study: see `vitrim.methods.mdc.study.open_study`.
-        space: of the policies.
-        objective: measures one.
-        trials: to measure in all, by whomever.
-        initial: of which so many are drawn, before the Gaussian process has a say.
-        seed: of all draws.
-        proposal: ``gp``, or ``random`` draws alone.
-        first: policies to measure before any is drawn, ``(F, P)``; they count among `initial`. What does not fit the
-            budget in any scale, or is an architecture measured before, is left out.
-        alone: whether no other process works on the study. What is found unfinished was then left by one that was
-            killed, and is measured again at once; otherwise only after nothing was heard for long.
-        told: receives every trial that this process measured.
+        space: the space of policies.
+        objective: a function that measures a policy.
+        trials: total number to measure, over all processes.
+        initial: number of these that are drawn before the Gaussian process proposes.
+        seed: seed of all draws.
+        proposal: ``gp``, or ``random`` for only random draws.
+        first: policies to measure before any is drawn, ``(F, P)``; they count toward `initial`. Policies that do not
+            fit the budget at any scale, or whose architecture was already measured, are left out.
+        alone: whether no other process works on the study. Unfinished trials were then left by a killed process, and
+            are measured again at once; otherwise only after a long time without an update.
+        told: called with every trial that this process measured.
 
     Raises:
         BudgetError: if no policy is within the budget.
-        MethodError: if hardly any policy is, so that none could be drawn, or one measured as not a number.
+        MethodError: if so few policies are within the budget that none could be drawn, or a value is not a number.
     """
     study.sampler = _Sampler(space, trials, initial, seed, proposal, first)
     if alone:
@@ -112,7 +112,7 @@ def search(
 
 
 def _step(study: optuna.Study, space: Space, objective: Objective, trials: int, told: Callable[[Trial], None]) -> bool:
-    """Ask, measure, tell; whether there was a policy left to measure."""
+    """Run one trial: get a policy, measure it and store the value; return False if there is none left to measure."""
     trial = study.ask()
     if not trial.relative_params:
         study.tell(trial, state=TrialState.FAIL)
@@ -132,7 +132,7 @@ def _step(study: optuna.Study, space: Space, objective: Objective, trials: int, 
         raise
     for name, note in notes.items():
         trial.set_user_attr(name, note)
-    # Another process may have given this trial up meanwhile; then its policy is, or will be, measured there.
+    # Another process may have marked this trial as lost meanwhile; then that process measures its policy.
     told_state = study.tell(trial, value, skip_if_finished=True).state
     if told_state == TrialState.COMPLETE:
         told(Trial(number=trial.number, policy=policy, value=value, notes=notes))
@@ -140,7 +140,7 @@ def _step(study: optuna.Study, space: Space, objective: Objective, trials: int, 
 
 
 def trials_of(study: optuna.Study, space: Space) -> list[Trial]:
-    """Every trial that was measured, in order."""
+    """Return every measured trial, in order."""
     done = _of(study, TrialState.COMPLETE)
     return [
         Trial(number=trial.number, policy=policy, value=float(trial.values[0]), notes=dict(trial.user_attrs))
@@ -149,10 +149,10 @@ def trials_of(study: optuna.Study, space: Space) -> list[Trial]:
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:
-    """The best measured (not the best predicted); of equal ones the first.
+    """Return the trial with the best measured value (not the best predicted one); the first if several are equal.
 
     Raises:
-        MethodError: if there is none.
+        MethodError: if there is no measured trial.
     """
     if not trials:
         raise MethodError("a search must have measured a policy, but its study holds none; ask for more trials")
@@ -165,18 +165,18 @@ def _of(study: optuna.Study, state: TrialState) -> list[FrozenTrial]:
 
 
 def _drop(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
-    """Mark trials as failed, so that their places are taken again."""
+    """Mark trials as failed, so that their positions are used again."""
     for trial in trials:
         study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def _place(trials: Sequence[FrozenTrial], number: int) -> int:
-    """Trials before this one that count."""
+    """Return the number of trials before this one that count."""
     return sum(trial.number < number and trial.state != TrialState.FAIL for trial in trials)
 
 
 class _Sampler(optuna.samplers.BaseSampler):
-    """What a study asks for the next policy; it gives none where enough were given, or no new one can be found."""
+    """The sampler of the study; it gives no policy if enough were given, or no new one can be found."""
 
     def __init__(
         self, space: Space, trials: int, initial: int, seed: int, proposal: Proposal, first: Array | None
@@ -194,7 +194,7 @@ class _Sampler(optuna.samplers.BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The next policy."""
+        """Return the next policy."""
         known = study.get_trials(deepcopy=False)
         place = _place(known, trial.number)
         if place >= self.trials:
@@ -205,7 +205,7 @@ class _Sampler(optuna.samplers.BaseSampler):
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """Never needed: every ratio is proposed together."""
+        """Raise an error: all ratios are proposed together, so this is called only for a wrong study."""
         raise MethodError(f"{param_name}: a ratio must be of the study's space, but is not; open another study")
 
     def _next(self, study: optuna.Study, trial: FrozenTrial, known: Sequence[FrozenTrial], place: int) -> Array | None:
@@ -236,9 +236,9 @@ class _Sampler(optuna.samplers.BaseSampler):
         return np.asarray(pool[0]) if len(pool) else None
 
     def _guided(self, study: optuna.Study, trial: FrozenTrial, rng: np.random.Generator) -> Array:
-        """What Optuna's sampler asks for; a new one each time, so that nothing but the study is remembered."""
+        """Return the proposal of Optuna's sampler; the sampler is new each time, so the study is the only state."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of experimental parts, and of fits that end early
+            warnings.simplefilter("ignore")  # about experimental features, and fits that stop early
             inner = optuna.samplers.GPSampler(seed=int(rng.integers(2**31)), n_startup_trials=0)
             found = inner.sample_relative(study, trial, self.infer_relative_search_space(study, trial))
         return np.array([found[name] for name in self.space.names])
@@ -254,6 +254,6 @@ def _bits(realised: Array) -> bytes:
 
 
 def _new(space: Space, policies: Array, taken: set[bytes]) -> Array:
-    """Those whose architecture was not measured yet."""
+    """Return the policies whose architecture was not measured yet."""
     fresh: NDArray[np.bool_] = np.array([_bits(row) not in taken for row in space.realised(policies)], dtype=bool)
     return policies[fresh] if len(policies) else policies

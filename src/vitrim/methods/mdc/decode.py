@@ -1,4 +1,4 @@
-"""What MDC's policies are for one model: which ratios there are, what they cost, and the plan that each stands for.
+"""MDC's policies for one model: the ratios, the costs of policies, and the channels and tokens that they keep.
 
 L blocks, H heads, M hidden neurons, N tokens, P ratios of a policy, S policies side by side.
 """
@@ -41,7 +41,7 @@ TOKENS = "tokens"
 
 
 class Costs(NamedTuple):
-    """What many policies cost, ``(S,)`` each."""
+    """Costs of many policies, ``(S,)`` each."""
 
     macs: Ints
     params: Ints
@@ -49,7 +49,7 @@ class Costs(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """Largest ratios that a policy may cut; 0 leaves a dimension alone."""
+    """Largest ratios that a policy may cut; 0 does not cut a dimension."""
 
     heads: float
     neurons: float
@@ -77,11 +77,11 @@ PRESETS = {
         tokens=0.40072,
     ),
 }
-"""Of the published code, "60 % fewer FLOPs" for DeiT-S and DeiT-B; 58.0 and 59.3 % of our macs."""
+"""Policies of the published code, "60 % fewer FLOPs" for DeiT-S and DeiT-B; 58.0 and 59.3 % of our macs."""
 
 
 def natural(spec: Spec) -> dict[str, Tensor]:
-    """A ranking that keeps the first, for costs that do not depend on it."""
+    """Return a ranking in index order, for costs, which do not depend on the ranking."""
     found = {}
     for path, _, block in spec.blocks():
         if isinstance(block.mixer, Attention) and len(block.mixer.v) > 1:
@@ -92,24 +92,24 @@ def natural(spec: Spec) -> dict[str, Tensor]:
 
 
 def selection_blocks(depth: int) -> tuple[int, ...]:
-    """Blocks that select tokens, from 0: at a quarter, a half and three quarters of the depth.
+    """Return the blocks that select tokens, counted from 0: at a quarter, half and three quarters of the depth.
 
-    12 blocks give 3, 6, 9, which are the published code's; it says nothing of other depths.
+    12 blocks give 3, 6, 9, as in the published code, which does not define other depths.
     """
     return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
 
 
 def token_counts(tokens: int, ratio: Any, times: int, least: int) -> list[tuple[Any, Any]]:
-    """(kept, left) of one selection after another, where `tokens` arrive at the first.
+    """Return (kept, left) token counts of successive selections, of which the first gets `tokens` tokens.
 
-    ``K = floor(N (1 - t))`` are kept, at least `least`, and one fused token is added for the others. Where one or none
-    would be dropped nothing is done, and K is N.
+    ``K = floor(N (1 - t))`` are kept, at least `least`, and one fused token is added for the others. If one or none
+    would be dropped, nothing is dropped and K is N.
 
     Args:
         tokens: N.
         ratio: t, a number or ``(S,)``.
         times: number of selections.
-        least: prefix tokens and one more.
+        least: the number of prefix tokens plus one.
     """
     found, arriving = [], np.broadcast_to(np.asarray(tokens), np.shape(ratio))
     for _ in range(times):
@@ -123,7 +123,7 @@ def token_counts(tokens: int, ratio: Any, times: int, least: int) -> list[tuple[
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """One block: the columns of its ratios in a policy, and what its channels cost.
+    """One block: the columns of its ratios in a policy, and the costs of its channels.
 
     `qk` and `v` are the channels of the best k heads, ``(H + 1,)``. `rates` are (macs, params) of one channel of
     queries and keys, one of values, and one neuron.
@@ -145,14 +145,14 @@ class Frame:
     Args:
         spec: the model.
         ranking: heads and neurons, the best first.
-        budget: what a child may cost.
-        bounds: of the ratios.
-        rounding: ``nearest`` keeps ``floor(H (1 - r) + 1/2)``, ``floor`` keeps ``floor(H (1 - r))`` as published; one
-            at least.
+        budget: limit on a child's cost.
+        bounds: bounds of the ratios.
+        rounding: ``nearest`` keeps ``floor(H (1 - r) + 1/2)``, ``floor`` keeps ``floor(H (1 - r))`` as published; at
+            least one.
 
     Raises:
-        MethodError: if tokens are asked for of a model whose tokens cannot be cut, or nothing is left to choose.
-        BudgetError: if the budget is out of reach, naming the least.
+        MethodError: if tokens are to be cut but the model's cannot be, or there is nothing to choose.
+        BudgetError: naming the least possible cost, if the budget cannot be met.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class Frame:
         self._reachable()
 
     def corners(self) -> Array:
-        """Each dimension at its bounds and the others at 0: ``(F, P)`` of heads, neurons and tokens, as there are."""
+        """Return policies ``(F, P)`` with one of heads, neurons and tokens at its bounds and the others at 0."""
         kinds = [name.rsplit(".", 1)[-1] for name in self.space.names]
         chosen = [np.array([kind == one for kind in kinds]) for one in dict.fromkeys(kinds)]
         return np.array([np.where(mine, self.space.upper, 0.0) for mine in chosen])
@@ -226,7 +226,7 @@ class Frame:
                 )
 
     def counts(self, policies: Array) -> tuple[list[tuple[Ints, Ints]], list[tuple[Ints, Ints]]]:
-        """(heads, neurons) that each block keeps, and (kept, left) tokens of each selection; all ``(S,)``."""
+        """Return (heads, neurons) that each block keeps, and (kept, left) tokens of each selection; all ``(S,)``."""
         blocks = []
         for place in self.places:
             h, m = len(place.v) - 1, place.block.hidden or 0
@@ -247,7 +247,7 @@ class Frame:
         return np.clip(np.floor(size * (1 - ratio) + half), min(size, 1), size).astype(np.int64)
 
     def realised(self, policies: Array) -> Array:
-        """The ratios that are really cut, ``(S, P)``; of tokens, the mean over the selections."""
+        """Return the ratios that are cut after rounding, ``(S, P)``; for tokens, the mean over the selections."""
         blocks, steps = self.counts(policies)
         real = np.zeros_like(policies)
         for place, (heads, hidden) in zip(self.places, blocks, strict=True):
@@ -264,7 +264,7 @@ class Frame:
         return real
 
     def costs(self, policies: Array) -> Costs:
-        """Macs and parameters of every policy, ``(S,)`` each; what `cost_of` gives for their plans."""
+        """Return macs and parameters of every policy, ``(S,)`` each; equal to `cost_of` of their plans."""
         blocks, steps = self.counts(policies)
         saved = np.zeros((len(policies), 2), dtype=np.int64)
         for place, (heads, hidden) in zip(self.places, blocks, strict=True):
@@ -277,7 +277,7 @@ class Frame:
         return Costs(self._macs_of_selected(blocks, steps), self.parent.params - saved[:, 1])
 
     def _macs_of_selected(self, blocks: list[tuple[Ints, Ints]], steps: list[tuple[Ints, Ints]]) -> Ints:
-        """Macs where each selection lies between the attention and the MLP of its block."""
+        """Return macs if each selection is between the attention and the MLP of its block."""
         stage = self.spec.stages[0]
         tokens = np.full(len(steps[0][0]), stage.tokens)
         macs = np.full(len(tokens), self.spec.host.macs, dtype=np.int64)
@@ -287,7 +287,7 @@ class Frame:
             macs += attention_macs(mixing, stage.width, place.qk[heads], place.v[heads], mixing)
             after = left.get(index, tokens)
             if not stage.prefix:
-                # Without a class token all logits are made once more, to see what each token receives.
+                # Without a class token, all attention logits are computed again to measure what each token receives.
                 macs += np.where(after < tokens, tokens**2 * place.qk[heads], 0)
             tokens = after
             rest: Any = tokens
@@ -296,7 +296,7 @@ class Frame:
         return found
 
     def policy(self, preset: Preset) -> Array:
-        """The ratios of a published policy, ``(P,)``.
+        """Return the ratios of a published policy, ``(P,)``.
 
         Raises:
             MethodError: if it is for another model.
@@ -333,7 +333,7 @@ def _offsets(stage: Stage) -> int:
 
 
 def _rates(stage: Stage, block: Block) -> tuple[tuple[int, int], ...]:
-    """Costs are straight lines in every width, at the tokens that the block runs on."""
+    """Return the cost per channel or neuron; costs are linear in every width for a fixed number of tokens."""
 
     def cost(qk: int, v: int, hidden: int) -> tuple[int, int]:
         mixer = Attention(qk=(qk,), v=(v,), scale=1.0)
@@ -353,10 +353,10 @@ def released_macs(
     tokens: int = 197,
     selecting: tuple[int, ...] | None = None,
 ) -> int:
-    """Cost as the published code counts it: blocks alone, without fused tokens, ``floor(N (1 - t)^s)`` tokens.
+    """Return macs as the published code counts them: only blocks, no fused tokens, ``floor(N (1 - t)^s)`` tokens.
 
-    It leaves out patch embedding and classifier too. For comparison with published figures; budgets are met in
-    the macs of `vitrim.words.costs`.
+    Patch embedding and classifier are not counted. Use it only to compare with published figures; budgets use the macs
+    of `vitrim.words.costs`.
 
     Args:
         heads: heads of each block, L numbers.

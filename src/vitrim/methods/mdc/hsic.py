@@ -5,14 +5,14 @@ n samples, F channels of a feature, C components that are scored side by side.
 Source: Gretton et al., "Measuring Statistical Dependence with Hilbert-Schmidt Norms", ALT 2005 (biased estimator); Song
 et al., "Feature Selection via Dependence Maximization", JMLR 2012, eq. (5) (unbiased estimator); Kornblith et al.,
 "Similarity of Neural Network Representations Revisited", ICML 2019 (CKA). K and G are Gram matrices of features and of
-outputs, J = I - 1/n the centring matrix:
+outputs, J = I - 1/n the centering matrix:
 
     biased    <K, J G J> / (n - 1)^2
     unbiased  <K, U(G)> / (n (n - 3)),   U(G) as in `u_centred`, with a zero diagonal
     CKA       HSIC(K, G) / sqrt(HSIC(K, K) HSIC(G, G))
 
-The output's side is centred once (`target`); each component then costs one Gram matrix and one elementwise product.
-Samples of one batch belong together: average what batches give, never join their Gram matrices.
+The Gram matrix of the outputs is centered once (`target`); each component then costs one Gram matrix and one
+elementwise product. Compute each batch separately and average the results; never join Gram matrices of batches.
 """
 
 from collections.abc import Callable
@@ -53,8 +53,8 @@ MEMORY = 2**23
 """Bytes that one chunk of components may take. Larger chunks leave the cache and are no faster (0.20 s a block of
 DeiT-S at n = 64, one thread, from 4 to 16 MiB; 0.28 s at 64)."""
 
-# A component that varies by less than this many roundings of its size is taken for constant: attention weights sum to 1
-# up to rounding only, and the median kernel, blind to amplitude, would take that noise for a signal.
+# A component that varies by less than this many rounding errors counts as constant: attention weights sum to 1 only up
+# to rounding, and the median kernel, which is independent of amplitude, would treat that noise as a signal.
 _ROUNDINGS = 64
 
 
@@ -63,7 +63,7 @@ def _precise(z: Tensor) -> Tensor:
 
 
 def squared_distances(z: Tensor) -> Tensor:
-    """Squared Euclidean distances between samples, at least 0, 0 on the diagonal.
+    """Return squared Euclidean distances between samples, at least 0, and 0 on the diagonal.
 
     Args:
         z: ``(..., n, F)``; shorter types are computed in float32.
@@ -72,7 +72,7 @@ def squared_distances(z: Tensor) -> Tensor:
         ``(..., n, n)``.
     """
     z = _precise(z)
-    # Distances do not see a shift, and the inner-product form loses the digits that it takes.
+    # Centering does not change distances, and avoids a loss of digits in the inner-product form.
     z = z - z.mean(dim=-2, keepdim=True)
     products = z @ z.transpose(-2, -1)
     halves = products.diagonal(dim1=-2, dim2=-1).clone()
@@ -82,13 +82,13 @@ def squared_distances(z: Tensor) -> Tensor:
 
 
 def linear(z: Tensor) -> Tensor:
-    """The kernel ``<a, b>``."""
+    """Return Gram matrices of the kernel ``<a, b>``."""
     z = _precise(z)
     return z @ z.transpose(-2, -1)
 
 
 def gaussian(*bandwidths: float) -> Kernel:
-    """The mean of kernels ``exp(-|a - b|^2 / (2 s^2))`` over the bandwidths s."""
+    """Return the mean of the kernels ``exp(-|a - b|^2 / (2 s^2))`` over the bandwidths s."""
 
     def kernel(z: Tensor) -> Tensor:
         distances = squared_distances(z)
@@ -101,10 +101,10 @@ def gaussian(*bandwidths: float) -> Kernel:
 
 
 def median_gaussian(z: Tensor) -> Tensor:
-    """The kernel ``exp(-|a - b|^2 / (2 m^2))``, m the median distance of each component's pairs of samples.
+    """Return Gram matrices of ``exp(-|a - b|^2 / (2 m^2))``, m the median distance of a component's sample pairs.
 
-    It stays alive at any dimension and does not see the amplitude. Where m is 0 (a constant component) the whole matrix
-    is 0, so that its dependence on anything is exactly 0.
+    It does not vanish at any dimension and does not depend on the amplitude. If m is 0 (a constant component), the
+    whole matrix is 0, so that its dependence on anything is exactly 0.
 
     Args:
         z: ``(..., n, F)``.
@@ -120,25 +120,25 @@ def median_gaussian(z: Tensor) -> Tensor:
 
 
 def _pairs(distances: Tensor) -> Tensor:
-    """Every pair once, ``(..., n (n - 1) / 2)``."""
+    """Return the entries of every pair once, ``(..., n (n - 1) / 2)``."""
     n = distances.shape[-1]
     rows, columns = torch.triu_indices(n, n, 1, device=distances.device)
     return distances.flatten(-2).index_select(-1, rows * n + columns)
 
 
 def kernel_of(name: Literal["median", "multi", "linear"]) -> Kernel:
-    """The kernel called `name`: median Gaussian, five Gaussians, or linear."""
+    """Return the kernel called `name`: median Gaussian, five Gaussians, or linear."""
     return {"median": median_gaussian, "multi": gaussian(*BANDWIDTHS), "linear": linear}[name]
 
 
 def centred(gram: Tensor) -> Tensor:
-    """``J G J``, ``(..., n, n)``."""
+    """Return ``J G J``, ``(..., n, n)``."""
     rows = gram.mean(dim=-1, keepdim=True)
     return gram - rows - rows.transpose(-2, -1) + rows.mean(dim=-2, keepdim=True)
 
 
 def u_centred(gram: Tensor) -> Tensor:
-    """``U(G)``, ``(..., n, n)``: ``G_ij - r_i / (n-2) - r_j / (n-2) + s / ((n-1) (n-2))``, and 0 on the diagonal.
+    """Return ``U(G) = G_ij - r_i / (n-2) - r_j / (n-2) + s / ((n-1) (n-2))``, ``(..., n, n)``, with a zero diagonal.
 
     r are the sums of the rows of G with a zero diagonal, s their total.
 
@@ -163,40 +163,40 @@ def _enough(gram: Tensor) -> int:
 
 
 def target(gram: Tensor, estimator: Estimator) -> Tensor:
-    """What a component's Gram matrix is multiplied by and summed over to give its HSIC with the outputs.
+    """Return the matrix whose elementwise product with a component's Gram matrix sums to the HSIC with the outputs.
 
     Args:
         gram: Gram matrices of the outputs, ``(..., n, n)``.
-        estimator: which.
+        estimator: the estimator.
 
     Raises:
         MethodError: if there are fewer than 4 samples, for which the unbiased estimator does not exist.
     """
     n = _enough(gram)
     found = centred(gram) / (n - 1) ** 2 if estimator == "biased" else u_centred(gram) / (n * (n - 3))
-    # Of equal outputs nothing but rounding is left, which must not rank anything.
+    # If the outputs are equal, only rounding errors are left, which must not decide a ranking.
     noise = _ROUNDINGS * torch.finfo(gram.dtype).eps * gram.abs().amax(dim=(-2, -1), keepdim=True) / n**2
     return found * (found.abs().amax(dim=(-2, -1), keepdim=True) > noise)
 
 
 def biased(features: Tensor, outputs: Tensor) -> Tensor:
-    """Biased HSIC of two Gram matrices, ``tr(K J G J) / (n - 1)^2``; defined from 2 samples on."""
+    """Return the biased HSIC of two Gram matrices, ``tr(K J G J) / (n - 1)^2``; needs at least 2 samples."""
     n = features.shape[-1]
     return (features * centred(outputs)).sum(dim=(-2, -1)) / (n - 1) ** 2
 
 
 def unbiased(features: Tensor, outputs: Tensor) -> Tensor:
-    """Unbiased HSIC of two Gram matrices, ``<K, U(G)> / (n (n - 3))``; 0 on average where they are independent."""
+    """Return the unbiased HSIC of two Gram matrices, ``<K, U(G)> / (n (n - 3))``; its mean is 0 if independent."""
     return (features * target(outputs, "unbiased")).sum(dim=(-2, -1))
 
 
 def hsic(features: Tensor, outputs: Tensor, estimator: Estimator) -> Tensor:
-    """HSIC of Gram matrices ``(..., n, n)``."""
+    """Return the HSIC of Gram matrices ``(..., n, n)``."""
     return (features * target(outputs, estimator)).sum(dim=(-2, -1))
 
 
 def cka(features: Tensor, outputs: Tensor, estimator: Estimator) -> Tensor:
-    """HSIC in units of both sides' own; 0 where either side is constant. The unbiased one may be below 0."""
+    """Return HSIC normalized by that of each side with itself; 0 if a side is constant, may be below 0 if unbiased."""
     whole = hsic(features, features, estimator) * hsic(outputs, outputs, estimator)
     found = hsic(features, outputs, estimator)
     tiny = torch.finfo(whole.dtype).tiny
@@ -207,14 +207,14 @@ def cka(features: Tensor, outputs: Tensor, estimator: Estimator) -> Tensor:
 def dependence(
     activations: Tensor, against: Tensor, kernel: Kernel = median_gaussian, *, memory: int = MEMORY
 ) -> Tensor:
-    """HSIC of many components with one output.
+    """Return the HSIC of many components with one output.
 
     Args:
         activations: ``(n, F, C)``: F channels of each of C components; half precision is computed in float32.
-        against: what `target` made of the output, ``(n, n)``.
-        kernel: of the features.
+        against: the result of `target` for the output, ``(n, n)``.
+        kernel: kernel of the features.
         memory: bytes that one chunk of components may take, at least one component at a time. One copy of the
-            activations, component by component, is held besides.
+            activations, ordered by component, is held in addition.
 
     Returns:
         ``(C,)``, in the precision of the kernel.

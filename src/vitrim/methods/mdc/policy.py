@@ -1,11 +1,11 @@
-"""Policies: a ratio for each thing that can be cut, and how to draw those that spend a budget.
+"""Policies: one ratio for each part that can be cut, and sampling of policies that use up a budget.
 
 P ratios of a policy, S policies side by side.
 
 Source: Hou and Kung, "Multi-Dimensional Vision Transformer Compression via Dependency Guided Gaussian Process Search",
-CVPR Workshops 2022: policies in [0, 0.5]^P drawn by rejection. A rejection sampler hardly ever accepts far from half
-the range (0.02 % of draws at 0.8 of DeiT-S's cost), so what it does not fill is scaled into the budget by bisection,
-and what rounding still leaves out has single ratios lowered.
+CVPR Workshops 2022: policies in [0, 0.5]^P drawn by rejection. A rejection sampler accepts very few draws far from half
+the range (0.02 % of draws at 0.8 of DeiT-S's cost). So the remaining policies are scaled into the budget by bisection,
+and if rounding still misses the budget, single ratios are lowered.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,11 @@ __all__ = ["Array", "Space", "even", "mutate", "project", "sample", "within"]
 Array = NDArray[np.float64]
 
 _DRAWS = 20
-"""Uniform draws for each policy wanted, before scaling takes over."""
+"""Uniform draws per requested policy, before the rest is scaled."""
 _HALVINGS = 48
 _ROUNDS = 8
 _LEAST = 1e-6
-"""A ratio of 0 could not be scaled up."""
+"""Least ratio before scaling, because a ratio of 0 could not be scaled up."""
 _MOVED = 0.2
 _STEP = 0.1
 
@@ -36,12 +36,13 @@ class Space:
     """All policies, and what they cost.
 
     Attributes:
-        names: of the P ratios.
-        upper: largest admitted ratios, ``(P,)``, in (0, 1].
-        spent: share of the budget that each policy takes, ``(S, P)`` to ``(S,)``; never rises with a ratio. A policy is
-            feasible from ``1 - band`` to 1.
-        realised: the ratios that are really cut, ``(S, P)`` to ``(S, P)``; equal ones are one architecture.
-        band: how far below 1 a policy may spend.
+        names: names of the P ratios.
+        upper: largest allowed ratios, ``(P,)``, in (0, 1].
+        spent: function from policies ``(S, P)`` to the share of the budget each uses, ``(S,)``; non-increasing in every
+            ratio. A policy is feasible from ``1 - band`` to 1.
+        realised: function from policies ``(S, P)`` to the ratios after rounding, ``(S, P)``; equal ones are the same
+            architecture.
+        band: how far below 1 the used share of the budget may be.
     """
 
     names: tuple[str, ...]
@@ -51,15 +52,15 @@ class Space:
     band: float = SLACK
 
     def feasible(self, policies: Array) -> NDArray[np.bool_]:
-        """Which of the policies ``(S, P)`` spend the budget and no more."""
+        """Return which of the policies ``(S, P)`` use up the budget without exceeding it."""
         spent = self.spent(policies)
         return (spent <= 1) & (spent >= 1 - self.band)
 
     def check(self) -> None:
-        """Refuse a budget that no policy reaches.
+        """Raise an error if no policy meets the budget.
 
         Raises:
-            BudgetError: naming the least share of it that can be met.
+            BudgetError: naming the least multiple of the budget that can be met.
         """
         least = float(self.spent(self.upper[None])[0]) if len(self.names) else np.inf
         if least > 1:
@@ -70,19 +71,19 @@ class Space:
 
 
 def sample(space: Space, count: int, rng: np.random.Generator) -> Array:
-    """Draw feasible policies: uniform ones where rejection finds them, scaled ones for the rest.
+    """Draw feasible policies: uniform ones as far as rejection finds them, scaled ones for the rest.
 
     Args:
-        space: of the policies.
+        space: the space of policies.
         count: S.
-        rng: what draws.
+        rng: the random number generator.
 
     Returns:
-        ``(S, P)``; fewer, maybe none, where rounding leaves next to no policy in the band. It never loops: the number
-        of draws is fixed.
+        ``(S, P)``; fewer, possibly none, if rounding leaves almost no policy in the band. The number of draws is fixed,
+        so the function always returns.
 
     Raises:
-        BudgetError: if the budget is out of reach.
+        BudgetError: if the budget cannot be met.
     """
     space.check()
     drawn = rng.random((_DRAWS * count, len(space.names))) * space.upper
@@ -97,7 +98,7 @@ def sample(space: Space, count: int, rng: np.random.Generator) -> Array:
 
 
 def mutate(space: Space, policy: Array, count: int, rng: np.random.Generator) -> Array:
-    """Feasible neighbours of a policy ``(P,)``: each ratio moves with probability 0.2 by N(0, 0.1).
+    """Return feasible neighbors of a policy ``(P,)``: each ratio changes with probability 0.2 by N(0, 0.1).
 
     Returns:
         ``(S, P)`` with S at most `count`.
@@ -110,28 +111,28 @@ def mutate(space: Space, policy: Array, count: int, rng: np.random.Generator) ->
 
 
 def project(space: Space, policies: Array) -> Array:
-    """Scale policies into the budget: the smallest factor that meets it, found by bisection.
+    """Scale policies into the budget, by the smallest factor that meets it, found by bisection.
 
-    Where whole heads, or many blocks at once, then overshoot the band, single ratios are lowered.
+    If whole heads, or many blocks at once, then overshoot the band, single ratios are lowered.
 
     Args:
-        space: of the policies.
+        space: the space of policies.
         policies: ``(S, P)``, from 0 to their bounds.
 
     Returns:
-        Those that could be brought in, ``(s, P)`` with s at most S.
+        The policies that could be scaled into the budget, ``(s, P)`` with s at most S.
     """
     found = within(space, policies)
     return found[~np.isnan(found).any(axis=1)]
 
 
 def within(space: Space, policies: Array) -> Array:
-    """What each policy stands for: a feasible one itself, another one scaled as by `project`.
+    """Return each policy itself if it is feasible, or else scaled as by `project`.
 
-    A function of each row by itself.
+    Each row is computed independently.
 
     Returns:
-        ``(S, P)``; rows of NaN where no factor brings the policy in.
+        ``(S, P)``; rows of NaN if no factor scales the policy into the budget.
     """
     found = policies.copy()
     outside = ~space.feasible(policies) if len(policies) else np.zeros(0, dtype=bool)
@@ -142,7 +143,7 @@ def within(space: Space, policies: Array) -> Array:
 
 
 def _scaled(space: Space, policies: Array) -> Array:
-    # Beyond this factor every ratio stands at its bound.
+    # At this factor and above, every ratio is at its bound.
     high = (space.upper / policies).max(axis=1)
     low = np.zeros(len(policies))
     for _ in range(_HALVINGS):
@@ -154,9 +155,9 @@ def _scaled(space: Space, policies: Array) -> Array:
 
 
 def _lowered(space: Space, policies: Array) -> Array:
-    """Give back one ratio after another until the band is reached; NaN where that never happens.
+    """Lower one ratio after another until the band is reached; rows of NaN if it is not.
 
-    The order is each policy's own, of digits that mean nothing, so that no block is favoured.
+    The order is pseudo-random for each policy, taken from its low-order digits, so that no block is preferred.
     """
     order = np.argsort(policies * 1e4 % 1, axis=1, kind="stable")
     left = np.flatnonzero(~space.feasible(policies))
@@ -177,10 +178,10 @@ def _lowered(space: Space, policies: Array) -> Array:
 
 
 def even(space: Space) -> Array:
-    """The policy with one share of every bound, ``(1, P)``; single ratios are lowered where rounding overshoots.
+    """Return the policy with one share of every bound, ``(1, P)``; single ratios are lowered if rounding overshoots.
 
     Raises:
-        BudgetError: if no such policy spends the budget.
+        BudgetError: if no such policy uses up the budget.
     """
     space.check()
     found = project(space, space.upper[None])

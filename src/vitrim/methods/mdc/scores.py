@@ -1,10 +1,10 @@
-"""MDC's scores: how much of what a network says depends on each of its heads, neurons and tokens.
+"""MDC's scores: how much the output of a network depends on each of its heads, neurons and tokens.
 
 n images, N tokens, H heads, K channels of a head, M hidden neurons, C classes.
 
-Features are, for a neuron, its activations after the nonlinearity at all N tokens; for a head, its output before the
-projection, by token the mean over its channels (``released``) or all of them (``greedy``); for a place of the grid, the
-values of all heads there. The other side is the softmax of the dense model, with a linear kernel.
+The features of a neuron are its activations after the nonlinearity at all N tokens. Those of a head are its output
+before the projection: for each token the mean over its channels (``released``), or all channels (``greedy``). Those of
+a grid position are the values of all heads there. The outputs are the softmax of the dense model, with a linear kernel.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -39,14 +39,14 @@ else at least 1 / n."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How to score; see `vitrim.methods.mdc.Method`."""
+    """Settings of the scores; see `vitrim.methods.mdc.Method`."""
 
     neurons_by: Literal["hsic", "released"] = "hsic"
     heads_by: Literal["released", "greedy"] = "released"
     estimator: Literal["unbiased_median", "biased_multi"] = "unbiased_median"
     target: Literal["output", "labels"] = "output"
     place: str | None = None
-    """Path of the block whose values score the places of the grid; None for no such scores."""
+    """Path of the block whose values score the grid positions; None for no such scores."""
 
     @property
     def kind(self) -> hsic.Estimator:
@@ -55,18 +55,18 @@ class Settings:
 
     @property
     def kernel(self) -> hsic.Kernel:
-        """The kernel of the features."""
+        """Return the kernel of the features."""
         return hsic.kernel_of("median" if self.estimator == "unbiased_median" else "multi")
 
 
 @dataclass
 class Scores:
-    """What was found.
+    """The result of scoring.
 
     Attributes:
         ranking: indices of heads (``….heads``) and neurons (``….hidden``), the best first.
-        values: the scores that they are ranked by, the head order of ``greedy`` apart.
-        places: scores of the patches from 0 to 1, or none.
+        values: the scores that they are ranked by, except the head order of ``greedy``.
+        places: scores of the patches from 0 to 1, or None.
     """
 
     ranking: dict[str, Tensor] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class Scores:
 class _Sums:
     """Sums over batches, by path.
 
-    The energy that decides ties is that of what varies: what a constant adds, a bias could.
+    The energy that decides ties counts only variation over images, because a bias can replace a constant.
     """
 
     dependence: dict[str, Tensor] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class _Sums:
 
     @staticmethod
     def add(into: dict[str, Tensor], path: str, value: Tensor) -> None:
-        """Add a value in float64 on the CPU, which no batch's order of summation blurs."""
+        """Add a value in float64 on the CPU, so that the order of batches does not affect the sum."""
         into[path] = into.get(path, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
 
 
@@ -95,18 +95,18 @@ class _Sums:
 def score(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], settings: Settings) -> Scores:
     """Rank every head and neuron of `model`.
 
-    Two forward passes: one for what the model says, one on whose way each block is scored as it is passed, so that the
-    activations of one block are held at a time.
+    There are two forward passes per batch: one for the outputs, and one in which each block is scored as it is run, so
+    that only the activations of one block are in memory at a time.
 
     Args:
-        model: an adopted model; left as it was, with its modes.
-        batches: images ``(n, 3, height, width)`` and labels ``(n,)``, each batch of 4 images at least; what batches
-            give is averaged, their Gram matrices are never mixed.
-        settings: how.
+        model: an adopted model; not modified, modes included.
+        batches: images ``(n, 3, height, width)`` and labels ``(n,)``, each batch with at least 4 images; the results of
+            batches are averaged, and their Gram matrices are never mixed.
+        settings: settings of the scores.
 
     Raises:
-        MethodError: if a batch is too small, outputs are not finite or the same for all images of every batch, or
-            labels are asked for and missing or all of one class.
+        MethodError: if a batch is too small, outputs are not finite or are equal for all images of every batch, or
+            labels are needed but missing or all of one class.
     """
     known, sums = axes(model), _Sums()
     labels_seen: set[int] = set()
@@ -117,8 +117,8 @@ def score(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], settings: 
             outputs = _outputs(model, x, y, settings, labels_seen)
             against = hsic.target(hsic.linear(outputs), settings.kind)
             varied |= bool(against.any())
-            hear = _ears(known, outputs, against, settings, sums)
-            with listening(model, hear):
+            observers = _observers(known, outputs, against, settings, sums)
+            with listening(model, observers):
                 model(x)
             count += 1
     if not count:
@@ -136,7 +136,7 @@ def score(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], settings: 
 def _outputs(model: nn.Module, x: Tensor, y: Tensor, settings: Settings, seen: set[int]) -> Tensor:
     logits = model(x).float() if next(model.parameters()).dtype.itemsize < 4 else model(x)
     if not bool(torch.isfinite(logits).all()):
-        raise MethodError("outputs must be finite while scoring, but some are not; check weights and normalisation")
+        raise MethodError("outputs must be finite while scoring, but some are not; check weights and normalization")
     if settings.target == "output":
         return logits.softmax(dim=-1)  # type: ignore[no-any-return]
     if bool((y < 0).any()):
@@ -145,37 +145,37 @@ def _outputs(model: nn.Module, x: Tensor, y: Tensor, settings: Settings, seen: s
     return F.one_hot(y.to(logits.device), logits.shape[-1]).to(logits.dtype)
 
 
-def _ears(
+def _observers(
     known: Mapping[str, Axis], outputs: Tensor, against: Tensor, settings: Settings, sums: _Sums
 ) -> dict[str, Callable[[Tensor], None]]:
-    hear: dict[str, Callable[[Tensor], None]] = {}
+    observers: dict[str, Callable[[Tensor], None]] = {}
     for path, axis in known.items():
         block = path.rpartition(".")[0]
         if axis.name == "hidden":
-            hear[path] = _neurons(path, against, settings, sums)
+            observers[path] = _neurons(path, against, settings, sums)
         elif axis.name == "v" and len(axis.groups) > 1:
-            hear[f"{block}.heads"] = _heads(f"{block}.heads", axis.groups, outputs, settings, sums)
+            observers[f"{block}.heads"] = _heads(f"{block}.heads", axis.groups, outputs, settings, sums)
         if axis.name == "v" and block == settings.place:
-            hear[path] = _grid("tokens", against, settings, sums)
-    return hear
+            observers[path] = _grid("tokens", against, settings, sums)
+    return observers
 
 
 def _neurons(path: str, against: Tensor, settings: Settings, sums: _Sums) -> Callable[[Tensor], None]:
-    def ear(activation: Tensor) -> None:
+    def observe(activation: Tensor) -> None:
         sums.add(sums.dependence, path, hsic.dependence(activation, against, settings.kernel))
         sums.add(sums.energy, path, activation.var(dim=(0, 1), correction=0))
         if settings.neurons_by == "released":
             sums.add(sums.size, path, torch.linalg.vector_norm(activation, ord=1, dim=(0, 1)))
 
-    return ear
+    return observe
 
 
 def _heads(
     path: str, groups: tuple[int, ...], outputs: Tensor, settings: Settings, sums: _Sums
 ) -> Callable[[Tensor], None]:
-    """HSIC of every head with every head, and last with the output: ``(H + 1, H + 1)``."""
+    """Observe the HSIC of every head with every head, and last with the output: ``(H + 1, H + 1)``."""
 
-    def ear(mixed: Tensor) -> None:
+    def observe(mixed: Tensor) -> None:
         sums.add(sums.energy, path, mixed.var(dim=(0, 1), correction=0))
         parts = torch.split(mixed, list(groups), dim=-1)
         if settings.heads_by == "greedy":
@@ -186,15 +186,15 @@ def _heads(
         every = torch.stack(grams)
         sums.add(sums.dependence, path, torch.einsum("aij,bij->ab", every, hsic.target(every, settings.kind)))
 
-    return ear
+    return observe
 
 
 def _grid(path: str, against: Tensor, settings: Settings, sums: _Sums) -> Callable[[Tensor], None]:
-    def ear(values: Tensor) -> None:
+    def observe(values: Tensor) -> None:
         by_place = values.transpose(1, 2)
         sums.add(sums.dependence, path, hsic.dependence(by_place, against, settings.kernel))
 
-    return ear
+    return observe
 
 
 def _ranked(model: nn.Module, known: Mapping[str, Axis], sums: _Sums, settings: Settings) -> Scores:
@@ -223,24 +223,24 @@ def _ranked(model: nn.Module, known: Mapping[str, Axis], sums: _Sums, settings: 
 
 
 def _columns(block: nn.Module, axis: Axis) -> Tensor:
-    """Squared norm of what each channel is multiplied by on its way out."""
+    """Return the squared norm of the weights that read each channel."""
     member = next(member for member in axis.members if member.dim == 1)
     return block.get_parameter(member.parameter).detach().double().square().sum(dim=0).cpu()
 
 
 def _normalised(cross: Tensor) -> Tensor:
-    """HSIC in units of both sides' own (CKA); 0 for what is constant."""
+    """Return HSIC normalized to CKA; 0 for constant components."""
     own = cross.diagonal().clamp(min=0)
     both = (own[:, None] * own[None, :]).sqrt()
     return torch.where(both > torch.finfo(torch.float32).tiny, cross / both.clamp(min=1e-300), 0.0)
 
 
 def _static(cross: Tensor, settings: Settings) -> Tensor:
-    """Relevance less a tenth of the mean redundancy, ``(H,)``; a constant head is worth less than any other.
+    """Return relevance minus a tenth of the mean redundancy, ``(H,)``; constant heads get the lowest score.
 
-    With the published estimator these are HSICs. With the median kernel both terms are put in units of their sides'
-    own: features' kernels stay alive there, softmax outputs are small, and a tenth of the redundancy would outweigh all
-    relevance (on a ViT-Ti by a factor of 20).
+    With the published estimator both terms are HSICs. With the median kernel both are normalized to CKA, because the
+    kernels of features are large there and softmax outputs are small, so that a tenth of the redundancy would outweigh
+    all relevance (on a ViT-Ti by a factor of 20).
     """
     heads = len(cross) - 1
     if settings.estimator == "unbiased_median":
@@ -252,12 +252,13 @@ def _static(cross: Tensor, settings: Settings) -> Tensor:
 
 
 def greedy(alike: Tensor, energy: Tensor, beta: float = 1.0) -> Tensor:
-    """Order heads by what each adds: next is the one with the most relevance less its likeness to one chosen before.
+    """Order heads greedily: next is the head with the largest relevance minus similarity to a head chosen before.
 
     Args:
         alike: CKA of every head with every head, last with the output, ``(H + 1, H + 1)``.
-        energy: of the heads' outputs, ``(H,)``; decides ties.
-        beta: weight of the likeness. With the mean in place of the maximum, or 0.75 and less, a copy is not found.
+        energy: energy of the heads' outputs, ``(H,)``; decides ties.
+        beta: weight of the similarity. With the mean in place of the maximum, or with 0.75 or less, a copy is not
+            detected.
 
     Returns:
         Indices of all heads, the best first; constant ones last.
@@ -282,12 +283,12 @@ def greedy(alike: Tensor, energy: Tensor, beta: float = 1.0) -> Tensor:
 
 
 def minmax(values: Tensor) -> Tensor:
-    """From 0 for the smallest to 1 for the largest; all 1 where all are equal."""
+    """Return values scaled from 0 for the smallest to 1 for the largest; all 1 if all are equal."""
     low, high = values.min(), values.max()
     return (values - low) / (high - low) if bool(high > low) else torch.ones_like(values)
 
 
 def order(values: Tensor, energy: Tensor) -> Tensor:
-    """Indices, the most valuable first; of equal ones that with more output energy, then the first."""
+    """Return indices, the most valuable first; if equal, the one with more output energy, then the lower index."""
     keys = (np.arange(len(values)), -energy.numpy(), -values.numpy())
     return torch.from_numpy(np.lexsort(keys))

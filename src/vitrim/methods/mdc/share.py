@@ -1,4 +1,4 @@
-"""A policy on a living model: as masks and token steps on shared weights, and as the plan that cuts the same.
+"""Apply a policy to a model in memory, as masks and token steps on shared weights, or as the equivalent plan.
 
 P ratios of a policy, H heads, M hidden neurons, N tokens.
 """
@@ -23,13 +23,13 @@ __all__ = ["Chooser", "Shared"]
 
 
 class Chooser:
-    """Turns policies into what they keep.
+    """Convert policies to the heads, neurons and tokens that they keep.
 
-    Rankings are fixed, so what a policy keeps lies within what a milder one keeps.
+    Rankings are fixed, so what a policy keeps is a subset of what a policy with smaller ratios keeps.
 
     Args:
         frame: the policies.
-        fused: whether the mean of the tokens left out goes on.
+        fused: whether the dropped tokens are replaced by one token, their mean.
         places: scores of the patches at the first selection, or None.
     """
 
@@ -37,7 +37,7 @@ class Chooser:
         self.frame, self.fused, self.places = frame, fused, places
 
     def kept(self, policy: Array) -> dict[str, list[int]]:
-        """By path (``….heads``, ``….hidden``) of what is cut: indices that stay, rising."""
+        """Return, by path (``….heads``, ``….hidden``) of each cut, the kept indices in increasing order."""
         blocks, _ = self.frame.counts(policy[None])
         found = {}
         for place, (heads, hidden) in zip(self.frame.places, blocks, strict=True):
@@ -48,7 +48,7 @@ class Chooser:
         return found
 
     def steps(self, policy: Array) -> dict[str, TopK]:
-        """By path of a block: the step that drops tokens there."""
+        """Return, by path of a block, the step that drops tokens there."""
         _, counts = self.frame.counts(policy[None])
         arriving, found = self.frame.spec.stages[0].tokens, {}
         for number, (index, (kept, left)) in enumerate(zip(self.frame.selecting, counts, strict=False)):
@@ -64,7 +64,7 @@ class Chooser:
         return found
 
     def plan(self, policy: Array) -> Plan:
-        """What to cut."""
+        """Return the plan of a policy."""
         kept, steps = self.kept(policy), self.steps(policy)
         blocks = []
         for path, _, block in self.frame.spec.blocks():
@@ -77,7 +77,7 @@ class Chooser:
         return Plan.of(self.frame.spec, blocks)
 
     def masks(self, policy: Array, like: Tensor) -> dict[str, Tensor]:
-        """What multiplies the taps; a head that is gone asks for nothing, so that it does not choose tokens either."""
+        """Return the factors of the taps; the queries of a cut head are masked too, so it does not select tokens."""
         masks = {}
         for path, kept in self.kept(policy).items():
             block, _, name = path.rpartition(".")
@@ -92,7 +92,7 @@ class Chooser:
 
     @contextlib.contextmanager
     def chosen(self, model: nn.Module, policy: Array) -> Iterator[None]:
-        """Let `model` compute what the cut one would, with its own weights and nothing built but the token steps."""
+        """Make `model` compute the outputs of the cut model, with its own weights; only token steps are built."""
         like = next(model.parameters())
         prefix = self.frame.spec.stages[0].prefix
         steps = {path: Chosen(step, prefix).to(like.device) for path, step in self.steps(policy).items()}
@@ -100,7 +100,7 @@ class Chooser:
             yield
 
     def told(self, policy: Array) -> Mapping[str, Any]:
-        """What a policy keeps and costs, as a flat record."""
+        """Return what a policy keeps and costs, as a flat record."""
         blocks, counts = self.frame.counts(policy[None])
         cost = self.frame.costs(policy[None])
         return {
@@ -119,14 +119,14 @@ def _mask(widths: tuple[int, ...], kept: list[int], like: Tensor) -> Tensor:
 
 
 class Shared(nn.Module):
-    """A model each of whose training steps runs one policy drawn within the budget, on shared weights.
+    """A model that runs, at each training step, one policy drawn within the budget, on shared weights.
 
-    The policy of a step depends on (seed, step) alone, so processes and resumed runs draw the same.
+    The policy of a step depends only on (seed, step), so all processes and resumed runs draw the same one.
 
     Args:
-        model: trained in place.
-        chooser: of the policies.
-        seed: of the draws.
+        model: the model; trained in place.
+        chooser: converts the policies.
+        seed: seed of the draws.
     """
 
     step: Tensor
@@ -137,7 +137,7 @@ class Shared(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def forward(self, x: Tensor) -> Any:
-        """Logits of this step's policy."""
+        """Return the logits of this step's policy."""
         rng = np.random.default_rng([self.seed, int(self.step)])
         space = self.chooser.frame.space
         drawn = sample(space, 1, rng)
@@ -146,5 +146,5 @@ class Shared(nn.Module):
             return self.model(x)
 
     def taken(self, _: nn.Module, step: int) -> None:
-        """Count a step that was taken."""
+        """Count a finished step."""
         self.step.fill_(step + 1)

@@ -1,4 +1,4 @@
-"""Where the trials of a search lie: an Optuna study, in a file of one's own or in a storage that many share."""
+"""Open the Optuna study that stores the trials of a search, in a local file or in a shared storage."""
 
 import contextlib
 import time
@@ -14,7 +14,7 @@ from vitrim.words.plain import reason
 __all__ = ["kept", "open_study", "reachable"]
 
 _LOCKED = 60
-"""Seconds that a process waits for others to let go of an SQLite file."""
+"""Seconds that a process waits for others to release the lock of an SQLite file."""
 _TRIES = 5
 
 
@@ -24,14 +24,14 @@ _OPENING = (*_TOLD, ImportError, OSError, ValueError, optuna.exceptions.OptunaEr
 
 @contextlib.contextmanager
 def reachable(url: str, *, opening: bool = False) -> Iterator[None]:
-    """Tell what a storage says in one sentence.
+    """Convert errors of a storage to a `RunError` of one sentence.
 
     Args:
-        url: of the storage.
-        opening: whether the storage is being opened, where a wrong address shows in more ways.
+        url: URL of the storage.
+        opening: whether the storage is being opened, when a wrong address causes further types of errors.
 
     Raises:
-        RunError: if the storage is locked, unreachable or unknown; what it holds is left alone.
+        RunError: if the storage is locked, unreachable or unknown; its contents are not changed.
     """
     try:
         yield
@@ -49,21 +49,21 @@ def reachable(url: str, *, opening: bool = False) -> Iterator[None]:
 
 
 def _public(url: str) -> str:
-    """The address without its password."""
+    """Return the URL without its password."""
     scheme, mark, rest = url.partition("://")
     _, at, host = rest.rpartition("@")
     return f"{scheme}{mark}{host}" if at else url
 
 
 def open_study(url: str | None, name: str, identity: Mapping[str, str]) -> optuna.Study:
-    """Open a study, or make it.
+    """Open a study, or create it.
 
     Args:
         url: of a relational database (``sqlite:///trials.db``, ``mysql://…``, ``postgresql://…``), of a file that many
             machines append to (``journal:///folder/trials.log``), or of a server (``grpc://host:port``); None keeps it
             in memory.
         name: of the study in its storage.
-        identity: what tells the model and the space from others, by name; kept as user attributes of the study.
+        identity: texts that identify the model and the space, by name; stored as user attributes of the study.
 
     Raises:
         RunError: if the storage cannot be used, or the study is of another model or space.
@@ -87,7 +87,7 @@ def open_study(url: str | None, name: str, identity: Mapping[str, str]) -> optun
 
 
 def _made(url: str, name: str) -> optuna.Study:
-    """Several processes may make tables and study at the same time; the slower ones find them made."""
+    """Create or open a study; several processes may do so at the same time, and the slower ones open it."""
     for attempt in range(_TRIES):
         try:
             return optuna.create_study(
@@ -116,14 +116,14 @@ def _storage(url: str) -> Any:
 
 
 def kept(study: optuna.Study, values: Callable[[], Mapping[str, Any]], names: Iterable[str]) -> dict[str, Any]:
-    """What the study keeps under `names`; made and put there if it lacks any.
+    """Return the values stored in the study under `names`; compute and store them if any is missing.
 
-    Processes that share a study so share what the first of them made.
+    So processes that share a study share the values that the first of them computed.
 
     Args:
-        study: of the search.
-        values: makes plain values, by name.
-        names: what is needed.
+        study: the study of the search.
+        values: a function that computes plain values, by name.
+        names: the names that are needed.
     """
     wanted = list(names)
     if any(name not in study.user_attrs for name in wanted):

@@ -1,16 +1,16 @@
-"""Without training and without labels: calibrate once, read off any budget.
+"""Compress without training and without labels: calibrate once, then cut to any budget.
 
 B images, N tokens, D width, H heads, M hidden neurons.
 
-Our own method on published parts. A few hundred images go through the dense model once; each kind of cut is made alone
-in each block, compensated, and what it does to the output is noted. Any budget is then a choice of patches to merge and
-widths to keep with the least sum of losses, and the model is cut block after block with closed-form compensation
-(`vitrim.cut.compensate`).
+Our own method, built from published parts. A few hundred images are run through the dense model once. Each kind of cut
+is made alone in each block and compensated, and the change of the output is recorded. For any budget, patches to merge
+and widths to keep are then chosen with the least sum of losses, and the model is cut block by block with closed-form
+compensation (`vitrim.cut.compensate`).
 
 Sources: Bolya et al., "Token Merging", ICLR 2023 (merging, proportional attention); Hassibi and Stork, "Optimal Brain
 Surgeon", 1992, and Frantar and Alistarh, "SparseGPT", 2023 (removal of neurons); ridge compensation as in GRAIL, CORP
-and VBP. Ours: the joint low rank of queries and keys, schedules of merging, and the table by which tokens and widths
-are traded.
+and VBP. Ours: the joint low rank of queries and keys, schedules of merging, and the table used to trade tokens against
+widths.
 """
 
 import time
@@ -43,21 +43,22 @@ FILE = "calibration.safetensors"
 
 
 class Method(Node):
-    """Merge patches, narrow heads and MLPs, and re-fit what stays; nothing is trained.
+    """Merge patches, narrow heads and MLPs, and refit the remaining weights; nothing is trained.
 
     Attributes:
-        merge: ``bipartite``: patches that are alike become one, in every image its own; ``grid``: neighbours become
-            their mean, the same in every image, and a grid stays a grid; ``none``: every patch stays. The last two are
-            for dense prediction and for static graphs. ``auto``: bipartite where the model can (not in windows).
-        widths: whether heads, their channels and neurons may go.
-        only_prefix: whether the last block computes the prefix tokens alone where the head reads nothing else, which
-            changes no logit; None for yes with bipartite merging alone, since patches may be wanted without it.
-        strength: of the ridge, as a share of the mean diagonal of a layer's Gram matrix.
-        alpha: share of a re-fit's target that brings the stream back to the dense one, in [0, 1]; without merging
-            alone.
-        probe: images on which single cuts are judged, of the validation images.
-        batch: images at a time.
-        calibration: a file that ``vitrim pareto`` wrote, in place of a new calibration.
+        merge: ``bipartite``: similar patches are merged, different ones in every image; ``grid``: neighbors are
+            averaged, the same in every image, and a grid stays a grid; ``none``: no patches are merged. The last two
+            are for dense prediction and for static graphs. ``auto``: bipartite if the model supports it (not in
+            windows).
+        widths: whether heads, their channels and neurons may be cut.
+        only_prefix: whether the last block computes only the prefix tokens if the head reads nothing else, which
+            changes no logit. None means yes only with bipartite merging, because patches may be needed otherwise.
+        strength: strength of the ridge, as a share of the mean diagonal of a layer's Gram matrix.
+        alpha: share of a refit's target that corrects the residual stream toward the dense one, in [0, 1]; used only
+            without merging.
+        probe: number of validation images on which single cuts are measured.
+        batch: images per batch.
+        calibration: a file that ``vitrim pareto`` wrote, to use instead of a new calibration.
     """
 
     needs: ClassVar[str] = "images"
@@ -75,7 +76,7 @@ class Method(Node):
 
     @property
     def held_out(self) -> int:
-        """The number of training images that cuts are judged on; none where a calibration is given."""
+        """Return the number of training images that cuts are measured on; 0 if a calibration is given."""
         return 0 if self.calibration is not None else self.probe
 
     def search(
@@ -116,7 +117,7 @@ class Method(Node):
         merge: Kind,
         seed: int,
     ) -> Found:
-        """What `budget` gives of a calibration, with the weights that make up for it."""
+        """Return the plan that a calibration gives for `budget`, with the weights that compensate for it."""
         spec, exact = describe(model), self._exact(merge)
         start = time.perf_counter()
         chosen = read_off(calibration, budget, merge=merge != "none", widths=self.widths, exact=exact)
@@ -165,9 +166,9 @@ class Method(Node):
         return self.merge
 
     def images(self, data: Data) -> tuple[list[Tensor], list[Tensor]]:
-        """Batches for statistics, and batches of other images to judge cuts on; all in memory.
+        """Return batches for statistics, and batches of other images to measure cuts on; all in memory.
 
-        Without validation images the last fifth of the calibration images judges.
+        Without validation images, the last fifth of the calibration images is used to measure cuts.
         """
         assert data.calibration is not None
         images = list(_few(data.calibration, data, self.batch, None))
@@ -188,7 +189,7 @@ class Method(Node):
         seed: int,
         folder: Path | None,
     ) -> Calibration:
-        """The one that is named, the one that a stopped run left, or a new one."""
+        """Return the calibration that is named, the one that a stopped run wrote, or a new one."""
         if self.calibration is not None:
             known = read_calibration(Path(self.calibration))
             known.check(model, data.input, self.calibration)
@@ -210,7 +211,7 @@ class Method(Node):
     def calibrated(
         self, model: nn.Module, data: Data, images: Sequence[Tensor], probe: Sequence[Tensor], seed: int
     ) -> Calibration:
-        """A new calibration of `model`."""
+        """Return a new calibration of `model`."""
         spec = describe(model)
         with progress("calibration", len(spec.blocks()) + 1) as advance:
             return calibrate(
@@ -227,7 +228,7 @@ class Method(Node):
 
 
 def _few(dataset: Any, data: Data, batch: int, most: int | None) -> Iterator[Tensor]:
-    """Batches of the first images."""
+    """Yield batches of the first images."""
     left = len(dataset) if most is None else min(most, len(dataset))
     for x, _ in eval_loader(dataset, data.input, batch=batch):
         if left <= 0:

@@ -1,4 +1,4 @@
-"""Read a budget off a calibration: which patches to merge, and how wide every part is to be.
+"""Choose, from a calibration and for a budget, which patches to merge and the width of every part.
 
 H heads, K channels of a head, M hidden neurons.
 """
@@ -20,21 +20,21 @@ from vitrim.words.steps import Tokens
 __all__ = ["Reading", "least", "read_off"]
 
 _TRIES = 8
-"""Schedules that are looked at, the best first, until one spends its budget."""
+"""Largest number of schedules tried, the best first, until one uses up the budget."""
 
 _STEP, _STEP_HIDDEN, _WIDE = 8, 32, 512
-"""Channels of a head go in steps of 8, neurons in steps of 32 where there are 512 or more, else of 8."""
+"""Channels of a head are cut in steps of 8, neurons in steps of 32 if there are 512 or more, else of 8."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a budget gives.
+    """The choice for a budget.
 
     Attributes:
         merges: the schedule of merging, see `vitrim.methods.post_training.sensitivity.merging`.
         choices: widths of each block.
         loss: the sum of the table's losses, nats.
-        exact: whether the last block computes prefix tokens alone where it can.
+        exact: whether the last block computes only prefix tokens if it can.
     """
 
     merges: tuple[int, ...]
@@ -45,12 +45,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class _Group:
-    """What one part of a block can become.
+    """The options for one part of a block.
 
     Attributes:
-        choices: of the part alone.
-        losses: from the table.
-        counts: heads, channels of queries and of values together, or neurons, of each choice.
+        choices: choices of widths of this part.
+        losses: their losses from the table.
+        counts: for each choice, the number of heads, of channels of queries and values together, or of neurons.
     """
 
     choices: list[BlockChoice]
@@ -59,7 +59,7 @@ class _Group:
 
 
 def least(spec: Spec, merges: Sequence[Sequence[int]], exact: bool, budget: Budget) -> Price:
-    """What the smallest model that can be read off costs."""
+    """Return the cost of the smallest model that can be chosen."""
     found = []
     for counts in merges:
         small = merging(spec, counts, exact).child(spec)
@@ -85,27 +85,27 @@ def _with(spec: Spec, blocks: Sequence[Block]) -> Spec:
 
 
 def read_off(calibration: Calibration, budget: Budget, *, merge: bool, widths: bool, exact: bool) -> Reading:
-    """The schedule and widths with the least sum of losses within `budget`.
+    """Return the schedule and widths with the least sum of losses within `budget`.
 
-    For each schedule of merging that was measured, widths are allocated to what it leaves of the budget, at the costs
-    that blocks have with so many tokens; the best sum of both wins.
+    For each measured schedule of merging, widths are allocated to the rest of the budget, at the costs that blocks have
+    with that number of tokens. The choice with the least sum of both losses is returned.
 
     Args:
-        calibration: of the model.
-        budget: what the child may cost.
+        calibration: calibration of the model.
+        budget: limit on the child's cost.
         merge: whether patches may be merged.
         widths: whether widths may be cut.
-        exact: whether the last block computes prefix tokens alone where it can.
+        exact: whether the last block computes only prefix tokens if it can.
 
     Raises:
-        BudgetError: naming the least possible, if nothing fits.
+        BudgetError: naming the least possible cost, if nothing fits.
     """
     spec = calibration.spec
     parent = budget.cost(spec)
     rows = list(zip(calibration.merges, calibration.merged, strict=True))
     rows = rows if merge else rows[:1]
     check_reach(spec, [counts for counts, _ in rows], exact, budget, widths)
-    # Where the exact last block alone saves more than is asked for, the budget is spent without it.
+    # If the exact last block alone saves more than is needed, it is left out so that the budget is used up.
     ways = (True, False) if exact else (False,)
     found: list[Reading] = []
     for way in ways:
@@ -123,16 +123,16 @@ def _all(
     budget: Budget,
     widths: bool,
 ) -> list[Reading]:
-    """The best of each schedule, the best of all first."""
+    """Return the best choice for each schedule, sorted by loss."""
     found = [_allocated(calibration, counts, loss, exact, budget, widths) for counts, loss in rows]
     return sorted((one for one in found if one is not None), key=lambda one: one.loss)
 
 
 def check_reach(spec: Spec, merges: Sequence[Sequence[int]], exact: bool, budget: Budget, widths: bool) -> None:
-    """Refuse what no choice reaches, before anything is measured.
+    """Raise an error, before anything is measured, if no choice meets the budget.
 
     Raises:
-        BudgetError: naming the least possible.
+        BudgetError: naming the least possible cost.
     """
     if widths:
         floor = least(spec, merges, exact, budget)
@@ -155,7 +155,7 @@ def _allocated(
     budget: Budget,
     widths: bool,
 ) -> Reading | None:
-    """Widths for what one schedule leaves of the budget; None if they cannot reach it."""
+    """Return widths for the budget that one schedule leaves; None if they cannot meet it."""
     small = merging(calibration.spec, counts, exact).child(calibration.spec)
     whole, limits = budget.cost(small), budget.limits(budget.cost(calibration.spec))
     room = [limit - getattr(whole, name) for name, limit in limits.items()]
@@ -188,13 +188,13 @@ def _allocated(
 def _costs(
     priced: Sequence[Price], block: Block, stage: Stage, arriving: Tokens, budget: Budget, names: Sequence[str]
 ) -> list[list[int]]:
-    """What each option costs more than the block as it is."""
+    """Return the cost of each option relative to the uncut block."""
     whole = budget.block(block, stage, arriving)
     return [[getattr(cost, name) - getattr(whole, name) for name in names] for cost in priced]
 
 
 def _heads_priced(group: _Group, block: Block, stage: Stage, arriving: Tokens, budget: Budget) -> list[Price]:
-    """Costs are straight lines in heads and channels, once there is a head; times are not."""
+    """Return the price of each choice; costs are linear in heads and channels if there is a head, times are not."""
     mixer = block.mixer
     assert isinstance(mixer, Attention)
 
@@ -240,7 +240,7 @@ def _neurons_priced(group: _Group, block: Block, stage: Stage, arriving: Tokens,
 
 
 def _attention(calibration: Calibration, path: str, block: Block) -> _Group:
-    """Whole heads, and even widths of those that stay."""
+    """Return the options for attention: numbers of whole heads, and equal widths of the remaining heads."""
     mixer, group = block.mixer, _Group([], [], [])
     if not isinstance(mixer, Attention) or f"{path}.heads" not in calibration.losses:
         return group
@@ -269,7 +269,7 @@ def _sizes(mixer: Attention) -> dict[str, tuple[int, ...]]:
 
 
 def _heads_loss(alone: Sequence[float], together: float, gone: int) -> float:
-    """Between one head and all a power law, and never less than the heads' own losses together."""
+    """Return the loss by a power law between one head and all, at least the sum of the heads' own losses."""
     if not gone:
         return 0.0
     shares = [1 / (len(alone) + (len(alone) == 1)), 1.0]
@@ -277,7 +277,7 @@ def _heads_loss(alone: Sequence[float], together: float, gone: int) -> float:
 
 
 def _levels(calibration: Calibration, path: str, size: int) -> Iterator[tuple[int | None, float]]:
-    """Widths of a head and what they lose; None leaves it alone."""
+    """Yield widths of a head and their losses; None leaves the width unchanged."""
     yield None, 0.0
     if path in calibration.losses:
         for width in range((size - 1) // _STEP * _STEP, 0, -_STEP):
@@ -297,11 +297,11 @@ def _neurons(calibration: Calibration, path: str, block: Block) -> _Group:
     return group
 
 
-# -- what steps leave unspent
+# -- using up the rest of the budget
 
 
 def _spent(spec: Spec, found: Reading, budget: Budget) -> Reading:
-    """Give back what fits: single neurons, then single patches; a budget is spent to `SLACK`."""
+    """Add back single neurons, then single patches, as long as they fit; the budget is used up to `SLACK`."""
     parent = budget.cost(spec)
     for more in (_more_neurons, _fewer_merges):
         if budget.spent(_priced(spec, found, budget), parent) < 1 - SLACK:
@@ -316,7 +316,7 @@ def _priced(spec: Spec, found: Reading, budget: Budget) -> Price:
 
 
 def _chosen(block: Block, choice: BlockChoice) -> Block:
-    """The node that a choice of widths makes of a block."""
+    """Return the block with the chosen widths."""
     mixer, hidden = block.mixer, block.hidden
     if isinstance(mixer, Attention):
         kept = range(len(mixer.v)) if choice.heads is None else choice.heads
@@ -352,7 +352,7 @@ def _replaced(found: Reading, index: int, hidden: int) -> Reading:
 
 
 def _fewer_merges(spec: Spec, found: Reading, budget: Budget) -> Reading:
-    """Merge one patch less in one block after another, as long as the budget allows it."""
+    """Merge one patch less in one block after another, as long as the budget allows."""
     parent, moved = budget.cost(spec), True
     while moved:
         moved = False

@@ -1,9 +1,9 @@
-"""What one calibration knows of a model: how far each single cut moves its output, and where that is kept.
+"""The results of a calibration: how far each single cut changes the model's output, and the file that stores them.
 
 B images, L blocks, S schedules of merging.
 
-The file is safetensors: losses as tensors, and in its metadata the model's spec and a fingerprint of its weights, so
-that it is refused for another model.
+The file is safetensors: losses as tensors, and in its metadata the model's spec and a fingerprint of its weights, which
+prevent its use for another model.
 """
 
 import json
@@ -28,26 +28,26 @@ from vitrim.words.spec import Spec
 __all__ = ["Calibration", "read_calibration", "write_calibration"]
 
 FORMAT = 2
-"""1 had another hash of the weights."""
+"""Format 1 had another hash of the weights."""
 _KEY = "vitrim_calibration"
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Losses of single cuts: divergence from the dense output on images kept apart, nats.
+    """Losses of single cuts: divergence from the dense output on separate images, nats.
 
     Attributes:
-        spec: of the dense model.
+        spec: spec of the dense model.
         weights: hash of its weights (`vitrim.nn.weights.fingerprint`).
-        input: size and normalisation of the images.
-        count: images that the statistics were made of.
-        shares: by path of a cut (``stages.0.blocks.3.hidden``, ``….qk``, ``….v``), removed shares, rising.
-        losses: by the same paths, what was measured there. ``….heads`` holds one loss for each head that goes alone,
-            and behind them that of all together.
-        merges: patches merged in each block, ``(S, L)``, whole numbers; the first schedule merges none. Numbers below 0
+        input: size and normalization of the images.
+        count: number of images used for the statistics.
+        shares: by path of a cut (``stages.0.blocks.3.hidden``, ``….qk``, ``….v``), removed shares, increasing.
+        losses: by the same paths, the losses measured there. ``….heads`` contains one loss for each head that is
+            removed alone, followed by that of removing all.
+        merges: patches merged in each block, ``(S, L)``, integers; the first schedule merges none. Numbers below 0
             halve the grid, see `vitrim.methods.post_training.sensitivity.merging`.
         merged: losses of these schedules, ``(S,)``.
-        seconds: what it took.
+        seconds: time that the calibration took.
     """
 
     spec: Spec
@@ -62,15 +62,15 @@ class Calibration:
 
     @property
     def merge(self) -> str:
-        """What the schedules merge: ``bipartite``, ``grid`` or ``none``."""
+        """Return the kind of merging of the schedules: ``bipartite``, ``grid`` or ``none``."""
         numbers = [count for row in self.merges for count in row]
         return "grid" if min(numbers) < 0 else "bipartite" if max(numbers) else "none"
 
     def check(self, model: nn.Module, input: Input, at: str) -> None:
-        """Refuse another model, other weights, or images of another size or normalisation.
+        """Raise an error for another model, other weights, or images of another size or normalization.
 
         Raises:
-            MethodError: naming what differs.
+            MethodError: naming the difference.
         """
         way = "calibrate again, or name the model it was made for"
         if describe(model) != self.spec:
@@ -83,16 +83,16 @@ class Calibration:
                 f"{at}: images must be of the size {self.input.size} that was calibrated, but are {input.size}; {way}"
             )
         if (input.mean, input.std) != (self.input.mean, self.input.std):
-            raise MethodError(f"{at}: images must be normalised as they were at calibration, but are not; {way}")
+            raise MethodError(f"{at}: images must be normalized as they were at calibration, but are not; {way}")
         if fingerprint(model) != self.weights:
             raise MethodError(f"{at}: the calibration must be of this model, but its weights were others; {way}")
 
 
 def write_calibration(path: Path, calibration: Calibration) -> None:
-    """Write a calibration in one step.
+    """Write a calibration atomically.
 
     Raises:
-        MethodError: if the place cannot be written.
+        MethodError: if the file cannot be written.
     """
     tensors: dict[str, Tensor] = {
         "merges": torch.tensor(calibration.merges, dtype=torch.int64),
@@ -110,8 +110,8 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
         "seconds": calibration.seconds,
     }
     try:
-        with writing(path) as beside:
-            save_file(tensors, beside, metadata={_KEY: json.dumps(sheet)})
+        with writing(path) as part:
+            save_file(tensors, part, metadata={_KEY: json.dumps(sheet)})
     except (OSError, SafetensorError) as problem:
         raise MethodError(
             f"{path}: the calibration must be written here, but {problem}; choose another place"
@@ -119,7 +119,7 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Read what `write_calibration` wrote.
+    """Read a file that `write_calibration` wrote.
 
     Raises:
         MethodError: if the file is missing, damaged, or holds something else.

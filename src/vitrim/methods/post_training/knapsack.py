@@ -1,11 +1,11 @@
-"""Choose one option of every group so that the sum of losses is least within a budget. Numbers in, numbers out.
+"""Choose one option of every group so that the sum of losses is least within a budget.
 
-G groups, O options of a group. A group is one thing whose width is chosen by itself (the attention of a block, its
-MLP).
+G groups, O options of a group. A group is one part whose width is chosen independently (the attention or the MLP of a
+block). This module handles only numbers.
 
-The problem is the multiple-choice knapsack. It is solved by dynamic programming over the cost that is spent, in units
-that divide every cost where there are such, and otherwise in 1 / 4000 of what can be saved with costs rounded up. So
-the choice is exact where costs share a unit and at most 0.03 % of the budget from it where they do not, and never over.
+The problem is the multiple-choice knapsack. It is solved by dynamic programming over the cost. The unit of cost is one
+that divides every cost if there is one, and otherwise 1 / 4000 of the cost that can be saved, with costs rounded up. So
+the choice is exact if costs share a unit, otherwise within 0.03 % of the budget of it, and never over budget.
 """
 
 import itertools
@@ -29,23 +29,23 @@ def choose_options(
     """Choose options.
 
     Args:
-        losses: for each group its options' losses.
-        costs: for each group and option, one whole number for each of the budget's bounds.
+        losses: for each group, the losses of its options.
+        costs: for each group and option, one integer for each of the budget's bounds.
         limits: the largest sum of each.
 
     Returns:
         For each group the number of the chosen option. With one bound the least sum of losses (see above); with
-        several, the best of a row of weightings of the bounds.
+        several, the best over a list of weightings of the bounds.
 
     Raises:
-        BudgetError: naming the least possible, if nothing fits.
+        BudgetError: naming the least possible cost, if nothing fits.
     """
     table = [np.asarray(group, dtype=np.int64).reshape(len(group), -1) for group in costs]
     bound = np.asarray(limits, dtype=np.int64)
     least = sum((group.min(axis=0) for group in table), np.zeros(len(bound), dtype=np.int64))
     if (least > bound).any():
         raise _out_of_reach(least, bound)
-    # What every choice costs counts for nothing here, and what is left is at least 0.
+    # Subtract the least cost of each group, which every choice has, so that the remaining costs are at least 0.
     table, bound = [group - group.min(axis=0) for group in table], bound - least
     free = [np.asarray(group, dtype=np.float64) for group in losses]
     best = [int(group.argmin()) for group in free]
@@ -80,7 +80,7 @@ def _weightings(bounds: int) -> list[tuple[float, ...]]:
 def _weighted(
     losses: list[Array], table: list[NDArray[np.int64]], bound: NDArray[np.int64], weights: tuple[float, ...]
 ) -> list[int] | None:
-    """The best choice under one weighted bound, lowered until every bound holds."""
+    """Return the best choice under one weighted bound, which is lowered until every bound holds."""
     if len(bound) == 1:
         return _knapsack(losses, [group[:, 0] for group in table], int(bound[0]))
     scale = np.asarray(weights) / np.maximum(bound, 1) * 1e9
@@ -98,7 +98,7 @@ def _weighted(
 
 
 def _knapsack(losses: list[Array], costs: list[NDArray[np.int64]], limit: int) -> list[int] | None:
-    """Exact in units: least losses for every amount saved up to what is needed."""
+    """Solve the knapsack exactly in units: the least loss for every amount saved, up to the amount needed."""
     fair = [_fair(loss, cost) for loss, cost in zip(losses, costs, strict=True)]
     losses = [loss[keep] for loss, keep in zip(losses, fair, strict=True)]
     costs = [cost[keep] for cost, keep in zip(costs, fair, strict=True)]
@@ -135,14 +135,14 @@ def _knapsack(losses: list[Array], costs: list[NDArray[np.int64]], limit: int) -
 
 
 def _fair(loss: Array, cost: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Options that no other undercuts in both loss and cost, the cheapest first."""
+    """Return the Pareto-optimal options in loss and cost, the cheapest first."""
     order = np.lexsort((loss, cost))
     best = np.concatenate([[np.inf], np.minimum.accumulate(loss[order])[:-1]])
     return order[loss[order] < best]
 
 
 def _moved(best: Array, steps: int) -> Array:
-    """`best` after saving `steps` more, where saving more than the goal counts as the goal."""
+    """Return `best` shifted by `steps` more units saved; saving more than the goal counts as the goal."""
     moved = np.full(len(best), np.inf)
     moved[steps:] = best[: len(best) - steps]
     moved[-1] = best[len(best) - 1 - steps :].min()
@@ -150,15 +150,15 @@ def _moved(best: Array, steps: int) -> Array:
 
 
 def power_law(shares: Sequence[float], losses: Sequence[float], at: float) -> float:
-    """Loss at a removed share, by straight lines between the logarithms of measured points.
+    """Return the loss at a removed share, interpolated linearly between the logarithms of measured points.
 
-    Beyond the first and the last point the line of their neighbour goes on, below with an exponent of at least 1.
-    Nothing removed costs nothing.
+    Beyond the first and the last point, the adjacent line is extended, below the first with an exponent of at least 1.
+    The loss at share 0 is 0.
 
     Args:
-        shares: removed shares in (0, 1], rising.
-        losses: what was measured there; made to rise where noise lets them fall.
-        at: in [0, 1].
+        shares: removed shares in (0, 1], increasing.
+        losses: losses measured there; made non-decreasing where noise makes them fall.
+        at: the removed share, in [0, 1].
     """
     if at <= 0:
         return 0.0

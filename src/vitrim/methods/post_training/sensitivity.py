@@ -1,4 +1,4 @@
-"""Measure the calibration: one cut at a time, the divergence of the output from the dense one.
+"""Run the calibration: make one cut at a time and measure the divergence of the output from the dense model's.
 
 B images, L blocks, H heads, K channels of a head, M hidden neurons, N tokens.
 """
@@ -42,10 +42,10 @@ from vitrim.words.steps.merge import Merge
 __all__ = ["Kind", "calibrate", "divergence", "last_exact", "logits_of", "merging", "needed", "schedules"]
 
 _CUTS = (0.25, 0.5, 0.75)
-"""Removed shares that are measured; between them losses follow power laws."""
+"""Removed shares that are measured; losses between them are interpolated by power laws."""
 
 _SHAPES = ((0.3, 1.7), (0.65, 1.35), (1.0, 1.0), (1.5, 0.6), (1.8, 0.2))
-"""Patches merged in the first and in the last block that merges, in units of the mean, with a straight line between."""
+"""Patches merged in the first and in the last block that merges, relative to the mean; linear in between."""
 
 _SHARES = {
     0.85: (0, 1),
@@ -61,26 +61,30 @@ _SHARES = {
     0.38: (3, 4),
 }
 """MACs that the schedules of merging are made for, as shares of the dense model's, and their shapes. All five shapes of
-all shares were measured on a ViT-Ti: the best lay within these bands, one from the edge or better where it had room."""
+all shares were measured on a ViT-Ti: the best was within these bands, at least one shape from an edge if possible."""
 
 _LIGHT = 0.7
-"""Share of the MACs from which on only every second block merges, twice as much: as good there, and 1 to 2 % of the
-dense time less, for every matching costs what no MACs tell. Below, it loses (at 0.66 0.046 nats against 0.036)."""
+"""Share of the MACs above which only every second block merges, twice as many patches. The loss there is the same, and
+it saves 1 to 2 % of the dense time, because each matching takes time that MACs do not count. At lower shares the loss
+is higher (0.046 nats against 0.036 at a share of 0.66)."""
 
 COLUMNS, ROWS = -1, -2
-"""In a schedule: neighbours along a row (along a column) of the grid are merged at the input of a block."""
+"""Values in a schedule: neighbors along a row (along a column) of the grid are merged at the input of a block."""
 
 _APART = (1, 2, 4)
-"""Blocks between the two halvings of a grid."""
+"""Numbers of blocks between the two halvings of a grid."""
 
 _STARTS = 12
-"""Blocks at most at which a grid is first halved."""
+"""Largest number of blocks at which the first halving of a grid is tried."""
 
 Kind = Literal["bipartite", "grid", "none"]
 
 
 def needed(spec: Spec) -> int:
-    """Images that the statistics need: a token for every fourth neuron of each layer; no ridge bridges more."""
+    """Return the number of images the statistics need: one token for every four neurons of each layer.
+
+    With fewer tokens the ridge does not give a usable fit.
+    """
     return max(-(-max(_widths(block), default=1) // (4 * stage.tokens)) for _, stage, block in spec.blocks())
 
 
@@ -93,14 +97,14 @@ def _widths(block: object) -> Iterator[int]:
 
 
 def last_exact(spec: Spec, wanted: bool = True) -> Plan:
-    """The plan by which the last block computes the prefix tokens alone, where the head reads nothing else."""
+    """Return the plan by which the last block computes only the prefix tokens, if the head reads nothing else."""
     reads = spec.host.arguments.get("global_pool") == "token" and spec.stages[-1].prefix > 0
     last = len(spec.blocks()) - 1
     return Plan.of(spec, [BlockPlan(only_prefix=wanted and reads and i == last) for i in range(last + 1)])
 
 
 def merging(spec: Spec, counts: Sequence[int], exact: bool) -> Plan:
-    """The plan of a schedule: patches merged in each block, or `COLUMNS` or `ROWS`; `exact`: see `last_exact`."""
+    """Return the plan of a schedule: patches to merge in each block, `COLUMNS` or `ROWS`; `exact`: see `last_exact`."""
     decisions = last_exact(spec, exact).blocks()
     steps = [_step(count) for count in counts]
     return Plan.of(spec, [one.model_copy(update={"tokens": step}) for one, step in zip(decisions, steps, strict=True)])
@@ -114,12 +118,12 @@ def _step(count: int) -> Merge | GridMerge | None:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, images: Sequence[Tensor]) -> Tensor:
-    """Logits on the CPU, ``(P, K)``."""
+    """Compute logits, ``(P, K)`` on the CPU."""
     return torch.cat([model(fed(x, model)).float().cpu() for x in images])
 
 
 def divergence(dense: Tensor, logits: Tensor) -> float:
-    """Mean Kullback-Leibler divergence from the dense output, nats.
+    """Return the mean Kullback-Leibler divergence from the dense output, in nats.
 
     Raises:
         MethodError: if it is not finite.
@@ -146,14 +150,14 @@ def calibrate(
     """Measure a model.
 
     Args:
-        model: an adopted model; left as it was.
+        model: an adopted model; not modified.
         images: batches for statistics.
         probe: batches of other images, on which losses are measured.
-        input: of the images.
-        seed: of drawn labels.
-        strength: of the ridge.
-        merge: whose schedules are measured, see `schedules`.
-        exact: whether the last block computes prefix tokens alone where it can.
+        input: size and normalization of the images.
+        seed: seed of drawn labels.
+        strength: strength of the ridge.
+        merge: kind of merging whose schedules are measured, see `schedules`.
+        exact: whether the last block computes only prefix tokens if it can.
         advance: called with 1 after each block, and with 1 in all for the schedules.
     """
     start, spec = time.perf_counter(), describe(model)
@@ -204,7 +208,7 @@ def calibrate(
 
 
 class _Row:
-    """The cuts of one block: each is made, compensated, and run to the end of the model."""
+    """The cuts of one block: each is made and compensated, and the rest of the model is run."""
 
     def __init__(
         self,
@@ -220,7 +224,7 @@ class _Row:
         self.entering, self.probe, self.dense = entering, probe, dense
 
     def cells(self) -> Iterator[tuple[str, tuple[float, ...], tuple[float, ...]]]:
-        """Name, removed shares and losses of each kind of cut that the block allows."""
+        """Yield name, removed shares and losses of each kind of cut that the block allows."""
         block, form = self.place.block, self.place.block.form
         if isinstance(block.attn, Attention):
             cut = AttentionCut(self.place)
@@ -266,11 +270,11 @@ def _left(size: int, share: float) -> int:
 
 
 def schedules(spec: Spec, kind: Kind, exact: bool) -> list[tuple[int, ...]]:
-    """Ways to merge, see `merging`; the first merges nothing.
+    """Return the schedules of merging to measure, see `merging`; the first merges nothing.
 
-    ``bipartite``: shapes over depth for each of eleven costs; late-heavy ones lose least while little is merged,
-    early-heavy ones where much is: then every block saves. ``grid``: halved once, at the input of any block but the
-    first, or twice, a few blocks apart.
+    ``bipartite``: shapes over depth for each of eleven costs. Shapes that merge more in late blocks have the least loss
+    if few patches are merged, and shapes that merge more in early blocks if many are, because then every block saves.
+    ``grid``: halved once, at the input of any block but the first, or twice, a few blocks apart.
     """
     blocks = len(spec.blocks())
     stage = spec.stages[0]
@@ -304,7 +308,7 @@ def _halvings(blocks: int, grid: tuple[int, int]) -> list[tuple[int, ...]]:
 
 
 def _schedule(spec: Spec, shape: tuple[float, float], macs: float, exact: bool, stride: int) -> tuple[int, ...] | None:
-    """The gentlest schedule of a shape that costs at most `macs`; every `stride`-th block merges."""
+    """Return the schedule of a shape that merges least and costs at most `macs`; every `stride`-th block merges."""
     low, high, best = 0.0, spec.stages[0].patches / 2, None
     for _ in range(24):
         middle = (low + high) / 2

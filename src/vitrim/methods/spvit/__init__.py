@@ -1,25 +1,25 @@
-"""SPViT: attention becomes convolution where that is enough, in one search with shared weights.
+"""SPViT: replace attention by convolution where possible, in one search with shared weights.
 
 T tokens, H heads, d channels of a head, M hidden neurons.
 
 Source: He, Liu, Pan, Cai, Zhang, Tao, Zhuang, "Pruning Self-attentions into Convolutional Layers in Single Path", TPAMI
-2024, doi 10.1109/TPAMI.2024.3355890, arXiv 2111.11802, and the authors' code (the paper's full text was not at hand).
-Each attention holds four choices, nothing < a 1 x 1 bottleneck convolution < a 3 x 3 one < attention, and the
+2024, doi 10.1109/TPAMI.2024.3355890, arXiv 2111.11802, and the authors' code (the paper's full text was not available).
+Each attention has four choices, nothing < a 1 x 1 bottleneck convolution < a 3 x 3 one < attention, and the
 convolutions are mixtures of its own value and output projections (`vitrim.nn.conv`). Three ordered gates for each
 attention and one gate for each neuron are drawn at every step (Bernoulli, straight-through) and trained together with
-the weights, with the task loss and ``pressure * (F - target)^2``, F being the cost in G under deterministic gates.
+the weights, with the task loss and ``pressure * (F - target)^2``. F is the cost in G under deterministic gates.
 
 Where we differ from the authors' code, on purpose:
 
-- A budget is met. Their penalty is two-sided and soft: released structures exceed their targets by 4 to 40 %, and a
-  person picks the epoch. Here the search stops after the first epoch that meets the budget, and what it has then is
-  projected onto it: one threshold over all gates, and what is left over is filled with the next best.
+- A budget is met. Their penalty is two-sided and soft: released structures exceed their targets by 4 to 40 %, and the
+  epoch is picked by hand. Here the search stops after the first epoch that meets the budget. Its structure is then
+  projected onto the budget: one threshold over all gates, and the rest of the budget is filled with the next best.
 - A skipped attention adds nothing in search and after (``skip = "zero"``). Theirs adds nothing in search and its own
   normed input afterwards; ``"norm"`` is for released weights.
-- A Swin's 3 x 3 convolution sees the whole map in search and after. Theirs sees a window at a time in search
-  (``windowed``); no released Swin has one.
-- Gates of the cheaper choices are not detached where the dearer are open: the gradient there is zero anyway.
-- Norms over channels, q/k norms, other grids and any number of prefix tokens are let in where they change nothing.
+- A Swin's 3 x 3 convolution reads the whole feature map in search and after. Theirs reads single windows in search
+  (``windowed``); no released Swin has such a convolution.
+- Gates of the cheaper choices are not detached if the more expensive ones are open: the gradient is zero anyway.
+- Norms over channels, q/k norms, other grids and any number of prefix tokens are supported if they change nothing.
 """
 
 import copy
@@ -49,37 +49,40 @@ _GATE_LR = 1e-3
 
 
 class Method(Node):
-    """Learn which attentions a convolution can replace, and which neurons can go.
+    """Learn which attentions a convolution can replace, and which neurons can be cut.
 
     Attributes:
-        train: the search's training; the published one by default. Its gates are trained with it, and drawn once for
-            each part of a step on each process. Batch norms see the images of one part, ``batch / (accumulate *
-            processes)`` of them. So ``accumulate = 4`` is another search (four draws a step, batch norms over a quarter
-            of the images), and so is a number of processes.
+        train: the search's training; the published one by default. The gates are trained with it, and drawn once for
+            each part of a step on each process. Batch norms normalize over the images of one part, ``batch /
+            (accumulate * processes)`` of them. So ``accumulate = 4`` gives a different search (four draws per step,
+            batch norms over a quarter of the images), and so does another number of processes.
         gate_lr: learning rate of the gates. None for the published 1e-3, with which a gate needs 1,500 steps to close,
-            or for ``3 / steps`` in a search of less than 3,000, in which gates would hardly move else.
-        pressure: weight of the penalty, for a cost in G; None for one that starts at `first`.
-        first: what the penalty starts at where no `pressure` is given; the authors advise slightly above the task loss.
-        target: cost in G that the penalty pulls to; None for the budget's.
+            or for ``3 / steps`` in a search of less than 3,000 steps, in which gates would otherwise hardly change.
+        pressure: weight of the penalty, for a cost in G; None for a weight that makes the penalty start at `first`.
+        first: initial value of the penalty if no `pressure` is given; the authors advise slightly above the task loss.
+        target: cost in G that the penalty pulls toward; None for the budget's.
         counting: how the penalty counts, see `vitrim.methods.spvit.search.Counting`; budgets always count every
             product.
         stop: whether to stop after the first epoch that meets the budget.
         temperature: of the mixture over heads; None for the published ones, 0.01, and 100 for Swin. Logits move by
             about the learning rate a step: at 0.01 each slot picks a head, at 100 all heads stay mixed alike.
-        inherit: what training goes on from: ``dense``, the model's own weights, as published, or ``search``, those that
-            the search has trained, with mixtures and batch norms.
-        prefix: what a convolution gives prefix tokens, see `vitrim.words.spec.Conv`.
-        skip: what a skipped attention leaves, see `vitrim.words.spec.Skip`.
-        windowed: whether a Swin's 3 x 3 convolutions see a window at a time while searching, as published.
-        structure: name of a released structure (``deit_ti``, ``swin_s`` …) to take in place of a search; see
+        inherit: the weights that training starts from: ``dense``, the model's own weights, as published, or ``search``,
+            the weights that the search has trained, with mixtures and batch norms.
+        prefix: the output of a convolution for prefix tokens, see `vitrim.words.spec.Conv`.
+        skip: the output of a skipped attention, see `vitrim.words.spec.Skip`.
+        windowed: whether a Swin's 3 x 3 convolutions read single windows while searching, as published.
+        structure: name of a released structure (``deit_ti``, ``swin_s`` …) to use instead of a search; see
             `vitrim.methods.spvit.published`.
-        least_images: that a part of a training step must have, here and in the child's training, for batch norms.
+        least_images: least number of images in a part of a training step, here and in the child's training, because of
+            batch norms.
     """
 
     needs: ClassVar[str] = "images"
     least_images: ClassVar[int] = 2
     plans_by_time: ClassVar[bool] = True
-    sentence: ClassVar[str] = "learns which attentions a convolution made of their own weights can replace, and neurons"
+    sentence: ClassVar[str] = (
+        "learns which attentions can become convolutions made of their own weights, and which neurons to cut"
+    )
 
     train: Train = Train(
         epochs=21,
@@ -120,7 +123,7 @@ class Method(Node):
 
     @property
     def asks(self) -> str:
-        """What data this search cannot do without: a released structure is taken as it is."""
+        """Return the data that this search needs; a released structure needs none."""
         return "nothing" if self.structure is not None else self.needs
 
     def search(
@@ -137,7 +140,7 @@ class Method(Node):
         """See `vitrim.methods.Method.search`.
 
         Raises:
-            BudgetError: naming the least possible, if the budget is out of reach.
+            BudgetError: naming the least possible cost, if the budget cannot be met.
             MethodError: if no data is given.
             PlanError: naming the path, if an attention cannot become a convolution.
         """
@@ -179,7 +182,7 @@ class Method(Node):
         return read(budget)
 
     def penalty(self, spec: Spec, how: Layout, budget: Budget) -> Callable[[nn.Module], Tensor]:
-        """The penalty ``pressure * (F - target)^2`` of a `SinglePath`, F and target in G, or in seconds."""
+        """Return the penalty ``pressure * (F - target)^2`` of a `SinglePath`, F and target in G, or in seconds."""
         priced = prices(spec, how, self.counting) if budget.latency is None else times(spec, how, budget)
         whole = priced.constant + sum(map(sum, priced.steps.values()))
         whole += sum(priced.neurons[f"{path}.hidden"] * (block.hidden or 0)
@@ -199,7 +202,7 @@ class Method(Node):
         return penalty
 
     def _stopper(self, spec: Spec, how: Layout, budget: Budget, data: Data) -> Callable[[nn.Module, int], None]:
-        """What ends the search after the first epoch whose structure meets the budget."""
+        """Return a function that ends the search after the first epoch whose structure meets the budget."""
         assert data.train is not None
         steps = steps_of(data.train, self.train.model_copy(update={"epochs": 1}), data.input)
         parent = budget.cost(spec)

@@ -1,9 +1,9 @@
-"""Gates that are drawn while they are learned, gates that a budget sees, and what a budget lets them keep.
+"""Random gates for training, deterministic gates for costs, and the projection of gates onto a budget.
 
-n rungs; a rung is one thing that may be kept.
+n rungs; a rung is one gated unit that may be kept.
 
 Source: He et al., "Pruning Self-attentions into Convolutional Layers in Single Path", TPAMI 2024, arXiv 2111.11802, and
-the authors' code. Gates of one place are ordered: one is open only if all before it are.
+the authors' code. Gates of one attention are ordered: one is open only if all before it are.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch import Tensor
 __all__ = ["START", "budgeted", "hard", "noise", "opened", "project", "sampled", "weights"]
 
 START = 1.5
-"""Logit that every gate starts from: open with probability 0.818 (the authors' code)."""
+"""Initial logit of every gate: open with probability 0.818 (the authors' code)."""
 
 
 class _Through(torch.autograd.Function):
@@ -34,13 +34,13 @@ _through: Callable[[Tensor, Tensor], Tensor] = _Through.apply
 
 
 def noise(like: Tensor) -> Tensor:
-    """Draw from the logistic distribution, as many as `like` has; from torch's global generator."""
+    """Draw from the logistic distribution in the shape of `like`, with torch's global generator."""
     uniform = torch.rand_like(like).clamp_(torch.finfo(like.dtype).tiny, 1 - torch.finfo(like.dtype).eps)
     return torch.logit(uniform)
 
 
 def sampled(logits: Tensor, drawn: Tensor) -> Tensor:
-    """Open (1) with probability ``sigmoid(logits)``, else closed, with the gradient of ``sigmoid(logits + drawn)``.
+    """Return gates that are open (1) with probability ``sigmoid(logits)``, with ``sigmoid(logits + drawn)``'s gradient.
 
     Args:
         logits: any shape.
@@ -51,12 +51,12 @@ def sampled(logits: Tensor, drawn: Tensor) -> Tensor:
 
 
 def hard(logits: Tensor) -> Tensor:
-    """Open or closed as evaluation has it: 1 where a logit is above 0."""
+    """Return the gates used in evaluation: 1 where a logit is above 0, else 0."""
     return (logits > 0).to(logits.dtype)
 
 
 def budgeted(logits: Tensor) -> Tensor:
-    """`hard` gates with the gradient of ``sigmoid(sigmoid(logits) - 1/2)``; nothing is drawn.
+    """Return `hard` gates with the gradient of ``sigmoid(sigmoid(logits) - 1/2)``, without random draws.
 
     The second sigmoid is the authors'; at the start the factor is 0.0364.
     """
@@ -64,15 +64,15 @@ def budgeted(logits: Tensor) -> Tensor:
 
 
 def opened(gates: Tensor) -> Tensor:
-    """Which of ordered gates ``(..., 3)`` are open: the product of each with all before it."""
+    """Return which of the ordered gates ``(..., 3)`` are open: the product of each with all before it."""
     return gates.cumprod(dim=-1)
 
 
 def weights(open_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """How much of each operation is taken where ``(I1, I2, I3)`` are open: of 1 x 1, of 3 x 3, of attention.
+    """Return the weights of 1 x 1, 3 x 3 and attention for the open gates ``(I1, I2, I3)``.
 
-    At most one is 1. The gradient by ``I3`` is attention less 3 x 3, by ``I2`` 3 x 3 less 1 x 1 where attention is
-    closed, by ``I1`` 1 x 1 where all after it are.
+    At most one is 1. The gradient with respect to ``I3`` is attention minus 3 x 3, to ``I2`` it is 3 x 3 minus 1 x 1 if
+    attention is closed, and to ``I1`` it is 1 x 1 if all later gates are closed.
     """
     one, three, attention = open_.unbind(-1)
     rest = 1 - attention
@@ -80,20 +80,20 @@ def weights(open_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def project(logits: Tensor, saves: Tensor, need: Tensor, after: Tensor) -> Tensor:
-    """Keep what a budget allows: close by one threshold over all gates, then open again what still fits.
+    """Return the rungs to keep: close gates below one threshold until the budget is met, then reopen those that fit.
 
-    Rungs are closed from the smallest logit up until `need` is saved, which is where bisecting a threshold on their
-    sigmoid ends, without its trouble with equal gates; then those closed are opened from the largest down wherever what
-    was saved too much allows it.
+    Rungs are closed in order of increasing logit until `need` is saved. This gives the result of bisecting a threshold
+    on their sigmoid, without its problem with equal gates. Then closed rungs are opened in order of decreasing logit if
+    the excess saving allows it.
 
     Args:
         logits: ``(n,)``; of equal ones the first is closed first.
-        saves: what closing each rung saves, of each of C costs, ``(n, C)``; may be negative.
-        need: what to save, ``(C,)``; at most 0 for no need.
-        after: for each rung the one without which it cannot be open, ``(n,)``; -1 for none.
+        saves: saving of each of C costs by closing each rung, ``(n, C)``; may be negative.
+        need: amount to save of each cost, ``(C,)``; 0 or less if nothing must be saved.
+        after: for each rung, the rung that must be open for it to be open, ``(n,)``; -1 for none.
 
     Returns:
-        Which rungs are open, bool ``(n,)``. If closing all does not do, none is.
+        Which rungs are open, bool ``(n,)``. If closing all of them is not enough, none is open.
     """
     order = torch.argsort(logits, stable=True)
     saved = torch.cat([saves.new_zeros(1, saves.shape[1]), saves[order].cumsum(dim=0)])

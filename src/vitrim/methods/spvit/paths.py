@@ -1,4 +1,4 @@
-"""The convolutions that an attention contains, computed beside it while a search has not decided.
+"""The convolutions made from an attention's weights, computed in parallel to the attention during a search.
 
 B images, R x C rows and columns of the grid, P prefix tokens, D width, H heads, d channels of a head.
 
@@ -17,34 +17,34 @@ __all__ = ["Paths"]
 
 
 class Paths(nn.Module):
-    """A 1 x 1 and a 3 x 3 bottleneck convolution made of the values that an attention has anyway.
+    """A 1 x 1 and a 3 x 3 bottleneck convolution, computed from the values of an attention.
 
-    Mixing heads is done on values, not on kernels: both give the same numbers, but this one costs ``9 R C D`` and not
-    ``9 R C D d``. It runs as one convolution for each channel, whose nine taps are the head's votes; drawing the nine
-    mixtures one by one takes 15 times as long (62 against 4 ms, CPU, one thread, forward and backward, DeiT-Ti, 16
-    images), for they are nine maps where this is one.
+    Heads are mixed on values, not on kernels. Both give the same numbers, but this costs ``9 R C D`` instead of
+    ``9 R C D d``. It runs as one convolution for each channel, whose nine taps are the head's mixture weights.
+    Computing the nine mixtures one by one takes 15 times as long (62 against 4 ms, CPU, one thread, forward and
+    backward, DeiT-Ti, 16 images), because they are nine maps instead of one.
 
     Args:
         width: d.
         mixture: H, temperature and slots.
-        prefix: what prefix tokens get, see `vitrim.words.spec.Conv`.
+        prefix: the output for prefix tokens, see `vitrim.words.spec.Conv`.
     """
 
     def __init__(self, width: int, mixture: Mixture, prefix: str = "norm") -> None:
         super().__init__()
         self.width, self.mixture, self.prefix = width, mixture, prefix
         self.mix = nn.Parameter(torch.ones(mixture.heads, 9))
-        # That of the 1 x 1 convolution first, then that of the 3 x 3.
+        # First the norm of the 1 x 1 convolution, then that of the 3 x 3.
         self.bn = nn.BatchNorm1d(2 * width, EPS)
 
     def inner(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Both bottlenecks before bias and norm.
+        """Return both bottlenecks before bias and norm.
 
         Args:
             values: without bias, ``(B, R, C, H d)``.
 
         Returns:
-            Of the 1 x 1 and of the 3 x 3 convolution, each ``(B, R, C, d)``.
+            The bottlenecks of the 1 x 1 and of the 3 x 3 convolution, each ``(B, R, C, d)``.
         """
         share = votes(self.mix, self.mixture.temperature)
         heads = torch.unflatten(values, -1, (self.mixture.heads, self.width))
@@ -61,13 +61,13 @@ class Paths(nn.Module):
         one: Tensor,
         three: Tensor,
     ) -> Tensor:
-        """What both convolutions give, each times its gate.
+        """Return the sum of the outputs of both convolutions, each times its gate.
 
-        Gates multiply the ways back to the width, which are small, so that one product serves both.
+        Gates multiply the output projections, which are small, so that one product computes both outputs.
 
         Args:
             inner: see `inner`.
-            bias: of the values, ``(H d)``, or None.
+            bias: bias of the values, ``(H d)``, or None.
             out: weight and bias of the attention's output projection, ``(D, H d)`` and ``(D)`` or None.
             one: gate of the 1 x 1 convolution, scalar.
             three: gate of the 3 x 3 convolution, scalar.

@@ -1,4 +1,4 @@
-"""From SPViT's gates to a plan that meets a budget.
+"""Convert SPViT's gates to a plan that meets a budget.
 
 M hidden neurons.
 """
@@ -28,13 +28,13 @@ LEVELS = ("skip", "1x1", "3x3", "attention")
 
 
 def planned(spec: Spec, how: Layout, levels: Mapping[str, int], neurons: Mapping[str, Tensor]) -> Plan:
-    """The plan of a structure.
+    """Return the plan of a structure.
 
     Args:
         spec: the parent.
-        how: what attentions become.
+        how: how attentions become convolutions.
         levels: by path of a block, how many of its ordered gates are open.
-        neurons: by path of an axis, which neurons stay, bool ``(M,)``.
+        neurons: by path of an axis, which neurons are kept, bool ``(M,)``.
     """
     blocks = []
     for path, _, block in spec.blocks():
@@ -49,10 +49,10 @@ def planned(spec: Spec, how: Layout, levels: Mapping[str, int], neurons: Mapping
 
 
 def check_reach(spec: Spec, how: Layout, budget: Budget) -> None:
-    """Refuse a budget below what is left where every gate is closed.
+    """Raise an error if a budget is below the cost with every gate closed.
 
     Raises:
-        BudgetError: naming the least possible.
+        BudgetError: naming the least possible cost.
     """
     none = torch.zeros(0, dtype=torch.bool)
     closed = {
@@ -71,7 +71,7 @@ def check_reach(spec: Spec, how: Layout, budget: Budget) -> None:
 
 @torch.no_grad()
 def as_evaluated(single: SinglePath) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """The structure that evaluation runs: by path, how many gates are open, and which neurons."""
+    """Return the structure that evaluation runs: by path, the number of open gates, and which neurons are kept."""
     levels = {path: int(gates.opened(gates.hard(single.step(path))).sum()) for path in single.names}
     hidden = [path.replace("/", ".") for path in single.gates]
     return levels, {path: gates.hard(single.gate(path)).bool().cpu() for path in hidden}
@@ -79,10 +79,10 @@ def as_evaluated(single: SinglePath) -> tuple[dict[str, int], dict[str, Tensor]]
 
 @torch.no_grad()
 def decide(spec: Spec, single: SinglePath, how: Layout, budget: Budget) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """The structure that the gates prefer within `budget`, never over it, and filled with what still fits.
+    """Return the structure that the gates prefer within `budget`, filled with the next best units that fit.
 
     Returns:
-        By path, how many gates are open, and which neurons stay.
+        By path, the number of open gates, and which neurons are kept.
 
     Raises:
         MethodError: if a gate is not finite.
@@ -99,7 +99,7 @@ def decide(spec: Spec, single: SinglePath, how: Layout, budget: Budget) -> tuple
             for (path, *_), start, count in zip(rungs, starts, counts, strict=True)
         ]
     )
-    # Equal gates, of which a short search leaves many, go from all blocks alike.
+    # Gates with equal logits, of which a short search leaves many, are closed evenly over all blocks.
     ranks = torch.empty(len(logits), dtype=torch.long)
     ranks[torch.from_numpy(np.lexsort((places.numpy(), logits.numpy())))] = torch.arange(len(logits))
     parent = budget.cost(spec)
@@ -115,12 +115,12 @@ def decide(spec: Spec, single: SinglePath, how: Layout, budget: Budget) -> tuple
 def _rungs(
     single: SinglePath, how: Layout, path: str, stage: Stage, block: BlockSpec, budget: Budget
 ) -> list[tuple[str, Tensor, Tensor, Tensor]]:
-    """What may be kept of a block: path, logits, what closing saves, places in [0, 1] for ties."""
+    """Yield the rungs of a block: path, logits, savings by closing, and positions in [0, 1] that decide ties."""
     found = []
     if path in how.mixtures and isinstance(block.mixer, Attention):
         choices = [_cost(block, stage, how, path, level, budget) for level in range(4)]
         saves = torch.tensor(choices[1:]).double() - torch.tensor(choices[:-1]).double()
-        # A gate counts for no more than those before it.
+        # Limit each logit to those of the gates before it.
         logits = single.step(path).double().cpu().cummin(dim=0).values
         found.append((path, logits, saves, torch.tensor([0.75, 0.5, 0.25], dtype=torch.float64)))
     if single.has_gate(f"{path}.hidden"):
@@ -135,7 +135,7 @@ def _rungs(
 
 
 def _cost(block: BlockSpec, stage: Stage, how: Layout, path: str, level: int, budget: Budget) -> Price:
-    """What an attention costs at `level`, once it is folded."""
+    """Return the cost of an attention at `level`, after folding."""
     assert isinstance(block.mixer, Attention)
     mixer = how.mixer(path, block.mixer, level) or block.mixer
     if mixer.kind == "conv":
@@ -145,7 +145,7 @@ def _cost(block: BlockSpec, stage: Stage, how: Layout, path: str, level: int, bu
 
 @torch.no_grad()
 def grafts(single: SinglePath, levels: Mapping[str, int]) -> dict[str, Tensor]:
-    """Mixtures and batch norms that the search has trained, by their names in the child."""
+    """Return the mixtures and batch norms that the search has trained, by their names in the child."""
     found: dict[str, Tensor] = {}
     for path, level in levels.items():
         if level not in (1, 2):
@@ -162,10 +162,10 @@ def grafts(single: SinglePath, levels: Mapping[str, int]) -> dict[str, Tensor]:
 def told(
     spec: Spec, single: SinglePath, how: Layout, levels: Mapping[str, int], neurons: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], ...]:
-    """What became of each block and why: the operation, its gates, neurons, and how mixed the votes of the heads are.
+    """Return a record of each block: its operation, gates, neurons, and the entropy of its mixture over heads.
 
-    ``votes`` is the entropy of a slot's votes over that of equal ones, the mean of nine: 1 where all heads count alike,
-    0 where each slot has picked one.
+    ``votes`` is the entropy of a slot's weights over heads, relative to equal weights, averaged over nine slots: 1 if
+    all heads have equal weight, 0 if each slot uses one head.
     """
     child = cost_of(folded(planned(spec, how, levels, neurons).child(spec)))
     evaluated, open_ = as_evaluated(single)

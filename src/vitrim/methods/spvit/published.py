@@ -2,10 +2,10 @@
 
 M hidden neurons.
 
-Operations by block are those of the fine-tuning configurations, and kept neurons those of the gates' files, of
-github.com/ziplab/SPViT at commit ae19b0d; the ``_first_release`` ones are of its first commit, of which widths alone
-are known. They lie as facts in ``_spvit_published.json``: one letter a block (M attention, 3 and 1 convolutions, -
-nothing), and for each block the neurons kept, a bit each from the highest of the first byte on, in base 64.
+The operations of blocks are from the fine-tuning configurations, and the kept neurons from the gate files, of
+github.com/ziplab/SPViT at commit ae19b0d. The ``_first_release`` structures are from its first commit, for which only
+widths are known. They are stored in ``_spvit_published.json``: one letter per block (M attention, 3 and 1 convolutions,
+- nothing), and for each block the kept neurons, one bit each from the highest bit of the first byte on, in base 64.
 """
 
 import base64
@@ -30,21 +30,21 @@ __all__ = ["check_budget", "published", "structures"]
 
 
 def structures() -> dict[str, dict[str, Any]]:
-    """Every released structure by name: its ``model``, its ``operations``, its ``neurons`` or ``hidden`` widths."""
+    """Return every released structure by name: ``model``, ``operations``, and ``neurons`` or ``hidden`` widths."""
     text = importlib.resources.files(__package__).joinpath("published.json").read_text(encoding="utf-8")
     found: dict[str, dict[str, Any]] = json.loads(text)
     return found
 
 
 def published(name: str, spec: Spec, how: Layout) -> Plan:
-    """The plan that makes a released structure of the dense model that it was searched from.
+    """Return the plan that cuts a dense model to a structure that was released for it.
 
-    Where widths alone are known, the first neurons stay.
+    If only widths are known, the first neurons are kept.
 
     Args:
-        name: of the structure, such as ``deit_b_t60``.
+        name: name of the structure, such as ``deit_b_t60``.
         spec: the dense model.
-        how: what attentions become.
+        how: how attentions become convolutions.
 
     Raises:
         MethodError: if there is no such structure, or it is of another model.
@@ -62,7 +62,7 @@ def published(name: str, spec: Spec, how: Layout) -> Plan:
 
 
 def _choices(known: Mapping[str, Any], spec: Spec) -> tuple[dict[str, int] | None, dict[str, Tensor] | None]:
-    """By path, how many gates are open and which neurons stay; None where they do not fit `spec`."""
+    """Return, by path, the number of open gates and which neurons are kept; None if they do not fit `spec`."""
     stages = [len(stage.blocks) for stage in spec.stages]
     operations = known["operations"].split(" / ")
     if stages != list(map(len, operations)):
@@ -84,10 +84,10 @@ def _choices(known: Mapping[str, Any], spec: Spec) -> tuple[dict[str, int] | Non
 
 
 def check_budget(name: str, child: Spec, spec: Spec, budget: Budget) -> None:
-    """Refuse a budget that a released structure does not meet, or leaves unspent.
+    """Raise an error if a released structure exceeds a budget or leaves part of it unused.
 
     Raises:
-        BudgetError: naming what the structure costs.
+        BudgetError: naming the cost of the structure.
     """
     parent, cost = cost_of(spec), cost_of(folded(child))
     if not budget.admits(cost, parent) or budget.spent(cost, parent) < 1 - SLACK:

@@ -1,10 +1,10 @@
-"""Models that SPViT's authors have released, by the names of their parameters.
+"""Open models that SPViT's authors have released, by the names of their parameters.
 
 d channels of a head, D width.
 
-Three kinds of files are known: of a search (gates beside the weights), of fine-tuning (mixtures beside batch norms),
-and folded ones (plain kernels beside batch norms). Names are those of github.com/ziplab/SPViT at commit ae19b0d; no
-released file was at hand to try.
+Three kinds of files are supported: from a search (weights and gates), from fine-tuning (mixtures and batch norms), and
+folded ones (plain kernels and batch norms). Names are those of github.com/ziplab/SPViT at commit ae19b0d; no released
+file was available for a test.
 """
 
 from collections.abc import Mapping
@@ -41,16 +41,16 @@ def open_released(
     *,
     leaves: Literal["zero", "norm"] = "norm",
 ) -> nn.Module:
-    """Open a released search, fine-tuned or folded checkpoint; its own names and shapes tell which it is.
+    """Open a released search, fine-tuned or folded checkpoint; names and shapes determine which kind it is.
 
-    A search's comes back as the network that its gates choose, with the weights, mixtures and batch norms that the
-    search has trained.
+    A search checkpoint is returned as the network that its gates choose, with the weights, mixtures and batch norms
+    that the search has trained.
 
     Args:
-        model: the dense model that it was made of, or its timm name (``deit_tiny_patch16_224``); left as it was.
+        model: the dense model that it was made from, or its timm name (``deit_tiny_patch16_224``); not modified.
         weights: a file, or a state dict.
-        leaves: what a skipped attention leaves. Released Swins are trained with their normed input there (``norm``),
-            searches with nothing (``zero``).
+        leaves: the output of a skipped attention. Released Swins are trained with the normed input (``norm``), searches
+            with zero (``zero``).
 
     Returns:
         An adopted model in evaluation mode, not yet folded; see `vitrim.cut.surgery.fold`.
@@ -60,14 +60,14 @@ def open_released(
     """
     source = "weights" if isinstance(weights, Mapping) else str(weights)
     held = dict(weights) if isinstance(weights, Mapping) else read_checkpoint(Path(weights))
-    guest: nn.Module = timm.create_model(model) if isinstance(model, str) else model
-    # The dense model's own names are enough to find a training file's state dict: stem, norms and MLPs keep them.
-    shapes = {name: tuple(value.shape) for name, value in guest.state_dict().items()}
+    source_model: nn.Module = timm.create_model(model) if isinstance(model, str) else model
+    # The dense model's names are enough to find the state dict of a training file: stem, norms and MLPs keep them.
+    shapes = {name: tuple(value.shape) for name, value in source_model.state_dict().items()}
     state = choose(held, shapes, source=source).state
     head = state.get("head.weight")
     if isinstance(model, str) and head is not None:
-        guest = timm.create_model(model, num_classes=len(head))
-    dense = adopt(guest).eval()
+        source_model = timm.create_model(model, num_classes=len(head))
+    dense = adopt(source_model).eval()
     spec, how = describe(dense), layout(describe(dense), leaves=leaves)
     prefixes = [name for name, module in dense.named_modules() if hasattr(module, "drop_path1")]
     parts = [
@@ -97,12 +97,12 @@ def open_released(
 
 
 def _gate(part: Mapping[str, Tensor]) -> Tensor | None:
-    """The ordered gates of a block, if they are told."""
+    """Return the ordered gates of a block, or None if the checkpoint has none."""
     return next((part[f"attn.{name}"] for name in _SEARCHED if f"attn.{name}" in part), None)
 
 
 def _plan(spec: Spec, how: Layout, parts: Mapping[str, Mapping[str, Tensor]], source: str) -> Plan:
-    """What the checkpoint has made of the dense model."""
+    """Return the plan that cuts the dense model to the checkpoint's structure."""
     levels = {path: _level(part) for path, part in parts.items()}
     neurons: dict[str, Tensor] = {}
     for path, _, block in spec.blocks():
@@ -120,7 +120,7 @@ def _plan(spec: Spec, how: Layout, parts: Mapping[str, Mapping[str, Tensor]], so
         neurons[f"{path}.hidden"] = keep
     plan = planned(spec, how, levels, neurons)
     folded = [any(name.startswith("attn.bconv.") for name in part) for part in parts.values()]
-    # Folded checkpoints hold kernels, but still batch norms.
+    # Folded checkpoints contain kernels, but also batch norms.
     blocks = [
         block.model_copy(update={"mixer": block.mixer.model_copy(update={"mixture": None})})
         if plain and isinstance(block.mixer, Conv)
@@ -131,7 +131,7 @@ def _plan(spec: Spec, how: Layout, parts: Mapping[str, Mapping[str, Tensor]], so
 
 
 def _level(part: Mapping[str, Tensor]) -> int:
-    """How many of the ordered gates of a block are open."""
+    """Return how many of the ordered gates of a block are open."""
     gate = _gate(part)
     if gate is not None:
         return int(gates.opened(gates.hard(gate)).sum())
@@ -143,7 +143,7 @@ def _level(part: Mapping[str, Tensor]) -> int:
 
 
 def _named(part: Mapping[str, Tensor], mixer: Any) -> dict[str, Tensor]:
-    """The tensors of one block under our names; what its `mixer` has no use for is left for `_known` to drop."""
+    """Return the tensors of one block under our names; `_known` later drops those that its `mixer` does not use."""
     found: dict[str, Tensor] = {}
     norm = f"bn_{mixer.kernel}x{mixer.kernel}." if isinstance(mixer, Conv) else None
     for name, value in part.items():
@@ -166,7 +166,7 @@ def _named(part: Mapping[str, Tensor], mixer: Any) -> dict[str, Tensor]:
 
 
 def _known(state: Mapping[str, Tensor], target: nn.Module) -> dict[str, Tensor]:
-    """Without what a search leaves beside the weights, and what only a part that is gone would need."""
+    """Return the state dict without the search's own tensors and without those of removed parts."""
     mine = set(target.state_dict())
     gone = ("norm1.", "attn.qk.", "attn.v.", "attn.bn", "attn.mix", "attn.relative_position")
     counters = {name: value for name, value in target.state_dict().items() if name.endswith("num_batches_tracked")}

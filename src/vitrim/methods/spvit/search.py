@@ -1,4 +1,4 @@
-"""SPViT's model while it searches, and what its structure costs.
+"""SPViT's model during the search, and the cost of its structure.
 
 T tokens of an image, H heads, d channels of a head, M hidden neurons.
 """
@@ -27,7 +27,7 @@ from vitrim.words.spec import Conv, Mixture, Skip, Spec
 __all__ = ["Counting", "Layout", "Prices", "SinglePath", "layout", "prices"]
 
 Counting = Literal["published", "counted"]
-"""``published``: the authors' rule, with a product a channel for each norm, and neurons on patches alone; or ours."""
+"""``published``: the authors' rule, with one product a channel for each norm, and neurons only on patches; or ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Layout:
     leaves: Literal["zero", "norm"]
 
     def mixer(self, path: str, mixer: AttentionSpec, level: int) -> Conv | Skip | None:
-        """What becomes of an attention of which the first `level` of three gates are open; None if it stays."""
+        """Return the replacement of an attention with the first `level` of three gates open; None if it is kept."""
         if level == 3:
             return None
         if level == 0:
@@ -61,7 +61,7 @@ def layout(
     prefix: Literal["norm", "zero"] = "norm",
     leaves: Literal["zero", "norm"] = "zero",
 ) -> Layout:
-    """How the attentions of `spec` become convolutions: every one that has a head.
+    """Return how the attentions of `spec` become convolutions; includes every attention that has a head.
 
     Args:
         spec: the parent.
@@ -70,8 +70,8 @@ def layout(
         leaves: see `Layout`.
 
     Raises:
-        PlanError: naming the path and the reason, if one cannot.
-        MethodError: if there is none.
+        PlanError: naming the path and the reason, if one cannot become a convolution.
+        MethodError: if there is no attention.
     """
     mixtures = {
         path: Mixture(
@@ -85,7 +85,7 @@ def layout(
     if not mixtures:
         raise MethodError("a model must have attention that can become convolution, but it has none left")
     found = Layout(mixtures=mixtures, prefix=prefix, leaves=leaves)
-    # The most demanding of the choices is asked for everywhere; a plan knows why it cannot be.
+    # Plan the most demanding choice everywhere, because the plan raises an error with the reason if it is impossible.
     choices = [
         BlockPlan(mixer=found.mixer(path, block.mixer, 2))
         if path in mixtures and isinstance(block.mixer, AttentionSpec)
@@ -97,17 +97,17 @@ def layout(
 
 
 class SinglePath(Gated):
-    """A model all of whose attentions and neurons have gates, and whose weights serve every choice.
+    """A model with gates on all attentions and neurons, whose weights are shared by all choices.
 
-    In training gates are drawn at each forward pass, one draw for all images of it: of one part of a step on one
-    process. In evaluation they are open where their logits are above 0. Output projections of attentions and of MLPs
-    are multiplied by their gates, which is the same as multiplying what they give.
+    In training, gates are drawn at each forward pass, once for all its images: those of one part of a step on one
+    process. In evaluation, gates are open if their logits are above 0. Gates multiply the output projections of
+    attentions and MLPs, which is the same as multiplying the outputs.
 
     Args:
         model: an adopted model; trained in place together with the gates.
         how: see `Layout`.
-        windowed: whether 3 x 3 convolutions of a Swin see a window at a time, shifted as the attention's, as published;
-            else the whole map, as the final network does.
+        windowed: whether 3 x 3 convolutions of a Swin read single windows, shifted like the attention's, as published;
+            if not, they read the whole map, as in the final network.
     """
 
     def __init__(self, model: nn.Module, how: Layout, windowed: bool = False) -> None:
@@ -135,7 +135,7 @@ class SinglePath(Gated):
         self._drawn: dict[str, Tensor] = {}
 
     def forward(self, x: Tensor) -> Any:
-        """Logits under the gates of this pass."""
+        """Return the logits under the gates of this pass."""
         self._drawn = self._draw()
         try:
             open_ = {path: gates.weights(gates.opened(self._drawn[key_of(path)])) for path in self.names}
@@ -152,7 +152,7 @@ class SinglePath(Gated):
             self._drawn = {}
 
     def _draw(self) -> dict[str, Tensor]:
-        """All gates of one pass by key, from one draw."""
+        """Return all gates of one pass by key, from one draw."""
         every = {**self.gates, **self.steps}
         flat = torch.cat([logits.flatten() for logits in every.values()])
         drawn = gates.sampled(flat, gates.noise(flat)) if self.training else gates.hard(flat)
@@ -162,9 +162,9 @@ class SinglePath(Gated):
         return super()._piece(None, size, like) if gate is None else self._drawn[gate].to(like.dtype)
 
     def _beside(self, stack: contextlib.ExitStack, path: str, one: Tensor, three: Tensor) -> None:
-        """Add to what the attention of a block gives what its convolutions do, while the stack lasts.
+        """Add the outputs of a block's convolutions to its attention's output, until the stack is closed.
 
-        They need the attention's input and values, and are added before layer scale: three hooks.
+        This takes three hooks: for the attention's input, for its values, and to add the outputs before layer scale.
         """
         block, beside = self.model.get_submodule(self.names[path]), self.paths[key_of(path)]
         assert isinstance(block, Block)
@@ -191,12 +191,12 @@ class SinglePath(Gated):
         stack.callback(block.ls1.register_forward_pre_hook(add).remove)
 
     def _on_grid(self, path: str, beside: Paths, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Both bottlenecks of a ViT's block, whose patches come after prefix tokens."""
+        """Return both bottlenecks of a ViT's block, whose patches come after prefix tokens."""
         grid = self.grids[path]
         return beside.inner(torch.unflatten(values[:, values.shape[1] - grid[0] * grid[1] :], 1, grid))
 
     def _in_windows(self, block: nn.Module, beside: Paths, x: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Both bottlenecks of a Swin's block, whose values lie rolled and padded as its windows do."""
+        """Return both bottlenecks of a Swin's block, whose values are rolled and padded like its windows."""
         assert isinstance(block, WindowBlock)
         grid = (x.shape[1], x.shape[2])
         values = torch.unflatten(values, 1, block.window.padded(grid))
@@ -214,18 +214,18 @@ class SinglePath(Gated):
         return joined(one), joined(three)
 
     def step(self, path: str) -> nn.Parameter:
-        """The three gate logits of the attention at `path`."""
+        """Return the three gate logits of the attention at `path`."""
         found: nn.Parameter = self.steps[key_of(path)]
         return found
 
     def beside(self, path: str) -> Paths:
-        """The convolutions beside the attention at `path`."""
+        """Return the convolutions parallel to the attention at `path`."""
         found = self.paths[key_of(path)]
         assert isinstance(found, Paths)
         return found
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """Logits of all gates; of everything else none."""
+        """Return the logits of all gates, and no other parameters."""
         return [*self.gates.values(), *self.steps.values()]
 
 
@@ -236,18 +236,19 @@ def _attention(block: nn.Module) -> Attention:
 
 
 def _unrolled(values: Tensor, block: WindowBlock, grid: tuple[int, int]) -> Tensor:
-    """What lies rolled and padded for windows, as the grid has it."""
+    """Return values that are rolled and padded for windows in the order of the grid, without padding."""
     return torch.roll(values[:, : grid[0], : grid[1]], block.shift, (1, 2))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prices:
-    """What a structure costs, as a sum over gates: multiply-accumulates, or nanoseconds where time is bounded.
+    """Cost of a structure as a sum over gates: multiply-accumulates, or nanoseconds if time is bounded.
 
     Attributes:
-        constant: what no gate takes away.
-        steps: by path of a block, what each of its ordered gates adds: 1 x 1, 3 x 3 over it, attention over that.
-        neurons: by path of an axis, what each neuron adds.
+        constant: cost of all parts without gates.
+        steps: by path of a block, the cost that each of its ordered gates adds: 1 x 1, 3 x 3 over 1 x 1, attention over
+            3 x 3.
+        neurons: by path of an axis, the cost of each neuron.
     """
 
     constant: int
@@ -255,7 +256,7 @@ class Prices:
     neurons: Mapping[str, int]
 
     def total(self, single: SinglePath) -> Tensor:
-        """Cost under deterministic gates, float64, differentiable by their logits."""
+        """Return the cost under deterministic gates, float64, differentiable with respect to their logits."""
         total = torch.tensor(float(self.constant), dtype=torch.float64, device=next(single.parameters()).device)
         for path, adds in self.steps.items():
             open_ = gates.opened(gates.budgeted(single.step(path)).double())
@@ -266,12 +267,12 @@ class Prices:
 
 
 def prices(spec: Spec, how: Layout, counting: Counting) -> Prices:
-    """What each gate of a parent adds to its cost.
+    """Return the cost that each gate of a parent adds.
 
     Args:
         spec: the parent.
         how: which attentions have gates.
-        counting: by which rule.
+        counting: the counting rule.
     """
     host = cost_of(spec).macs - sum(block_cost(block, stage)[0] for _, stage, block in spec.blocks())
     constant = host + (_norms(spec) if counting == "published" else 0)
@@ -293,9 +294,9 @@ def prices(spec: Spec, how: Layout, counting: Counting) -> Prices:
 
 
 def times(spec: Spec, how: Layout, budget: Budget) -> Prices:
-    """What each gate of a parent adds to its time by the table of `budget`, nanoseconds.
+    """Return the time that each gate of a parent adds according to the table of `budget`, in nanoseconds.
 
-    A neuron adds its share of its branch; a gate of which the next is faster than it adds less than nothing.
+    A neuron adds its share of its branch. A gate adds a negative time if its choice is faster than the one before it.
     """
     blocks = [budget.block(block, stage).latency for _, stage, block in spec.blocks()]
     constant = budget.cost(spec).latency - sum(blocks)
@@ -318,11 +319,11 @@ def times(spec: Spec, how: Layout, budget: Budget) -> Prices:
 
 
 def _norms(spec: Spec) -> int:
-    """What the authors count for norms: two a block and token; for a Swin also those of its stem, mergings and end."""
+    """Return the authors' count for norms: two per block and token; for a Swin also those of stem, mergings and end."""
     first, last = spec.stages[0], spec.stages[-1]
     norms: int = sum(2 * stage.width * stage.tokens * len(stage.blocks) for stage in spec.stages)
     if first.window is None:
         return norms
     merging = sum(stage.width * stage.patches for stage in spec.stages[:-1])
-    # The end is four times too large for four stages, as in the counter of the original Swin that they took over.
+    # The count at the end is four times too large for four stages, as in the original Swin's counter that they reuse.
     return norms + first.width * first.patches + merging + (last.width * first.patches >> len(spec.stages))

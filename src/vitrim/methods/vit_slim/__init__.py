@@ -1,6 +1,6 @@
-"""ViT-Slim: gates on channels, neurons and tokens, trained with an l1 penalty, ranked over the whole network.
+"""ViT-Slim: train gates on channels, neurons and tokens with an l1 penalty, and rank them over the whole network.
 
-H heads, K channels of a head, M hidden neurons, P patches, N tokens with those before the patches.
+H heads, K channels of a head, M hidden neurons, P patches, N tokens including prefix tokens.
 
 Source: Chavan et al., "Vision Transformer Slimming: Multi-Dimension Searching in Continuous Optimization Space", CVPR
 2022, arXiv 2201.00814. One gate for each (block, head, channel), shared by query, key and value, one for each (block,
@@ -9,23 +9,25 @@ and gates are trained together with the task loss and
 ``attention_l1 * sum |z_attention| + mlp_l1 * sum |z_mlp| + token_l1 * sum |tanh p|``; each kind is ranked as one list
 over all blocks.
 
-A kind with a share (`attention`, `mlp`, `tokens`) keeps that share of its list, as the paper has it. The budget is
-spent with the kinds that have none: channels are filled, the token list is bisected, and both together keep one share.
+A kind with a given share (`attention`, `mlp`, `tokens`) keeps that share of its list, as in the paper. The budget is
+met by the other kinds: channels are filled, the token list is bisected, and both keep the same share if both are free.
 
 Where we differ from the authors' code, on purpose:
 
 - The code divides its penalty weights by the number of processes and then averages gradients, so its published command
-  (four processes, 2e-4 and 5e-5) trains with a quarter of what it names. Ours are the effective weights, whatever runs.
+  (four processes, 2e-4 and 5e-5) trains with a quarter of the given values. Ours are the effective weights for any
+  number of processes.
 - The code trains its final network with masks and cuts nothing. Ours is cut before it is trained again.
-- The code drops the gates' values (`export = "binarize"`). Folding them into the weights keeps the function that the
-  search has found, which is the better start for a short training; `"binarize"` remains for the published protocol.
+- The code drops the gates' values (`export = "binarize"`). Folding them into the weights keeps the function of the
+  searched model, which is a better start for short training; `"binarize"` remains for the published protocol.
 - Gates of a kind without penalty are not trained, and do not exist; the code leaves a factor 0.995 on all tokens.
 - Gates of channels act through the weights, the same function with the same gradients (`vitrim.cut.observe.Gated`).
-- The code gates, penalises and may cut the class token; prefix tokens carry the answer, and are always kept here.
-- The code masks tokens, and its costs are as if they were gone. Ours are gone (`dropping = "drop"`), which is another
-  function: masked tokens still answer as keys, with their biases. ``"drop_exact"`` keeps one key in their place.
+- The code gates, penalizes and may cut the class token; here prefix tokens are always kept, because the head reads
+  them.
+- The code masks tokens, but counts costs as if they were removed. Ours are removed (`dropping = "drop"`), which is
+  another function: masked tokens still act as keys, with their biases. ``"drop_exact"`` keeps one key in their place.
 - A token's gate cannot be folded into weights that all tokens share; those of kept tokens become 1 in either export.
-- Shares count before sets shrink with depth; what comes of them is told in ``Found.trials``.
+- Shares count tokens before sets shrink with depth; the resulting numbers are in ``Found.trials``.
 """
 
 import copy
@@ -73,16 +75,16 @@ class Method(Node):
 
     Attributes:
         train: the search's own training; what is not given is the published one (50 epochs, AdamW, constant 5e-4).
-        attention_l1: weight of the sum of attention gates; 0 leaves attention alone.
-        mlp_l1: weight of the sum of MLP gates; 0 leaves MLPs alone.
-        token_l1: weight of the sum of token gates; 0 leaves tokens alone. Published: 2.5e-5 (1e-4 over four processes).
-        attention: share of head channels to keep; None to spend the budget with them.
-        mlp: share of neurons to keep; None to spend the budget with them.
-        tokens: share of (block, patch) pairs to keep; None to spend the budget with them.
+        attention_l1: weight of the sum of attention gates; 0 does not cut attention.
+        mlp_l1: weight of the sum of MLP gates; 0 does not cut MLPs.
+        token_l1: weight of the sum of token gates; 0 does not cut tokens. Published: 2.5e-5 (1e-4 over four processes).
+        attention: share of head channels to keep; None to choose it by the budget.
+        mlp: share of neurons to keep; None to choose it by the budget.
+        tokens: share of (block, patch) pairs to keep; None to choose it by the budget.
         meet: what the share of tokens counts: ``nominal`` pairs before sets shrink (published), or ``realised`` after.
-        consistency: how sets are made to shrink, see `vitrim.cut.shares.Rule`.
-        prefix: ``included`` gates, penalises and counts prefix tokens as the authors' code does; they stay even so.
-        dropping: ``drop`` takes tokens out; ``drop_exact`` leaves one key for those missing: the masked model.
+        consistency: how sets are made to shrink with depth, see `vitrim.cut.shares.Rule`.
+        prefix: ``included`` gates, penalizes and counts prefix tokens as the authors' code does; they are kept anyway.
+        dropping: ``drop`` removes tokens; ``drop_exact`` adds one key in their place, which equals the masked model.
         gate_lr: learning rate of the gates; None for that of the weights (published), too small for hundreds of steps.
         ranking: ``signed`` cuts the most negative gate first, as published; ``absolute`` the one nearest to 0.
         export: ``fold`` multiplies the gates into the weights, ``binarize`` drops them.
@@ -91,7 +93,7 @@ class Method(Node):
 
     needs: ClassVar[str] = "images"
     plans_by_time: ClassVar[bool] = True
-    sentence: ClassVar[str] = "trains l1-penalised gates on channels together with the weights and keeps the largest"
+    sentence: ClassVar[str] = "trains l1-penalized gates on channels together with the weights and keeps the largest"
 
     train: Train = Train(
         epochs=50,
@@ -184,11 +186,11 @@ class Method(Node):
         return read(budget)
 
     def decide(self, spec: Spec, gated: "TokenGated", budget: Budget) -> tuple[Plan, tuple[dict[str, Any], ...]]:
-        """What to cut, by the gates as they are, and how much of every block that keeps.
+        """Return the plan for the current gates, and records of how much of every block it keeps.
 
         Raises:
             BudgetError: if the shares cost more than the budget.
-            MethodError: if they leave it unspent, or a gate is not finite.
+            MethodError: if the shares leave part of the budget unused, or a gate is not finite.
         """
         scores, kinds = gate_scores(gated, self.ranking)
         tokens = token_scores(gated, self.ranking)
@@ -197,14 +199,14 @@ class Method(Node):
         parent, limits = budget.cost(spec), budget.limits(budget.cost(spec))
 
         def spent(keep: Mapping[str, Tensor]) -> float:
-            """What tokens take of the budget, with the same share of the channels that have none of their own."""
+            """Return the share of the budget used with these tokens, and the same share of the free channels."""
             share = float(torch.cat(list(keep.values())).double().mean())
             shares = fixed | {kinds[path]: share for path in rest}
             plan = with_tokens(spec, share_plan(spec, scores, kinds, shares), self._steps(keep, spec))
             try:
                 return budget.spent(budget.cost(plan.child(spec)), parent)
             except PlanError:
-                return 0.0  # nothing is left of a block: less than any budget
+                return 0.0  # a block is empty, so the cost is below any budget
 
         best = top(tokens, self._count(tokens, spec, spent))
         if tokens and self.tokens is None and not rest:
@@ -221,7 +223,7 @@ class Method(Node):
         return plan, remains(spec, child, {path: float(keep.double().mean()) for path, keep in best.items()})
 
     def _fixed(self, searched: set[str]) -> dict[str, float]:
-        """The shares of channels that were asked for, by kind."""
+        """Return the requested shares of channels, by kind."""
         given = {"attention": self.attention, "mlp": self.mlp}
         fixed = {kind: share for kind, share in given.items() if share is not None}
         for kind, share in fixed.items():
@@ -232,7 +234,7 @@ class Method(Node):
     def _count(
         self, tokens: Mapping[str, Tensor], spec: Spec, spent: Callable[[Mapping[str, Tensor]], float] = lambda _: 0.0
     ) -> int:
-        """Entries of the token list to keep, for the share that was asked for or for the budget."""
+        """Return the number of entries of the token list to keep, for the requested share or for the budget."""
         share, size = self.tokens, sum(values.numel() for values in tokens.values())
         if share is None:
             return largest(size, lambda count: spent(top(tokens, count)) <= 1)
@@ -246,7 +248,7 @@ class Method(Node):
         return largest(size, fits)
 
     def _steps(self, best: Mapping[str, Tensor], spec: Spec) -> dict[str, Drop]:
-        """The patches that each block runs on where the `best` of the token list are kept."""
+        """Return the patches that each block runs on if the `best` of the token list are kept."""
         if not best:
             return {}
         patches, exact = spec.stages[0].patches, self.dropping == "drop_exact"
@@ -257,7 +259,7 @@ class Method(Node):
         }
 
     def _groups(self, gated: nn.Module) -> list[dict[str, Any]]:
-        """Gates in a group of their own: the usual filter would not decay them, the published search does."""
+        """Return parameter groups with the gates in their own group, because they decay (published), unlike norms."""
         assert isinstance(gated, TokenGated)
         group = {"params": [*gated.gates.values(), *gated.tokens.values()], "weight_decay": self.train.weight_decay}
         return [group if self.gate_lr is None else group | {"lr": self.gate_lr}]

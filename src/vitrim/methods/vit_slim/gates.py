@@ -1,6 +1,6 @@
 """Gates of ViT-Slim: on channels through the weights, on tokens at the norms; their penalty and their scores.
 
-P patches, N tokens with those before the patches.
+P patches, N tokens including prefix tokens.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,18 +17,18 @@ from vitrim.words.spec import NO_WINDOWS
 __all__ = ["START", "TokenGated", "gate_model", "gate_scores", "l1_penalty", "token_scores"]
 
 START = 3.0
-"""Raw value that a token's gate starts from: tanh(3) = 0.995 (the authors' code)."""
+"""Initial raw value of a token's gate: tanh(3) = 0.995 (the authors' code)."""
 
 
 class TokenGated(Gated):
-    """A gated model whose tokens have gates too, on the outputs of both norms of their block.
+    """A gated model that also has gates on tokens, at the outputs of both norms of each block.
 
     Args:
         model: an adopted model; trained in place together with the gates.
-        gates: of channels, see `Gated`.
+        gates: gates of channels, see `Gated`.
         share: see `Gated`.
         tokens: raw values ``(P,)`` or ``(N,)`` by path (``stages.0.blocks.3.tokens``), squashed by tanh; prefix tokens
-            without a value pass.
+            without a value are not gated.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class TokenGated(Gated):
         self.tokens = nn.ParameterDict({path.replace(".", "/"): nn.Parameter(raw) for path, raw in tokens.items()})
 
     def forward(self, x: Tensor) -> Any:
-        """Logits of the gated model."""
+        """Return the logits of the gated model."""
         with masked(self.model, {path: self._mask(gate) for path, gate in self.squashed().items()}):
             return super().forward(x)
 
     def squashed(self) -> dict[str, Tensor]:
-        """What multiplies the tokens, by path."""
+        """Return the factors of the tokens, by path."""
         return dict(zip(self.paths, map(torch.tanh, self.tokens.values()), strict=True))
 
     def _mask(self, gate: Tensor) -> Tensor:
@@ -57,18 +57,18 @@ def gate_model(
 ) -> TokenGated:
     """Put gates on `model`: one for each head channel (queries, keys and values share it), each neuron and each patch.
 
-    Gates of channels are 1, those of tokens tanh(3). Where a norm stands between the queries and the logits, the gate
-    acts on the values alone, and so does the cut.
+    Gates of channels start at 1, those of tokens at tanh(3). If there is a norm between the queries and the logits, the
+    gate and the cut act only on the values.
 
     Args:
         model: an adopted model; trained in place together with the gates.
         attention: whether head channels have gates.
-        mlp: whether neurons have.
-        tokens: whether patches have.
+        mlp: whether neurons have gates.
+        tokens: whether patches have gates.
         prefix: whether prefix tokens have gates too.
 
     Raises:
-        MethodError: if nothing of the model can be gated, or tokens are asked for and cannot be cut.
+        MethodError: if no part of the model can be gated, or tokens are requested but cannot be cut.
     """
     raw = _token_gates(model, prefix) if tokens else {}
     gates: dict[str, Tensor] = {}
@@ -104,7 +104,7 @@ def _token_gates(model: nn.Module, prefix: bool) -> dict[str, Tensor]:
 
 
 def l1_penalty(attention: float, mlp: float, token: float = 0.0) -> Callable[[nn.Module], Tensor]:
-    """The penalty of a gated model: ``attention * sum |z_attention| + mlp * sum |z_mlp| + token * sum |tanh p|``."""
+    """Return the penalty function ``attention * sum |z_attention| + mlp * sum |z_mlp| + token * sum |tanh p|``."""
 
     def penalty(gated: nn.Module) -> Tensor:
         assert isinstance(gated, TokenGated)
@@ -119,7 +119,7 @@ def l1_penalty(attention: float, mlp: float, token: float = 0.0) -> Callable[[nn
 
 @torch.no_grad()
 def gate_scores(gated: Gated, ranking: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Gates as scores by path of an axis, and the list (attention or mlp) that each is ranked in.
+    """Return gates as scores by path of an axis, and the list (attention or mlp) that each is ranked in.
 
     Raises:
         MethodError: if a gate is not finite.
@@ -142,7 +142,7 @@ def gate_scores(gated: Gated, ranking: str) -> tuple[dict[str, Tensor], dict[str
 
 @torch.no_grad()
 def token_scores(gated: TokenGated, ranking: str) -> dict[str, Tensor]:
-    """Squashed gates of tokens by path, ``(P,)`` or ``(N,)``.
+    """Return squashed gates of tokens by path, ``(P,)`` or ``(N,)``.
 
     Raises:
         MethodError: if a gate is not finite.

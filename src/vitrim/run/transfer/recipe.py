@@ -90,7 +90,9 @@ class TransferRecipe(Node):
         if self.train.mixes:
             raise ValueError("train.mixup and train.cutmix must be 0 for segmentation, but are not; leave them out")
         if self.train.augment != Augment():
-            raise ValueError("train.augment must be left out for segmentation; scenes are augmented as `augment` says")
+            raise ValueError(
+                "train.augment must be left out for segmentation; scenes are augmented as set in `augment`"
+            )
         return self
 
     def resolved(self) -> Self:

@@ -196,8 +196,8 @@ def _measure(job: _Job, model: nn.Module) -> dict[str, Any]:
     for place, said in kept.items():
         picture, mask = job.test[place]
         sheet = side_by_side(picture, np.asarray(mask), said.numpy(), palette)
-        with writing(job.folder / "pictures" / f"{place:06d}.png") as beside:
-            sheet.save(beside, format="PNG", optimize=True)
+        with writing(job.folder / "pictures" / f"{place:06d}.png") as part:
+            sheet.save(part, format="PNG", optimize=True)
     write_json(job.folder / "classes.json", by_class(scores, job.test.names, palette))
     spec = describe(model)
     cost = cost_of(spec)
