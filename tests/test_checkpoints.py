@@ -9,6 +9,7 @@ import re
 import sys
 import types
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -537,6 +538,53 @@ def swin(state: State) -> State:
     return {name_of(name): value for name, value in state.items()} | index
 
 
+def beit3(state: State) -> State:
+    """Names of BEiT-3's vision branch A, with a part of its other branch."""
+    named = {"beit3.text_embed.weight": torch.ones(3, 3), "beit3.encoder.layers.0.ffn.B.fc1.weight": torch.ones(3, 3)}
+    for name, value in state.items():
+        if name == "pos_embed":
+            named["beit3.encoder.embed_positions.A.weight"] = torch.cat([torch.zeros(2, 32), value[0]])
+            continue
+        fused = re.match(r"blocks\.(\d+)\.attn\.qkv\.(\w+)", name)
+        if fused is not None:
+            at = f"beit3.encoder.layers.{fused[1]}.self_attn"
+            named |= {f"{at}.{x}_proj.A.{fused[2]}": part for x, part in zip("qkv", value.chunk(3), strict=True)}
+            continue
+        if not name.startswith("head."):
+            for ours, theirs in (
+                (r"^cls_token", "vision_embed.cls_token"),
+                (r"^patch_embed\.", "vision_embed."),
+                (r"\.attn\.norm\.", ".self_attn.inner_attn_ln.A."),
+                (r"\.mlp\.norm\.", ".ffn.A.ffn_layernorm."),
+                (r"\.norm1\.", ".self_attn_layer_norm.A."),
+                (r"\.norm2\.", ".final_layer_norm.A."),
+                (r"\.attn\.proj\.", ".self_attn.out_proj.A."),
+                (r"\.mlp\.fc", ".ffn.A.fc"),
+                (r"^blocks\.", "encoder.layers."),
+            ):
+                name = re.sub(ours, theirs, name)
+            name = f"beit3.{name}"
+        named[name] = value
+    return named
+
+
+def aimv2(state: State) -> State:
+    named = {}
+    for name, value in state.items():
+        for ours, theirs in (
+            (r"^patch_embed\.", "preprocessor.patchifier."),
+            (r"^pos_embed", "preprocessor.pos_embed"),
+            (r"^blocks\.", "trunk.blocks."),
+            (r"^norm\.", "trunk.post_trunk_norm."),
+            (r"\.norm([12])\.", r".norm_\1."),
+            (r"\.fc1_g\.", ".fc1."),
+            (r"\.fc1_x\.", ".fc3."),
+        ):
+            name = re.sub(ours, theirs, name)
+        named[name] = value
+    return named
+
+
 SMALL_SWIN = {
     "img_size": 32,
     "patch_size": 4,
@@ -559,6 +607,8 @@ OFFICIAL: dict[str, tuple[str, dict[str, Any], Any]] = {
         {},
         lambda s: under("visual.trunk.", without_head(s)) | {"visual.head.proj.weight": s["head.weight"]},
     ),
+    "BEiT-3": ("beit3_base_patch16_224", {}, beit3),
+    "AIMv2": ("aimv2_large_patch14_224", {"num_classes": 0}, aimv2),
     "Swin": ("swin_tiny_patch4_window7_224", SMALL_SWIN, swin),
 }
 
@@ -607,6 +657,37 @@ def test_masked_autoencoders(opened):
     assert apart(found, model) == 0
     assert "left out mask_token" in said
     assert "left out decoder_pos_embed, decoder_embed and decoder_blocks, which only training needs" in said
+
+
+def test_joint_embedding(opened):
+    """I-JEPA: the averaged one of two encoders, and no predictor."""
+    model = vit(num_classes=0)
+    old = under("module.", vit(num_classes=0).state_dict())
+    held = {"encoder": old, "target_encoder": under("module.", model.state_dict())}
+    found, said = opened({**held, "predictor": {"module.predictor_embed.weight": torch.ones(3, 3)}})
+    assert apart(found, model) == 0
+    assert "took target_encoder.module, the averaged weights; --weights-key takes encoder.module instead" in said
+    assert "left out predictor" in said
+
+
+def test_radio_as_timm_converts_it(opened):
+    """Its 128 x 128 positions say nothing of the image size."""
+    name, at = "vit_base_patch16_radio_v3", "radio_model.model."
+    state = vit(name, num_classes=0).state_dict()
+    held = {
+        f"{at}patch_generator.embedder.weight": state["patch_embed.proj.weight"].flatten(1),
+        f"{at}patch_generator.pos_embed": torch.randn(1, 128 * 128, 32, generator=torch.Generator().manual_seed(0)),
+        f"{at}patch_generator.cls_token.token": torch.cat([state["cls_token"][0], state["reg_token"][0]]),
+        **{f"{at}{key}": value for key, value in state.items() if key.startswith("blocks.")},
+        "input_conditioner.norm_mean": torch.ones(3, 1, 1),
+    }
+    found, said = opened(held, name)
+    assert found.patch_embed.img_size == (32, 32)
+    assert "left out input_conditioner" in said
+    timms = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay={"state_dict": held, "num_classes": 0}, num_classes=0, **TINY
+    ).eval()
+    assert apart(found, timms) == 0
 
 
 def test_counters_of_tools_are_dropped(opened):
@@ -775,3 +856,15 @@ def test_released_spvit_files_are_read_alike(tmp_path):
     torch.save(held | {"args": argparse.Namespace(a=1)}, tmp_path / "w.pth")
     found = open_released(other, tmp_path / "w.pth")
     assert apart(found, model) < SINGLE
+
+
+def test_the_page_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5)
+    torch.save({"model": vit().state_dict(), "model_ema": model.state_dict()}, "checkpoint.pth")
+    names: dict[str, Any] = {}
+    exec(compile(code, "checkpoints.md", "exec"), names)
+    child = names["found"].model
+    assert (child.num_classes, tuple(child.patch_embed.img_size)) == (5, (48, 48))

@@ -152,7 +152,7 @@ def _harmless() -> dict[str, Any]:
 
 def _load(path: Path) -> Any:
     given = torch.serialization.get_safe_globals()
-    added = [entry for name, value in _harmless().items() if (entry := (value, name)) not in given]
+    added: list[Any] = [entry for name, value in _harmless().items() if (entry := (value, name)) not in given]
     with torch.serialization.safe_globals(added), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pickle protocols and old storages: what can be read is read
         return torch.load(path, map_location="cpu", weights_only=True)
