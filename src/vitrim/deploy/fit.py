@@ -199,7 +199,7 @@ def _unknown(chosen: Chosen, shapes: Mapping[str, Tensor], wanted: Collection[st
 def _ignored(state: Mapping[str, Tensor], shapes: Mapping[str, Tensor], model: nn.Module) -> list[str]:
     """Return the parts of a state dict that timm's conversion ignores, such as CLIP's text tower."""
     parts = dict.fromkeys(name.split(".")[0] for name in state)
-    if len(shapes) >= len(state) or len(parts) < 2:
+    if len(parts) < 2 or {name for name in state if name in shapes} == set(state):
         return []
     ignored = []
     for part in parts:
