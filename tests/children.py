@@ -116,6 +116,22 @@ def _merged(spec: Spec) -> Plan:
     return _each(spec, lambda i, stage, block: BlockPlan(tokens=Merge(count=3) if i < 2 else None))
 
 
+def _merged_dead(spec: Spec) -> Plan:
+    """Merging by the stream itself, between two branches that are constants."""
+    if any(stage.form.mixed_norm or stage.form.hidden_norm for stage in spec.stages):
+        raise PlanError("norms tie all channels")
+    none = ((),) * len(spec.stages[0].blocks[0].mixer.v)
+    return _first(spec, lambda stage, block: BlockPlan(qk=none, v=none, hidden=(), tokens=Merge(count=3)))
+
+
+def _conv_dead(spec: Spec) -> Plan:
+    """A convolution before an MLP that is a constant."""
+    plan = _conv(spec, 1, "folded", "zero")
+    if any(stage.form.hidden_norm for stage in spec.stages):
+        raise PlanError("a norm ties all neurons")
+    return Plan.of(spec, [block.model_copy(update={"hidden": ()}) for block in plan.blocks()])
+
+
 def _top_k(spec: Spec, fused: bool, weighed: bool) -> Plan:
     stage = spec.stages[0]
     weights = tuple(0.5 + (7 * i % 5) / 5 for i in range(stage.patches)) if weighed else ()
@@ -151,7 +167,9 @@ KINDS: dict[str, Callable[[Spec], Plan]] = {
         for form in ("linear", "mean", "channel")
         for sized in (False, True)
     },
+    "conv1-dead": _conv_dead,
     "merged": _merged,
+    "merged-dead": _merged_dead,
     "top_k": functools.partial(_top_k, fused=True, weighed=False),
     "top_k-weighed": functools.partial(_top_k, fused=False, weighed=True),
     "only_prefix": _prefix,
@@ -161,7 +179,7 @@ KINDS: dict[str, Callable[[Spec], Plan]] = {
 """A plan for each kind, or `PlanError` where a model cannot have it."""
 
 STEPS = {"dropped": Drop, "grid-linear": GridMerge, "merged": Merge, "top_k": TopK}
-CHOOSING = ("merged", "top_k", "top_k-weighed")
+CHOOSING = ("merged", "merged-dead", "top_k", "top_k-weighed")
 """Kinds whose tokens are chosen image by image: a rounding may change the choice."""
 
 

@@ -122,7 +122,7 @@ def ready(
         net = running(model, images.device, images.dtype, as_stored=as_stored)
         net = still if net is model else net.eval()
         run = _compiled(net) if runtime == "compile" else _eager(net)
-        run = _captured(run, images) if runtime == "cudagraph" else run
+        run = _Recorded(run, images) if runtime == "cudagraph" else run
         found = Ready(runtime=runtime, version=_torch(runtime), run=run, bytes=weights_bytes(still), apart=None)
     return _checked(found, still, images)
 
@@ -166,40 +166,53 @@ def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _captured(run: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[Tensor], Tensor]:
-    """What replays one recorded pass, without PyTorch's work for each operator; the batch is static.
+class _Recorded:
+    """One pass that was recorded on CUDA and is replayed without PyTorch's work for each operator.
 
     Args:
         run: the pass.
-        images: ``(B, C, h, w)`` on CUDA.
+        images: ``(B, C, h, w)`` on CUDA; only such batches can be replayed.
+
+    Raises:
+        ExportError: if the pass cannot be recorded.
     """
-    held = images.clone()
-    graph = torch.cuda.CUDAGraph()
-    # Recording must find libraries initialised and kernels chosen, on a stream of its own: PyTorch's notes on CUDA.
-    side = torch.cuda.Stream(images.device)
-    side.wait_stream(torch.cuda.current_stream(images.device))
-    try:
+
+    def __init__(self, run: Callable[[Tensor], Tensor], images: Tensor) -> None:
+        self.run = run  # which holds the weights whose addresses are in the graph
+        self.images, self.graph = images.clone(), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.device(images.device):
+                self.logits = self._record()
+        except Exception as problem:  # whatever an operator raises that cannot be recorded
+            raise _unable("cudagraph", problem) from problem
+
+    def _record(self) -> Tensor:
+        # Libraries must be initialized and kernels chosen before, on another stream (PyTorch's notes on CUDA graphs).
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(3):
-                run(held)
-        torch.cuda.current_stream(images.device).wait_stream(side)
-        with torch.cuda.graph(graph):
-            logits = run(held)
-    except Exception as problem:  # whatever an operator raises that cannot be recorded
-        raise _unable("cudagraph", problem) from problem
+                self.run(self.images)
+        current.wait_stream(side)
+        with torch.cuda.graph(self.graph):
+            return self.run(self.images)
 
-    def replay(given: Tensor) -> Tensor:
-        if (given.shape, given.dtype, given.device) != (held.shape, held.dtype, held.device):
+    def __call__(self, images: Tensor) -> Tensor:
+        """Replay; the logits are a copy, for the next pass writes where this one wrote.
+
+        Raises:
+            ExportError: if the images have another shape, type or device.
+        """
+        mine = self.images
+        if (images.shape, images.dtype, images.device) != (mine.shape, mine.dtype, mine.device):
             raise ExportError(
-                f"cudagraph must be given {_told(held)}, with which it was recorded, but got {_told(given)}; call "
+                f"cudagraph must be given {_told(mine)}, with which it was recorded, but got {_told(images)}; call "
                 "ready with such images"
             )
-        held.copy_(given)
-        graph.replay()
-        # The next pass writes where this one wrote.
-        return logits.clone()
-
-    return replay
+        with torch.cuda.device(mine.device):
+            mine.copy_(images)
+            self.graph.replay()
+            return self.logits.clone()
 
 
 def _told(images: Tensor) -> str:

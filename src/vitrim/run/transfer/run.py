@@ -233,7 +233,13 @@ def _time(job: _Job, model: nn.Module) -> dict[str, Any]:
     if not settings.latency:
         return {"latency_ms": None, "device": str(next(model.parameters()).device)}
     job.say("timing the whole segmentor")
-    taken = latency(model, batch=settings.batch, threads=settings.threads, seconds=settings.seconds)
+    taken = latency(
+        model,
+        batch=settings.batch,
+        threads=settings.threads,
+        seconds=settings.seconds,
+        as_stored=settings.as_stored,
+    )
     return {
         "latency_ms": 1e3 * taken.seconds,
         "device": taken.device,
