@@ -30,21 +30,23 @@ QUICK = ["--set", "measure.latency=false", "--set", "device=cpu", "--set", "data
 CLASSES = 4
 
 OPTIONS = {
-    "compress": "model out method budget data test weights random-weights epochs minutes recover calibration seed "
-    "preset set",
-    "pareto": "model data out test budgets weights random-weights seed set",
-    "search": "model storage budget method trials data weights random-weights seed out preset set",
-    "transfer": "",
+    "compress": "model out method budget data test weights weights-key random-weights image-size classes "
+    "channels epochs minutes recover calibration seed preset set",
     "run": "recipe out preset set",
-    "export": "model out opset int8 data test weights random-weights set",
+    "pareto": "model data out test budgets weights weights-key random-weights image-size classes channels seed set",
+    "export": "model out opset as-stored int8 data test weights weights-key random-weights image-size classes "
+    "channels set",
     "push": "model repository license folder dry-run private revision",
-    "evaluate": "model data weights random-weights set",
     "explain": "plan",
-    "bench": "models reference runtimes batch threads dtype device seconds memory out",
     "report": "folders out csv",
     "methods": "",
     "recipes": "name",
     "models": "pattern json",
+    "evaluate": "model data weights weights-key random-weights image-size classes channels set",
+    "bench": "models reference runtimes batch threads dtype device seconds memory as-stored out",
+    "search": "model storage budget method trials data weights weights-key random-weights image-size classes "
+    "channels seed out preset set",
+    "transfer": "",
 }
 
 

@@ -15,7 +15,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.conftest import HANGS
 from vitrim import methods
 from vitrim.data import Augment, Images, Input
 from vitrim.families import adopt, describe
@@ -36,6 +35,8 @@ SETTINGS = {
 }
 DRAWS = Train(epochs=1, batch=12, clip=None, augment=Augment())
 """For SPViT, whose processes draw gates of their own, so that two take no step of one."""
+
+HANGS = 1800  # seconds; this file runs as a script, too, which finds no other file of the tests
 
 
 class Masked(nn.Module):

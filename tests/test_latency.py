@@ -292,7 +292,7 @@ def met(model, table, clock, share=0.6, name="magnitude", is_timed=True, spread=
 @pytest.mark.parametrize("clock", [lambda t: t, lambda t: 1.25 * t, lambda t: 0.2 + 0.8 * t, lambda t: t**1.5])
 def test_what_is_measured_comes_within_five_percent(is_timed, clock):
     model = small_vit()
-    found, said = met(model, proportional(describe(model)), clock, is_plans_by_time=is_timed)
+    found, said = met(model, proportional(describe(model)), clock, is_timed=is_timed)
     assert abs(found.ratio - 0.6) <= 0.05 * 0.6
     assert found.measured == len(said)
     assert found.ratio == pytest.approx(clock(found.predicted))

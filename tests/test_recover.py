@@ -7,7 +7,7 @@ import torch
 
 from tests.tolerance import EXACT
 from vitrim.cut.compensate.closed_form import Moments, query_key_maps, refit, removal_order, root, value_map
-from vitrim.methods.post_training.allocate import allocate, power_law
+from vitrim.methods.post_training.knapsack import choose_options, power_law
 from vitrim.words.errors import BudgetError, MethodError
 
 LOW_RANK = 1e-10
@@ -132,9 +132,9 @@ def test_allocation_equals_brute_force(seed):
     wanted = brute(losses, costs, limits)
     if wanted is None:
         with pytest.raises(BudgetError, match="must be at least"):
-            allocate(losses, costs, limits)
+            choose_options(losses, costs, limits)
         return
-    chosen = allocate(losses, costs, limits)
+    chosen = choose_options(losses, costs, limits)
     assert sum(group[i][0] for group, i in zip(costs, chosen, strict=True)) <= limits[0]
     assert sum(group[i] for group, i in zip(losses, chosen, strict=True)) == pytest.approx(wanted)
 
@@ -144,7 +144,7 @@ def test_allocation_keeps_two_bounds():
     losses = [torch.rand(4, generator=draw).sort().values.tolist() for _ in range(5)]
     costs = [[[100 - 20 * i, 400 - 40 * i - 40 * i * (g % 2)] for i in range(4)] for g in range(5)]
     limits = [420, 1500]
-    chosen = allocate(losses, costs, limits)
+    chosen = choose_options(losses, costs, limits)
     for bound, limit in enumerate(limits):
         assert sum(group[i][bound] for group, i in zip(costs, chosen, strict=True)) <= limit
     loss = sum(group[i] for group, i in zip(losses, chosen, strict=True))

@@ -686,7 +686,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("preset", "told"),
-        [("scale_norms", "there is a norm over all heads in between"), ("dynamic", "dynamic_img_size is set")],
+        [("scale_norms", "there is a norm over all heads in between"), ("dynamic", "dynamic_img_size is on")],
     )
     def test_models(self, preset, told):
         with pytest.raises(PlanError, match=told):
@@ -699,7 +699,7 @@ class TestRefusals:
         conv = ConvSpec(kernel=3, width=16)
         kept = tuple(tuple(range(n)) for n in (16, 8, 16))
         for decision, told in (
-            (BlockPlan(mixer=conv, tokens=Drop(kept=(1, 2))), "must have the whole grid"),
+            (BlockPlan(mixer=conv, tokens=Drop(kept=(1, 2))), "must have patches that fill a grid"),
             (BlockPlan(mixer=conv.model_copy(update={"width": 5})), "as wide as every value head"),
             (BlockPlan(mixer=conv, v=kept), "as wide as every value head"),
             (BlockPlan(mixer=conv, qk=kept), "no queries and keys"),
@@ -712,10 +712,10 @@ class TestRefusals:
         with pytest.raises(PlanError, match="must stay as it is or be folded"):
             apply(hybrid, Plan.of(describe(hybrid), [other, *keep]))
         drop = [BlockPlan(tokens=Drop(kept=(1, 2))), *keep]
-        with pytest.raises(PlanError, match="must have the whole grid"):
+        with pytest.raises(PlanError, match="must have patches that fill a grid"):
             apply(hybrid, Plan.of(describe(hybrid), drop))
         block = describe(hybrid).stages[0].blocks[0]
-        with pytest.raises(ValueError, match="must have the whole grid"):
+        with pytest.raises(ValueError, match="must have patches that fill a grid"):
             Stage(**{**dict(spec.stages[0]), "blocks": (block.model_copy(update={"tokens": Drop(kept=(1,))}),)})
 
 

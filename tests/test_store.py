@@ -28,6 +28,7 @@ from vitrim.deploy import store
 from vitrim.families import describe
 from vitrim.nn.weights import why_not_like
 from vitrim.words.errors import SpecError, StoreError, WeightsError
+from vitrim.words.formats import FORMAT
 from vitrim.words.plain import dump
 
 EACH = pytest.mark.parametrize(("family", "preset"), PRESETS, ids=IDS)
@@ -137,7 +138,7 @@ def test_metadata_is_json(file: Path):
     store.save(model, file)
     with safe_open(file, framework="pt") as opened:
         sheet = json.loads(opened.metadata()["vitrim"])
-    assert sheet["format"] == 1
+    assert sheet["format"] == FORMAT
     assert sheet["spec"] == json.loads(json.dumps(dump(describe(model))))
 
 
@@ -335,7 +336,10 @@ def test_plain_weights(file: Path):
 @pytest.mark.parametrize(
     ("sheet", "says"),
     [
-        (lambda d: d.update(format=2), r"format must be at most 1, but is 2; install a newer vitrim"),
+        (
+            lambda d: d.update(format=FORMAT + 1),
+            rf"format must be at most {FORMAT}, but is {FORMAT + 1}; install a newer",
+        ),
         (lambda d: d.update(format="one"), r"format must be a whole number"),
         (lambda d: [1, 2], r"format must be a whole number"),
         (lambda d: d.pop("spec") and None, r"spec: "),

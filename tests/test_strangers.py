@@ -291,7 +291,7 @@ def test_an_error_names_its_line(here):
 def test_a_shared_search_wants_trials(here, call):  # noqa: F811
     (here / "mine.py").write_text(METHOD, encoding="utf-8")
     told = call("search", "test_vit", "--storage", "sqlite:///x.db", "--method", "mine.py")
-    refused(told, "a shared search must be of a method with trials, but mine.py has none")
+    refused(told, "a shared search must use a method with trials, but mine.py has none")
 
 
 # Instances.

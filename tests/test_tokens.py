@@ -163,7 +163,7 @@ class TestTimmIsToldTheTruth:
 
     def test_maps_are_refused(self, child):
         x = images(describe(child))
-        with pytest.raises(DataError, match="maps of features must have every patch, but this model drops some; ask"):
+        with pytest.raises(DataError, match="maps of features must have every patch, but this model drops some; use"):
             child.forward_intermediates(x)
         with pytest.raises(DataError, match="maps of features"):
             child.get_intermediate_layers(x, reshape=True)
@@ -189,7 +189,7 @@ class TestTimmIsToldTheTruth:
             again.forward_intermediates(x, output_fmt="NCHW")
 
     def test_size_and_masks_are_refused(self, child):
-        with pytest.raises(DataError, match=r"must stay as it is, for patches are dropped at places of the grid; set"):
+        with pytest.raises(DataError, match=r"must not change, because patches are dropped at places of the grid; set"):
             child.set_input_size(img_size=64)
         mask = torch.ones(19, 19, dtype=torch.bool)
         with pytest.raises(DataError, match="must be run without attention masks"):
