@@ -300,8 +300,9 @@ def _plainly(value: Any) -> Hashable:
         return kind, value
     if isinstance(value, enum.Enum | type):
         return value
-    if isinstance(value, types.FunctionType) and value.__closure__ is None and value.__defaults__ is None:
-        return value
+    if isinstance(value, types.FunctionType) and value.__closure__ is None:
+        # A default value may contain a module.
+        return value, _plainly(value.__defaults__), _plainly(value.__kwdefaults__)
     if isinstance(value, types.BuiltinFunctionType) and isinstance(value.__self__, types.ModuleType | None):
         return value
     if kind in (list, tuple, set, frozenset):
