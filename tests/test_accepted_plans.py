@@ -35,7 +35,7 @@ OTHERS = {
     "skipped_mlp",
     "only_prefix",
 }
-EXAMPLES = 100
+EXAMPLES = 80
 # Without shrinking, which takes minutes of forward passes; the plan that fails is printed as it was drawn.
 FEW = settings(
     max_examples=EXAMPLES,

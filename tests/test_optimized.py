@@ -350,6 +350,8 @@ def test_a_dense_block_runs_ten_operators():
 @pytest.mark.parametrize(("family", "preset"), [("vit", "plain"), ("swin", "windows"), ("t2t", "performer")])
 def test_compilers_take_every_child_whole(family, preset):
     for kind, model in children(family, preset):
+        if family == "t2t" and kind not in ("dense", "merged"):
+            continue  # its blocks are those of a ViT, which is tried whole; only the stem is another
         x = images(describe(model), 2, torch.float32)
         net = optimized(model, dtype=torch.float32)
         torch._dynamo.reset()
