@@ -714,7 +714,7 @@ def test_quantised_weights(refused):
     for dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2):
         held = {name: (value * 99).to(dtype) if value.dim() == 2 else value for name, value in state.items()}
         text = refused(held)
-        assert f"blocks.0.attn.qkv.weight is {dtype}, so they are quantised" in text
+        assert f"blocks.0.attn.qkv.weight is {dtype}, so they are quantized" in text
     packed = torch.quantize_per_tensor(torch.randn(5, 32), 0.1, 0, torch.qint8)
     dynamic = state | {"head._packed_params._packed_params": (packed, torch.zeros(5)), "head.scale": torch.tensor(1.0)}
     assert "head._packed_params._packed_params.0 is quantized to torch.qint8" in refused(dynamic)

@@ -206,7 +206,7 @@ def test_two_levels_and_order_are_refused_on_the_command_line(trained, call, tmp
     asked = ["compress", model, "--data", tmp_path / "deep", "--out", out, "--budget", "macs=0.9"]
     code, _, err = call(*asked)
     assert (code, out.exists()) == (2, False)
-    assert "data.depth=1 makes 2 classes (a, b), data.depth=2 makes 4 classes (w, x, y, ...)" in err
+    assert "data.depth=1 gives 2 classes (a, b), data.depth=2 gives 4 classes (w, x, y, ...)" in err
     assert call(*asked, "--set", "data.depth=2", "--set", "measure.latency=false")[0] == 0
     assert read_json(out / FILE)["names"] == ["w", "x", "y", "z"]
     source = grey_folders(tmp_path / "many", MANY, each=2)
