@@ -26,15 +26,16 @@ ARGUMENTS = f"model.arguments={json.dumps(TINY)}"
 QUICK = ["--set", "measure.latency=false", "--set", "device=cpu", "--set", "data.calibration=16"]
 CLASSES = 4
 
+OPENED = "weights weights-key random-weights image-size classes channels"
 OPTIONS = {
-    "compress": "model out method budget data test weights random-weights epochs minutes recover calibration seed set",
-    "pareto": "model data out test budgets weights random-weights seed set",
-    "search": "model storage budget method trials data weights random-weights seed out set",
+    "compress": f"model out method budget data test {OPENED} epochs minutes recover calibration seed set",
+    "pareto": f"model data out test budgets {OPENED} seed set",
+    "search": f"model storage budget method trials data {OPENED} seed out set",
     "transfer": "",
     "run": "recipe out set",
-    "export": "model out opset int8 data test weights random-weights set",
+    "export": f"model out opset int8 data test {OPENED} set",
     "push": "model repository license folder dry-run private revision",
-    "evaluate": "model data weights random-weights set",
+    "evaluate": f"model data {OPENED} set",
     "explain": "plan",
     "bench": "models reference runtimes batch threads dtype device seconds memory out",
     "report": "folders out csv",
