@@ -312,10 +312,10 @@ def test_training_checkpoints(opened, monkeypatch):
         "version": torch.__version__,
         "more": types.SimpleNamespace(a=frozenset({1}), b=collections.deque([1])),
     }
-    before = torch.serialization.get_safe_globals()
+    before = set(torch.serialization.get_safe_globals())
     found, _ = opened(held)
     assert apart(found, model) == 0
-    assert torch.serialization.get_safe_globals() == before
+    assert set(torch.serialization.get_safe_globals()) == before
 
 
 def test_what_a_process_allows_stays_allowed(opened):
@@ -696,6 +696,12 @@ def test_counters_of_tools_are_dropped(opened):
     found, said = opened(held)
     assert apart(found, model) == 0
     assert "left out total_ops and blocks.0.attn.total_params, which only training needs" in said
+
+
+def test_other_classes_than_those_of_the_file(refused):
+    text = refused(vit().state_dict(), **TINY, num_classes=7)
+    assert "head.weight (5, 32) for (7, 32), head.bias (5,) for (7,)" in text
+    assert text.endswith("leave --classes out for the 5 classes of the file, or give --classes 0 for features")
 
 
 def test_names_of_other_libraries(refused):

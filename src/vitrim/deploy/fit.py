@@ -78,24 +78,14 @@ def fit(
     found = infer(shapes, model, given, source)
     target, *_ = _classifiers(model)
     own = shapes.get(f"{target}.weight")
-    beside = chosen.parts() | _unknown(chosen, shapes, wanted)
-    head = find_head(beside, model) if own is None else None
-    classes = len(own) if own is not None else len(head[1]) if head is not None else 0
-    top = target.split(".")[0]
-    if "num_classes" not in given and not classes and any(name.startswith(f"{top}.") for name in shapes):
-        raise WeightsError(
-            f"{source}: a classifier must be one linear layer, but {top} has other layers in this file; --classes 0 "
-            "leaves it out and opens features"
-        )
-    if "num_classes" not in given and classes != model.num_classes:
-        found.arguments["num_classes"] = classes
-        if not classes:
-            found.remarks.append("no classifier, so the model gives features")
-    if given.get("num_classes") and not classes:
-        raise WeightsError(
-            f"{source}: {given['num_classes']} classes must have a classifier in the file, but there is none; "
-            "leave --classes out to open features"
-        )
+    head = find_head(chosen.parts() | _unknown(chosen, shapes, wanted), model) if own is None else None
+    weight = own if head is None else head[1]
+    # Of a few models timm does not say where the classifier is; theirs is left as it was named.
+    if not model.num_classes or f"{target}.weight" in state:
+        _check_classes(weight, target, shapes, given, source)
+        classes = 0 if weight is None else len(weight)
+        if "num_classes" not in given and classes != model.num_classes:
+            found.take(*([] if classes else ["no classifier, so the model gives features"]), num_classes=classes)
     remarks = [chosen.remark] if chosen.remark else []
     remarks += ["the shapes show " + ", ".join(found.remarks)] if found.remarks else []
     used = None if head is None or given.get("num_classes") == 0 else head
@@ -118,6 +108,29 @@ def fit(
         head=used,
         remarks=remarks,
     )
+
+
+def _check_classes(
+    weight: Tensor | None, target: str, shapes: Mapping[str, Tensor], given: Mapping[str, Any], source: str
+) -> None:
+    """Refuse a file without the classifier that is asked for, and one whose classifier is more than a linear layer.
+
+    Raises:
+        WeightsError: saying how the model opens as features.
+    """
+    if weight is not None or given.get("num_classes") == 0:
+        return
+    top = target.split(".")[0]
+    if any(name.startswith(f"{top}.") for name in shapes):
+        raise WeightsError(
+            f"{source}: a classifier must be one linear layer, but {top} has other layers in this file; --classes 0 "
+            "leaves it out and opens features"
+        )
+    if given.get("num_classes"):
+        raise WeightsError(
+            f"{source}: {given['num_classes']} classes must have a classifier in the file, but there is none; "
+            "leave --classes out to open features"
+        )
 
 
 def fill_(model: nn.Module, fit: Fit) -> list[str]:
@@ -159,6 +172,9 @@ def _way_out(fit: Fit, model: nn.Module, state: Mapping[str, Tensor]) -> str:
     other = near_name(fit.name, fit.shapes, model)
     if other:
         return other
+    head = fit.shapes.get(f"{_classifiers(model)[0]}.weight")
+    if head is not None and "num_classes" in fit.arguments and len(head) != fit.arguments["num_classes"]:
+        return f"; leave --classes out for the {len(head)} classes of the file, or give --classes 0 for features"
     extra = set(state) - set(model.state_dict())
     if "norm.weight" in extra and "fc_norm.weight" not in state:
         return "; in the file the norm is before pooling: --set model.arguments.global_pool=token, or fc_norm=false"

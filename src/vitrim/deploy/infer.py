@@ -34,10 +34,10 @@ class Inferred:
     arguments: dict[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
-    def take(self, remark: str, **arguments: Any) -> None:
-        """Add arguments and the remark that explains them."""
+    def take(self, *remarks: str, **arguments: Any) -> None:
+        """Add arguments, and remarks that explain them."""
         self.arguments |= arguments
-        self.remarks.append(remark)
+        self.remarks += remarks
 
 
 def infer(state: Mapping[str, Tensor], model: Any, given: Mapping[str, Any], source: str) -> Inferred:

@@ -55,10 +55,10 @@ def named_for(state: Mapping[str, Tensor], model: nn.Module, source: str) -> tup
         named = _filtered(state, model, model)
         if families.name_of(model):
             named = families.convert(model, named)
-    except Exception as problem:  # as above; the shapes are what is wrong
+    except Exception:  # as above; the shapes are what is wrong
         raise WeightsError(
-            f"{source}: weights must be of a shape that timm can resample for {type(model).__name__}, but "
-            f"{_positions(before)}are not: {str(problem).splitlines()[0]}; open them at their own image size"
+            f"{source}: weights must have shapes that timm can bring to those of {type(model).__name__}, but "
+            f"{_positions(before)} cannot be; open them at their own image and patch size"
         ) from None
     remarks = []
     positions, patch = (before.get(name) for name in ("pos_embed", "patch_embed.proj.weight"))
@@ -138,7 +138,7 @@ def _filter(name: str) -> Callable[..., Mapping[str, Tensor]] | None:
 
 def _positions(state: Mapping[str, Tensor]) -> str:
     positions = state.get("pos_embed")
-    return "these " if positions is None else f"{positions.shape[-2]} positions "
+    return "these" if positions is None else f"{positions.shape[-2]} positions"
 
 
 def _by(sides: Iterable[int]) -> str:
