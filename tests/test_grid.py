@@ -416,7 +416,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("merges", [[(0, "w")], [(3, "w")], [(1, "w"), (1, "h")]])
     def test_sites(self, merges):
-        with pytest.raises(MethodError, match="must stand between two of 3 blocks, after 1 to 2, but got"):
+        with pytest.raises(MethodError, match="must be between two of 3 blocks, after 1 to 2, but got"):
             merge_plan(describe(adopted("vit", "plain")), merges)
 
     def test_after_dropping_and_twice(self):
