@@ -200,6 +200,8 @@ def child_of(parent: nn.Module, kind: str) -> nn.Module | None:
             if ".step." in name or name.endswith((".mix", ".bn.weight", ".bn.bias", ".bn.running_mean")):
                 noise = torch.randn(value.shape, generator=draw, dtype=torch.float64).to(value)
                 value += 0.25 * noise / math.sqrt(value.shape[-1] if ".step.delta" in name else 1)
+            elif name.endswith(".attn.bias"):
+                value *= 40  # a constant branch that is large next to the stream changes which tokens are alike
             elif name.endswith(".bn.running_var"):
                 value *= 0.5 + torch.rand(value.shape, generator=draw, dtype=torch.float64).to(value)
     return child.eval()
