@@ -506,7 +506,7 @@ def test_all_six_recipes_are_there():
 
 @pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
 def test_recipes_are_strict_and_meet_their_budgets(path):
-    """One run cut at 60 %, and a budget between merging alone and all floors."""
+    """One run cut at 60 %, and a budget between merging alone and the smallest child."""
     recipe = read_recipe(path).resolved()
     found = recipe.found_method()
     first, second = found.train, recipe.train

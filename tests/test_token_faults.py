@@ -15,6 +15,7 @@ from vitrim.deploy import store
 from vitrim.families import blocks_of, describe
 from vitrim.families.swin import example as small_swin
 from vitrim.families.vit import example as small_vit
+from vitrim.nn.attention import Heard
 from vitrim.words.errors import AdoptError, DataError, PlanError
 from vitrim.words.formats import FORMAT
 from vitrim.words.plan import BlockPlan, Plan, read_plan, write_plan
@@ -53,7 +54,6 @@ class TestImageSizes:
         x[..., 8:, :] = x[..., :8, :1].mean()  # all rows of patches but the first alike, so that merging loses nothing
         heard = []
         child.norm.register_forward_hook(lambda _m, _i, out: heard.append(out.shape[1]))
-        child.fc_norm.register_forward_hook(lambda _m, _i, out: None)
         with torch.no_grad():
             apart_by = apart(child(x), model(x))
         assert heard == [64]
@@ -138,8 +138,7 @@ class TestNumbers:
         """655 values of 100 sum to more than float16 holds."""
         step = cut(random(small_vit()), BlockPlan(tokens=TopK(kept=600))).blocks[0].step
         keys = torch.randn(1, 1370, 48).half()
-        heard = torch.nn.Module()
-        heard.q, heard.k, heard.widths, heard.scale = keys, keys, (16, 16, 16), 0.25
+        heard = Heard(keys, keys, (16, 16, 16), 0.25)
         out = step.after_attention(torch.full((1, 1370, 48), 100.0).half(), heard)
         assert torch.equal(out, torch.full((1, 601, 48), 100.0).half())
 
@@ -148,8 +147,6 @@ class TestNumbers:
         """In bfloat16 counts stopped at 256."""
         model = random(small_vit(img_size=320, class_token=False, global_pool="avg"))
         child = cut(model, *steps(Merge(count=800), Merge(count=400), Merge(count=200))).to(dtype)
-        sizes = []
-        child.blocks[2].step.register_forward_hook(lambda *_: None)
         stream = torch.full((1, 1600, 48), 0.5, dtype=dtype)
         for block in child.blocks[:2]:
             stream = block(stream)

@@ -21,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitrim.nn.feed import precise
 from vitrim.words.errors import DataError, RecipeError
 from vitrim.words.plain import did_you_mean
 
@@ -48,7 +49,7 @@ def performer(q: Tensor, k: Tensor, v: Tensor, features: Tensor) -> Tensor:
     Returns:
         ``(B, N, c)``, in the type of `v`.
     """
-    kind = torch.promote_types(v.dtype, torch.float32)
+    kind = precise(v)
     with _full_precision(v.device):
         q, k = (_phi(u.to(kind), features.to(kind)) for u in (q, k))
         mixed = q @ (k.mT @ v.to(kind))

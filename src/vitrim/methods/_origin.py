@@ -21,7 +21,7 @@ from vitrim.methods._contract import Method
 from vitrim.methods._digest import digest_of, files_of
 from vitrim.words.entries import Entry, entries
 from vitrim.words.errors import MethodError
-from vitrim.words.plain import Node, did_you_mean, dump, load
+from vitrim.words.plain import Node, did_you_mean, dump, load, raised
 
 __all__ = ["Origin", "is_path", "make", "names", "origin", "origin_of", "why_not_a_method"]
 
@@ -239,8 +239,7 @@ def _broken(problem: BaseException, file: Path, at: str) -> str:
     """Say in a sentence what a file raised, and in which of its lines."""
     lines = [line for name, line in _lines(problem) if Path(name) == file]
     where = f"line {lines[-1]} " if lines else "it "
-    reason = (str(problem).splitlines() or ["nothing more"])[0]
-    return f"{at}: a method's file must run as Python, but {where}raises {type(problem).__name__}, which says {reason}"
+    return f"{at}: a method's file must run as Python, but {where}raises {raised(problem)}"
 
 
 def _lines(problem: BaseException) -> list[tuple[str, int | None]]:

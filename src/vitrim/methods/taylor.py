@@ -25,7 +25,7 @@ from vitrim.cut.outputs import as_classes, gives_values, own_loss
 from vitrim.data import eval_loader
 from vitrim.families import describe
 from vitrim.methods import Data, ScoreMethod
-from vitrim.nn.feed import fed
+from vitrim.nn.feed import fed, wide
 from vitrim.nn.modes import evaluating
 from vitrim.words.errors import MethodError
 from vitrim.words.progress import counted, progress
@@ -113,7 +113,7 @@ def _add(
     x = x.clone().requires_grad_()
     with torch.enable_grad(), listening(model, {path: keep_first(path) for path in scores}):
         outputs = model(x)
-        loss = _loss(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), y, target, values, draw)
+        loss = _loss(wide(outputs), y, target, values, draw)
     if not bool(torch.isfinite(loss)):
         raise MethodError("the loss must be finite while scoring, but is not; check weights and normalisation")
     paths = list(heard)

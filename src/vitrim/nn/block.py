@@ -66,7 +66,6 @@ class Block(nn.Module):
         here = stage.enters if arriving is None else arriving
         width, form, mixer, hidden = stage.width, stage.form, spec.mixer, spec.hidden
         self.spec, self.form, self.width, self.prefix = spec, form, width, stage.prefix
-        self.arriving = here
         self.step: StepModule | None = None if stage.window is not None else make_step(spec.tokens, stage, here)
         self.n_queries = stage.prefix if spec.only_prefix else None
         """Number of first tokens for which queries, MLP and output are computed; None for all tokens."""
@@ -167,7 +166,6 @@ class Block(nn.Module):
             arriving: the tokens at the block's input.
             grid: rows and columns of the dense grid.
         """
-        self.arriving = arriving
         if self.step is not None:
             self.step.place(arriving, grid)
         if isinstance(self.attn, Conv):

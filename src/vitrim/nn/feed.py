@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-__all__ = ["fed", "wide"]
+__all__ = ["fed", "precise", "wide"]
 
 
 def fed(images: Tensor, model: nn.Module) -> Tensor:
@@ -19,6 +19,14 @@ def fed(images: Tensor, model: nn.Module) -> Tensor:
     return images if first is None else images.to(first.device, first.dtype, non_blocking=True)
 
 
+def precise(x: Tensor) -> torch.dtype:
+    """Return the type for sums over many tokens: that of `x`, but at least float32.
+
+    Counts above 256 are not whole in bfloat16, and a sum of 655 values of 100 is infinite in float16.
+    """
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def wide(x: Tensor) -> Tensor:
     """`x` in float32 where its type is shorter: products summed over tokens lose or overflow in half precision."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(precise(x))

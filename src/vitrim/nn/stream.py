@@ -8,15 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Residual", "Stream", "precise", "tokens_of"]
+from vitrim.nn.feed import precise
 
-
-def precise(x: Tensor) -> torch.dtype:
-    """Return the type for sums over many tokens: that of `x`, but at least float32.
-
-    Counts above 256 are not whole in bfloat16, and a sum of 655 values of 100 is infinite in float16.
-    """
-    return torch.promote_types(x.dtype, torch.float32)
+__all__ = ["Residual", "Stream", "tokens_of"]
 
 
 class Stream(NamedTuple):

@@ -165,7 +165,7 @@ class Recipe(Node):
             RecipeError: if the child is to be trained otherwise than its method needs.
             RunError: if the recipe holds the digest of another source.
         """
-        found = methods.origin(self._name()) if method is None else methods.origin_of(method)
+        found = methods.origin(_name_of(self.method)) if method is None else methods.origin_of(method)
         was = self.method.get("source")
         if found.source is not None and was not in (None, found.source):
             way = "begin another run with --set method.source=null and another --out"
@@ -232,9 +232,6 @@ class Recipe(Node):
             RecipeError: if the recipe names none.
         """
         return found_method(self.method)
-
-    def _name(self) -> str:
-        return _name_of(self.method)
 
 
 def found_method(asked: Any) -> Any:

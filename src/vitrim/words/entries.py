@@ -9,6 +9,7 @@ from typing import Any
 
 from vitrim import __version__
 from vitrim.words.errors import VitrimError
+from vitrim.words.plain import raised
 
 __all__ = ["Entry", "entries"]
 
@@ -35,10 +36,9 @@ class Entry:
             return self.point.load()
         # The code is another author's, and an import may raise anything.
         except (Exception, SystemExit) as problem:
-            reason = (str(problem).splitlines() or ["nothing more"])[0]
             raise error(
                 f"{self.point.name}: {self.point.value} of {self.distribution} must be importable, but raises "
-                f"{type(problem).__name__}, which says {reason}; fix or uninstall it"
+                f"{raised(problem)}; fix or uninstall it"
             ) from problem
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "dump",
     "followed",
     "load",
+    "raised",
     "read_json",
     "read_toml",
     "reason",
@@ -128,6 +129,11 @@ def reason(problem: BaseException) -> str:
         return problem.strerror.lower()
     lines = (line.strip().rstrip(".") for line in str(problem).splitlines())
     return next((line[:200] for line in lines if line), type(problem).__name__)
+
+
+def raised(problem: BaseException) -> str:
+    """Name an error of another author's code and give the first line of its message, to be used inside a sentence."""
+    return f"{type(problem).__name__}, which says {(str(problem).splitlines() or ['nothing more'])[0]}"
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vitrim.nn.feed import wide
 from vitrim.words.errors import MethodError
 
 __all__ = [
@@ -58,10 +59,6 @@ DeiT-S at n = 64, one thread, from 4 to 16 MiB; 0.28 s at 64)."""
 _ROUNDINGS = 64
 
 
-def _precise(z: Tensor) -> Tensor:
-    return z.to(torch.promote_types(z.dtype, torch.float32))
-
-
 def squared_distances(z: Tensor) -> Tensor:
     """Return squared Euclidean distances between samples, at least 0, and 0 on the diagonal.
 
@@ -71,7 +68,7 @@ def squared_distances(z: Tensor) -> Tensor:
     Returns:
         ``(..., n, n)``.
     """
-    z = _precise(z)
+    z = wide(z)
     # Centering does not change distances, and avoids a loss of digits in the inner-product form.
     z = z - z.mean(dim=-2, keepdim=True)
     products = z @ z.transpose(-2, -1)
@@ -83,7 +80,7 @@ def squared_distances(z: Tensor) -> Tensor:
 
 def linear(z: Tensor) -> Tensor:
     """Return Gram matrices of the kernel ``<a, b>``."""
-    z = _precise(z)
+    z = wide(z)
     return z @ z.transpose(-2, -1)
 
 
@@ -112,7 +109,7 @@ def median_gaussian(z: Tensor) -> Tensor:
     distances = squared_distances(z)
     pairs = _pairs(distances)
     middle = pairs.median(dim=-1).values
-    size = _precise(z).square().sum(dim=-1).mean(dim=-1)
+    size = wide(z).square().sum(dim=-1).mean(dim=-1)
     noise = (_ROUNDINGS * torch.finfo(distances.dtype).eps) ** 2 * size
     alive = middle > noise
     rate = torch.where(alive, -0.5 / middle.clamp(min=torch.finfo(distances.dtype).tiny), 0.0)

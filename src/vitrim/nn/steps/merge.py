@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitrim.nn.attention import Heard
+from vitrim.nn.feed import precise
 from vitrim.nn.steps._base import StepModule
-from vitrim.nn.stream import Stream, precise
+from vitrim.nn.stream import Stream
 from vitrim.words.errors import DataError
 from vitrim.words.spec import Stage
 from vitrim.words.steps import Tokens

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from vitrim.nn.attention import Heard
+from vitrim.nn.feed import precise
 from vitrim.nn.steps._base import StepModule
-from vitrim.nn.stream import Stream, precise
+from vitrim.nn.stream import Stream
 from vitrim.words.errors import DataError
 from vitrim.words.spec import Stage
 from vitrim.words.steps import Tokens
