@@ -106,7 +106,7 @@ def test_a_resumed_run_reads_what_it_began_with(trained, tmp_path):
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
     shutil.copy(data / "train" / "1" / "0.png", data / "train" / "1" / "more.png")
-    refused("must go on with the images it began with, but the number of images differ")
+    refused("must resume with the images that it began with, but the number of images differ")
     (data / "train" / "1" / "more.png").unlink()
     for split in ("train", "test"):
         (data / split / "10").rename(data / split / "11")

@@ -153,7 +153,7 @@ def test_unknown_names():
     assert "`vitrim models` lists" in refused(RecipeError, "qqqqqqqqqqqq")
     assert "must be a timm name or a file that vitrim stored" in refused(RecipeError, "some/where")
     assert "must exist, but it does not" in refused(StoreError, "some/where.safetensors")
-    assert "gone with the program that held it" in refused(RecipeError, "(VisionTransformer in memory, 12345678)")
+    assert "passed as an instance by another program" in refused(RecipeError, "(VisionTransformer in memory, 12345678)")
 
 
 def test_weights_come_from_one_place(tmp_path):

@@ -201,7 +201,7 @@ def test_a_file_is_a_method(here, call):  # noqa: F811
 
     (here / "mine.py").write_text(METHOD + "\n# another\n", encoding="utf-8")
     other = hashlib.sha256((here / "mine.py").read_bytes()).hexdigest()[:12]
-    told = f"must go on with the method that it began with, mine.py ({digest[:19]}), but got mine.py (sha256:{other})"
+    told = f"must resume with the method that it began with, mine.py ({digest[:19]}), but got mine.py (sha256:{other})"
     refused(
         call(*asked, "--method", "mine.py", "--set", "method.first=true"), f"run: a run {told}; restore that source"
     )
@@ -384,7 +384,7 @@ def test_an_instance_that_no_recipe_finds_goes_on_when_it_is_passed_again(here, 
     again = shrink(kind(), out="run")
     assert again.plan == result.plan
     with pytest.raises(
-        MethodError, match=rf"\(tests.*{kind.__name__} in memory\) is gone with the program that held it"
+        MethodError, match=rf"\(tests.*{kind.__name__} in memory\) was passed as an instance by another program"
     ):
         run(read_recipe_of("run"), Path("again"))
     assert not Path("again").exists()

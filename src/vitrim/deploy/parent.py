@@ -113,7 +113,7 @@ def _check_name(name: str) -> None:
     """
     if name.startswith("("):
         raise RecipeError(
-            f"a model must be named, but {name} is gone with the program that held it; call compress there"
+            f"a model must be named, but {name} was passed as an instance by another program; call compress there"
         )
     if not name.startswith(("hf-hub:", "hf_hub:")) and not timm.is_model(name):
         if name.endswith(".safetensors") or "/" in name:

@@ -1,7 +1,7 @@
 """Families of models: one file each in this package, or modules that installed packages declare.
 
 A family describes a model as a spec, replaces the blocks of a model by vitrim's, and builds an empty model from a spec.
-The other packages use only these functions and do not depend on the set of families. Families of other authors are
+Other packages use only these functions and name no family. Families of other authors are
 entry points of the group ``vitrim.families``. They are imported with this package, because they may register models
 with timm.
 """
@@ -48,7 +48,7 @@ __all__ = [
 
 
 AROUND = {"segmentor": "_segmentor"}
-"""Families around a backbone of another, and their files: a spec may name them, but no model of timm's is one."""
+"""Families built around a backbone of another family, with their files; specs may name them, timm models have none."""
 
 
 GROUP = "vitrim.families"
@@ -56,24 +56,24 @@ GROUP = "vitrim.families"
 
 
 class Family(Protocol):
-    """What a family file offers, as functions of the module."""
+    """What the module of a family must define."""
 
     TEST_PRESETS: dict[str, dict[str, object]]
-    """Small models for the laws: a name and the keyword arguments of `example`."""
+    """Small models for tests: the keyword arguments of `example`, by name."""
 
     HOSTS: tuple[type[nn.Module], ...]
-    """Classes that it takes in, with their subclasses, save those that another family names more closely."""
+    """Model classes of the family. A subclass belongs to the family that lists its nearest base class."""
 
     def example(self, **arguments: object) -> nn.Module:
         """A small model with random weights."""
         ...
 
     def describe(self, model: nn.Module) -> Spec:
-        """The spec of a model, timm's or adopted."""
+        """The spec of a timm model or of an adopted one."""
         ...
 
     def blocks_by_stage(self, model: nn.Module) -> list[list[nn.Module]]:
-        """The blocks of each stage in order, whoever made them; stages as `describe` has them."""
+        """The blocks of each stage in order, timm's or vitrim's; stages as in the spec."""
         ...
 
     def host(self, model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
@@ -86,7 +86,7 @@ class Family(Protocol):
 
 
 OFFERS = ("TEST_PRESETS", "HOSTS", "example", "describe", "blocks_by_stage", "host", "build")
-"""What a module must have to be a `Family`."""
+"""The names that the module of a family must define."""
 
 
 def names() -> list[str]:
@@ -119,7 +119,7 @@ def get(name: str) -> Family:
 
 
 def why_not_a_family(value: Any) -> str | None:
-    """Return why `value` is no family, as a sentence; None if it is one."""
+    """Return why `value` is not a family, as a sentence; None if it is one."""
     if not isinstance(value, ModuleType):
         return f"a family must be a module, but is {type(value).__name__}; name the module alone"
     lacking = [name for name in OFFERS if not hasattr(value, name)]
@@ -134,7 +134,7 @@ def _own() -> tuple[str, ...]:
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family that handles `model`.
+    """Return the family of `model`.
 
     Raises:
         AdoptError: if none does.
@@ -149,9 +149,7 @@ def family_of(model: nn.Module) -> Family:
 
 
 def name_of(model: nn.Module) -> str | None:
-    """The name of the family whose host is nearest to the class of `model`; None if there is none.
-
-    The nearest, for one family may host a subclass of what another hosts.
+    """Return the name of the family of `model`, None if it has none: the one that lists its nearest base class.
 
     Raises:
         SpecError: if two families host the same class.
@@ -174,16 +172,13 @@ def _owners(hosts: tuple[tuple[str, tuple[type[nn.Module], ...]], ...]) -> dict[
 
 
 def convert(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under the names that `model` uses, where its family knows other names for them.
-
-    A family that does offers ``convert(weights, model)``.
-    """
+    """Rename weights as `model` names them, if its family defines ``convert(weights, model)``."""
     change = getattr(family_of(model), "convert", None)
     return dict(weights) if change is None else dict(change(dict(weights), model))
 
 
 def describe(model: nn.Module) -> Spec:
-    """Return the spec of a model, timm's or adopted; it is always read from the modules, so it is up to date.
+    """Return the spec of a model, timm's or adopted; it is read from the modules on each call.
 
     Raises:
         AdoptError: naming the path and the reason, if a part cannot be represented.
@@ -201,14 +196,14 @@ def _check_not_optimized(model: nn.Module) -> None:
 
 
 def is_adopted(model: nn.Module) -> bool:
-    """Whether `model` is of a known family and its blocks are ours."""
+    """Whether `model` is of a known family and all its blocks are vitrim's."""
     return name_of(model) is not None and all(
         isinstance(block, Block) for stage in family_of(model).blocks_by_stage(model) for block in stage
     )
 
 
 def blocks_of(model: nn.Module) -> list[tuple[str, Block]]:
-    """Our blocks of an adopted model with their paths.
+    """Return the blocks of an adopted model with their paths.
 
     Raises:
         AdoptError: if the model was not adopted.
@@ -228,7 +223,7 @@ def blocks_of(model: nn.Module) -> list[tuple[str, Block]]:
 def adopt(model: nn.Module) -> nn.Module:
     """Return a copy of a timm model with vitrim's blocks and the same weights, after checking that the outputs agree.
 
-    The argument is left as it was and shares no parameter with the result. Adopting twice is adopting once.
+    The argument is left as it was and shares no parameter with the result. An adopted model may be adopted again.
 
     Args:
         model: a timm model of a known family, on any device and of any floating type; also inside `DataParallel`,
@@ -274,12 +269,12 @@ def adopt(model: nn.Module) -> nn.Module:
 
 
 def host(model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
-    """A copy of `model` with other blocks; the two share no parameter."""
+    """Return a copy of `model` with other blocks; the two share no parameter."""
     return family_of(model).host(model, blocks)
 
 
 def build(spec: Spec) -> nn.Module:
-    """A model of structure `spec` with unset weights, to be filled by ``load_state_dict``."""
+    """Return a model of structure `spec` with unset weights, to be filled by ``load_state_dict``."""
     family = get(spec.family)
     place = torch.get_default_device()
     with random_state_kept(place):
@@ -295,7 +290,7 @@ def build(spec: Spec) -> nn.Module:
 
 for _name in _own():
     get(_name)
-# One that is missing something, or two of one name, are refused when a family is asked for: an import must not fail.
+# A broken family, or two of one name, are refused when one is asked for: importing vitrim must not fail.
 with contextlib.suppress(SpecError):
     for _name in names():
         with contextlib.suppress(SpecError):

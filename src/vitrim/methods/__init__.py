@@ -1,7 +1,7 @@
-"""Methods: one file or folder each, found because it exists; its name is the method's name in a recipe.
+"""Methods: one file or folder each, whose name is the method's name in a recipe.
 
-Methods of other authors are found by entry points of the group ``vitrim.methods``, by the path of a file, or passed as
-an instance. Modules whose names begin with an underscore are shared.
+Methods of other authors come from entry points of the group ``vitrim.methods``, from a file given by its path, or as an
+instance. Modules whose names begin with an underscore are shared.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def settings_of(name: str) -> type[Node]:
-    """The class of the method called `name`, or of the file at that path; its fields are the settings.
+    """Return the class of a method, given its name or the path of its file; the fields are its settings.
 
     Raises:
         MethodError: if there is no such method.
@@ -38,7 +38,7 @@ def settings_of(name: str) -> type[Node]:
 
 
 def get(name: str, settings: Mapping[str, Any] | None = None) -> Method:
-    """The method called `name`, or of the file at that path, with `settings`; what is not given keeps its default.
+    """Return a method, given its name or the path of its file, and settings that replace its defaults.
 
     Raises:
         MethodError: if there is no such method or setting.

@@ -1,4 +1,4 @@
-"""A digest of the source of a class, by which a run knows that it goes on with the method that it began with."""
+"""Digest of the source of a class: a run resumes only with the method that it began with."""
 
 import hashlib
 import inspect
@@ -10,19 +10,19 @@ from pathlib import Path
 __all__ = ["digest_of", "files_of"]
 
 _OTHERS = frozenset(sys.stdlib_module_names) | {"vitrim", "pydantic", "typing_extensions"}
-"""Packages whose base classes are no part of a method's own source."""
+"""Packages whose classes are not part of a method's own source."""
 
 
 def digest_of(kind: type, *more: Path) -> str:
     """Return ``sha256:`` and the digest of the files that define `kind` and the classes that it derives from.
 
-    Of one file it is the SHA-256 of its bytes, as ``sha256sum`` gives it; of several, that of their digests. A class
-    that has no file, such as one of a notebook, is known by the bytecode of its functions. Files of vitrim do not
-    count, nor do modules that are only imported.
+    For one file it is the SHA-256 of its bytes, as ``sha256sum`` prints it; for several, the SHA-256 of their digests.
+    For a class without a file, such as one of a notebook, the bytecode of its functions is hashed. Files of vitrim and
+    modules that are only imported do not count.
 
     Args:
         kind: the class.
-        more: files that count too.
+        more: further files to include.
     """
     files, codes = set(more), list[str]()
     for base in kind.__mro__:
@@ -55,7 +55,7 @@ def _functions(kind: type) -> Iterator[str]:
 
 
 def _told(code: types.CodeType) -> Iterator[str]:
-    """What a function does, without where it stands; `marshal` may give two texts for equal constants."""
+    """Yield the code of a function without its position in the file; `marshal` may not encode equal constants alike."""
     yield f"{code.co_code.hex()} {code.co_names} {code.co_varnames}"
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

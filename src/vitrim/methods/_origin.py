@@ -1,6 +1,6 @@
-"""Where methods come from: files of this package, entry points of others, a file given by its path, or a program.
+"""Where methods come from: this package, entry points of other packages, a file given by its path, or a program.
 
-A method of another author is recorded with a digest of its source, so that a run goes on with what it began with.
+A method of another author is recorded with a digest of its source, and a run resumes only with the same source.
 """
 
 import hashlib
@@ -30,11 +30,11 @@ GROUP = "vitrim.methods"
 NEEDS = ("nothing", "images", "labels")
 
 RESERVED = ("name", "source")
-"""Keys of the table ``[method]`` of a recipe that are no settings."""
+"""Keys of the table ``[method]`` of a recipe that are not settings."""
 
 _PACKAGE = "vitrim.methods"
 _MEMORY = " in memory)"
-"""Ends the name of a method that only the program that held it knows."""
+"""Suffix of the name of a method that was passed as an instance and cannot be found by name."""
 
 _PATH = "__vitrim_path__"
 """Attribute of a module that was run from a path: the path as it was given."""
@@ -45,11 +45,11 @@ class Origin:
     """A method's class and where it comes from.
 
     Attributes:
-        name: what a recipe calls it; a path for a file.
+        name: its name in a recipe; for a file, its path.
         kind: its class; the fields are the settings.
         where: ``vitrim``, name and version of a distribution, a path, or ``memory``.
-        source: a digest of the source; None for methods of vitrim, whose version is recorded anyway.
-        given: settings of an entry point that names an instance.
+        source: a digest of the source; None for methods of vitrim, whose version is recorded elsewhere.
+        given: the settings, if an entry point names an instance.
     """
 
     name: str
@@ -77,15 +77,15 @@ def is_path(name: str) -> bool:
 def origin(name: str) -> Origin:
     """Find a method by its name, or by the path of its file (or of a folder with an ``__init__.py``).
 
-    Relative paths are taken from where the command runs. A file is run once for each state of its source.
+    Paths are relative to the working directory. A file is executed again only after its source has changed.
 
     Raises:
-        MethodError: if there is none, it is no method, or two installed distributions give the same name.
+        MethodError: if there is none, if it is not a method, or if two installed distributions give the same name.
     """
     if name.endswith(_MEMORY):
         raise MethodError(
-            f"a method must be one that can be found again, but {name} is gone with the program that held it; pass the "
-            "same instance to vitrim.compress there"
+            f"a method must have a name or a file, but {name} was passed as an instance by another program; pass the "
+            "same instance to vitrim.compress"
         )
     if is_path(name):
         return _of_file(name)
@@ -112,14 +112,14 @@ def make(found: Origin, settings: Mapping[str, Any]) -> Method:
 
 
 def origin_of(method: Any) -> Origin:
-    """Find where a method at hand comes from.
+    """Find where the class of a method comes from.
 
-    The name is one by which `origin` finds the class again where there is one: that of a method of vitrim or of an
-    entry point, or the path of a file that defines the class as ``Method``. Of any other class, such as one of a
-    notebook, it says in parentheses what it was.
+    Its name is one that `origin` accepts, where there is one: that of a method of vitrim or of an entry point, or the
+    path of a file that defines the class as ``Method``. For any other class, such as one of a notebook, it is a
+    description in parentheses.
 
     Raises:
-        MethodError: if it is no method.
+        MethodError: if it is not a method.
     """
     if isinstance(method, type):
         raise MethodError(f"a method must be a name or an instance, but got the class {method.__name__}; call it")
@@ -142,7 +142,7 @@ def origin_of(method: Any) -> Origin:
 
 
 def why_not_a_method(kind: Any) -> str | None:
-    """Return why `kind` is no class of methods, as a sentence; None if it is one."""
+    """Return why `kind` is not a class of methods, as a sentence; None if it is one."""
     if not isinstance(kind, type) or not issubclass(kind, Node):
         return "a method must be a class derived from vitrim.words.plain.Node, whose fields are its settings"
     lacking = [name for name in ("needs", "sentence", "search") if not hasattr(kind, name)]
@@ -187,15 +187,15 @@ def _of_file(name: str) -> Origin:
     file = path / "__init__.py" if path.is_dir() else path
     if not file.is_file():
         raise MethodError(
-            f"{name}: a method's file must exist, but {file.absolute()} does not; relative paths are taken from where "
-            "the command runs"
+            f"{name}: a method's file must exist, but {file.absolute()} does not; relative paths are relative to "
+            "the working directory"
         )
     kind, given = _read(_module(file.resolve(), name), name)
     return Origin(name=name, kind=kind, where=name, source=digest_of(kind, *files_of(file.resolve())), given=given)
 
 
 def _read(value: Any, at: str) -> tuple[type[Node], Mapping[str, Any]]:
-    """The class, and the settings of an instance, from a module with a ``Method``, a class or an instance."""
+    """Return the class and the settings that a module with a ``Method``, a class or an instance gives."""
     if isinstance(value, types.ModuleType):
         value = getattr(value, "Method", None)
         if value is None or value is Method:
@@ -208,9 +208,9 @@ def _read(value: Any, at: str) -> tuple[type[Node], Mapping[str, Any]]:
 
 
 def _module(file: Path, at: str) -> types.ModuleType:
-    """Run a file as a module of its own; once for each state of its source, so that a file that changes is read again.
+    """Import a file as a module of its own, again only after its source has changed.
 
-    It is compiled from the bytes that were read: a ``.pyc`` file is told from another by its time in whole seconds.
+    It is compiled from the bytes that were read, since Python tells ``.pyc`` files apart by whole seconds only.
     """
     try:
         code = file.read_bytes()
@@ -228,7 +228,7 @@ def _module(file: Path, at: str) -> types.ModuleType:
     sys.modules[name] = module
     try:
         exec(compile(code, str(file), "exec"), module.__dict__)
-    # The code is another author's, and may raise anything.
+    # Another author's code may raise anything.
     except (Exception, SystemExit) as problem:
         sys.modules.pop(name)
         raise MethodError(_broken(problem, file, at)) from problem
@@ -236,7 +236,7 @@ def _module(file: Path, at: str) -> types.ModuleType:
 
 
 def _broken(problem: BaseException, file: Path, at: str) -> str:
-    """Say in a sentence what a file raised, and in which of its lines."""
+    """Return a sentence that says what a file raised, and in which line."""
     lines = [line for name, line in _lines(problem) if Path(name) == file]
     where = f"line {lines[-1]} " if lines else "it "
     return f"{at}: a method's file must run as Python, but {where}raises {raised(problem)}"

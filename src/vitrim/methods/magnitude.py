@@ -1,11 +1,11 @@
-"""Weight magnitude: the oldest score, without data.
+"""Weight magnitude: the simplest score; needs no data.
 
 H heads, K channels of a head, M hidden neurons.
 
 A channel's score is the product of the norms of the weights on both sides of it: rows of queries and keys for ``qk``,
 row of values and column of the projection for ``v``, row of the first and column of the second linear layer for
-``hidden``. Such a product is invariant to the scale that the two sides can trade. Scores of different kinds do not
-compare, so each kind is ranked by itself (as one list over all blocks).
+``hidden``. Such a product does not change when one side is scaled up and the other down. Scores of different kinds are
+not comparable, so each kind is ranked by itself, over all blocks.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ class Method(ScoreMethod):
     sentence: ClassVar[str] = "keeps channels with large weights on both sides; no data"
 
     def scores(self, model: nn.Module, data: Data | None, *, seed: int) -> Mapping[str, Tensor]:
-        """Places in the ranking of each kind of channels, see `vitrim.methods.ScoreMethod.scores`."""
+        """Rank of each channel among those of its kind, see `vitrim.methods.ScoreMethod.scores`."""
         found = {
             f"{path}.{axis.name}": _score(block, axis) for path, block in blocks_of(model) for axis in block.axes()
         }

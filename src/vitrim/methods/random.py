@@ -1,4 +1,4 @@
-"""Random scores: the control that every other method must beat at equal cost."""
+"""Random scores: the baseline that every other method must beat at equal cost."""
 
 from collections.abc import Mapping
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""First-order Taylor scores: what the loss would gain if a channel were gone.
+"""First-order Taylor scores: how much the loss would rise without a channel.
 
 B images, N tokens, C channels of an axis.
 
@@ -9,7 +9,7 @@ channel takes ``q_c k_c`` out of the logits once, and the query's gradient alrea
 
 Without labels the loss is the divergence from the dense model's own output. Its first derivative is zero there, and its
 second-order term is the same mean of squares with labels drawn from the model's own softmax (the Fisher matrix), so
-``target = "output"`` draws them. Models with one logit or without classes are told in `vitrim.cut.outputs`.
+``target = "output"`` draws them. For models with one logit or without classes see `vitrim.cut.outputs`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -39,7 +39,8 @@ class Method(ScoreMethod):
     Attributes:
         target: ``labels``: cross-entropy on the labels; ``output``: divergence from the dense output, no labels;
             ``auto``: labels where the calibration images have them; ``distance``: squared distance from the dense
-            output, for models whose outputs are values and no classes, and what the others come to where that is known.
+            output, for models whose outputs are values instead of classes; a model that is known to be of that kind is
+            always scored so.
         choice: which widths are allowed, see `vitrim.cut.fill.Choice`.
         batch: images at a time.
     """
@@ -66,9 +67,7 @@ class Method(ScoreMethod):
 def taylor_scores(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, target: str = "auto", seed: int = 0
 ) -> dict[str, Tensor]:
-    """Score every channel of `model`.
-
-    One forward and one backward pass, without gradients of weights.
+    """Score every channel of `model` by one forward and one backward pass, without gradients of weights.
 
     Args:
         model: an adopted model; its weights, modes and gradients are left as they were.

@@ -186,8 +186,8 @@ def check_record(folder: Path | None, found: Mapping[str, Any] | None) -> None:
             ) from None
         if was != now:
             raise RunError(
-                f"{folder}: a run must go on with the images it began with, but {what} differ: {_differing(was, now)}; "
-                "choose another --out"
+                f"{folder}: a run must resume with the images that it began with, but {what} differ: "
+                f"{_differing(was, now)}; choose another --out"
             )
 
 

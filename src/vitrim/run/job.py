@@ -1,4 +1,4 @@
-"""Open all that a run needs, and refuse what cannot work before the first file is written."""
+"""Open everything that a run needs, and refuse what cannot work before any file is written."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ __all__ = ["Job", "check_folder", "device_of", "full_disk", "leaving_nothing", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What all stages of one run share."""
+    """What all stages of a run share."""
 
     recipe: Recipe
     budget: Budget
@@ -53,17 +53,17 @@ class Job:
         return None if self.folder is None else self.folder / name
 
     def has(self, name: str) -> bool:
-        """Whether an earlier run left this file."""
+        """Whether the run folder already holds this file."""
         path = self.file(name)
         return path is not None and path.is_file()
 
 
 @contextlib.contextmanager
 def full_disk(folder: Path | None) -> Iterator[None]:
-    """Turn what an operating system says of a full or locked disk into one sentence.
+    """Turn the operating system's error for a full or read-only disk into one sentence.
 
     Raises:
-        RunError: in place of the system's own error; the run folder is good to go on.
+        RunError: in place of the system's error; the run can be resumed in the folder.
     """
     try:
         yield
@@ -73,13 +73,13 @@ def full_disk(folder: Path | None) -> Iterator[None]:
             raise
         raise RunError(
             f"{folder}: the output folder must be writable and have free space, but {reason(problem)}; "
-            "make room and run the same command again, it goes on from here"
+            "make room and run the same command again to resume"
         ) from None
 
 
 @contextlib.contextmanager
 def leaving_nothing(folder: Path | None) -> Iterator[None]:
-    """Take a run folder away again that a failure leaves with its recipe and record of images alone."""
+    """Remove a new run folder again if a failure leaves nothing in it but the recipe and the record of images."""
     new = folder is not None and not (folder.is_dir() and any(folder.iterdir()))
     made = [] if folder is None else [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -96,10 +96,10 @@ def leaving_nothing(folder: Path | None) -> Iterator[None]:
 
 
 def logger(path: Path | None) -> Callable[[Mapping[str, Any]], None] | None:
-    """Give what appends records to `path`.
+    """Return a function that appends records to `path`.
 
-    A run that was killed may have left half a line, and sends records again that came after its checkpoint; the first
-    record of each stage clears both away.
+    A run that was killed may have left half a line, and repeats the records after its last checkpoint; the first record
+    of each stage removes both.
     """
     if path is None:
         return None
@@ -116,7 +116,7 @@ def logger(path: Path | None) -> Callable[[Mapping[str, Any]], None] | None:
 
 
 def _rewind(path: Path, record: Mapping[str, Any]) -> None:
-    """Drop from a log what comes again from `record` on, and a broken last line."""
+    """Remove from a log the records that will be repeated from `record` on, and a broken last line."""
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
     kept = []
     for line in before.splitlines(keepends=True):
@@ -132,15 +132,15 @@ def _rewind(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def check_folder(folder: Path | None, recipe: Any, method: Method | None = None) -> None:
-    """Refuse a run folder that is not new, empty, or of the same recipe (of whatever kind of run).
+    """Refuse a run folder unless it is new, empty, or holds a run of the same recipe.
 
     Args:
-        folder: where the run is to write.
+        folder: the run folder.
         recipe: a resolved recipe.
         method: its method, if it has one.
 
     Raises:
-        RunError: naming the settings that differ, or the method, if it is not vitrim's and its source has changed.
+        RunError: naming the settings that differ, or the method, if its source has changed.
     """
     if folder is None or not folder.exists():
         return
@@ -183,7 +183,7 @@ def prepare(
     data: tuple[Any, Any],
     say: Callable[[str], None],
 ) -> Job:
-    """Open all that a run needs and refuse what cannot work, before the first file is written."""
+    """Open everything that a run needs, and refuse what cannot work before any file is written."""
     budget = Budget.parse(recipe.budget)
     check_runtimes([recipe.measure.runtime])
     needs = getattr(method, "asks", method.needs)
@@ -227,11 +227,11 @@ def prepare(
 
 
 def _check_storable(parent: nn.Module, folder: Path) -> None:
-    """Refuse a model in memory that is more than its spec, before a search whose child could not be stored.
+    """Refuse a model in memory whose child could not be stored, before the search.
 
     Raises:
-        AdoptError: if its class has methods of its own.
-        StoreError: if anything else is not in its spec.
+        AdoptError: if its class overrides methods.
+        StoreError: if anything else in it is not part of its spec.
     """
     check_class(parent)
     with tempfile.TemporaryDirectory(dir=next(place for place in folder.absolute().parents if place.exists())) as place:
@@ -239,10 +239,10 @@ def _check_storable(parent: nn.Module, folder: Path) -> None:
 
 
 def _check_reach(parent: nn.Module, spec: Spec, budget: Budget, method: Method) -> None:
-    """Refuse what no scores could reach, before a search spends its hours.
+    """Refuse a budget that no plan can reach, before a long search.
 
     Raises:
-        BudgetError: naming the least possible.
+        BudgetError: naming the smallest cost that is possible.
     """
     budget.limits(budget.cost(spec))
     choice = getattr(method, "choice", None)
@@ -251,10 +251,10 @@ def _check_reach(parent: nn.Module, spec: Spec, budget: Budget, method: Method) 
 
 
 def _check_outputs(recipe: Recipe, method: Method, spec: Spec, splits: Splits | None) -> None:
-    """Refuse a method that compares answers for a model whose outputs are no classes: all answers would be alike.
+    """Refuse a method that compares predicted classes if the model's outputs are not classes.
 
     Raises:
-        RecipeError: naming the methods that take it.
+        RecipeError: naming the methods that accept such a model.
     """
     labeled = splits is not None and bool((splits.train.labels >= 0).all())
     if gives_values(spec.classes, labeled) and not getattr(method, "values", False):
@@ -267,7 +267,7 @@ def _check_outputs(recipe: Recipe, method: Method, spec: Spec, splits: Splits | 
 
 
 class _Renormalised(nn.Module):
-    """A teacher of images that are normalised for another model."""
+    """A teacher that receives images normalised for another model."""
 
     def __init__(self, teacher: nn.Module, given: Input, wanted: Input) -> None:
         super().__init__()
@@ -278,15 +278,15 @@ class _Renormalised(nn.Module):
         self.shift = nn.Buffer(((mean - its_mean) / its_std).to(like))
 
     def forward(self, x: Tensor) -> Any:
-        """What the teacher says of ``(B, C, h, w)``."""
+        """The teacher's outputs for images ``(B, C, h, w)`` that are normalised for the other model."""
         return self.teacher(x * self.scale + self.shift)
 
 
 def _check_parts(recipe: Recipe, method: Method) -> None:
-    """Refuse a training that a method's children could not take, before a search spends its hours.
+    """Refuse training settings that a method's children cannot be trained with, before a long search.
 
     Raises:
-        RecipeError: if a child with batch norms would be given one image at a time.
+        RecipeError: if each part of a batch would hold too few images for the child's batch norms.
     """
     settings, least = recipe.train, getattr(method, "least_images", 1)
     if settings.epochs and settings.batch // settings.accumulate < least:
@@ -298,10 +298,10 @@ def _check_parts(recipe: Recipe, method: Method) -> None:
 
 @torch.no_grad()
 def _teacher(recipe: Recipe, parent: nn.Module, spec: Spec, input: Input, say: Callable[[str], None]) -> nn.Module:
-    """The parent, or the model that the recipe names, given images as it knows them.
+    """Return the teacher: the parent, or the model that the recipe names, with its own normalisation.
 
     Raises:
-        RecipeError: if it takes other images than the parent, or tells other classes apart.
+        RecipeError: if it does not accept the parent's images, or has another number of classes.
     """
     if recipe.teacher is None:
         return parent
@@ -328,10 +328,10 @@ def _teacher(recipe: Recipe, parent: nn.Module, spec: Spec, input: Input, say: C
 
 
 def device_of(name: str) -> torch.device:
-    """The device called `name`; ``auto`` is the first CUDA device, else the CPU.
+    """Return the device called `name`; ``auto`` is the first CUDA device, or the CPU if there is none.
 
     Raises:
-        RecipeError: if this machine has none of that name.
+        RecipeError: if this machine has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

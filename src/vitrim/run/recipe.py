@@ -1,6 +1,7 @@
 """A recipe: everything that decides a run, as one strict TOML file.
 
-A resolved recipe (`recipe.toml` of a run folder) names every setting, so that it says the same under later defaults.
+A resolved recipe (`recipe.toml` of a run folder) names every setting, so that later changes of defaults do not change
+what it means.
 """
 
 import json
@@ -29,7 +30,7 @@ class ModelRecipe(Node):
     Attributes:
         name: a timm name, an ``hf-hub:`` name, or a file that vitrim stored.
         weights: a weights file for a timm name; its pretrained weights are fetched otherwise.
-        weights_key: which state dict of a file that holds several, such as ``model_ema``.
+        weights_key: which state dict to take from a file that holds several, such as ``model_ema``.
         random_weights: whether to start from random weights instead.
         arguments: further keyword arguments of ``timm.create_model``.
     """
@@ -48,21 +49,22 @@ class ModelRecipe(Node):
 
 
 class DataRecipe(Node):
-    """Which images, and who may see them.
+    """Which images to use, and for what.
 
     Attributes:
         train: source of the training images, from which calibration and validation images are taken too.
-        test: source of the test images; None for the test split of `train`, where it has one. No search sees it.
-        class_map: file that gives class names their numbers.
-        class_order: how class folders are numbered where no map says it: ``plain``, as torchvision, Keras and Hugging
-            Face do; ``natural``, as timm does; ``auto``: where the two differ, the model itself is asked.
-        depth: level of the folders that are the classes, from 1, below the source or its split; None where only one
-            reading is possible.
-        skip_damaged: decode every image once and leave out those that are damaged, instead of stopping at one.
+        test: source of the test images; None for the test split of `train`, where it has one. Searches never use it.
+        class_map: file that lists the class names in the order of their numbers.
+        class_order: how class folders are numbered without a class map: ``plain``, as torchvision, Keras and Hugging
+            Face do; ``natural``, as timm does; ``auto``: where the two differ, the one under which the model fits the
+            training images better.
+        depth: which level of folders below the source (or its split) holds the classes, from 1; None where only one
+            level is possible.
+        skip_damaged: decode every image once and leave out damaged ones, instead of stopping at the first.
         calibration: number of calibration images, for scores.
-        validation: share (below 1) or number of training images that nothing is trained on. Searches that compare
-            candidates do it on them, and accuracy on them after each epoch is logged and drawn. None for as many as the
-            method asks for, which is 0 for most.
+        validation: number of training images to hold out, or their share if below 1. Searches compare candidates on
+            them, and accuracy on them is logged and drawn after each epoch. None for as many as the method asks for,
+            which is 0 for most.
         mean, std: normalisation, where the model's own config is wrong.
     """
 
@@ -85,10 +87,10 @@ class Measure(Node):
         latency: whether to time both.
         batch: images of one timed call.
         threads: CPU threads; None for the machine's.
-        seconds: time spent on timing.
-        runtime: what runs both, and what a budget of latency is met in.
+        seconds: how long to time both models, in all.
+        runtime: which runtime runs both; a budget of latency is met in the same one.
         dtype: floating-point type; None for the model's own.
-        as_stored: whether both run as they are stored, not in the form of `vitrim.deploy.optimized`.
+        as_stored: whether to time both as they are stored instead of in the form that `vitrim.deploy.optimized` gives.
     """
 
     latency: bool = True
@@ -115,19 +117,19 @@ class Recipe(Node):
         model: the parent.
         data: its images.
         method: ``name`` and the method's own settings. The name is one that ``vitrim methods`` lists, or the path of a
-            Python file. Of methods that are not vitrim's a resolved recipe also holds ``source``, a digest of the
-            source; a run goes on with that source alone.
-        budget: what the child may cost, as text (`vitrim.words.budget.Budget.parse`).
-        recover: ``ridge`` compensates what was cut in closed form on the calibration images, before any training,
-            whatever the method; ``none`` leaves the weights as they were.
-        teacher: who teaches where search and training distill; None for the parent. Any timm model that takes the
-            parent's images and tells its classes apart, also one that vitrim cannot cut.
-        train: how the child is trained against its teacher; ``epochs = 0``, the default, cuts only. Where a method
-            trains its child on in the search's cycle of the learning rate (`cait`), what this table leaves out of
-            `vitrim.train.RATES` is the search's.
-        measure: how it is measured.
-        seed: of everything random.
-        device: where to run.
+            Python file. For methods that are not vitrim's, a resolved recipe also holds ``source``, a digest of the
+            source code; a run resumes only with the same source.
+        budget: upper bounds on the child's cost, as text (`vitrim.words.budget.Budget.parse`).
+        recover: ``ridge`` corrects the remaining weights in closed form (ridge regression on the calibration images)
+            after the cut and before any training, with every method; ``none`` leaves the weights as they are.
+        teacher: the model that search and training distill from; None for the parent. Any timm model with the parent's
+            image size and classes, even one that vitrim cannot cut.
+        train: how the child is trained; ``epochs = 0``, the default, means no training. Where a method continues the
+            learning-rate cycle of its search (`cait`), the settings of `vitrim.train.RATES` that this table leaves out
+            are the search's.
+        measure: how the child is compared with its parent.
+        seed: seed of all random draws.
+        device: which device to compute on.
     """
 
     model: ModelRecipe
@@ -154,16 +156,16 @@ class Recipe(Node):
         return {**asked, "train": {**shared, **asked["train"]}}
 
     def resolved(self, method: Method | None = None) -> Self:
-        """The same recipe with every setting of its method, and the digest of its source where it is not vitrim's.
+        """Return the recipe with every setting of its method written out, and the digest of a stranger's method.
 
         Args:
-            method: the method itself, where the caller holds it; it is looked up by its name otherwise.
+            method: the method, if the caller has an instance; otherwise it is looked up by its name.
 
         Raises:
             MethodError: if the method or one of its settings is unknown.
             BudgetError: if the budget is malformed.
-            RecipeError: if the child is to be trained otherwise than its method needs.
-            RunError: if the recipe holds the digest of another source.
+            RecipeError: if the settings of the child's training contradict those that its method requires.
+            RunError: if the recipe holds the digest of another version of the method's source.
         """
         found = methods.origin(_name_of(self.method)) if method is None else methods.origin_of(method)
         was = self.method.get("source")
@@ -174,34 +176,34 @@ class Recipe(Node):
         return self._written(given, found.name, found.source, fill=method is not None)
 
     def resolved_as(self, now: Self, method: Method, folder: Path) -> Self:
-        """The recipe of a run folder, resolved as `now`, which is to go on there.
+        """Resolve this recipe, which lies in a run folder, with the method of a run that resumes there.
 
         Args:
-            now: a resolved recipe.
+            now: the resolved recipe of the run that resumes.
             method: its method.
-            folder: for messages.
+            folder: the run folder, for error messages.
 
         Raises:
-            RunError: if the folder's method is not vitrim's and its source was another.
+            RunError: if the method is not vitrim's and its source has changed.
         """
         source = self.method.get("source")
         if source is None:
             return self.resolved()
         if source != now.method.get("source"):
             raise RunError(_changed(f"{folder}: a run", self.method, now.method, "choose another --out"))
-        # The source is the same, so that its class reads these settings, wherever its file lies now.
+        # The source is the same, so its class accepts these settings, even if the file was moved.
         found = replace(methods.origin_of(method), name=now.method["name"])
         return self._written(methods.make(found, _settings(self.method, found)), found.name, source)
 
     def _written(self, method: Any, name: str, source: str | None, fill: bool = False) -> Self:
-        """The same recipe with the settings of `method` written out.
+        """Return the recipe with the settings of `method` written out.
 
         Args:
             method: the method.
             name: its name.
             source: digest of its source.
-            fill: whether `train` takes what it does not name of the learning-rate cycle from the method; where the
-                recipe names the method, that is done as it is read.
+            fill: whether to take missing settings of the learning-rate cycle from the method; not needed for a recipe
+                that names its method, since this happens when the recipe is read.
         """
         given = self.train.model_fields_set if fill else set(Train.model_fields)
         shared = {key: getattr(method.train, key) for key in getattr(method, "shared", ())}
@@ -225,7 +227,7 @@ class Recipe(Node):
         )
 
     def found_method(self) -> Any:
-        """The method that this recipe names.
+        """Return the method that this recipe names.
 
         Raises:
             MethodError: if there is none, or one of its settings is unknown.
@@ -235,7 +237,7 @@ class Recipe(Node):
 
 
 def found_method(asked: Any) -> Any:
-    """The method that a recipe's table `asked` describes by its ``name`` and settings; see `Recipe.found_method`."""
+    """Return the method that the table ``[method]`` of a recipe describes; see `Recipe.found_method`."""
     found = methods.origin(_name_of(asked))
     return methods.make(found, _settings(asked, found))
 
@@ -248,7 +250,7 @@ def _name_of(asked: Any) -> str:
 
 
 def _settings(asked: Mapping[str, Any], found: methods.Origin) -> dict[str, Any]:
-    """The entries of the table of a method besides its name and, if it is not vitrim's, the digest of its source."""
+    """Return the settings in the table ``[method]``: all entries but the name and the digest of the source."""
     others = {"name"} if found.source is None else {"name", "source"}
     return {key: value for key, value in asked.items() if key not in others}
 
@@ -256,27 +258,27 @@ def _settings(asked: Mapping[str, Any], found: methods.Origin) -> dict[str, Any]
 def _changed(what: str, was: Mapping[str, Any], now: Mapping[str, Any], way: str) -> str:
     then, today = (f"{table['name']} ({_short(table.get('source'))})" for table in (was, now))
     return (
-        f"{what} must go on with the method that it began with, {then}, but got {today}; restore that source, or {way}"
+        f"{what} must resume with the method that it began with, {then}, but got {today}; restore that source, or {way}"
     )
 
 
 def _short(source: str | None) -> str:
-    """A digest as people compare it: twelve of its digits."""
+    """Shorten a digest to its first twelve digits."""
     before, colon, digits = (source or "of vitrim").rpartition(":")
     return f"{before}{colon}{digits[:12]}"
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a TOML recipe; paths in it are taken from where the command runs, and ``"none"`` stands for None.
+    """Read a TOML recipe. Paths in it are relative to the working directory; ``"none"`` stands for None.
 
     Raises:
-        RecipeError: naming the place and the near key.
+        RecipeError: naming the key at fault and the nearest valid one.
     """
     return load(Recipe, read_toml(path), RecipeError, at=str(path))
 
 
 def write_recipe(path: Path, recipe: Node) -> None:
-    """Write a recipe as TOML, every setting of it: one that is None but not by default must not come back as such."""
+    """Write all settings of a recipe as TOML, those that are None as ``"none"``: some have another default."""
     write_text(path, tomli_w.dumps(_spoken(dump(recipe))))
 
 
@@ -289,7 +291,7 @@ def _spoken(value: Any) -> Any:
 def overrides(pairs: Sequence[str]) -> dict[str, Any]:
     """Read ``key=value`` pairs into a nested dictionary; values are JSON where they can be, else text.
 
-    ``none`` stays text, which a setting that may be None takes for it and one with a choice called none does not.
+    ``none`` stays text: a setting that may be None reads it as None, one with a choice called ``none`` as that choice.
 
     Raises:
         RecipeError: if a pair has no ``=``, or a key is both a value and a table.
@@ -323,7 +325,7 @@ def _value(text: str) -> Any:
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the tables and values of `over` laid on top."""
+    """Return `base` with the values of `over` laid on top, table by table."""
     out = dict(base)
     for key, value in over.items():
         mine = out.get(key)
