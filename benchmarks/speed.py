@@ -64,7 +64,7 @@ def pricing() -> dict[str, float]:
 
 
 def explaining() -> dict[str, float]:
-    """Seconds of the whole process ``vitrim explain plan.json`` on DeiT-B; at most 0.5."""
+    """Seconds of the whole process ``vitrim explain plan.json`` on DeiT-B; at most 0.3."""
     model = adopt(timm.create_model("deit_base_patch16_224"))
     plan = methods.get("random", {"choice": "free"}).search(model, None, Budget.parse("macs=0.5"), seed=0).plan
     cutting = median(lambda: apply(model, plan), 3)
@@ -74,6 +74,13 @@ def explaining() -> dict[str, float]:
         command = [sys.executable, "-m", "vitrim", "explain", str(path)]
         explain = median(lambda: subprocess.run(command, check=True, capture_output=True), 5)
     return {"explain_s": explain, "apply_deit_base_s": cutting}
+
+
+def importing() -> dict[str, float]:
+    """Seconds of ``import vitrim``, the whole process less that of an empty one; at most 0.15."""
+    empty, full = ([sys.executable, "-c", code] for code in ("", "import vitrim"))
+    whole, bare = (median(lambda c=command: subprocess.run(c, check=True), 9) for command in (full, empty))
+    return {"import_s": whole - bare}
 
 
 def scoring() -> dict[str, float]:
@@ -108,10 +115,10 @@ def halved() -> dict[str, float]:
 
 def adopted() -> dict[str, float]:
     """An adopted dense model against timm's own, eager and compiled; within 2 %."""
-    guest = timm.create_model("deit_small_patch16_224").eval()
-    ours = adopt(guest)
-    eager = latency(ours, guest, batch=8, seconds=30)
-    compiled = latency(torch.compile(ours), torch.compile(guest), image=(3, 224, 224), batch=8, seconds=30)
+    theirs = timm.create_model("deit_small_patch16_224").eval()
+    ours = adopt(theirs)
+    eager = latency(ours, theirs, batch=8, seconds=30)
+    compiled = latency(torch.compile(ours), torch.compile(theirs), image=(3, 224, 224), batch=8, seconds=30)
     return {"adopted_eager": eager.ratio or 0.0, "adopted_compiled": compiled.ratio or 0.0}
 
 
@@ -140,20 +147,21 @@ def other_families() -> dict[str, float]:
     """Adopted Swin-T and T2T-ViT-14 against their own forward; within 3 %. Swin-T at half its MACs; at most 0.65."""
     found = {}
     for name in ("swin_tiny_patch4_window7_224", "t2t_vit_14"):
-        guest = timm.create_model(name).eval()
-        ours = adopt(guest)
+        theirs = timm.create_model(name).eval()
+        ours = adopt(theirs)
         short = name.split("_")[0]
-        found[f"adopted_{short}"] = latency(ours, guest, batch=8, seconds=25).ratio or 0.0
+        found[f"adopted_{short}"] = latency(ours, theirs, batch=8, seconds=25).ratio or 0.0
         if short == "swin":
             method = methods.get("magnitude", {"choice": "even"})
             child = apply(ours, method.search(ours, None, Budget.parse("macs=0.5"), seed=0).plan)
-            found["swin_tiny_half_even"] = latency(child, guest, batch=8, seconds=20).ratio or 0.0
+            found["swin_tiny_half_even"] = latency(child, theirs, batch=8, seconds=20).ratio or 0.0
     return found
 
 
 LIMITS = {
     "pricing_us": 20,
-    "explain_s": 0.5,
+    "import_s": 0.15,
+    "explain_s": 0.3,
     "apply_deit_base_s": 2,
     "taylor_over_passes": 1.5,
     "deit_small_half_heads": 0.55,
@@ -174,7 +182,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     found: dict[str, Any] = {}
-    for part in (pricing, explaining, scoring, halved, adopted, searching, other_families):
+    for part in (pricing, importing, explaining, scoring, halved, adopted, searching, other_families):
         if not args.only or part.__name__ in args.only:
             found |= part()
     for name, value in found.items():
