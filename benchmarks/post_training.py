@@ -50,7 +50,8 @@ from vitrim.families import describe
 from vitrim.methods import Data
 from vitrim.methods.post_training.budgets import read_off
 from vitrim.methods.post_training.calibration import Calibration, read_calibration, write_calibration
-from vitrim.methods.post_training.sensitivity import Kind, calibrate, logits_of, merging
+from vitrim.methods.post_training.schedule import Kind, merging
+from vitrim.methods.post_training.sensitivity import calibrate, logits_of
 from vitrim.train import DISTILLED, Train, fit
 from vitrim.words.budget import Budget
 from vitrim.words.costs import cost_of

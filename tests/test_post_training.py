@@ -24,12 +24,14 @@ from vitrim.methods import Data
 from vitrim.methods.post_training import budgets as _budgets
 from vitrim.methods.post_training.budgets import read_off
 from vitrim.methods.post_training.calibration import Calibration, read_calibration, write_calibration
-from vitrim.methods.post_training.sensitivity import last_exact, merging, needed, schedules
+from vitrim.methods.post_training.schedule import last_exact, merging, schedules
+from vitrim.methods.post_training.sensitivity import needed
 from vitrim.nn.weights import fingerprint
 from vitrim.testing import digits, short
 from vitrim.words.budget import Budget
 from vitrim.words.costs import block_cost, cost_of
 from vitrim.words.errors import BudgetError, MethodError
+from vitrim.words.plain import FrozenDict
 from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.spec import Attention
 from vitrim.words.steps.drop import Drop
@@ -423,6 +425,53 @@ def test_schedules_of_the_grid_and_of_likeness():
     assert len(set(costs)) > 3
     swin = describe(adopted("swin", "windows"))
     assert len(schedules(swin, "bipartite", True)) == 1
+
+
+@pytest.mark.parametrize(("tokens", "prefix"), [(197, 1), (198, 2), (196, 0), (257, 1)])
+def test_schedules_of_few_merges_leave_multiples_of_eight(tokens, prefix):
+    small = describe(adopted("vit", "plain"))
+    side = (tokens - prefix) ** 0.5
+    stage = small.stages[0].model_copy(
+        update={"grid": (int(side), int(side)), "prefix": prefix, "blocks": small.stages[0].blocks * 4}
+    )
+    spec = small.model_copy(update={"stages": (stage,)})
+    found = schedules(spec, "bipartite", True)
+    few = [counts for counts in found if sum(map(bool, counts)) in (2, 3, 4)]
+    assert {sum(map(bool, counts)) for counts in few} == {2, 3, 4}
+    whole = cost_of(spec).macs
+    shares = [cost_of(merging(spec, counts, True).child(spec)).macs / whole for counts in few]
+    assert min(shares) < 0.55
+    assert max(shares) > 0.65
+    for counts in few:
+        assert all(
+            flow.leaves.total % 8 == 0 for flow, count in zip(spec_flows(spec, counts), counts, strict=True) if count
+        )
+
+
+def spec_flows(spec, counts):
+    """Return the tokens at each part of every block under a schedule, all blocks on all tokens."""
+    return merging(spec, counts, False).child(spec).flows()
+
+
+def test_a_table_with_slow_matching_chooses_few_merges():
+    """By MACs a schedule with a matching in every block may win; where a matching takes long, few places do."""
+    model = adopted("vit", "plain")
+    spec = describe(model)
+    stage = spec.stages[0].model_copy(update={"grid": (14, 14), "blocks": spec.stages[0].blocks * 4})
+    spec = spec.model_copy(update={"stages": (stage,)})
+    rows, whole = schedules(spec, "bipartite", True), cost_of(spec).macs
+    saved = [1 - cost_of(merging(spec, counts, True).child(spec)).macs / whole for counts in rows]
+    losses = [share**2 * (1.2 - 0.02 * sum(map(bool, counts))) for share, counts in zip(saved, rows, strict=True)]
+    table = dataclasses.replace(
+        made_up(model), spec=spec, merges=tuple(rows), merged=tuple(losses), losses={}, shares={}
+    )
+    chosen, times = [], proportional(spec)
+    for share in (0.0, 0.03):
+        slow = {"steps": FrozenDict({"merge": share * times.latency(spec) / 1e9})}
+        times = times.model_copy(update={"stages": tuple(stage.model_copy(update=slow) for stage in times.stages)})
+        found = read_off(table, Budget(latency=0.75, table=times), merge=True, widths=False, exact=True)
+        chosen.append(sum(map(bool, found.merges)))
+    assert chosen[1] <= 4 < chosen[0]
 
 
 def test_a_calibration_of_another_merging_is_refused(tmp_path):

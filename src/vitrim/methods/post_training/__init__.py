@@ -29,7 +29,8 @@ from vitrim.families import describe
 from vitrim.methods import Data, Found
 from vitrim.methods.post_training.budgets import check_reach, read_off
 from vitrim.methods.post_training.calibration import Calibration, read_calibration, write_calibration
-from vitrim.methods.post_training.sensitivity import Kind, calibrate, merging, schedules
+from vitrim.methods.post_training.schedule import Kind, merging, schedules
+from vitrim.methods.post_training.sensitivity import calibrate
 from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError
 from vitrim.words.plain import Node

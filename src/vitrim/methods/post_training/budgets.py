@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from vitrim.cut.compensate import BlockChoice
 from vitrim.methods.post_training.calibration import Calibration
 from vitrim.methods.post_training.knapsack import choose_options, power_law
-from vitrim.methods.post_training.sensitivity import merging
+from vitrim.methods.post_training.schedule import merging
 from vitrim.words.budget import SLACK, Budget, Price
 from vitrim.words.costs import block_cost
 from vitrim.words.errors import BudgetError
@@ -31,7 +31,7 @@ class Reading:
     """The choice for a budget.
 
     Attributes:
-        merges: the schedule of merging, see `vitrim.methods.post_training.sensitivity.merging`.
+        merges: the schedule of merging, see `vitrim.methods.post_training.schedule.merging`.
         choices: widths of each block.
         loss: the sum of the table's losses, nats.
         exact: whether the last block computes only prefix tokens if it can.

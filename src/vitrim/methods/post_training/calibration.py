@@ -45,7 +45,7 @@ class Calibration:
         losses: by the same paths, the losses measured there. ``….heads`` contains one loss for each head that is
             removed alone, followed by that of removing all.
         merges: patches merged in each block, ``(S, L)``, integers; the first schedule merges none. Numbers below 0
-            halve the grid, see `vitrim.methods.post_training.sensitivity.merging`.
+            halve the grid, see `vitrim.methods.post_training.schedule.merging`.
         merged: losses of these schedules, ``(S,)``.
         seconds: time that the calibration took.
     """
