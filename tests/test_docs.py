@@ -148,7 +148,7 @@ def site():
 
 def test_every_page_is_listed(site):
     found = site.nav(DOCS)
-    listed = [page for entry in found for page in (entry["Methods"] if isinstance(entry, dict) else [entry])]
+    listed = [page for group in found for pages in group.values() for page in pages]
     assert sorted(listed) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
     assert listed[0] == "index.md"
 
@@ -158,18 +158,20 @@ def test_a_page_that_appears_is_listed(site, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert site.nav(tmp_path) == [
-        "index.md",
+        {"Start": ["index.md"]},
         {"Methods": ["methods/spvit.md", "methods/zeta.md"]},
-        "guide.md",
-        "api.md",
+        {"More": ["guide.md"]},
+        {"Reference": ["api.md"]},
     ]
 
 
 def test_links_out_of_the_site_become_text(site, tmp_path):
     page = tmp_path / "docs" / "methods" / "a.md"
     text = "[here](../b.md#x) [out](../../benchmarks/c.md) [`d.py`](../../d.py) [web](https://x.org/y) [top](#x)"
+    text += " ![bars](../../benchmarks/d.svg) ![own](e.svg)"
     told = site.inside(text, page, tmp_path / "docs")
-    assert told == "[here](../b.md#x) out (`benchmarks/c.md`) `d.py` [web](https://x.org/y) [top](#x)"
+    links = "[here](../b.md#x) out (`benchmarks/c.md`) `d.py` [web](https://x.org/y) [top](#x)"
+    assert told == f"{links} ![bars](../benchmarks/d.svg) ![own](e.svg)"
 
 
 @pytest.mark.parametrize("page", sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")))

@@ -9,7 +9,7 @@ from tests.samples import apart, images, random_plan
 from tests.tolerance import SINGLE
 from vitrim import cli, families
 from vitrim.cut import surgery
-from vitrim.deploy import export, store
+from vitrim.deploy import export, store, writers
 from vitrim.families import describe
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import ExportError, StoreError
@@ -76,13 +76,13 @@ def test_the_model_is_left_as_it_was(tmp_path):
 
 
 def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
-    honest = export.onnx_session
+    honest = writers.onnx_session
 
     def off(path, threads=None):
         name, run = honest(path, threads)
         return name, lambda x: run(x) * 1.01
 
-    monkeypatch.setattr(export, "onnx_session", off)
+    monkeypatch.setattr(writers, "onnx_session", off)
     (tmp_path / "model.onnx").write_text("what was there")
     with pytest.raises(ExportError, match="must stay within 1e-04 of eager's, but differ by 1"):
         export.export(child("vit", "plain"), tmp_path / "model.onnx")
@@ -92,7 +92,7 @@ def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("model.tflite", {}, "must end in .onnx or .pt2, but got 'model.tflite'"),
+        ("model.tflite", {}, "must end in .onnx or .pt2 or .xml or .pte or .mlpackage, but got 'model.tflite'"),
         ("model.onnx", {"opset": 17}, "opset must be at least 18, but got 17"),
         ("nowhere/model.pt2", {}, "must be writable, but is not: no such file"),
     ],

@@ -190,7 +190,7 @@ def test_a_file_is_a_method(here, call):  # noqa: F811
     code, _, error = call(*asked, "--method", "moved.py", "--set", "method.first=true")
     assert code == 0, error
     refused(call(*asked, "--method", "moved.py"), "its recipe differs in method.first")
-    refused(call("run", "run/recipe.toml"), "mine.py: a method's file must exist, but", "taken from where the command")
+    refused(call("run", "run/recipe.toml"), "mine.py: a method's file must exist, but", "relative to the working")
     assert Path("run/model.safetensors").read_bytes() == before
 
     Path("moved.py").replace("mine.py")
@@ -208,7 +208,7 @@ def test_a_file_is_a_method(here, call):  # noqa: F811
     refused(call("run", "run/recipe.toml"), f"a recipe {told}", "or begin another run with --set method.source=null")
     assert call("run", "run/recipe.toml", "--set", "method.source=null", "--out", "other")[0] == 0
     assert read_toml(Path("other/recipe.toml"))["method"]["source"].startswith(f"sha256:{other}")
-    refused(call(*asked, "--method", "magnitude"), "run: a run must go on", "but got magnitude (of vitrim)")
+    refused(call(*asked, "--method", "magnitude"), "run: a run must resume", "but got magnitude (of vitrim)")
     assert read_toml(Path("run/recipe.toml"))["method"] == written
 
 

@@ -36,8 +36,18 @@ __all__ = ["export", "push"]
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="A timm name, an hf-hub: name, or a file that vitrim stored.")],
-    out: Annotated[Path, typer.Option("--out", help="File to write: .onnx, or .pt2 for torch.export.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            help="File to write: .onnx, .pt2 (torch.export), .xml (OpenVINO), .pte (ExecuTorch), .mlpackage (Core ML).",
+        ),
+    ],
     opset: Annotated[int | None, typer.Option("--opset", help="ONNX operator set; 20 by default.")] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", help="A fixed number of images, as TensorRT likes it; any number by default."),
+    ] = None,
     as_stored: Annotated[
         bool,
         typer.Option("--as-stored", help="Keep the layers as stored, instead of the form optimized for inference."),
@@ -62,21 +72,30 @@ def export(
     from vitrim.run.recipe import merged, overrides
 
     chosen = OPSET if opset is None else opset
-    check_target(out, chosen)
+    check_target(out, chosen, batch)
     if int8 and data is None:
         raise DataError("int8 must be calibrated on images, but none are given; give --data SRC")
     if not int8 and (data is not None or test is not None or set_):
         raise ExportError("--data, --test and --set must go with --int8, but it is not given; leave them out or add it")
+    if int8 and batch is not None:
+        raise ExportError("--batch must not go with --int8, whose files take any batch, but both are given; drop one")
     asked = model_table(model, weights, weights_key, random_weights, image_size, classes, channels)
     net = open_parent(**asked, say=say)
     if int8:
         asked = merged({"data": {"train": data, "test": test}}, overrides(set_ or []))
         _int8(net, model, out, {"opset": chosen, "as_stored": as_stored}, asked)
         return
-    done = export_model(net, out, opset=chosen, as_stored=as_stored)
-    row = [done.path, f"{done.bytes / 1e6:.2f} MB", "-" if done.opset is None else str(done.opset), f"{done.apart:.1e}"]
+    done = export_model(net, out, opset=chosen, batch=batch, as_stored=as_stored)
+    apart = "-" if done.apart is None else f"{done.apart:.1e}"
+    row = [done.path, f"{done.bytes / 1e6:.2f} MB", "-" if done.opset is None else str(done.opset), apart]
     show_table("", ["file", "size", "opset", "logits apart"], [row])
-    say(f"checked in {done.runtime}; the batch is dynamic, images are {'x'.join(map(str, done.image))}")
+    how = "written by" if done.apart is None else "checked in"
+    images = f"any number of images of {'x'.join(map(str, done.image))}"
+    if done.batch is not None:
+        images = f"{done.batch} image{'s' if done.batch > 1 else ''} of {'x'.join(map(str, done.image))} at a time"
+    say(f"{how} {done.runtime}; the file takes {images}")
+    if done.apart is None:
+        say(f"logits were not compared: {Path(done.path).suffix} files do not run on this platform")
 
 
 def _int8(net: "nn.Module", name: str, out: Path, how: dict[str, Any], asked: dict[str, Any]) -> None:

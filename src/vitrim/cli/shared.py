@@ -33,7 +33,6 @@ __all__ = [
 app = typer.Typer(
     name="vitrim",
     help="Compress a trained Vision Transformer into a smaller, faster, dense one.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -1,14 +1,14 @@
-"""Export models to ONNX and torch.export, each compared with eager PyTorch before the file is written.
+"""Export models to files of other runtimes, each compared with eager PyTorch before the file is written.
 
-B images. The batch is dynamic; every other size, token counts included, is a constant of the file.
+The kinds of files are those of `vitrim.deploy.writers`. Every size but the batch, token counts included, is a constant
+of the file; the batch is dynamic where the runtime supports it.
 """
 
 import contextlib
 import copy
-import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vitrim.cut.optimized import optimized
 from vitrim.cut.surgery import fold
 from vitrim.deploy.quiet import quiet
+from vitrim.deploy.writers import LOGGERS, WRITERS, Opened, need, onnx_session
 from vitrim.families import describe
 from vitrim.measure.model import home_of, image_of
 from vitrim.nn import fold_steps_
@@ -27,7 +28,6 @@ from vitrim.words.errors import ExportError, VitrimError
 from vitrim.words.plain import Node, followed, reason, writing
 
 __all__ = [
-    "KINDS",
     "OLDEST_OPSET",
     "OPSET",
     "PARITY",
@@ -35,12 +35,8 @@ __all__ = [
     "beside",
     "check_target",
     "export",
-    "need",
     "onnx_session",
 ]
-
-KINDS = {".onnx": "onnx", ".pt2": "program"}
-"""Kind of file by suffix."""
 
 OPSET = 20
 """The first operator set that has GELU as one operator."""
@@ -52,20 +48,22 @@ PARITY = TOLERANCES["export"][torch.float32]
 """Allowed difference of logits, relative to the largest logit."""
 
 _BATCHES = (1, 3, 5)
-_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
 
 class Exported(Node):
     """The exported file, and how close it is to eager PyTorch.
 
-    `apart` is the largest difference of a logit from eager's over batches of 1, 3 and 5, relative to the largest logit.
+    `apart` is the largest difference of a logit from eager's over batches of 1, 3 and 5 (or the fixed batch), relative
+    to the largest logit; None if the runtime of the file does not run on this platform. `batch` is None if the file
+    takes any batch. `bytes` counts all files.
     """
 
     path: str
     kind: str
     opset: int | None
     bytes: int
-    apart: float
+    apart: float | None
+    batch: int | None = None
     image: tuple[int, int, int]
     torch: str
     runtime: str
@@ -76,6 +74,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     opset: int = OPSET,
+    batch: int | None = None,
     as_stored: bool = False,
     to_quantize: bool = False,
 ) -> Exported:
@@ -83,82 +82,82 @@ def export(
 
     Args:
         model: an adopted model, in any mode and on any device; it is exported in evaluation mode, in float32, on CPU.
-        path: ``….onnx`` for ONNX, ``….pt2`` for torch.export.
+        path: ``….onnx`` for ONNX, ``….pt2`` for torch.export, ``….xml`` for OpenVINO (with a ``….bin`` file beside it),
+            ``….pte`` for ExecuTorch (XNNPACK), ``….mlpackage`` (a folder) for Core ML.
         opset: ONNX operator set, at least 18.
+        batch: number of images that the file takes, at least 1; if None, any number for ONNX, torch.export and
+            OpenVINO, and one for ExecuTorch and Core ML.
         as_stored: whether the file contains the layers as they are stored instead, with convolutions and merges folded.
         to_quantize: whether the file will be quantized to eight bits (`vitrim.deploy.optimized` with ``torch.int8``).
 
     Raises:
-        ExportError: if a package is missing, the opset is too old, the file cannot be written, the model cannot be
-            traced, or the file's logits differ from the eager model's by more than 1e-4 of the largest. If the logits
-            are the same for all images, the features are compared instead. Nothing is written in these cases.
+        ExportError: if a package is missing, the opset is too old, the batch is not possible, the file cannot be
+            written, the model cannot be traced, or the file's logits differ from the eager model's by more than 1e-4
+            of the largest. If the logits are the same for all images, the features are compared instead. Nothing is
+            written in these cases.
     """
-    file, kind = check_target(path, opset)
+    file = check_target(path, opset, batch)
+    writer = WRITERS[file.suffix]
+    fixed = writer.batch if batch is None else batch
     still = _still(model)
     image = image_of(still)
     form = _form(still, as_stored, to_quantize)
-    write = _onnx if kind == "onnx" else _program
+
+    def write(net: nn.Module, part: Path) -> Opened:
+        return writer.write(_traced(net, image, fixed), part, opset)
+
     with beside(file) as part:
-        runtime, run = write(_traced(form, torch.zeros(3, *image)), part, opset)
-        worst, told = _compare("logits", still, run, image)
-        if not told:
-            _check_features(still, form, write, part.with_name(f"features{part.suffix}"), opset)
-        size = part.stat().st_size
+        opened = write(form, part)
+        worst = None
+        if opened.run is not None:
+            batches = _BATCHES if fixed is None else (fixed,)
+            worst, told = _compare("logits", still, opened.run, image, batches)
+            if not told:
+                _check_features(still, form, write, part.with_name(f"features{part.suffix}"), batches)
+        size = sum(entry.stat().st_size for entry in _files(part))
     return Exported(
         path=str(file),
-        kind=kind,
-        opset=opset if kind == "onnx" else None,
+        kind=writer.kind,
+        opset=opset if writer.kind == "onnx" else None,
         bytes=size,
         apart=worst,
+        batch=fixed,
         image=image,
         torch=torch.__version__,
-        runtime=runtime,
+        runtime=opened.runtime,
     )
 
 
-def check_target(path: str | os.PathLike[str], opset: int = OPSET) -> tuple[Path, str]:
-    """Raise an error if a file could not be written, before the work that produces it.
-
-    Returns:
-        The path, and its kind (`KINDS`).
+def check_target(path: str | os.PathLike[str], opset: int = OPSET, batch: int | None = None) -> Path:
+    """Raise an error if a file could not be written, before the work that produces it; return its path.
 
     Raises:
-        ExportError: if the kind is unknown, a package is missing, the opset is too old, or the file is not writable.
+        ExportError: if the kind is unknown, a package is missing, the opset is too old, the batch is below 1, or the
+            file is not writable.
     """
     file = Path(path)
-    kind = KINDS.get(file.suffix)
-    if kind is None:
-        raise ExportError(f"a file to export to must end in {' or '.join(KINDS)}, but got '{file.name}'")
+    writer = WRITERS.get(file.suffix)
+    if writer is None:
+        raise ExportError(f"a file to export to must end in {' or '.join(WRITERS)}, but got '{file.name}'")
     if opset < OLDEST_OPSET:
         raise ExportError(f"opset must be at least {OLDEST_OPSET}, but got {opset}; leave it out for {OPSET}")
-    if kind == "onnx":
-        need("onnx", "onnxscript", "onnxruntime")
-    if file.is_dir():
+    if batch is not None and batch < 1:
+        raise ExportError(f"batch must be at least 1, but got {batch}; leave it out for the default")
+    need(*writer.packages, extra=writer.extra)
+    if file.is_dir() and not writer.folder:
         raise ExportError(f"{file}: a file must be named to write to, but this is a folder; name a file in it")
+    if file.exists() and writer.folder:
+        raise ExportError(f"{file}: the folder of a model must be new, but it exists; remove it or name another")
     try:
         with tempfile.TemporaryFile(dir=followed(file).parent):
             pass
     except OSError as problem:
         raise _unwritable(file, problem) from None
-    return file, kind
+    return file
 
 
 def _unwritable(file: Path, problem: OSError) -> ExportError:
     return ExportError(f"{file}: must be writable, but is not: {reason(problem)}; choose another place")
-
-
-def need(*packages: str, extra: str = "export") -> None:
-    """Raise an error if one of these packages is not installed.
-
-    Raises:
-        ExportError: naming the packages and the extra that installs them.
-    """
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ExportError(
-            f"{' and '.join(missing)} must be installed for this, but {'is' if len(missing) == 1 else 'are'} not; "
-            f"run pip install 'vitrim[{extra}]'"
-        )
 
 
 def _still(model: nn.Module) -> nn.Module:
@@ -179,70 +178,27 @@ def _form(still: nn.Module, as_stored: bool, to_quantize: bool) -> nn.Module:
     return optimized(still, dtype=torch.int8 if to_quantize else None)
 
 
-def _traced(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
-    batch = torch.export.Dim("batch", min=1, max=4096)
+def _traced(model: nn.Module, image: tuple[int, int, int], batch: int | None) -> torch.export.ExportedProgram:
+    # An example of one image would make the batch a constant.
+    example = torch.zeros(3 if batch is None else batch, *image)
+    dims = None if batch is not None else ({0: torch.export.Dim("batch", min=1, max=4096)},)
     try:
-        with torch.no_grad(), quiet(*_LOGGERS):
-            return torch.export.export(model, (example,), dynamic_shapes=({0: batch},), strict=False)
+        with torch.no_grad(), quiet(*LOGGERS):
+            return torch.export.export(model, (example,), dynamic_shapes=dims, strict=False)
     except Exception as problem:
         # The exporter passes on any exception of an operator that it cannot trace.
         raise ExportError(
-            f"the model must be traceable with any batch, but torch.export says: {reason(problem)}; please report it"
+            f"the model must be traceable, but torch.export says: {reason(problem)}; please report it"
         ) from problem
-
-
-def _onnx(program: torch.export.ExportedProgram, part: Path, opset: int) -> tuple[str, Callable[[Tensor], Tensor]]:
-    try:
-        with quiet(*_LOGGERS):
-            written = torch.onnx.export(
-                program, (), dynamo=True, verbose=False, input_names=["images"], output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},), opset_version=opset,
-            )  # fmt: skip
-            assert written is not None
-            written.save(part, external_data=False)
-    except Exception as problem:
-        raise ExportError(
-            f"every operator must have an ONNX form, but the exporter says: {reason(problem)}; please report it"
-        ) from problem
-    return onnx_session(part)
-
-
-def onnx_session(path: Path, threads: int | None = None) -> tuple[str, Callable[[Tensor], Tensor]]:
-    """Open an ONNX file in ONNX Runtime on CPU.
-
-    Args:
-        path: the file.
-        threads: threads of one operator; the process's setting if None.
-
-    Returns:
-        The runtime's name and version, and a function that maps images ``(B, 3, height, width)`` to logits.
-    """
-    need("onnxruntime")
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
-    # Threads that spin after a call would take the processor from the models that are timed in turns with this one.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
-
-    return f"onnxruntime {onnxruntime.__version__}", run
-
-
-def _program(program: torch.export.ExportedProgram, part: Path, opset: int) -> tuple[str, Callable[[Tensor], Tensor]]:
-    torch.export.save(program, part)
-    module: Any = torch.export.load(part).module()
-    return f"torch {torch.__version__}", module
 
 
 @torch.no_grad()
 def _compare(
-    what: str, eager: Callable[[Tensor], Any], run: Callable[[Tensor], Tensor], image: tuple[int, int, int]
+    what: str,
+    eager: Callable[[Tensor], Any],
+    run: Callable[[Tensor], Tensor],
+    image: tuple[int, int, int],
+    batches: Sequence[int],
 ) -> tuple[float, bool]:
     """Compare the outputs of a file with eager PyTorch's on random images.
 
@@ -253,7 +209,7 @@ def _compare(
         ExportError: if the difference is too large, or not finite.
     """
     generator, worst, told = torch.Generator().manual_seed(0), 0.0, False
-    for count in _BATCHES:
+    for count in batches:
         images = torch.randn(count, *image, generator=generator)
         want, got = eager(images), run(images)
         if got.shape != want.shape:
@@ -282,7 +238,9 @@ class _Features(nn.Module):
         return features(x)
 
 
-def _check_features(still: nn.Module, folded: nn.Module, write: Any, part: Path, opset: int) -> None:
+def _check_features(
+    still: nn.Module, form: nn.Module, write: Callable[[nn.Module, Path], Opened], part: Path, batches: Sequence[int]
+) -> None:
     """Export and compare the features too, because with a head of zeros any features give the same logits.
 
     Raises:
@@ -291,30 +249,44 @@ def _check_features(still: nn.Module, folded: nn.Module, write: Any, part: Path,
     wanted = features_of(still)
     if wanted is None:
         return
-    image = image_of(still)
-    _, run = write(_traced(_Features(folded).eval(), torch.zeros(3, *image)), part, opset)
-    _compare("features", wanted, run, image)
+    run = write(_Features(form).eval(), part).run
+    assert run is not None
+    _compare("features", wanted, run, image_of(still), batches)
 
 
 @contextlib.contextmanager
 def beside(file: Path) -> Iterator[Path]:
     """Yield a temporary path to write to, which is renamed to `file` on success.
 
+    Files that are written beside the temporary path with its stem (the weights of OpenVINO) are moved with it.
+
     Raises:
         ExportError: if the file cannot be written. Other errors pass, also those about other files.
     """
+    folders = file.suffix in WRITERS and WRITERS[file.suffix].folder
+    target = contextlib.nullcontext(followed(file)) if folders else writing(file)
     try:
         with (
-            writing(file) as place,
+            target as place,
             tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{file.name}.") as folder,
         ):
             part = Path(folder) / file.name
             yield part
+            for other in _files(part, inside=False):
+                if other != part:
+                    other.replace(followed(file.with_name(other.name)))
             part.replace(place)
     except OSError as problem:
         if isinstance(problem, VitrimError) or not _is_about(problem, file):
             raise
         raise _unwritable(file, problem) from problem
+
+
+def _files(part: Path, *, inside: bool = True) -> list[Path]:
+    """Return the files of an export: `part` and those with its stem, or all files in it if it is a folder."""
+    if part.is_dir():
+        return [path for path in part.rglob("*") if path.is_file()] if inside else [part]
+    return sorted(path for path in part.parent.glob(f"{part.stem}.*") if path.is_file())
 
 
 def _is_about(problem: OSError, file: Path) -> bool:

@@ -7,7 +7,8 @@ for 99.99 % of the activations on the calibration images: LayerNorm leaves a few
 that covered them would waste most of its steps (`benchmarks/int8.py` has the comparison). Only products with weights
 are quantized (linear layers and convolutions). Products of two activations (queries with keys, attention with values),
 softmax, norms and GELU stay in float32, because they are few of the multiply-accumulates. The file contains QDQ pairs
-(QuantizeLinear, DequantizeLinear), which ONNX Runtime, OpenVINO and TensorRT each fuse in their own way.
+(QuantizeLinear, DequantizeLinear), which ONNX Runtime and OpenVINO each fuse in their own way. TensorRT takes only zero
+points of 0, which these activations do not have.
 """
 
 import os
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.cut.outputs import as_classes, gives_values
-from vitrim.deploy.export import OPSET, beside, check_target, export, onnx_session
+from vitrim.deploy.export import OPSET, beside, check_target, export
 from vitrim.deploy.quiet import quiet
+from vitrim.deploy.writers import onnx_session
 from vitrim.families import describe
 from vitrim.nn.modes import evaluating
 from vitrim.words.errors import DataError, ExportError, VitrimError

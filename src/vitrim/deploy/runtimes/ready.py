@@ -4,7 +4,6 @@ B images, C channels, (h, w) height and width of the input.
 """
 
 import copy
-import importlib.util
 import inspect
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim.deploy.export import export, need, onnx_session
+from vitrim.deploy.export import export
+from vitrim.deploy.writers import need, onnx_session, openvino_session
 from vitrim.measure.model import running
 from vitrim.nn.parity import TOLERANCES, relative
 from vitrim.nn.weights import why_not_held
@@ -230,28 +230,10 @@ def _of_file(file: Path, runtime: str, threads: int | None) -> Ready:
     if not file.is_file():
         raise ExportError(f"{file}: the ONNX file must exist, but it does not")
     try:
-        version, run = (onnx_session if runtime == "onnxruntime" else _openvino)(file, threads)
+        version, run = (onnx_session if runtime == "onnxruntime" else openvino_session)(file, threads)
     except Exception as problem:  # each runtime raises its own class for a file that it cannot read
         raise ExportError(f"{file}: {runtime} must be able to read the file, but says: {reason(problem)}") from None
     return Ready(runtime=runtime, version=version, run=run, bytes=file.stat().st_size, apart=None)
-
-
-def _openvino(path: Path, threads: int | None) -> tuple[str, Callable[[Tensor], Tensor]]:
-    import openvino
-
-    # On processors with bfloat16, OpenVINO computes in it unless the type is set; the other runtimes do not.
-    settings = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads() if threads is None else threads,
-        "INFERENCE_PRECISION_HINT": "f32",
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    core = openvino.Core()
-    compiled = core.compile_model(core.read_model(path), "CPU", settings)
-
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(compiled([images.numpy()])[0])
-
-    return f"openvino {importlib.import_module('importlib.metadata').version('openvino')}", run
 
 
 def _unable(runtime: str, problem: Exception) -> ExportError:
