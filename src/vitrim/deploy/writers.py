@@ -3,6 +3,7 @@
 B images, C channels, (h, w) height and width of the input.
 """
 
+import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -161,26 +162,35 @@ def openvino_session(path: Path, threads: int | None = None) -> tuple[str, Calla
 
 
 def _executorch(program: Program, part: Path, opset: int) -> Opened:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-    from executorch.runtime import Runtime
-
-    try:
-        with quiet("", *LOGGERS, prints=False):
-            lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+    with quiet("", *LOGGERS, prints=False):
+        exir = importlib.import_module("executorch.exir")  # first: its parts import each other in a circle
+        partitioner = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+        runtime: Any = importlib.import_module("executorch.runtime").Runtime.get()
+        try:
+            lowered = exir.to_edge_transform_and_lower(program, partitioner=[partitioner.XnnpackPartitioner()])
             part.write_bytes(lowered.to_executorch().buffer)
-    except Exception as problem:  # of whichever pass cannot take an operator
-        raise ExportError(
-            f"every operator must have an ExecuTorch form, but its exporter says: {reason(problem)}; please report it"
-        ) from problem
+        except Exception as problem:  # of whichever pass cannot take an operator
+            raise ExportError(
+                f"every operator must have an ExecuTorch form, but the exporter says: {reason(problem)}; report it"
+            ) from problem
     # The program is read from memory, so that the file can be moved while it is open.
-    method: Any = Runtime.get().load_program(part.read_bytes()).load_method("forward")
+    method = runtime.load_program(part.read_bytes()).load_method("forward")
 
     def run(images: Tensor) -> Tensor:
         logits: Tensor = method.execute([images])[0].clone()
         return logits
 
     return Opened(f"executorch {importlib.metadata.version('executorch')} (XNNPACK)", run)
+
+
+def _without_aliases(program: Program) -> Program:
+    """Remove operators that return their argument, of which coremltools 9.0 knows no form; changes `program`."""
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten.alias.default:
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
+    program.graph_module.recompile()
+    return program
 
 
 def _coreml(program: Program, part: Path, opset: int) -> Opened:
@@ -191,7 +201,9 @@ def _coreml(program: Program, part: Path, opset: int) -> Opened:
             target = coremltools.target.iOS17
             precision = coremltools.precision.FLOAT32
             model: Any = coremltools.convert(
-                program.run_decompositions({}), minimum_deployment_target=target, compute_precision=precision
+                _without_aliases(program.run_decompositions({})),
+                minimum_deployment_target=target,
+                compute_precision=precision,
             )
             model.save(str(part))
         except Exception as problem:  # of whichever operator has no form there
