@@ -23,6 +23,7 @@ from vitrim import cli, methods
 from vitrim.run import shipped
 from vitrim.run.recipe import read_recipe
 from vitrim.words.plain import read_json, read_toml
+from vitrim.words.settings import settings_of
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 ARGUMENTS = f"model.arguments={json.dumps(TINY)}"
@@ -38,14 +39,15 @@ OPTIONS = {
     "channels set",
     "push": "model repository license folder dry-run private revision",
     "explain": "plan",
-    "report": "folders out csv",
-    "methods": "",
+    "report": "folders out csv latex baseline",
+    "methods": "name",
     "recipes": "name",
     "models": "pattern json",
     "evaluate": "model data weights weights-key random-weights image-size classes channels set",
     "bench": "models reference runtimes batch threads dtype device seconds memory as-stored out",
     "search": "model storage budget method trials data weights weights-key random-weights image-size classes "
     "channels seed out preset set",
+    "sweep": "recipe out control jobs set",
     "transfer": "",
 }
 
@@ -280,6 +282,21 @@ def test_methods(call):
     code, out, error = call("methods")
     assert (code, error) == (0, "")
     assert all(name in out for name in methods.names())
+    code, out, error = call("methods", "taylor")
+    assert (code, error) == (0, "")
+    assert out.startswith("taylor: ")
+    (row,) = [line.split("  ") for line in out.splitlines() if line.startswith("method.batch ")]
+    told = [cell.strip() for cell in row if cell.strip()]
+    assert told[:3] == ["method.batch", "whole number > 0", "32"]
+    assert len(told) == 4
+    refused(call("methods", "taylr"), "did you mean 'taylor'?")
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_setting_of_every_method_has_a_meaning(name):
+    found = settings_of(methods.settings_of(name))
+    assert [each.name for each in found if not each.kind or not each.meaning] == []
+    assert all(each.default or each.kind in ("table", "text") for each in found)
 
 
 def test_recipes(call):

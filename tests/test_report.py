@@ -216,7 +216,8 @@ def test_several_runs_are_compared(tmp_path: Path):
     assert "a/out" in reader.words
     assert "b/out" in reader.words
     text = markdown(folders)
-    assert "| a/out | a |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| a | 0 | 3 | macs=0.5 |"))
+    assert row.endswith("| a/out |")
 
 
 def test_hostile_names_stay_text(tmp_path: Path):
@@ -247,7 +248,7 @@ def test_bare_results_are_enough(tmp_path: Path):
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path):
-    with pytest.raises(RunError, match=r"none: a run folder must contain measured\.json.*vitrim run"):
+    with pytest.raises(RunError, match="none: a run folder must exist, but there is none here"):
         html([tmp_path / "none"])
     with pytest.raises(RunError, match="at least one run folder"):
         markdown([])

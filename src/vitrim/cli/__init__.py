@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.text import Text
 
 from vitrim import __version__
-from vitrim.cli import compress, curve, deploy, look, measure, search, transfer
+from vitrim.cli import compress, curve, deploy, look, measure, search, sweep, transfer
 from vitrim.cli.shared import app
 from vitrim.words.errors import VitrimError
 
-__all__ = ["app", "compress", "curve", "deploy", "look", "main", "measure", "search", "transfer"]
+__all__ = ["app", "compress", "curve", "deploy", "look", "main", "measure", "search", "sweep", "transfer"]
 
 _INTERRUPTED = 130
 """The exit code that typer returns for ctrl-C, by the convention of shells."""

@@ -84,7 +84,7 @@ def compress(
         "seed": seed,
     }
     more = {} if minutes is None else {"--minutes": _distilled(epochs)}
-    recipe = read(Recipe, laid(merged(asked, overrides(set_ or [])), preset, more))
+    recipe = read(Recipe, laid(merged(asked, overrides(set_ or [], asked)), preset, more))
     _show(run(recipe, out, say=say))
 
 
@@ -133,9 +133,9 @@ def run_(
                 f"{recipe}: a preset must be used with a compression recipe, but this is a segmentation recipe"
             )
         whole = set(written) == set(TransferRecipe.model_fields)
-        transferred(merged(written, overrides(set_ or [])), out or _folder(recipe, whole), at=str(recipe))
+        transferred(merged(written, overrides(set_ or [], written)), out or _folder(recipe, whole), at=str(recipe))
         return
-    asked = read(Recipe, laid(merged(written, overrides(set_ or [])), preset), at=str(recipe))
+    asked = read(Recipe, laid(merged(written, overrides(set_ or [], written)), preset), at=str(recipe))
     _show(run(asked, out or _folder(recipe, set(written) == set(Recipe.model_fields)), say=say))
 
 

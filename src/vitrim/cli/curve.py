@@ -55,7 +55,7 @@ def pareto(
         "data": {"train": data, "test": test},
         "seed": seed,
     }
-    found = make(merged(asked, overrides(set_ or [])), out, budgets or BUDGETS, say=say)
+    found = make(merged(asked, overrides(set_ or [], asked)), out, budgets or BUDGETS, say=say)
     rows = [_row(result.measured) for result in found.results]
     show_table(
         f"{model}, one calibration for all budgets", ["budget", "MACs", "top-1", "same answer", "latency", "s"], rows

@@ -24,40 +24,55 @@ def explain(plan: Annotated[Path, typer.Argument(help="plan.json of a run folder
 
 @app.command("report")
 def report_(
-    folders: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders with run folders below them.")],
     out: Annotated[
         Path | None, typer.Option("--out", help="HTML file to write; without it, Markdown is printed.")
     ] = None,
     csv: Annotated[
-        Path | None, typer.Option("--csv", help="CSV file to write, with all measurements, unrounded.")
+        Path | None,
+        typer.Option("--csv", help="CSV file to write, all measurements unrounded; FILE.seeds.csv gets the means."),
+    ] = None,
+    latex: Annotated[
+        Path | None, typer.Option("--latex", help="LaTeX file to write: means and deviations over seeds.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="Method to compare with. Default: random or magnitude, if there.")
     ] = None,
 ) -> None:
-    """Report on run folders, as one HTML page, as Markdown, or as CSV."""
+    """Report on runs, finished or not, as one HTML page, as Markdown, CSV or LaTeX; runs are grouped over seeds."""
     from vitrim import report
     from vitrim.words.errors import RunError
     from vitrim.words.plain import check_place, write_text
 
-    for place in (out, csv):
+    seeds = None if csv is None else csv.with_suffix(".seeds.csv")
+    for place in (out, csv, seeds, latex):
         if place is not None:
             check_place(place, RunError)
-    if csv is not None:
-        write_text(csv, report.csv(folders))
-        say(f"wrote {csv}")
-        if out is None:
-            return
-    if out is None:
-        sys.stdout.write(report.markdown(folders))
-        return
-    write_text(out, report.html(folders))
-    say(f"wrote {out}")
+    written: list[tuple[Path, str]] = []
+    if csv is not None and seeds is not None:
+        written += [(csv, report.csv(folders)), (seeds, report.groups_csv(folders, baseline))]
+    if latex is not None:
+        written.append((latex, report.latex(folders, baseline)))
+    if out is not None:
+        written.append((out, report.html(folders, baseline)))
+    for path, text in written:
+        write_text(path, text)
+        say(f"wrote {path}")
+    if not written:
+        sys.stdout.write(report.markdown(folders, baseline))
 
 
 @app.command("methods")
-def methods_() -> None:
-    """List the methods, where they come from, and their settings."""
+def methods_(
+    name: Annotated[str | None, typer.Argument(help="Method, or its .py file, whose settings to show.")] = None,
+) -> None:
+    """List the methods, or show the settings of one: type, default and meaning."""
     from vitrim import methods
     from vitrim.words.errors import MethodError
 
+    if name is not None:
+        _settings_of(name)
+        return
     table = Table(box=None, pad_edge=False)
     for column in ("method", "from", "needs", "what it does", "settings"):
         table.add_column(column)
@@ -70,6 +85,22 @@ def methods_() -> None:
         kind: Any = found.kind
         table.add_row(*map(Text, (name, found.where, kind.needs, kind.sentence, ", ".join(kind.model_fields))))
     print_table(table)
+
+
+def _settings_of(name: str) -> None:
+    from vitrim import methods
+    from vitrim.words.settings import settings_of
+
+    found = methods.origin(name)
+    default: Any = methods.get(name) if found.given else None
+    kind: Any = found.kind
+    rows = [[f"method.{each.name}", each.kind, each.default, each.meaning] for each in settings_of(kind, default)]
+    show_table(
+        f"{name}: {kind.sentence}; needs {kind.needs}; from {found.where}",
+        ["--set", "type", "default", "meaning"],
+        rows,
+        left=True,
+    )
 
 
 @app.command("recipes")

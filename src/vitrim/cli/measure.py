@@ -58,7 +58,7 @@ def evaluate(
         "model": model_table(model, weights, weights_key, random_weights, image_size, classes, channels),
         "data": {"test": data},
     }
-    asked = merged(asked, overrides(set_ or []))
+    asked = merged(asked, overrides(set_ or [], asked))
     named = read(ModelRecipe, asked.pop("model"), at="recipe.model")
     source = read(DataRecipe, asked.pop("data"), at="recipe.data")
     if asked:

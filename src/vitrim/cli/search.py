@@ -73,7 +73,7 @@ def search(
             "seed": seed,
         }
     shared = {"storage": storage} | ({} if trials is None else {"trials": trials})
-    asked = merged(asked, overrides(set_ or []))
+    asked = merged(asked, overrides(set_ or [], asked))
     name = asked.get("method", {}).get("name")
     if isinstance(name, str) and "storage" not in methods.settings_of(name).model_fields:
         raise MethodError(f"a shared search must use a method with trials, but {name} has none; use mdc")

@@ -107,11 +107,11 @@ def warn(text: str) -> None:
     Console(stderr=True, soft_wrap=True).print(Text(f"warning: {text}", style="bold yellow"))
 
 
-def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows under a title."""
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: bool = False) -> None:
+    """Print rows under a title; columns after the first are numbers, to the right, unless `left`."""
     table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+        table.add_column(column, justify="right" if number and not left else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     print_table(table)

@@ -40,6 +40,7 @@ def seg(
 ) -> None:
     """Fine-tune a model for semantic segmentation and write a run folder."""
     from vitrim.run.recipe import merged, overrides
+    from vitrim.run.transfer import TransferRecipe
 
     asked: dict[str, Any] = {
         "model": model_table(backbone, weights, weights_key, random_weights),
@@ -49,7 +50,7 @@ def seg(
     }
     if epochs is not None:
         asked["train"] = {"epochs": epochs}
-    transferred(merged(asked, overrides(set_ or [])), out)
+    transferred(merged(asked, overrides(set_ or [], kind=TransferRecipe)), out)
 
 
 def written_by(net: Any, name: str, over: Any) -> tuple[Any, Any]:

@@ -5,8 +5,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from vitrim.report.curves import INK, SERIES, SOFT, drawn, legend, standing
+from vitrim.report.curves import drawn, legend, standing
 from vitrim.report.folder import Record, number
+from vitrim.report.looks import INK, SERIES, SOFT
 
 __all__ = ["bars"]
 

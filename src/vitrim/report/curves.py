@@ -18,22 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from vitrim.report.folder import Record, number
+from vitrim.report.looks import INK, LINE, SERIES, SOFT, VARIABLES
 from vitrim.report.style import STYLE
 from vitrim.report.tables import short
 
-__all__ = ["INK", "LINE", "SERIES", "SOFT", "curves", "drawn", "legend", "series", "standing", "thinned", "trials"]
+__all__ = ["curves", "drawn", "legend", "series", "standing", "thinned", "trials"]
 
-INK, SOFT, LINE = "#010101", "#020202", "#030303"
-SERIES = ("#040404", "#050505", "#060606", "#070707")
-_VARIABLES = {
-    INK: "var(--ink)",
-    SOFT: "var(--soft)",
-    LINE: "var(--line)",
-    SERIES[0]: "var(--qk)",
-    SERIES[1]: "var(--mlp)",
-    SERIES[2]: "var(--v)",
-    SERIES[3]: "var(--other)",
-}
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -180,7 +170,7 @@ def _adopted(svg: str, words: str) -> str:
     svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace("xlink:href=", "href=")
     svg = re.sub(r"font: (?:[\w.]+ )?([\d.]+px)[^;\"]*", r"font-size: \1", svg)
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
-    for color, variable in _VARIABLES.items():
+    for color, variable in VARIABLES.items():
         svg = svg.replace(color, variable)
     box = re.search(r'viewBox="[^"]*"', svg)
     start = f'<svg class="plot" {box[0] if box else ""} role="img" aria-label="{escape(words)}">'

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from vitrim.report.curves import INK, SERIES, drawn, standing
+from vitrim.report.curves import drawn, standing
 from vitrim.report.folder import Record, number
+from vitrim.report.looks import INK, SERIES
 
 __all__ = ["frontier", "frontier_plot"]
 
@@ -31,8 +32,8 @@ def frontier_plot(records: Sequence[Record]) -> str | None:
 
     def draw(figure: Figure) -> None:
         grid = figure.subplots(1, len(panels), squeeze=False, sharey=True).flat
-        for number_, (axes, (_, label, points)) in enumerate(zip(grid, panels, strict=True)):
-            axes.plot([x for x, _ in points], [y for _, y in points], color=SERIES[number_], marker="o", markersize=5)
+        for axes, (_, label, points) in zip(grid, panels, strict=True):
+            axes.plot([x for x, _ in points], [y for _, y in points], color=SERIES[0], marker="o", markersize=5)
             axes.scatter([1.0] * len(dense), sorted(dense), s=60, color=INK, marker="*")
             for score in dense:
                 axes.annotate("parent", (1.0, score), (-7, -3), textcoords="offset points", ha="right", fontsize=8.5)

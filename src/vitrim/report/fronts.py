@@ -1,13 +1,14 @@
 """Plots of several runs: accuracy against each cost with its Pareto front, and the training curves."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from vitrim.report.curves import INK, LINE, SERIES, SOFT, drawn, legend, series, thinned
+from vitrim.report.curves import drawn, legend, series, thinned
 from vitrim.report.folder import Run, number
+from vitrim.report.looks import INK, LINE, SOFT, Look, looks, method_of
 from vitrim.report.tables import short
 
 __all__ = ["courses", "front", "fronts"]
@@ -15,7 +16,6 @@ __all__ = ["courses", "front", "fronts"]
 _COSTS = (("macs", "multiply-accumulates"), ("params", "parameters"), ("latency", "measured latency"))
 _PLACE = ("device", "runtime", "threads", "batch", "dtype")
 """Fields that must be equal for all runs before their times are shown on one axis."""
-MARKERS = "osD^vP*X"
 NAMED = 12
 """Largest number of lines that are easy to distinguish."""
 _SCORES = (
@@ -44,14 +44,17 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def fronts(runs: Sequence[Run]) -> str | None:
     """Return plots of top-1 against MACs, parameters and latency, one panel each; mean IoU or agreement without top-1.
 
-    The number next to a point is the position of the run in `runs`, from 1.
+    The number next to a point is the position of the run in `runs`, from 1. Runs at the same place are drawn as rings
+    around one another, with all their numbers.
 
     Costs are relative to the parent if all parents have the same cost, and absolute otherwise. Times of different
     machines or settings are always relative. The result is None if fewer than two runs have a score.
     """
+    done = [run for run in runs if run.finished]
     key, label, title = next(
-        (s for s in _SCORES if all(number(r.measured, s[0]) is not None for r in runs)), _SCORES[-1]
+        (s for s in _SCORES if all(number(r.measured, s[0]) is not None for r in done)), _SCORES[-1]
     )
+    known = looks(runs)
     panels = [(name, words, shares, found) for name, words, shares, found in _panels(runs, key) if len(found) > 1]
     if not panels:
         return None
@@ -59,7 +62,7 @@ def fronts(runs: Sequence[Run]) -> str | None:
     def draw(figure: Figure) -> None:
         grid = figure.subplots(1, len(panels), squeeze=False, sharey=True).flat
         for axes, (name, words, shares, found) in zip(grid, panels, strict=True):
-            _panel(axes, found, sorted({_method(run) for run in runs}))
+            _panel(axes, found, known)
             if shares:
                 _parents(axes, found, key)
             axes.set_xlabel(words + (", of the parent" if shares else ", ms of a batch" if name == "latency" else ""))
@@ -69,7 +72,7 @@ def fronts(runs: Sequence[Run]) -> str | None:
         figure.axes[0].set_ylabel(label)
         legend(figure)
 
-    return drawn(draw, f"{title} against cost of {len(runs)} runs", 9.2, 3.7)
+    return drawn(draw, f"{title} against cost of {len(done)} runs", 9.2, 3.7)
 
 
 def _panels(runs: Sequence[Run], key: str) -> list[tuple[str, str, bool, list[_Point]]]:
@@ -88,24 +91,32 @@ def _panels(runs: Sequence[Run], key: str) -> list[tuple[str, str, bool, list[_P
     return panels
 
 
-def _method(run: Run) -> str:
-    return str(run.measured.get("method", "")) or "?"
-
-
-def _panel(axes: Any, found: Sequence[_Point], methods: Sequence[str]) -> None:
+def _panel(axes: Any, found: Sequence[_Point], known: Mapping[str, Look]) -> None:
     best = front([(point.cost, point.score) for point in found])
     axes.plot(*zip(*best, strict=True), color=LINE, linewidth=5, solid_capstyle="round", label="Pareto front", zorder=1)
-    for index, method in enumerate(methods):
-        mine = [point for point in found if _method(point.run) == method]
-        color, marker = SERIES[index % len(SERIES)], MARKERS[index // len(SERIES) % len(MARKERS)]
-        # matplotlib leaves labels that start with an underscore out of the legend.
-        label = method.lstrip("_") or "?"
-        costs, scores = [point.cost for point in mine], [point.score for point in mine]
-        axes.scatter(costs, scores, s=34, color=color, marker=marker, label=label, zorder=3)
+    places: dict[tuple[float, float], list[_Point]] = {}
     for point in found:
-        at = (point.cost, point.score)
-        axes.annotate(str(point.place), at, (5, 2), textcoords="offset points", fontsize=7.5, color=SOFT)
+        places.setdefault((point.cost, point.score), []).append(point)
+    for points in places.values():
+        for ring, point in enumerate(points):
+            _mark(axes, point, known, ring)
+        numbers = ", ".join(str(point.place) for point in points)
+        at = (points[0].cost, points[0].score)
+        axes.annotate(numbers, at, (5 + 2 * len(points), 2), textcoords="offset points", fontsize=7.5, color=SOFT)
     axes.margins(0.12)
+
+
+def _mark(axes: Any, point: _Point, known: Mapping[str, Look], ring: int) -> None:
+    """Draw a run as a filled marker, or as a ring around `ring` others at the same place."""
+    method = method_of(point.run)
+    look = known[method]
+    # matplotlib leaves labels that start with an underscore out of the legend.
+    how: dict[str, Any] = {"marker": look.marker, "label": method.lstrip("_") or "?", "zorder": 3}
+    if ring:
+        how |= {"facecolors": "none", "edgecolors": look.color, "linewidths": 1.4}
+    else:
+        how |= {"color": look.color, "linewidths": 0}
+    axes.scatter([point.cost], [point.score], s=(34**0.5 + 4.5 * ring) ** 2, **how)
 
 
 def _parents(axes: Any, found: Sequence[_Point], key: str) -> None:
@@ -118,7 +129,7 @@ def _parents(axes: Any, found: Sequence[_Point], key: str) -> None:
 def courses(runs: Sequence[Run]) -> str | None:
     """Return plots of training loss and top-1, one line per run; None if fewer than two runs logged one of them.
 
-    With more than `NAMED` runs, all runs of one method have the same color and style.
+    All runs of one method have the same color; with more than `NAMED` runs they have the same style, too.
     """
     logs = [(run, [line for line in run.log if line.get("stage") == "train"]) for run in runs]
     panels: list[tuple[str, list[tuple[Run, list[tuple[float, float]]]]]] = []
@@ -129,14 +140,14 @@ def courses(runs: Sequence[Run]) -> str | None:
     if not panels:
         return None
     names = list(dict.fromkeys(_named(run, len(runs)) for run in runs))
+    known, dashes = looks(runs), _dashes(runs)
 
     def draw(figure: Figure) -> None:
         grid = figure.subplots(1, len(panels), squeeze=False).flat
         for axes, (words, found) in zip(grid, panels, strict=True):
             for run, points in found:
-                index = names.index(_named(run, len(runs)))
-                color, dash = SERIES[index % len(SERIES)], ("-", "--", ":", "-.")[index // len(SERIES) % 4]
-                axes.plot(*thinned(points), color=color, linestyle=dash, label=names[index].lstrip("_") or "?")
+                color, label = known[method_of(run)].color, _named(run, len(runs)).lstrip("_") or "?"
+                axes.plot(*thinned(points), color=color, linestyle=dashes[_named(run, len(runs))], label=label)
             axes.set_title(words)
             axes.set_xlabel("step")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -146,5 +157,17 @@ def courses(runs: Sequence[Run]) -> str | None:
     return drawn(draw, f"Training of {max(len(found) for _, found in panels)} runs over steps", 9.2, 3.0 + 0.2 * lines)
 
 
+def _dashes(runs: Sequence[Run]) -> dict[str, str]:
+    """Return the style of each line, which tells the runs of a method apart."""
+    found: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for run in runs:
+        name = _named(run, len(runs))
+        if name not in found:
+            index = counts[method_of(run)] = counts.get(method_of(run), -1) + 1
+            found[name] = ("-", "--", ":", "-.")[index % 4]
+    return found
+
+
 def _named(run: Run, count: int) -> str:
-    return run.name if count <= NAMED else _method(run)
+    return run.name if count <= NAMED else method_of(run)

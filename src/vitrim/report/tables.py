@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from vitrim.words.spec import Spec
 __all__ = [
     "TextTable",
     "as_csv",
+    "as_latex",
     "as_markdown",
     "block_table",
     "comparison",
@@ -108,29 +110,30 @@ def _with_spread(measured: Record, name: str) -> str:
 
 
 def comparison(runs: Sequence[Run]) -> TextTable:
-    """Return the table of all runs, one row per run."""
-    head: tuple[str, ...] = ("run", "method", "MACs", "of parent", "parameters", "of parent")
-    head = (*head, "top-1", "parent's", "latency ratio")
-    rows: list[tuple[str, ...]] = [_compared(run) for run in runs]
+    """Return the table of all runs, one row per run; the state of unfinished runs stands in place of their top-1."""
+    columns: list[tuple[str, Callable[[Run], str]]] = [
+        ("run", lambda run: run.titles.method or run.name),
+        ("seed", lambda run: run.titles.seed),
+        ("epochs", lambda run: run.titles.epochs),
+        ("budget", lambda run: run.titles.budget),
+        ("data", lambda run: run.titles.data),
+        ("MACs", lambda run: short(number(run.measured, "macs"))),
+        ("of parent", lambda run: _ratio(number(run.measured, "macs_ratio"))),
+        ("parameters", lambda run: short(number(run.measured, "params"))),
+        ("of parent", lambda run: _ratio(number(run.measured, "params_ratio"))),
+        ("top-1", lambda run: run.state or _scored(run.measured, "top1")),
+        ("parent's", lambda run: _scored(run.measured, "top1_parent")),
+        ("latency ratio", lambda run: _ratio(number(run.measured, "latency_ratio"))),
+        ("folder", lambda run: run.path),
+    ]
     if any(number(run.measured, "miou") is not None for run in runs):
-        head = (*head, "mean IoU")
-        rows = [(*row, percent(number(run.measured, "miou"))) for row, run in zip(rows, runs, strict=True)]
-    return TextTable("All runs", head, rows)
+        columns.insert(-1, ("mean IoU", lambda run: percent(number(run.measured, "miou"))))
+    rows = [tuple(cell(run) or DASH for _, cell in columns) for run in runs]
+    return TextTable("All runs", tuple(name for name, _ in columns), rows)
 
 
-def _compared(run: Run) -> tuple[str, ...]:
-    measured = run.measured
-    return (
-        run.name,
-        str(measured.get("method", DASH)),
-        short(number(measured, "macs")),
-        _ratio(number(measured, "macs_ratio")),
-        short(number(measured, "params")),
-        _ratio(number(measured, "params_ratio")),
-        percent(number(measured, "top1")) + _error(measured, "top1_error"),
-        percent(number(measured, "top1_parent")) + _error(measured, "top1_parent_error"),
-        _ratio(number(measured, "latency_ratio")),
-    )
+def _scored(measured: Record, name: str) -> str:
+    return percent(number(measured, name)) + _error(measured, f"{name}_error")
 
 
 def _error(measured: Record, name: str) -> str:
@@ -141,8 +144,9 @@ def _error(measured: Record, name: str) -> str:
 def everything(runs: Sequence[Run]) -> TextTable:
     """Return all measured values, unrounded: one row per run, one column per name that occurs in any run."""
     names = list(dict.fromkeys(name for run in runs for name in run.measured))
-    rows = [(run.name, *("" if (v := run.measured.get(name)) is None else str(v) for name in names)) for run in runs]
-    return TextTable("All that was measured", ("run", *names), rows)
+    values = [["" if (value := run.measured.get(name)) is None else str(value) for name in names] for run in runs]
+    rows = [(run.path, run.name, run.state or "finished", *row) for run, row in zip(runs, values, strict=True)]
+    return TextTable("All that was measured", ("run", "name", "state", *names), rows)
 
 
 def block_table(run: Run) -> TextTable | None:
@@ -232,5 +236,31 @@ def as_csv(table: TextTable) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for cells in (table.head, *table.rows):
-        writer.writerow([f"'{cell}" if cell[:1] in "=+@\t\r" and cell else cell for cell in cells])
+        writer.writerow([f"'{cell}" if _runs(cell) else cell for cell in cells])
     return text.getvalue()
+
+
+def _runs(cell: str) -> bool:
+    """Return whether a spreadsheet would evaluate this cell; a number with a sign is only a number."""
+    return cell[:1] in tuple("=+-@\t\r") and not _NUMBER.fullmatch(cell)
+
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+
+
+def as_latex(table: TextTable) -> str:
+    """Return a table in LaTeX, to be used with the package booktabs; cells are escaped."""
+    head, *rows = [" & ".join(map(_latex_text, cells)) + r" \\" for cells in (table.head, *table.rows)]
+    columns = "l" + "r" * (len(table.head) - 1)
+    lines = [f"% {table.caption}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\N{PLUS-MINUS SIGN}": r"$\pm$",
+    "\N{MINUS SIGN}": r"$-$", DASH: "--", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+} | {sign: f"\\{sign}" for sign in "&%$#_{}"}  # fmt: skip
+
+
+def _latex_text(text: str) -> str:
+    return "".join(_LATEX.get(sign, sign) for sign in " ".join(text.split()))

@@ -19,7 +19,7 @@ from vitrim.methods import Method
 from vitrim.train import Train
 from vitrim.words.budget import Budget
 from vitrim.words.errors import RecipeError, RunError, VitrimError
-from vitrim.words.plain import NONE, Node, did_you_mean, dump, load, read_toml, write_text
+from vitrim.words.plain import NONE, Node, did_you_mean, dump, load, read_toml, types_of, write_text
 
 __all__ = ["DataRecipe", "Measure", "ModelRecipe", "Recipe", "merged", "overrides", "read_recipe", "write_recipe"]
 
@@ -288,21 +288,31 @@ def _spoken(value: Any) -> Any:
     return NONE if value is None else value
 
 
-def overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    """Read ``key=value`` pairs into a nested dictionary; values are JSON where they can be, else text.
+def overrides(
+    pairs: Sequence[str], base: Mapping[str, Any] | None = None, kind: type[Node] | None = None
+) -> dict[str, Any]:
+    """Read ``key=value`` pairs into a nested dictionary.
 
-    ``none`` stays text: a setting that may be None reads it as None, one with a choice called ``none`` as that choice.
+    Values are JSON where they can be, else text. A setting that only takes text keeps its text, also where that looks
+    like a number, such as ``model.weights=123``. ``none`` stays text: a setting that may be None reads it as None, one
+    with a choice called ``none`` as that choice.
+
+    Args:
+        pairs: the pairs.
+        base: the tables that the pairs override; its ``method.name`` says which settings ``method`` has.
+        kind: the class of recipe; None for `Recipe`.
 
     Raises:
         RecipeError: if a pair has no ``=``, or a key is both a value and a table.
     """
     nested: dict[str, Any] = {}
+    texts: list[tuple[list[str], str]] = []
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not all(key.split(".")):
             raise RecipeError(f"a setting must look like train.epochs=1, but got '{pair}'")
         table = nested
-        *outer, last = key.strip().split(".")
+        *outer, last = path = key.strip().split(".")
         for name in outer:
             table = table.setdefault(name, {})
             if not isinstance(table, dict):
@@ -310,7 +320,39 @@ def overrides(pairs: Sequence[str]) -> dict[str, Any]:
         if isinstance(table.get(last), dict):
             raise _both(key)
         table[last] = _value(text.strip())
+        if isinstance(table[last], int | float):
+            texts.append((path, text.strip()))
+    method = _table_of(nested, "method").get("name") or _table_of(base or {}, "method").get("name")
+    for path, text in texts:
+        if _takes_text(kind or Recipe, path, method):
+            table = nested
+            for name in path[:-1]:
+                table = table[name]
+            table[path[-1]] = text
     return nested
+
+
+def _table_of(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    table = tables.get(name)
+    return table if isinstance(table, Mapping) else {}
+
+
+def _takes_text(kind: type[Node], path: Sequence[str], method: Any) -> bool:
+    """Return whether the field of a recipe at `path` takes text and no number."""
+    first, *rest = path
+    if kind is Recipe and first == "method":
+        if rest == ["name"]:
+            return True
+        known = isinstance(method, str) and method in methods.names()
+        return known and bool(rest) and _takes_text(methods.settings_of(str(method)), rest, None)
+    field = kind.model_fields.get(first)
+    if field is None:
+        return False
+    types = [part for part in types_of(field.annotation) if part is not type(None)]
+    inner = [part for part in types if isinstance(part, type) and issubclass(part, Node)]
+    if rest:
+        return any(_takes_text(part, rest, None) for part in inner)
+    return types != [] and all(part is str or isinstance(part, str) for part in types)
 
 
 def _both(key: str) -> RecipeError:

@@ -33,6 +33,7 @@ __all__ = [
     "read_json",
     "read_toml",
     "reason",
+    "types_of",
     "why_not_valid",
     "write_json",
     "write_text",
@@ -207,18 +208,19 @@ def _owner(kind: type[Node], place: list[str]) -> tuple[type[Node], list[str]]:
         field = owner.model_fields.get(part)
         if field is None:
             continue
-        inner = [t for t in _types(field.annotation) if isinstance(t, type) and issubclass(t, Node)]
+        inner = [t for t in types_of(field.annotation) if isinstance(t, type) and issubclass(t, Node)]
         choices = {t.model_fields["kind"].default: t for t in inner if len(inner) > 1}
         owner = inner[0] if inner else owner
     return owner, way
 
 
-def _types(annotation: Any) -> Iterator[Any]:
+def types_of(annotation: Any) -> Iterator[Any]:
+    """Yield the types, and the values of literals, that an annotation is made of, in order."""
     arguments = getattr(annotation, "__args__", ())
     if not arguments or (isinstance(annotation, type) and not hasattr(annotation, "__origin__")):
         yield annotation
     for argument in arguments:
-        yield from _types(argument)
+        yield from types_of(argument)
 
 
 @contextlib.contextmanager
