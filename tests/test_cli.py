@@ -35,7 +35,7 @@ OPTIONS = {
     "channels epochs minutes recover calibration seed preset set",
     "run": "recipe out preset set",
     "pareto": "model data out test budgets weights weights-key random-weights image-size classes channels seed set",
-    "export": "model out opset as-stored int8 data test weights weights-key random-weights image-size classes "
+    "export": "model out opset batch as-stored int8 data test weights weights-key random-weights image-size classes "
     "channels set",
     "push": "model repository license folder dry-run private revision",
     "explain": "plan",
