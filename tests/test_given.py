@@ -103,7 +103,7 @@ def test_models_of_torchvision_are_called_what_they_are():
 
 def test_models_of_transformers_are_called_what_they_are():
     kind = type("ViTModel", (nn.Module,), {"__module__": "transformers.models.vit.modeling_vit"})
-    assert "but got ViTModel of Hugging Face transformers; take the timm model of these weights" in told(kind())
+    assert "but got ViTModel of Hugging Face transformers; vitrim.compress takes it" in told(kind())
 
 
 # -- classifiers

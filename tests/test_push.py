@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import zipfile
+from pathlib import Path
 
 import pytest
 import timm
@@ -9,14 +11,17 @@ import torch
 import yaml
 
 import vitrim.hub
+from tests.tolerance import SINGLE
 from vitrim import cli, families
-from vitrim.deploy import push, remote, store
+from vitrim.cut.surgery import apply
+from vitrim.deploy import hub, push, remote, store
 from vitrim.families import describe
 from vitrim.families._segmentor import segmentor
 from vitrim.measure import cost
 from vitrim.nn.segment import Head
 from vitrim.run.pipeline import compress
 from vitrim.words.errors import StoreError, WeightsError
+from vitrim.words.plan import BlockPlan, Plan
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 
@@ -163,6 +168,90 @@ def test_the_licence_is_timms_or_asked_for(run, tmp_path):
     with pytest.raises(StoreError, match="give --license"):
         push.push(run, "owner/small", folder=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def stored(model, place, **model_table):
+    """A stored file of a model, with a recipe's table of it if one is given."""
+    given = {"recipe": {"model": model_table, "data": {}}} if model_table else {}
+    return store.save(families.adopt(model.eval()), place / "m.safetensors", provenance=given)
+
+
+def test_timm_alone_opens_what_its_own_blocks_can_say(tmp_path):
+    """Dense, and with as many neurons less in every block; with uneven ones it takes vitrim."""
+    torch.manual_seed(0)
+    dense = families.adopt(timm.create_model("test_vit", **TINY, init_values=0.1).eval())
+    spec, x = describe(dense), torch.randn(2, 3, 32, 32)
+    kept = {"dense": (None, None), "even": (tuple(range(40)),) * 2, "uneven": (tuple(range(40)), tuple(range(41)))}
+    for name, widths in kept.items():
+        child = apply(dense, Plan.of(spec, [BlockPlan(hidden=width) if width else BlockPlan() for width in widths]))
+        push.push(store.save(child, tmp_path / f"{name}.safetensors"), "o/n", licence="mit", folder=tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        opened = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).eval()
+        with torch.no_grad():
+            assert torch.allclose(opened(x), child(x), rtol=SINGLE, atol=SINGLE)
+        plain = name != "uneven"
+        assert (config["architecture"] == "test_vit") == plain
+        assert (type(opened.blocks[0]).__module__ == "timm.models.vision_transformer") == plain
+        text = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+        assert ("timm alone opens it" in text) == plain
+        assert ("import vitrim.hub" in text) != plain
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch16_clip_224", "swin_tiny_patch4_window7_224"])
+def test_timm_alone_opens_names_of_its_own(name):
+    with torch.device("meta"):
+        spec = describe(timm.create_model(name, num_classes=7))
+    found = hub.plain_timm(spec)
+    assert found is not None
+    assert found.name == name
+    assert json.loads(json.dumps(dict(found.arguments))) == dict(found.arguments)
+
+
+def test_names_of_vitrim_are_not_timms():
+    with torch.device("meta"):
+        assert hub.plain_timm(describe(timm.create_model("t2t_vit_7"))) is None
+
+
+@pytest.mark.parametrize(
+    ("table", "base", "parent"),
+    [
+        ({"name": "vit_tiny_patch16_224"}, "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", "vit_tiny_patch16_224 of"),
+        ({"name": "vit_tiny_patch16_224", "random_weights": True}, None, "vit_tiny_patch16_224 with random weights"),
+        ({"name": "test_vit", "weights": "/home/me/w.pth"}, None, "test_vit with the weights of w.pth"),
+        ({"name": "hf-hub:owner/base@v1"}, "owner/base", "owner/base"),
+        ({"name": "(VisionTransformer in memory, 12345678)"}, None, "a model in memory (VisionTransformer in memory,"),
+        ({"name": "runs/half/model.safetensors"}, None, "runs/half/model.safetensors"),
+        ({}, None, "not recorded; a test_vit by its structure"),
+    ],
+)
+def test_the_card_credits_only_weights_that_were_taken(table, base, parent, tmp_path):
+    torch.manual_seed(0)
+    file = stored(timm.create_model("test_vit", **TINY), tmp_path, **table)
+    push.push(file, "owner/small", licence="mit", folder=tmp_path / "out")
+    front, body = described(tmp_path / "out")
+    assert front.get("base_model") == base
+    assert f"| parent | {parent}" in body.replace("\\", "")
+    assert "| classes | 10 |" in body
+
+
+def test_exported_files_lie_beside_it(tmp_path):
+    torch.manual_seed(0)
+    file = stored(timm.create_model("test_vit", **TINY), tmp_path)
+    done = push.push(file, "o/n", licence="mit", folder=tmp_path / "out", also=["pt2", "pt2"])
+    assert sorted(done.files) == ["README.md", "config.json", "model.pt2", "model.safetensors"]
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        again = torch.export.load(tmp_path / "out" / "model.pt2").module()(x)
+        assert torch.allclose(again, store.load(file)(x), rtol=1e-4, atol=1e-4)
+    with zipfile.ZipFile(tmp_path / "out" / "model.pt2") as archive:
+        held = b"".join(archive.read(name) for name in archive.namelist())
+    assert str(Path(timm.__file__).parent).encode() not in held, "no folder of this machine"
+    assert str(Path(vitrim.__file__).parent).encode() not in held
+    _, body = described(tmp_path / "out")
+    assert "Without any of them: `model.pt2`" in body
+    with pytest.raises(StoreError, match="a further form must be one of onnx, pt2, but got 'tflite'"):
+        push.push(file, "o/n", licence="mit", folder=tmp_path / "two", also=["tflite"])
+    assert not (tmp_path / "two").exists()
 
 
 def test_wrong_requests(run, tmp_path):

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 @app.command()
 def compress(
-    model: Annotated[str, typer.Argument(help="A timm name, an hf-hub: name, or a file that vitrim stored.")],
+    model: Annotated[
+        str, typer.Argument(help="A timm name, an hf-hub: name, a stored file, or a folder of transformers.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="Run folder to write; a stopped run continues from it.")],
     method: Annotated[
         str | None,

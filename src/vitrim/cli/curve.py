@@ -23,7 +23,9 @@ from vitrim.cli.shared import (
 
 @app.command()
 def pareto(
-    model: Annotated[str, typer.Argument(help="A timm name, an hf-hub: name, or a file that vitrim stored.")],
+    model: Annotated[
+        str, typer.Argument(help="A timm name, an hf-hub: name, a stored file, or a folder of transformers.")
+    ],
     data: Annotated[str, typer.Option("--data", help="Images to calibrate on; no labels are needed.")],
     out: Annotated[
         Path, typer.Option("--out", help="Folder to write; further budgets are added to those already in it.")

@@ -35,7 +35,9 @@ __all__ = ["export", "push"]
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="A timm name, an hf-hub: name, or a file that vitrim stored.")],
+    model: Annotated[
+        str, typer.Argument(help="A timm name, an hf-hub: name, a stored file, or a folder of transformers.")
+    ],
     out: Annotated[
         Path,
         typer.Option(
@@ -185,6 +187,10 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the model card and push nothing.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch to push to.")] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option("--also", metavar="FORM", help="onnx or pt2 (torch.export): write the model in this form too."),
+    ] = None,
 ) -> None:
     """Push a model to the Hugging Face Hub, with a model card written from its run."""
     from vitrim.deploy import push
@@ -193,7 +199,8 @@ def push(
     with tempfile.TemporaryDirectory(prefix="vitrim-push-") as scratch:
         place = Path(scratch) / "dry" if dry_run and folder is None else folder
         done = push.push(
-            model, repository, licence=licence, folder=place, private=private, revision=revision, say=say
+            model, repository, licence=licence, folder=place, private=private, revision=revision, also=also or (),
+            say=say,
         )  # fmt: skip
         if dry_run and done.folder is not None:
             sys.stdout.write((done.folder / CARD).read_text(encoding="utf-8"))

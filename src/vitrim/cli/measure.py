@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A timm name, an hf-hub: name, or a file that vitrim stored.")],
+    model: Annotated[
+        str, typer.Argument(help="A timm name, an hf-hub: name, a stored file, or a folder of transformers.")
+    ],
     data: Annotated[str, typer.Option("--data", help="Images to measure on; the test split if the source has splits.")],
     weights: Weights = None,
     weights_key: WeightsKey = None,

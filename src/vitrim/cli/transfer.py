@@ -16,7 +16,8 @@ app.add_typer(tasks, name="transfer")
 @tasks.command()
 def seg(
     backbone: Annotated[
-        str, typer.Option("--backbone", help="A timm name, an hf-hub: name, or a file that vitrim stored.")
+        str,
+        typer.Option("--backbone", help="A timm name, an hf-hub: name, a stored file, or a folder of transformers."),
     ],
     data: Annotated[str, typer.Option("--data", help="Folder or tar of images/, masks/ and classes.txt.")],
     out: Annotated[Path, typer.Option("--out", help="Run folder to write; a stopped run continues from it.")],

@@ -191,11 +191,13 @@ def _name(root: str) -> str:
     return root.removesuffix(".") or "the top level"
 
 
+_TRANSFORMERS = "a model of Hugging Face transformers"
+
 _WHOSE = {
     "encoder.layers.encoder_layer_": "torchvision's VisionTransformer",
-    "attention.attention.query.": "a model of Hugging Face transformers",
-    "attention.self.query.": "a model of Hugging Face transformers",
-    "self_attn.q_proj.": "a model of Hugging Face transformers",
+    "attention.attention.query.": _TRANSFORMERS,
+    "attention.self.query.": _TRANSFORMERS,
+    "self_attn.q_proj.": _TRANSFORMERS,
     "Transformer/encoderblock_": "Google's own ViT in JAX",
 }
 """Parts of names that identify models of other libraries."""
@@ -205,6 +207,8 @@ def _whose(held: Mapping[str, Tensor]) -> str:
     """Return a clause on which library these names come from, or an empty string if that is not known."""
     known = (whose for part, whose in _WHOSE.items() if any(part in name for name in held))
     whose = next(known, None)
+    if whose == _TRANSFORMERS:
+        return f"; they are those of {whose}: give the folder with its config.json as the model, without --weights"
     return "" if whose is None else f"; they are those of {whose}, and weights must be in timm's names"
 
 

@@ -184,12 +184,21 @@ def _traced(model: nn.Module, image: tuple[int, int, int], batch: int | None) ->
     dims = None if batch is not None else ({0: torch.export.Dim("batch", min=1, max=4096)},)
     try:
         with torch.no_grad(), quiet(*LOGGERS):
-            return torch.export.export(model, (example,), dynamic_shapes=dims, strict=False)
+            return _without_places(torch.export.export(model, (example,), dynamic_shapes=dims, strict=False))
     except Exception as problem:
         # The exporter passes on any exception of an operator that it cannot trace.
         raise ExportError(
             f"the model must be traceable, but torch.export says: {reason(problem)}; please report it"
         ) from problem
+
+
+def _without_places(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Take out of a program the lines of source that each operator came from: they name folders of this machine."""
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
+    return program
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Open the model that a recipe names: a timm name with weights, a Hub name, or a file that vitrim stored."""
+"""Open the model that a recipe names: a timm name with weights, a Hub name, a stored file or one of transformers."""
 
 import inspect
 import sys
@@ -15,6 +15,7 @@ from vitrim.deploy import store
 from vitrim.deploy.checkpoint import read_checkpoint
 from vitrim.deploy.choose import read_weights
 from vitrim.deploy.fit import fill_, fit, load_weights_
+from vitrim.deploy.transformers import open_transformers, transformers_config
 from vitrim.families import adopt
 from vitrim.families._parts import pretrained
 from vitrim.words.costs import cost_of
@@ -40,7 +41,8 @@ def open_parent(
     """Open and adopt a model, in evaluation mode on the CPU.
 
     Args:
-        name: a timm name, an ``hf-hub:`` name, or the path of a file that vitrim stored.
+        name: a timm name, an ``hf-hub:`` name, the path of a file that vitrim stored, or a folder of Hugging Face
+            transformers.
         weights: a weights file for a timm name (safetensors, or a PyTorch file read without running code).
         weights_key: the state dict to use if a file contains several, as a part of the names in it: ``model_ema``.
         random_weights: whether to use random weights for a timm model.
@@ -63,7 +65,7 @@ def open_parent(
         seed=seed,
         say=say,
     )
-    if store.is_stored(name):
+    if families.is_adopted(opened):
         return opened
     with torch.random.fork_rng(devices=[]):
         return adopt(opened).eval()
@@ -90,6 +92,16 @@ def open_teacher(
     if weights_key and not weights:
         raise RecipeError(f"a weights key must be of a weights file, but '{weights_key}' is given without one")
     _check_not_weights(name)
+    config = transformers_config(name)
+    if config is not None:
+        if weights or random_weights:
+            what = "a weights file" if weights else "random weights"
+            raise RecipeError(
+                f"{name}: a model of transformers must be taken with its own weights, but {what} is asked for too; "
+                "leave that out"
+            )
+        with torch.random.fork_rng(devices=[]):
+            return open_transformers(name, config, arguments=arguments or {}, say=say)
     if store.is_stored(name):
         if weights or random_weights or arguments:
             raise RecipeError(f"{name}: a stored model must be taken as it is, but weights or arguments are given too")
@@ -117,7 +129,10 @@ def _check_name(name: str) -> None:
         )
     if not name.startswith(("hf-hub:", "hf_hub:")) and not timm.is_model(name):
         if name.endswith(".safetensors") or "/" in name:
-            raise RecipeError(f"{name}: a model must be a timm name or a file that vitrim stored, but this is neither")
+            raise RecipeError(
+                f"{name}: a model must be a timm name or a file that vitrim stored, or a folder of transformers, but "
+                "this is neither; for a model on the Hub give hf-hub:OWNER/NAME"
+            )
         raise RecipeError(f"a model must be a name that timm knows, but got '{name}'{_near(name)}")
 
 

@@ -1,33 +1,37 @@
 """Push a model to the Hugging Face Hub, with a model card on its structure, its origin and its measurements.
 
 The files are ``model.safetensors`` (weights, structure and provenance, without names of local folders), ``config.json``
-for timm's loader, and ``README.md``, the model card.
+for the loaders of timm and transformers, ``README.md``, the model card, and ``model.onnx`` or ``model.pt2`` if asked.
 """
 
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import timm
 
-from vitrim import report
 from vitrim.deploy import store
-from vitrim.deploy.hub import config
+from vitrim.deploy.card import Known, card, is_of_transformers, without_folders
+from vitrim.deploy.export import export
+from vitrim.deploy.hub import config, plain_timm
 from vitrim.deploy.remote import upload
 from vitrim.nn.layers import input_channels
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import RunError, StoreError
 from vitrim.words.plain import read_json, reason, write_text
-from vitrim.words.plan import Plan, read_plan
+from vitrim.words.plan import read_plan
 from vitrim.words.spec import Spec
 
 __all__ = ["CARD", "CONFIG", "Pushed", "card", "push"]
 
 CARD, CONFIG = "README.md", "config.json"
+
+FORMS = ("onnx", "pt2")
+"""Further forms of a model, by the suffix of their file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,23 +49,6 @@ class Pushed:
     folder: Path | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Known:
-    """The contents of a model card; values that were not measured are absent."""
-
-    repository: str
-    spec: Spec
-    recipe: Mapping[str, Any]
-    measured: Mapping[str, Any]
-    plan: tuple[Spec, Plan] | None
-    licence: str
-
-    @property
-    def parent(self) -> str:
-        name = str(self.recipe.get("model", {}).get("name") or self.measured.get("model") or self.spec.host.name)
-        return _without_folders(name)
-
-
 def push(
     model: str | Path,
     repository: str,
@@ -70,6 +57,7 @@ def push(
     folder: Path | None = None,
     private: bool = False,
     revision: str | None = None,
+    also: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> Pushed:
     """Push a model and its model card.
@@ -83,19 +71,29 @@ def push(
         folder: write the files to this folder and push nothing; must be new or empty.
         private: whether a newly created repository is private.
         revision: branch to push to.
+        also: further forms of the model to lay beside it, which need no library of ours: ``onnx``, ``pt2``
+            (torch.export).
         say: called with a line of text at each stage.
 
     Raises:
         StoreError: if the model cannot be read, the license is not known, the folder is not empty, or the Hub refuses.
+        ExportError: if the model cannot be written in one of the further forms.
     """
+    odd = [kind for kind in also if kind not in FORMS]
+    if odd:
+        raise StoreError(f"a further form must be one of {', '.join(FORMS)}, but got '{odd[0]}'")
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise StoreError(f"a repository must be named owner/name, but got '{repository}'")
     file = _file_of(Path(model))
-    known = _known(file, repository, licence)
+    known = _known(file, repository, licence, also)
     with _place(folder) as place:
         net = store.load(file)
         store.save(net, place / store.FILE, provenance=_given(file))
-        write_text(place / CONFIG, json.dumps(config(known.spec, input_channels(net), known.licence), indent=1) + "\n")
+        held = config(known.spec, input_channels(net), known.licence, known.plain)
+        write_text(place / CONFIG, json.dumps(held, indent=1) + "\n")
+        for kind in known.also:
+            say(f"exporting model.{kind}")
+            export(net, place / f"model.{kind}")
         write_text(place / CARD, card(known))
         files = {path.name: path.stat().st_size for path in sorted(place.iterdir())}
         if folder is None:
@@ -142,7 +140,7 @@ def _table(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {}
 
 
-def _known(file: Path, repository: str, licence: str | None) -> _Known:
+def _known(file: Path, repository: str, licence: str | None, also: Sequence[str]) -> Known:
     given, spec = _given(file), store.read_spec(file)
     recipe = _table(given.get("recipe"))
     recipe |= {part: _table(recipe.get(part)) for part in ("model", "data")}
@@ -157,27 +155,32 @@ def _known(file: Path, repository: str, licence: str | None) -> _Known:
         )
     if parent is not None and decided is not None and cost_of(decided.child(parent)).macs != cost.macs:
         parent = decided = None  # the model was changed later, so the plan does not describe its blocks
-    return _Known(
+    return Known(
         repository=repository,
         spec=spec,
         recipe=recipe,
         measured=told or {"macs": cost.macs, "params": cost.params},
         plan=None if parent is None or decided is None else (parent, decided),
-        licence=licence or _licence_of(recipe["model"], file),
+        licence=licence or _licence_of(recipe["model"], file, spec),
+        plain=plain_timm(spec),
+        also=tuple(dict.fromkeys(also)),
     )
 
 
-def _licence_of(model: Mapping[str, Any], file: Path) -> str:
-    """Return the license that timm records for its own weights.
+def _licence_of(model: Mapping[str, Any], file: Path, spec: Spec | None = None) -> str:
+    """Return the license that timm records for its own weights, or that the card of a model of transformers states.
 
     Raises:
-        StoreError: if the weights are not timm's, or timm records no license.
+        StoreError: if the weights are of neither, or no license is stated.
     """
     name = str(model.get("name", ""))
-    if not model.get("weights") and not model.get("random_weights") and timm.is_model(name):
-        known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if not model.get("weights") and not model.get("random_weights"):
+        known = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
         if known is not None and known.license:
             return str(known.license)
+        stated = None if spec is None or not is_of_transformers(spec) else spec.host.pretrained.get("license")
+        if isinstance(stated, str):
+            return stated
     raise StoreError(
         f"{file}: the license of the parent's weights must be known, but neither the file nor timm states it; "
         "give --license, such as apache-2.0"
@@ -190,129 +193,4 @@ def _without_local(value: Any) -> Any:
         return {key: _without_local(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_without_local(part) for part in value]
-    return _without_folders(value) if isinstance(value, str) else value
-
-
-def _without_folders(text: str) -> str:
-    kind, slash, rest = text.partition("/")
-    if kind in ("wds", "hfds", "torch") and slash:
-        return f"{kind}/{_without_folders(rest)}" if rest.startswith(("/", "~", ".")) else text
-    return PurePath(text).name if text.startswith(("/", "~", "./", "../")) else text
-
-
-def card(known: _Known) -> str:
-    """Return the model card: front matter, structure, how to open the model, measurements, and how it was made."""
-    parts = [
-        _front(known),
-        f"# {known.repository.split('/')[1]}",
-        report.outcome(dict(known.measured)) if "method" in known.measured else "A model that vitrim stored.",
-        _use(known),
-        *_tables(known),
-        _origin(known),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _front(known: _Known) -> str:
-    """Return the YAML front matter that the Hub reads; values are written as JSON, which is valid YAML."""
-    task, score, metric = _task(known)
-    tags = [task, "timm", "vitrim", "pruning"]
-    lines = [f"license: {json.dumps(known.licence)}", "library_name: timm", f"pipeline_tag: {task}"]
-    if timm.is_model(known.parent):
-        lines.append(f"base_model: {json.dumps(_base(known.parent))}")
-    lines.append(f"tags: {json.dumps(tags)}")
-    data = _data(known)
-    if isinstance(score, int | float) and data is not None:
-        entry = {
-            "name": known.repository.split("/")[1],
-            "results": [
-                {
-                    "task": {"type": task},
-                    "dataset": {"name": data, "type": data},
-                    "metrics": [{"type": metric, "value": round(score, 3)}],
-                }
-            ],
-        }
-        lines.append(f"model-index: {json.dumps([entry])}")
-    return "\n".join(["---", *lines, "---"])
-
-
-def _task(known: _Known) -> tuple[str, Any, str]:
-    """Return task, score and metric under the Hub's names."""
-    if known.spec.family == "segmentor":
-        return "image-segmentation", known.measured.get("miou"), "mean_iou"
-    return "image-classification", known.measured.get("top1"), "accuracy"
-
-
-def _base(name: str) -> str:
-    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    tag = getattr(known, "tag", "") or ""
-    return f"timm/{name}" + (f".{tag}" if tag and "." not in name else "")
-
-
-def _data(known: _Known) -> str | None:
-    """Return the source of the test images, if the recipe contains it."""
-    data = known.recipe.get("data", {})
-    source = data.get("test") or data.get("train")
-    return str(source) if source else None
-
-
-def _use(known: _Known) -> str:
-    height, width = known.spec.image
-    return "\n".join(
-        [
-            "## Use it",
-            "",
-            "```python",
-            "import torch, vitrim",
-            "",
-            f'model = vitrim.load("hf-hub:{known.repository}")',
-            f"logits = model(torch.randn(1, 3, {height}, {width}))",
-            "```",
-            "",
-            "Or with timm, after `import vitrim.hub`: "
-            f'`timm.create_model("hf-hub:{known.repository}", pretrained=True)`. It is a timm model: '
-            "`forward_intermediates`, `reset_classifier` and `timm.data.resolve_model_data_config` work.",
-        ]
-    )
-
-
-def _tables(known: _Known) -> list[str]:
-    measured = dict(known.measured)
-    table = report.segmented(measured) if measured.get("task") == "segmentation" else report.result(measured)
-    parts = ["## Measured", report.as_markdown(table)]
-    machine = [str(measured[key]) for key in ("device", "dtype") if measured.get(key)]
-    machine += [f"{measured[key]} {key}" for key in ("threads",) if measured.get(key)]
-    machine += [f"{key} {measured[key]}" for key in ("torch", "timm", "vitrim") if measured.get(key)]
-    images = measured.get("test_images")
-    words = [f"Top-1 on {images} images of {_data(known)}." if images and _data(known) else ""]
-    words.append(f"Times on {', '.join(machine)}." if measured.get("latency_ms") else "")
-    if any(words):
-        parts.append(" ".join(word for word in words if word))
-    parts += [f"**Warning:** {text}." for text in report.warnings(measured)]
-    if known.plan is not None:
-        parts += ["## Structure", report.as_markdown(report.plan_table(*known.plan))]
-    return parts
-
-
-def _origin(known: _Known) -> str:
-    measured, data = known.measured, known.recipe.get("data", {})
-    told = {
-        "parent": known.parent,
-        "parent's weights": known.recipe.get("model", {}).get("weights"),
-        "license of the parent's weights": known.licence,
-        "method": measured.get("method"),
-        "budget": measured.get("budget"),
-        "epochs of training after the cut": measured.get("epochs"),
-        "training images": data.get("train"),
-        "test images": data.get("test"),
-        "seed": measured.get("seed"),
-        "date": measured.get("date"),
-    }
-    rows = [(key, str(value)) for key, value in told.items() if value is not None]
-    table = report.as_markdown(report.TextTable("Origin", ("", "value"), rows))
-    words = (
-        "The weights were made from the parent's and are under its license. Every setting of the run is in the "
-        "metadata of `model.safetensors` (`vitrim.deploy.store.provenance`)."
-    )
-    return "\n\n".join(["## Origin", table, words])
+    return without_folders(value) if isinstance(value, str) else value

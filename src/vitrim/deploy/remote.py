@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
 from vitrim.words.errors import StoreError
 from vitrim.words.plain import reason
 
-__all__ = ["HUB", "fetch", "on_hub", "repository_of", "upload"]
+__all__ = ["HUB", "cached", "fetch", "on_hub", "repository_of", "upload"]
 
 HUB = "hf-hub:"
 
@@ -48,6 +48,15 @@ def fetch(name: str, file: str) -> Path | None:
         if isinstance(problem, EntryNotFoundError) and not isinstance(problem, LocalEntryNotFoundError):
             return None
         raise StoreError(f"{name}: the repository must be there to read, but {_said(problem)}") from None
+
+
+def cached(repository: str, file: str) -> Path | None:
+    """Return the file of a repository ``owner/name`` if it was downloaded before; nothing is downloaded now."""
+    try:
+        found = try_to_load_from_cache(repository, file)
+    except _FAULTS:  # a name that no repository can have
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def upload(folder: Path, repository: str, *, private: bool = False, revision: str | None = None) -> None:

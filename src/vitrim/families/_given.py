@@ -46,7 +46,10 @@ def called(model: nn.Module, known: Callable[[nn.Module], bool]) -> str:
             f"take {near} of timm" if near else "take a model of timm, see `vitrim models`"
         )
     if home == "transformers":
-        return f"{name} of Hugging Face transformers; take the timm model of these weights, see `vitrim models`"
+        return (
+            f"{name} of Hugging Face transformers; vitrim.compress takes it, and as_timm of vitrim.deploy.transformers "
+            "makes a timm model of it"
+        )
     return f"{name}; see `vitrim models`"
 
 

@@ -18,6 +18,7 @@ from timm.models.vitamin import GeGluMlp
 from torch import nn
 
 from vitrim.families import _plain
+from vitrim.families._class_and_mean import ClassAndMeanVisionTransformer
 from vitrim.families._parts import norm_maker
 from vitrim.families._plain import blocks_by_stage, host
 from vitrim.nn.layers import norm_of
@@ -45,6 +46,7 @@ TEST_PRESETS: dict[str, dict[str, object]] = {
         "act_layer": "silu",
     },
     "geglu": {"mlp_layer": GeGluMlp, "act_layer": "gelu"},
+    "class_and_mean": {"class_and_mean": True, "init_values": 0.1},
     "dynamic": {"dynamic_img_size": True, "pool_include_prefix": True, "global_pool": "avg", "fc_norm": False},
 }
 
@@ -52,9 +54,10 @@ TEST_PRESETS: dict[str, dict[str, object]] = {
 HOSTS = (VisionTransformer,)
 
 
-def example(*, distilled: bool = False, **arguments: Any) -> nn.Module:
+def example(*, distilled: bool = False, class_and_mean: bool = False, **arguments: Any) -> nn.Module:
     """Return a small random ViT (3 blocks of width 48 on 4 x 4 patches) for tests."""
     kind = VisionTransformerDistilled if distilled else VisionTransformer
+    kind = ClassAndMeanVisionTransformer if class_and_mean else kind
     model: nn.Module = kind(**{**_SMALL, **arguments})
     return model
 
@@ -81,6 +84,7 @@ def build(spec: Spec) -> nn.Module:
 def _construct(spec: Spec) -> Any:
     arguments = _plain.keywords(spec)
     distilled, hybrid = arguments.pop("distilled"), arguments.pop("hybrid")
+    class_and_mean = arguments.pop("class_and_mean", False)
     if "embed_norm_layer" in arguments:
         arguments["embed_norm_layer"] = norm_maker(Norm(**arguments["embed_norm_layer"]))
     if hybrid:
@@ -89,6 +93,8 @@ def _construct(spec: Spec) -> Any:
     if distilled:
         # timm before 1.0.21 does not allow skipping the initialization of this class
         return VisionTransformerDistilled(**arguments | {"weight_init": ""})
+    if class_and_mean:
+        return ClassAndMeanVisionTransformer(**{name: value for name, value in arguments.items() if name != "fc_norm"})
     return VisionTransformer(**arguments)
 
 
@@ -108,6 +114,8 @@ def _arguments(model: Any) -> dict[str, Any]:
         "dynamic_img_size": bool(model.dynamic_img_size),
         "dynamic_img_pad": bool(getattr(embed, "dynamic_img_pad", False)),
     }
+    if isinstance(model, ClassAndMeanVisionTransformer):
+        arguments["class_and_mean"] = True
     if not isinstance(getattr(embed, "norm", nn.Identity()), nn.Identity):
         arguments["embed_norm_layer"] = norm_of(embed.norm, "patch_embed.norm").model_dump(mode="json")
     return arguments

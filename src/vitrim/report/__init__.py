@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitrim.report.blocks import Row, sheet, total
 from vitrim.report.folder import check_same_images, names_apart
-from vitrim.report.tables import TextTable, as_markdown, outcome, plan_table, result, warnings
+from vitrim.report.tables import TextTable, as_markdown, classes_of, outcome, plan_table, result, warnings
 
 if TYPE_CHECKING:
     from vitrim.report.page import csv, groups_csv, html, latex, markdown
@@ -18,6 +18,7 @@ __all__ = [
     "as_markdown",
     "check_same_images",
     "class_table",
+    "classes_of",
     "csv",
     "curve",
     "groups_csv",

@@ -73,7 +73,7 @@ def markdown(folders: Sequence[Path], baseline: str | None = None) -> str:
     for run in runs:
         parts += [f"{level} {markdown_text(run.name)}", markdown_text(_outcome(run))]
         parts += [f"**Warning:** {markdown_text(text)}." for text in tables.warnings(run.measured)]
-        for table in (*_figures(run), tables.provenance(run.measured)):
+        for table in (*_figures(run), tables.provenance(run.measured, run.parent)):
             if table is not None and table.rows:
                 parts += [f"{level}# {table.caption}", as_markdown(table)]
     return "\n\n".join(parts) + "\n"
@@ -217,7 +217,7 @@ def _plots(name: str = "curves") -> ModuleType:
 
 def _origin(run: Run) -> list[str]:
     parts = []
-    table = tables.provenance(run.measured)
+    table = tables.provenance(run.measured, run.parent)
     if table.rows:
         parts += ["<h3>Settings and origin</h3>", _table(table, "facts small", headless=True)]
     if run.recipe is not None:

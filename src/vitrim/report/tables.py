@@ -18,6 +18,7 @@ __all__ = [
     "as_latex",
     "as_markdown",
     "block_table",
+    "classes_of",
     "comparison",
     "everything",
     "markdown_text",
@@ -168,13 +169,26 @@ def _line(row: Row, drops: bool) -> tuple[str, ...]:
     return row.path, row.heads, row.qk, row.v, row.hidden, *tokens, f"{row.macs_before:,}", f"{row.macs:,}", share
 
 
-def provenance(measured: Record) -> TextTable:
-    """Return the table of all measured values and settings that the other tables do not show."""
+def classes_of(count: int, names: Sequence[str] | None) -> str:
+    """Return the number of classes with the names of the first ones: ``10: ant, bee, cat, dog, eel, …``."""
+    if names is None:
+        return "none, the model gives features" if count == 0 else f"{count:,}"
+    return f"{count:,}: {', '.join(names[:_FIRST])}" + (", …" if count > _FIRST else "")
+
+
+_FIRST = 5
+
+
+def provenance(measured: Record, parent: Spec | None = None) -> TextTable:
+    """Return the table of all measured values and settings that the other tables do not show, and of the classes."""
     shown = {"top1", "top1_parent", "agreement", "latency_ms", "latency_parent_ms", "miou", "accuracy", "macs_head"}
     shown |= {"top1_error", "top1_parent_error", "distance", "warnings"}
     for name in ("macs", "params", "latency"):
         shown |= {name, f"{name}_parent", f"{name}_ratio", f"{name}_ratio_low", f"{name}_ratio_high"}
     rows = [(str(key), _plain(value)) for key, value in measured.items() if key not in shown]
+    names = None if parent is None else parent.host.pretrained.get("label_names")
+    if parent is not None and isinstance(names, list | tuple) and len(names) == parent.classes:
+        rows.insert(0, ("classes", classes_of(parent.classes, [str(name) for name in names])))
     return TextTable("Settings and origin", ("", "value"), rows)
 
 

@@ -21,6 +21,7 @@ from vitrim.cut.compensate import recovered
 from vitrim.cut.surgery import apply, fold
 from vitrim.data import eval_loader
 from vitrim.deploy import store
+from vitrim.deploy.transformers import as_timm
 from vitrim.families import adopt, describe
 from vitrim.methods import Data, Found, Method
 from vitrim.nn.weights import check_weights, fingerprint
@@ -84,7 +85,8 @@ def compress(
     """Make `model` smaller.
 
     Args:
-        model: a timm model, an adopted model, or the name of one (see `vitrim compress`); not modified.
+        model: a timm model, an adopted model, an image model of Hugging Face transformers, or the name of one (see
+            `vitrim compress`); not modified.
         data: images to search and train on: a source string (``digits``, a folder, a tar, ``torch/cifar10`` …), a
             dataset of (PIL image or ``(3, height, width)`` tensor, label), a loader of batches, or None for methods
             that need none.
@@ -128,7 +130,7 @@ def compress(
     names = [preset] if isinstance(preset, str) else preset
     whole = laid_under(asked, {f"preset {name}": read_preset(name) for name in names})
     resolved = load(Recipe, whole, RecipeError, at="compress")
-    parent = None if isinstance(model, str) else adopt(model)
+    parent = None if isinstance(model, str) else adopt(as_timm(model))
     return _run(resolved, None if out is None else Path(out), parent, (data, test), lambda _: None, held)
 
 

@@ -28,7 +28,7 @@ class ModelRecipe(Node):
     """Which model.
 
     Attributes:
-        name: a timm name, an ``hf-hub:`` name, or a file that vitrim stored.
+        name: a timm name, an ``hf-hub:`` name, a file that vitrim stored, or a folder of Hugging Face transformers.
         weights: a weights file for a timm name; its pretrained weights are fetched otherwise.
         weights_key: which state dict to take from a file that holds several, such as ``model_ema``.
         random_weights: whether to start from random weights instead.
