@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from scipy.special import erfcx, ndtr
 
-from vitrim.methods.mdc.policy import Array, Space, mutate, sample
+from vitrim.cut.spend import Policies as Array
+from vitrim.cut.spend import Space
+from vitrim.methods.mdc.policy import mutate, sample
 
 __all__ = ["propose"]
 

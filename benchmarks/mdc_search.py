@@ -23,6 +23,8 @@ import optuna
 import timm
 import torch
 
+from vitrim.cut.spend import Policies as Array
+from vitrim.cut.spend import Space
 from vitrim.data import Input, split
 from vitrim.demo import PARENT, small_vit, train_parent
 from vitrim.deploy import store
@@ -30,7 +32,7 @@ from vitrim.families import describe
 from vitrim.methods import Data, mdc
 from vitrim.methods.mdc import bayes
 from vitrim.methods.mdc.decode import Bounds, Frame, natural
-from vitrim.methods.mdc.policy import Array, Space, sample
+from vitrim.methods.mdc.policy import sample
 from vitrim.methods.mdc.share import Chooser
 from vitrim.words.budget import Budget
 

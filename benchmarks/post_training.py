@@ -50,6 +50,7 @@ from vitrim.families import describe
 from vitrim.methods import Data
 from vitrim.methods.post_training.budgets import read_off
 from vitrim.methods.post_training.calibration import Calibration, read_calibration, write_calibration
+from vitrim.methods.post_training.options import Kinds
 from vitrim.methods.post_training.schedule import Kind, merging
 from vitrim.methods.post_training.sensitivity import calibrate, logits_of
 from vitrim.train import DISTILLED, Train, fit
@@ -121,7 +122,7 @@ def joint(
     images, _, _ = drawn(bench, draw, count)
     known = calibration(bench, draw if table is None else table, "grid" if merge == "grid" else "bipartite")
     exact = merge == "bipartite" if exact is None else exact
-    chosen = read_off(known, Budget(macs=share), merge=merge != "none", widths=True, exact=exact)
+    chosen = read_off(known, Budget(macs=share), merge=merge != "none", exact=exact)
     steps = merging(describe(bench.model), chosen.merges, chosen.exact)
     base = apply(bench.model, steps) if steps != Plan.keep(describe(bench.model)) else bench.model
     worth = importances(base, images, seed=draw)
@@ -132,7 +133,13 @@ def joint(
 
 def merged(bench: Bench, draw: int, share: float) -> nn.Module:
     """Merging alone, with the same search over schedules."""
-    chosen = read_off(calibration(bench, draw), Budget(macs=share), merge=True, widths=False, exact=True)
+    chosen = read_off(
+        calibration(bench, draw),
+        Budget(macs=share),
+        merge=True,
+        exact=True,
+        kinds=Kinds(heads=False, widths=False, depth=False),
+    )
     return apply(bench.model, merging(describe(bench.model), chosen.merges, chosen.exact))
 
 

@@ -158,7 +158,7 @@ class TestSlots:
         model = model_of()
         spec, rules = describe(model), Rules(**FINE, by_cost=by_cost)
         dearest = 4 * max(
-            sum(save[0] for save in ladder.saves[:4]) for ladder in ladders_of(spec, random_scores(model), rules)
+            sum(unit[0] for unit in ladder.units[:4]) for ladder in ladders_of(spec, random_scores(model), rules)
         )
         before = None
         for share in (0.9, 0.7, 0.5, 0.45):
@@ -177,7 +177,7 @@ class TestSlots:
         for path, *_ in small.blocks():
             scores |= {f"{path}.{name}": torch.ones(384) for name in ("qk", "v")} | {f"{path}.hidden": torch.ones(1536)}
         ladders = {(ladder.block, len(ladder.orders)): ladder for ladder in ladders_of(small, scores, Rules())}
-        found = [(ladders[i, 2].saves[0][0], ladders[i, 1].saves[0][0]) for i in (0, 4, 11)]
+        found = [(ladders[i, 2].units[0][0], ladders[i, 1].units[0][0]) for i in (0, 4, 11)]
         assert found == [(2_281_260, 151_296), (1_029_996, 76_032), (490_800, 38_400)]
         assert ladders[0, 2].widths == [64, 56, 48, 40, 32, 24, 16, 8]
         assert ladders[0, 1].widths[-2:] == [64, 32]

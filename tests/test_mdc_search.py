@@ -16,11 +16,12 @@ import torch
 from tests.conftest import HANGS
 from tests.samples import PRESETS, adopted
 from vitrim import cli, families
+from vitrim.cut.spend import Space, project, scaled
 from vitrim.families import describe
 from vitrim.methods.mdc import bayes
 from vitrim.methods.mdc.decode import PRESETS as PUBLISHED
 from vitrim.methods.mdc.decode import Bounds, Frame, natural, released_macs, selection_blocks, token_counts
-from vitrim.methods.mdc.policy import Space, even, mutate, project, sample
+from vitrim.methods.mdc.policy import mutate, sample
 from vitrim.methods.mdc.share import Chooser
 from vitrim.methods.mdc.study import open_study
 from vitrim.words.budget import Budget
@@ -109,8 +110,8 @@ class TestPolicies:
 
     def test_even(self):
         found = frame()
-        policy = even(found.space)
-        assert found.space.feasible(policy).all()
+        policy = scaled(found.space, found.space.upper)
+        assert found.space.feasible(policy[None]).all()
         assert float(np.median(policy)) == pytest.approx(float(policy.max()), abs=0.02)
 
     def test_where_selections_stand(self):

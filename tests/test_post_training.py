@@ -21,9 +21,10 @@ from vitrim.cut.compensate.walk import Walk
 from vitrim.data import eval_loader
 from vitrim.families import adopt, blocks_of, describe
 from vitrim.methods import Data
-from vitrim.methods.post_training import budgets as _budgets
+from vitrim.methods.post_training import options as _options
 from vitrim.methods.post_training.budgets import read_off
 from vitrim.methods.post_training.calibration import Calibration, read_calibration, write_calibration
+from vitrim.methods.post_training.options import ALL, Kinds
 from vitrim.methods.post_training.schedule import last_exact, merging, schedules
 from vitrim.methods.post_training.sensitivity import needed
 from vitrim.nn.weights import fingerprint
@@ -221,7 +222,7 @@ def made_up(model) -> Calibration:
 def test_what_is_read_off_spends_its_budget(budget):
     model = adopted("vit", "plain")
     spec, limit = describe(model), Budget.parse(budget)
-    found = read_off(made_up(model), limit, merge=True, widths=True, exact=True)
+    found = read_off(made_up(model), limit, merge=True, exact=True)
     steps = merging(spec, found.merges, found.exact)
     base = surgery.apply(model, steps)
     x = batches(spec)
@@ -236,7 +237,7 @@ def test_what_is_read_off_spends_its_time(share):
     model = adopted("vit", "plain")
     spec = describe(model)
     limit = Budget(latency=share, table=proportional(spec))
-    found = read_off(made_up(model), limit, merge=True, widths=True, exact=True)
+    found = read_off(made_up(model), limit, merge=True, exact=True)
     base = surgery.apply(model, merging(spec, found.merges, found.exact))
     x = batches(spec)
     plan, _ = compensated(base, found.choices, x, importances(base, x, seed=0))
@@ -248,8 +249,7 @@ def test_what_is_read_off_spends_its_time(share):
 def test_a_smaller_budget_never_promises_less_loss():
     table = made_up(adopted("vit", "plain"))
     losses = [
-        read_off(table, Budget.parse(f"macs={share}"), merge=True, widths=True, exact=True).loss
-        for share in (0.9, 0.7, 0.5, 0.3)
+        read_off(table, Budget.parse(f"macs={share}"), merge=True, exact=True).loss for share in (0.9, 0.7, 0.5, 0.3)
     ]
     assert losses == sorted(losses)
 
@@ -257,9 +257,9 @@ def test_a_smaller_budget_never_promises_less_loss():
 def test_budget_below_reach_names_the_least():
     table = made_up(adopted("vit", "plain"))
     with pytest.raises(BudgetError, match=r"budget of macs must be at least [\d,]+ for this model, but got"):
-        read_off(table, Budget.parse("macs=0.01"), merge=True, widths=True, exact=True)
+        read_off(table, Budget.parse("macs=0.01"), merge=True, exact=True)
     with pytest.raises(BudgetError, match="must be at least"):
-        read_off(table, Budget.parse("macs=0.3"), merge=True, widths=False, exact=True)
+        read_off(table, Budget.parse("macs=0.3"), merge=True, exact=True, kinds=Kinds(False, False, False))
 
 
 def test_calibration_is_paper(tmp_path):
@@ -495,11 +495,11 @@ def test_what_is_read_off_equals_brute_force(share):
     whole = cost_of(spec).macs
     options = []
     for (path, stage, block), arrives in zip(spec.blocks(), spec.arrivals(), strict=True):
-        attention, neurons = (group(table, path, block) for group in (_budgets._attention, _budgets._neurons))
+        attention, neurons = (group(table, path, block, ALL)[0] for group in (_options._attention, _options._neurons))
         own = []
         for a, b in itertools.product(range(len(attention.choices)), range(len(neurons.choices))):
             choice = dataclasses.replace(attention.choices[a], hidden=neurons.choices[b].hidden)
-            macs, _ = block_cost(_budgets._chosen(block, choice), stage, arrives)
+            macs, _ = block_cost(_options.chosen(block, choice), stage, arrives)
             own.append((macs, attention.losses[a] + neurons.losses[b]))
         options.append(own)
     rest = whole - sum(max(macs for macs, _ in own) for own in options)
@@ -507,7 +507,7 @@ def test_what_is_read_off_equals_brute_force(share):
     def best(limit):
         return min(a[1] + b[1] for a, b in itertools.product(*options) if rest + a[0] + b[0] <= limit)
 
-    found = read_off(table, Budget(macs=share), merge=False, widths=True, exact=False)
+    found = read_off(table, Budget(macs=share), merge=False, exact=False)
     assert best(share * whole) - 1e-12 <= found.loss <= best((share - 5e-4) * whole) + 1e-12
 
 

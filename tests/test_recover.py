@@ -7,7 +7,7 @@ import torch
 
 from tests.tolerance import EXACT
 from vitrim.cut.compensate.closed_form import Moments, query_key_maps, refit, removal_order, root, value_map
-from vitrim.methods.post_training.knapsack import choose_options, power_law
+from vitrim.cut.spend import choose_options, power_law
 from vitrim.words.errors import BudgetError, MethodError
 
 LOW_RANK = 1e-10

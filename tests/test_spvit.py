@@ -447,26 +447,6 @@ class TestGates:
 
 
 class TestProjection:
-    def test_one_threshold(self):
-        logits = torch.tensor([0.5, -1.0, 2.0, 0.1])
-        saves = torch.tensor([[10.0, 1.0], [20.0, 1.0], [30.0, 1.0], [40.0, 1.0]])
-        none = torch.full((4,), -1)
-        free = float("-inf")
-        kept = gates.project(logits, saves, torch.tensor([60.0, free]), none)
-        assert kept.tolist() == [True, False, True, False]
-        kept = gates.project(logits, saves, torch.tensor([30.0, free]), none)
-        # 60 were saved, where 30 would do: the next best that fits comes back, here the one that saves 20.
-        assert kept.tolist() == [True, True, True, False]
-        assert not gates.project(logits, saves, torch.tensor([101.0, free]), none).any()
-        assert gates.project(logits, saves, torch.tensor([free, free]), none).all()
-        assert int(gates.project(logits, saves, torch.tensor([free, 2.0]), none).sum()) == 2
-
-    def test_order_is_kept(self):
-        logits, after = torch.tensor([1.0, 0.5, 0.4, 3.0]), torch.tensor([-1, 0, 1, -1])
-        saves = torch.tensor([[5.0, 0.0], [50.0, 0.0], [5.0, 0.0], [1.0, 0.0]])
-        kept = gates.project(logits, saves, torch.tensor([52.0, float("-inf")]), after)
-        assert kept.tolist() == [True, False, False, True]
-
     @pytest.mark.parametrize("family", families.names())
     def test_budgets_bind(self, family):
         """Whatever the gates are: never over, at most 2 % under, for macs, folded parameters, and both."""

@@ -3,31 +3,25 @@
 H heads, K channels of a head, M hidden neurons.
 
 For every width that is chosen independently there is a *ladder* of allowed widths. Each rung removes a few channels,
-those with the lowest scores, and saves some cost. All rungs of all ladders are sorted in one list, the least valuable
-first. Rungs are removed from the start of the list until the budget is met. Then removed rungs are restored, the most
-valuable first, while the budget allows it. Savings are proportional to the number of channels, so a list of 46,000
-rungs (DeiT-B) takes about a second.
+those with the lowest scores, and saves some cost. `vitrim.cut.spend` spends the budget on them. Savings are
+proportional to the number of channels, so a list of 46,000 rungs (DeiT-B) takes about a second.
 """
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
-from vitrim.cut.ladders import ALIGN, Array, Choice, Ladder, hidden_rate, ladders_of
+from vitrim.cut.ladders import ALIGN, Choice, Widths, hidden_rate, ladders_of
+from vitrim.cut.spend import Array, Ladders, spend
 from vitrim.words.budget import SLACK, Budget, Price
-from vitrim.words.errors import BudgetError, MethodError
+from vitrim.words.errors import MethodError
 from vitrim.words.plan import BlockPlan, Kept, Plan
 from vitrim.words.spec import Attention, Spec
 
-__all__ = ["ALIGN", "Choice", "fill", "quantiles"]
-
-_TRIES = 12
-"""Limits that are tried until the latency of the child is close to its budget; bisection resolves 1 in 4,000."""
+__all__ = ["ALIGN", "Choice", "Scored", "fill", "quantiles"]
 
 
 def fill(
@@ -56,73 +50,48 @@ def fill(
         BudgetError: if the budget cannot be reached; the message names the smallest possible.
         MethodError: if a score is not finite or scores do not fit the axes.
     """
-    parent = budget.cost(spec)
-    ranked = {path: values.double().cpu().numpy() for path, values in scores.items()}
-    ladders = list(ladders_of(spec, _checked(spec, scores), choice, budget))
-    filling = _Filling(spec, ladders, ranked, budget, parent, budget.limits(parent), choice, by)
-    return filling.at(filling.limits) if budget.latency is None else filling.within_time()
+    return spend(spec, Scored(scores, choice=choice, by=by), budget)
 
 
-@dataclass(frozen=True)
-class _Filling:
-    """Ladders, the scores from which they were made, and the limits."""
+class Scored(Ladders[Widths]):
+    """Channels with a score each: those with the lowest scores are cut first.
 
-    spec: Spec
-    ladders: Sequence[Ladder]
-    ranked: Mapping[str, Array]
-    budget: Budget
-    parent: Price
-    limits: Mapping[str, int]
-    choice: Choice
-    by: Literal["score", "density"]
+    Args:
+        scores: see `fill`.
+        choice: see `fill`.
+        by: see `fill`.
+    """
 
-    def at(self, limits: Mapping[str, int]) -> Plan:
-        """Return the plan for `limits`, computed from the savings of single rungs."""
-        for ladder in self.ladders:
-            ladder.level = 0
-        whole = self.parent._asdict()
-        need = np.array([whole[name] - limits.get(name, whole[name]) for name in Price._fields])
-        row = _row(self.ladders, need, self.by)
-        _give_back(self.ladders, row, _take(self.ladders, row, need, self.parent, limits))
-        plan = _plan(self.spec, self.ladders, self.ranked)
-        return plan if self.choice == "free" else _top_up(self.spec, plan, self.ranked, self.budget)
+    def __init__(
+        self,
+        scores: Mapping[str, Tensor],
+        *,
+        choice: Choice = "even",
+        by: Literal["score", "density"] = "density",
+    ) -> None:
+        self.scores, self.choice, self.by = scores, choice, by
+        self.ranked = {path: values.detach().double().cpu().numpy() for path, values in scores.items()}
 
-    def within_time(self) -> Plan:
-        """Return the slowest plan whose latency by the table is within the limit.
+    def ladders(self, spec: Spec, budget: Budget) -> list[Widths]:
+        """See `Ladders.ladders`.
 
-        Times of heads are not additive, unlike macs, so the savings of single rungs are estimates. The limit for these
-        estimates is bisected until the latency of the whole child is close to the requested limit.
+        Raises:
+            MethodError: if a score is not finite or scores do not fit the axes.
         """
-        low, high, best = 0.0, float(self.parent.latency), None
-        aim = float(self.limits["latency"])
-        for _ in range(_TRIES):
-            try:
-                plan = self.at({**self.limits, "latency": math.floor(aim)})
-            except BudgetError:
-                low = aim
-            else:
-                cost = self.budget.cost(plan.child(self.spec))
-                if cost.latency <= self.limits["latency"]:
-                    best, low = plan, aim
-                    if self.budget.spent(cost, self.parent) >= 1 - SLACK / 2:
-                        break
-                else:
-                    high = aim
-            aim = (low + high) / 2
-        if best is None:
-            raise self.too_slow()
-        return best
+        return list(ladders_of(spec, _checked(spec, self.scores), self.choice, budget))
 
-    def too_slow(self) -> BudgetError:
-        """Return the error for a budget that no choice of widths can meet; its message names the fastest child."""
-        for ladder in self.ladders:
-            ladder.level = len(ladder.widths) - 1
-        fastest = self.budget.cost(_plan(self.spec, self.ladders, self.ranked).child(self.spec)).latency
-        return BudgetError(
-            f"budget of latency must be at least {fastest / self.parent.latency:.3f} for this model on "
-            f"{self.budget.table and self.budget.table.machine}, but got "
-            f"{self.limits['latency'] / self.parent.latency:.3f}; allow more, or another method or choice of widths"
-        )
+    def row(self, ladders: Sequence[Widths], need: Array) -> list[tuple[int, int]]:
+        """See `Ladders.row`."""
+        return _row(ladders, need, self.by)
+
+    def plan(self, spec: Spec, ladders: Sequence[Widths]) -> Plan:
+        """See `Ladders.plan`."""
+        return _plan(spec, ladders, self.ranked)
+
+    def finished(self, spec: Spec, ladders: Sequence[Widths], budget: Budget) -> Plan:
+        """See `Ladders.finished`: single neurons are restored."""
+        plan = self.plan(spec, ladders)
+        return plan if self.choice == "free" else _top_up(spec, plan, self.ranked, budget)
 
 
 def quantiles(scores: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[str, Tensor]:
@@ -168,7 +137,7 @@ def _checked(spec: Spec, scores: Mapping[str, Tensor]) -> dict[str, list[Array]]
     return split
 
 
-def _row(ladders: Sequence[Ladder], need: Array, by: str) -> list[tuple[int, int]]:
+def _row(ladders: Sequence[Widths], need: Array, by: str) -> list[tuple[int, int]]:
     """Return all rungs as (ladder, rung), the least valuable first; a rung always comes after the one above it."""
     weights = np.maximum(need, 0) / max(float(np.maximum(need, 0).max()), 1.0)
     keys: list[tuple[float, int, int]] = []
@@ -197,41 +166,12 @@ def _pooled(lost: Sequence[float], saved: Sequence[float]) -> list[float]:
     return [loss / max(save, 1e-30) for loss, save, count in pools for _ in range(count)]
 
 
-def _channels(ladder: Ladder, rung: int) -> int:
+def _channels(ladder: Widths, rung: int) -> int:
     (a, b), (c, d) = ladder.widths[rung], ladder.widths[rung + 1]
     return (a - c + b - d) * len(ladder.heads)
 
 
-def _take(
-    ladders: Sequence[Ladder], row: list[tuple[int, int]], need: Array, parent: Price, limits: Mapping[str, int]
-) -> Array:
-    """Remove rungs in order until `need` is met, and return how much more than `need` was saved."""
-    left = need.astype(float)
-    for number, rung in row:
-        if (left <= 0).all():
-            return -left
-        ladders[number].level = rung + 1
-        left -= ladders[number].saves[rung]
-    if (left <= 0).all():
-        return -left
-    least = {name: getattr(parent, name) - int(n - m) for name, n, m in zip(Price._fields, need, left, strict=True)}
-    name = next(name for name, short in zip(Price._fields, left, strict=True) if short > 0)
-    raise BudgetError(
-        f"budget of {name} must be at least {least[name]:,} for this model, but got {limits[name]:,}; "
-        "allow more, or another method or choice of widths"
-    )
-
-
-def _give_back(ladders: Sequence[Ladder], row: list[tuple[int, int]], spare: Array) -> None:
-    """Restore removed rungs, the most valuable first, if the budget allows it."""
-    for number, rung in reversed(row):
-        ladder = ladders[number]
-        if ladder.level == rung + 1 and (ladder.saves[rung] <= spare).all():
-            ladder.level = rung
-            spare = spare - ladder.saves[rung]
-
-
-def _plan(spec: Spec, ladders: Sequence[Ladder], ranked: Mapping[str, Array]) -> Plan:
+def _plan(spec: Spec, ladders: Sequence[Widths], ranked: Mapping[str, Array]) -> Plan:
     attention: dict[int, dict[int, tuple[int, int]]] = {}
     hidden: dict[int, int] = {}
     for ladder in ladders:

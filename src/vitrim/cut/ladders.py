@@ -12,12 +12,13 @@ from typing import Literal
 
 import numpy as np
 
+from vitrim.cut.spend import Array, Ladder
 from vitrim.words.budget import Budget
 from vitrim.words.costs import block_cost
 from vitrim.words.spec import Attention, Block, Skip, Spec, Stage
 from vitrim.words.steps import Tokens
 
-__all__ = ["ALIGN", "Array", "Choice", "Ladder", "Rate", "hidden_rate", "ladders_of"]
+__all__ = ["ALIGN", "Choice", "Rate", "Widths", "hidden_rate", "ladders_of"]
 
 Choice = Literal["free", "even", "heads"]
 """Allowed widths.
@@ -31,8 +32,6 @@ The last two cut neurons in steps of 8.
 ALIGN = 8
 """Kernels are fast for widths that are multiples of this."""
 
-Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
-
 Rate = Callable[[int, int, int], Array]
 """Function of the numbers of cut (qk channels, v channels, heads) or (0, neurons, 0); returns the saved cost.
 
@@ -40,20 +39,18 @@ The result has the order of `Price`.
 """
 
 
-@dataclass(slots=True)
-class Ladder:
-    """The allowed widths of one choice; `values[i]` is the mean score and `saves[i]` the saved cost of rung `i`."""
+@dataclass(slots=True, kw_only=True)
+class Widths(Ladder):
+    """The allowed widths of one choice; `values[i]` is the mean score of the channels that rung `i` cuts."""
 
     block: int
     field: Literal["attention", "hidden"]
     heads: tuple[int, ...]
     widths: list[tuple[int, int]]
     values: list[float]
-    saves: list[Array]
-    level: int = 0
 
 
-def ladders_of(spec: Spec, scores: Mapping[str, list[Array]], choice: Choice, budget: Budget) -> Iterator[Ladder]:
+def ladders_of(spec: Spec, scores: Mapping[str, list[Array]], choice: Choice, budget: Budget) -> Iterator[Widths]:
     """Yield every ladder of `spec`; axes without scores have none.
 
     `scores` contains, for each axis, one array ``(K,)`` for each head, or one array ``(M,)`` of neurons.
@@ -78,7 +75,7 @@ def _attention_ladders(
     path: str,
     choice: Choice,
     rate: Rate,
-) -> Iterator[Ladder]:
+) -> Iterator[Widths]:
     mixer, form = block.mixer, stage.form
     assert isinstance(mixer, Attention)
     qk = scores.get(f"{path}.qk", [np.zeros(n) for n in mixer.qk])
@@ -171,7 +168,7 @@ def _ladder(
     qk: list[Array],
     v: list[Array],
     rate: Rate,
-) -> Ladder:
+) -> Widths:
     """Build a ladder whose rung `i` goes from `widths[i]` to `widths[i + 1]`, for all heads of `team` together."""
     falls_qk = [np.cumsum(np.sort(qk[h])) for h in team]
     falls_v = [np.cumsum(np.sort(v[h])) for h in team]
@@ -191,7 +188,7 @@ def _ladder(
         dead = 0 if wide_v else len(team)
         saves.append(rate(a, b, dead))
     steps = range(len(widths) - 1)
-    return Ladder(
+    return Widths(
         block=index,
         field=field,
         heads=team,

@@ -77,6 +77,9 @@ class Method(Protocol):
     - ``shared`` lists settings of `vitrim.train.Train` that the child's training must have in common with the search's
       (``train`` of the method), because both share one learning-rate cycle. What a recipe's ``train`` leaves out is
       then the search's, and another value is refused.
+    - ``options(model, data, *, seed)`` returns what may be cut and what each cut is worth (`vitrim.cut.spend.Options`),
+      without a budget. `vitrim.cut.spend.spend` reads a plan for any budget off them: by macs, parameters, measured
+      time, or several at once. A method that has this half searches by calling both.
     - ``values = True`` says that the method makes sense for models whose outputs are not classes (features, a value);
       the others are refused for such models.
     """

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from vitrim.cut.fill import Choice, fill
+from vitrim.cut.fill import Choice, Scored
+from vitrim.cut.spend import Options, spend
 from vitrim.families import describe
 from vitrim.methods._contract import Data, Found
 from vitrim.words.budget import Budget
@@ -54,6 +55,10 @@ class ScoreMethod(Node):
             MethodError: if the scores cannot be had, such as without data.
         """
 
+    def options(self, model: nn.Module, data: Data | None, *, seed: int) -> Options:
+        """See `vitrim.methods.Method.options`."""
+        return Scored(self.scores(model, data, seed=seed), choice=self.choice, by=self.by)
+
     def search(
         self,
         model: nn.Module,
@@ -65,10 +70,10 @@ class ScoreMethod(Node):
         folder: Path | None = None,
         log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Found:
-        """See `vitrim.methods.Method.search`; further budgets are read off the same scores."""
-        scores, spec = self.scores(model, data, seed=seed), describe(model)
+        """See `vitrim.methods.Method.search`; further budgets are read off the same options."""
+        options, spec = self.options(model, data, seed=seed), describe(model)
 
         def read(budget: Budget) -> Found:
-            return Found(plan=fill(spec, scores, budget, choice=self.choice, by=self.by), parent=model, again=read)
+            return Found(plan=spend(spec, options, budget), parent=model, again=read)
 
         return read(budget)

@@ -171,7 +171,7 @@ def _figures(run: Run) -> list[TextTable | None]:
         return [tables.block_table(run)]
     if _segments(run):
         return [scenes.segmented(run.measured), scenes.class_table(run.classes)]
-    return [tables.result(run.measured), tables.block_table(run)]
+    return [tables.result(run.measured), tables.block_table(run), tables.tried(run.trials)]
 
 
 def _run(run: Run) -> str:
@@ -206,6 +206,8 @@ def _course(run: Run) -> list[str]:
         parts += ["<h3>Course of search and training</h3>", _figure(plot)]
     if plot := _plots().trials(run.trials):
         parts += ["<h3>Trials</h3>", _figure(plot)]
+    if table := tables.tried(run.trials):
+        parts += ["<h3>Trials</h3>", _table(table, "small")]
     return parts
 
 

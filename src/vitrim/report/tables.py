@@ -27,6 +27,7 @@ __all__ = [
     "provenance",
     "result",
     "short",
+    "tried",
     "warnings",
 ]
 
@@ -153,6 +154,23 @@ def everything(runs: Sequence[Run]) -> TextTable:
 def block_table(run: Run) -> TextTable | None:
     """Return the table of what every block keeps, with sums; None if there is no plan yet."""
     return None if run.parent is None or run.plan is None else plan_table(run.parent, run.plan)
+
+
+def tried(trials: Sequence[Record]) -> TextTable | None:
+    """Return what a search has measured and what won; None without trials that have a prediction and a loss."""
+    known = [t for t in trials if number(t, "predicted") is not None and number(t, "loss") is not None]
+    if not known:
+        return None
+    timed = any(number(trial, "ratio") is not None for trial in known)
+    rows = []
+    for trial in known:
+        name = f"{trial.get('trial', '')}: {trial.get('what', '')}"
+        cells = [f"{trial[key]:.4f}" for key in ("predicted", "loss")]
+        cells += [_ratio(number(trial, "ratio"))] if timed else []
+        rows.append((name, *cells, "taken" if trial.get("best") else ""))
+    head = ("trial", "predicted, nats", "measured, nats", *(("time of dense",) if timed else ()), "")
+    why = "the least measured divergence from the dense output" + (" within the time" if timed else "")
+    return TextTable(f"What was tried; what was taken has {why}", head, rows)
 
 
 def plan_table(parent: Spec, plan: Plan) -> TextTable:

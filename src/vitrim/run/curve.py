@@ -8,7 +8,8 @@ from typing import Any
 from vitrim import report
 from vitrim.methods import Data
 from vitrim.methods.post_training.calibration import read_calibration, write_calibration
-from vitrim.run.job import full_disk, prepare
+from vitrim.methods.post_training.notes import Notes
+from vitrim.run.job import full_disk, prepare, telling
 from vitrim.run.pipeline import Result, run
 from vitrim.run.recipe import Recipe, merged
 from vitrim.words.errors import DataError, RunError
@@ -95,6 +96,8 @@ def _calibrated(recipe: Recipe, path: Path, say: Callable[[str], None]) -> None:
     )
     say("calibrating")
     images, probe = method.images(data)
-    made = method.calibrated(job.parent, data, images, probe, recipe.seed)
+    notes = Notes(path.with_name("cells.jsonl"))
+    made = method.calibrated(job.parent, data, images, probe, recipe.seed, notes=notes, log=telling(None, say))
     write_calibration(path, made)
+    notes.forget()
     say(f"calibrated in {made.seconds:.0f} s on {made.count} images")

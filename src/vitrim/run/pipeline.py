@@ -27,7 +27,7 @@ from vitrim.methods import Data, Found, Method
 from vitrim.nn.weights import check_weights, fingerprint
 from vitrim.run.child import measure_child
 from vitrim.run.images import about, write_record
-from vitrim.run.job import Job, check_folder, full_disk, leaving_nothing, logger, prepare
+from vitrim.run.job import Job, check_folder, full_disk, leaving_nothing, logger, prepare, telling
 from vitrim.run.latency_budget import meet, time_child
 from vitrim.run.presets import laid_under
 from vitrim.run.presets import preset as read_preset
@@ -238,7 +238,7 @@ def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module, float, Start | None
 
 def _found(job: Job, method: Method, data: Data | None) -> tuple[Found, nn.Module]:
     """Return the method's result, and the child that is cut by it."""
-    log, searches = logger(job.file("log.jsonl")), 0
+    log, searches = telling(logger(job.file("log.jsonl")), job.say), 0
 
     def search(budget: Budget) -> Found:
         nonlocal searches
@@ -265,8 +265,7 @@ def _found(job: Job, method: Method, data: Data | None) -> tuple[Found, nn.Modul
         say=job.say,
     )
     record = {"stage": "latency", "predicted": met.predicted, "measured": met.ratio, "children": met.measured}
-    if log is not None:
-        log(record)
+    log(record)
     return replace(met.found, trials=(*met.found.trials, record)), met.child
 
 

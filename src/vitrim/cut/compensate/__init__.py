@@ -5,7 +5,7 @@ from vitrim.cut.compensate.hear import arriving, passed, resumed
 from vitrim.cut.compensate.importance import Importance, importances
 from vitrim.cut.compensate.neurons import NeuronCut
 from vitrim.cut.compensate.place import BlockChoice, Place
-from vitrim.cut.compensate.walk import Walk, compensated, recovered
+from vitrim.cut.compensate.walk import Walk, compensated, cut_block, recovered
 
 __all__ = [
     "AttentionCut",
@@ -16,6 +16,7 @@ __all__ = [
     "Walk",
     "arriving",
     "compensated",
+    "cut_block",
     "importances",
     "passed",
     "recovered",

@@ -38,6 +38,10 @@ class Moments:
         at: path of the layer, for messages.
         centred: whether moments are centered because the layer has a bias; without a bias they are not.
         weight: sum of the weights.
+        origin: what is subtracted from every f, (C,): the mean of the first batch if moments are centered, else zero.
+            Without it, the difference of two large sums would be left of activations that vary little around their
+            mean, and a Gram matrix in float32 could be negative.
+        target_origin: the same for t, (D,).
         features: sum of w f, (C,).
         squares: sum of w f f', (C, C).
         targets: sum of w t, (D,).
@@ -47,6 +51,8 @@ class Moments:
     at: str
     centred: bool = True
     weight: float = 0.0
+    origin: Tensor | None = None
+    target_origin: Tensor | None = None
     features: Tensor = field(default_factory=lambda: torch.zeros(()))
     squares: Tensor = field(default_factory=lambda: torch.zeros(()))
     targets: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -65,6 +71,9 @@ class Moments:
         """
         f, t = wide(features.flatten(0, -2)), wide(targets.flatten(0, -2))
         w = weights.reshape(-1, 1).to(f.dtype)
+        if self.origin is None or self.target_origin is None:
+            self.origin, self.target_origin = (x.mean(0).cpu().double() * self.centred for x in (f, t))
+        f, t = f - self.origin.to(f), t - self.target_origin.to(t)
         # Products of a batch have the model's type, or float32 if that is shorter. Sums over batches are float64, and
         # on the CPU because some devices have no float64.
         heavy = w * f
@@ -82,28 +91,39 @@ class Moments:
     def of(self, index: Tensor) -> "Moments":
         """Return the moments of the features at `index`, ``(c,)``."""
         squares = self.squares[index][:, index]
-        return replace(self, features=self.features[index], squares=squares, products=self.products[:, index])
+        origin = None if self.origin is None else self.origin[index]
+        return replace(
+            self, origin=origin, features=self.features[index], squares=squares, products=self.products[:, index]
+        )
 
     @property
     def mean(self) -> Tensor:
         """Mean of the features, ``(C,)``; zero if moments are not centered."""
-        return self.features / self.weight * self.centred
+        return self._mean + (0.0 if self.origin is None else self.origin)
 
     @property
     def target(self) -> Tensor:
         """Mean of the targets, ``(D,)``; zero if moments are not centered."""
+        return self._target + (0.0 if self.target_origin is None else self.target_origin)
+
+    @property
+    def _mean(self) -> Tensor:
+        return self.features / self.weight * self.centred
+
+    @property
+    def _target(self) -> Tensor:
         return self.targets / self.weight * self.centred
 
     @property
     def gram(self) -> Tensor:
         """Centered Gram matrix, divided by the weight, ``(C, C)``."""
-        mean = self.mean
+        mean = self._mean
         return self.squares / self.weight - mean[:, None] * mean[None, :]
 
     @property
     def cross(self) -> Tensor:
         """Centered products of targets and features, divided by the weight, ``(D, C)``."""
-        return self.products / self.weight - self.target[:, None] * self.mean[None, :]
+        return self.products / self.weight - self._target[:, None] * self._mean[None, :]
 
 
 def damped(gram: Tensor, strength: float, at: str) -> Tensor:
@@ -113,7 +133,8 @@ def damped(gram: Tensor, strength: float, at: str) -> Tensor:
         MethodError: if no feature varies, because then there is nothing to fit; the message names the path.
     """
     scale = float(gram.diagonal().mean())
-    if not scale > 1e-30:
+    # Moments are centered before they are multiplied, so that whatever varies gives a positive number, however small.
+    if not scale > torch.finfo(gram.dtype).tiny:
         raise MethodError(
             f"{at}: activations must vary over the calibration images, but all are constant; "
             "skip the branch, or give other images"

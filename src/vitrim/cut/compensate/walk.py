@@ -29,7 +29,7 @@ from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.spec import Attention as AttentionSpec
 from vitrim.words.spec import Block as BlockSpec
 
-__all__ = ["Walk", "compensated", "recovered"]
+__all__ = ["Walk", "compensated", "cut_block", "recovered"]
 
 
 def compensated(
@@ -68,7 +68,7 @@ def compensated(
         walk = Walk(model, images, worth, strength, alpha)
         place = walk.first()
         for choice in choices:
-            new, plan, state = _cut(place, choice)
+            new, plan, state = cut_block(place, choice)
             plans.append(plan)
             grafts |= {f"{names[id(place.block)]}.{name}": value for name, value in state.items()}
             advance(1)
@@ -122,7 +122,7 @@ class Walk:
         return Place(path, block, stage, arrives, self.worth, streams, self.dense, self.strength, self.alpha)
 
 
-def _cut(place: Place, choice: BlockChoice) -> tuple[Block, BlockPlan, dict[str, Tensor]]:
+def cut_block(place: Place, choice: BlockChoice) -> tuple[Block, BlockPlan, dict[str, Tensor]]:
     """Return the new block, its part of the plan, and its new parameters."""
     block, node = place.block, place.block.spec
     state: dict[str, Tensor] = {}

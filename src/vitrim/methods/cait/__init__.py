@@ -46,7 +46,6 @@ from vitrim.methods.cait.masks import Channels, Merge, free_axes, merge_plan, ra
 from vitrim.methods.cait.slots import Rules, allocate_slots, plan_of
 from vitrim.train import RATES, Distill, Fitted, Start, Train, fit, steps_of
 from vitrim.words.budget import SLACK, Budget
-from vitrim.words.costs import cost_of
 from vitrim.words.errors import BudgetError, MethodError
 from vitrim.words.plain import Node
 from vitrim.words.plan import Plan
@@ -92,6 +91,7 @@ class Method(Node):
     """
 
     needs: ClassVar[str] = "images"
+    plans_by_time: ClassVar[bool] = True
     sentence: ClassVar[str] = (
         "CAIT-style: merges neighboring tokens and selects, during training, the same number of channels in all heads"
     )
@@ -207,11 +207,11 @@ class Method(Node):
             MethodError: see `search`.
             BudgetError: see `search`.
         """
-        whole, prunes = cost_of(spec), self.prune_attention or self.prune_mlp
+        whole, prunes = budget.cost(spec), self.prune_attention or self.prune_mlp
 
         def made(merges: tuple[Merge, ...]) -> tuple[Plan, float]:
             plan = merge_plan(spec, merges, self.form, self.size_bias)
-            return plan, budget.spent(cost_of(plan.child(spec)), whole)
+            return plan, budget.spent(budget.cost(plan.child(spec)), whole)
 
         if self.merges is not None or any(stage.window is not None for stage in spec.stages):
             plan, spent = made(self.merges or ())
@@ -251,15 +251,16 @@ class Method(Node):
         start = round(self.warmup * whole)
         if not channels.paths or (done < taken and (done < start or (done - start) % self._refresh(whole))):
             return
-        last, merged = done == taken, cost_of(counted)
+        last, merged = done == taken, budget.cost(counted)
         share = 1.0 if last else done / whole
         limits = {
             name: ramped(share, max(getattr(merged, name), limit), limit, self.warmup, self.ramp_end)
-            for name, limit in budget.limits(cost_of(spec)).items()
+            for name, limit in budget.limits(budget.cost(spec)).items()
         }
         ranked_at = spec if self.order == "channel_first" else None
         scores = channels.scores(self.hysteresis)
-        channels.keep(allocate_slots(counted, scores, limits, self.rules, ranked_at=ranked_at, fine=last))
+        masks = allocate_slots(counted, scores, limits, self.rules, ranked_at=ranked_at, fine=last, budget=budget)
+        channels.keep(masks)
 
     @property
     def rules(self) -> Rules:

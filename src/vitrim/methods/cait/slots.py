@@ -12,21 +12,25 @@ Source: our reading of CAIT (arXiv 2309.15755) and of the group's published prun
 could not be read.
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vitrim.words.budget import SLACK
-from vitrim.words.costs import Cost, block_cost, cost_of
-from vitrim.words.errors import BudgetError, MethodError
+from vitrim.cut.spend import Array, Ladder, Ladders, settle
+from vitrim.words.budget import SLACK, Budget, Price
+from vitrim.words.costs import block_cost
+from vitrim.words.errors import MethodError
 from vitrim.words.plan import BlockPlan, Kept, Plan
 from vitrim.words.spec import Attention, Block, Spec, Stage
 from vitrim.words.steps import Tokens
 
-__all__ = ["Rules", "SlotLadder", "allocate_slots", "ladders_of", "masks_of", "plan_of", "row_of", "spend", "top_up"]
+__all__ = ["Rules", "SlotLadder", "Slots", "allocate_slots", "ladders_of", "masks_of", "plan_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,37 +55,46 @@ class Rules:
 
 
 @dataclass(slots=True, kw_only=True)
-class SlotLadder:
+class SlotLadder(Ladder):
     """The slots of one width that is chosen independently.
 
     Attributes:
         block: number of the block.
         orders: by path of an axis, each head's channels, the best first.
         scores: score of each slot, the best first; non-increasing.
-        saves: (macs, params) of each slot.
+        units: (macs, params) of each slot.
         widths: the widths to choose from, decreasing.
-        kept: number of slots that are kept.
+        more: number of single slots that are kept in addition to the width.
     """
 
     block: int
     orders: dict[str, list[Tensor]]
     scores: list[float]
-    saves: list[tuple[int, int]]
+    units: list[tuple[int, int]]
     widths: list[int]
-    kept: int = field(default=0)
+    more: int = 0
+
+    @property
+    def kept(self) -> int:
+        """Return the number of slots that are kept."""
+        return self.widths[self.level] + self.more
 
 
-def ladders_of(spec: Spec, scores: Mapping[str, Tensor], rules: Rules) -> list[SlotLadder]:
+def ladders_of(
+    spec: Spec, scores: Mapping[str, Tensor], rules: Rules, budget: Budget | None = None
+) -> list[SlotLadder]:
     """Return all slots of a model, with everything kept.
 
     Args:
         spec: the model, with the token steps that its costs are computed with.
         scores: by path of an axis, one number for each channel, heads concatenated. An axis without scores is not cut.
         rules: see `Rules`.
+        budget: a budget with the table of times; None for none.
 
     Raises:
         MethodError: if a score is not finite or scores do not fit their axis.
     """
+    prices = budget or Budget()
     ladders = []
     for index, ((path, stage, block), arriving) in enumerate(zip(spec.blocks(), spec.arrivals(), strict=True)):
         if isinstance(block.mixer, Attention):
@@ -94,11 +107,13 @@ def ladders_of(spec: Spec, scores: Mapping[str, Tensor], rules: Rules) -> list[S
                     for name in team
                 }
                 unit = {name: _unit(stage, block, arriving, name) for name in team}
-                ladders.append(_ladder(index, path, parts, unit, rules.group_attention, rules.floor_attention))
+                time = _time(stage, block, arriving, team, prices)
+                ladders.append(_ladder(index, path, parts, unit, time, rules.group_attention, rules.floor_attention))
         if block.hidden and f"{path}.hidden" in scores:
             parts = {"hidden": _ranked(scores[f"{path}.hidden"], (block.hidden,), False, f"{path}.hidden")}
             unit = {"hidden": _unit(stage, block, arriving, "hidden")}
-            ladders.append(_ladder(index, path, parts, unit, rules.group_mlp, rules.floor_mlp))
+            time = _time(stage, block, arriving, ["hidden"], prices)
+            ladders.append(_ladder(index, path, parts, unit, time, rules.group_mlp, rules.floor_mlp))
     return ladders
 
 
@@ -135,106 +150,134 @@ def _unit(stage: Stage, block: Block, arriving: Tokens, name: str) -> tuple[int,
     return two[0] - one[0], two[1] - one[1]
 
 
+def _time(stage: Stage, block: Block, arriving: Tokens, team: Sequence[str], budget: Budget) -> Callable[[int], int]:
+    """Return a function from the number of kept slots to the nanoseconds of the block; 0 without a table."""
+
+    def time(kept: int) -> int:
+        if budget.table is None:
+            return 0
+        node = block
+        if "hidden" in team:
+            node = block.model_copy(update={"hidden": kept})
+        elif isinstance(block.mixer, Attention):
+            widths = {name: tuple(min(kept, width) for width in getattr(block.mixer, name)) for name in team}
+            node = block.model_copy(update={"mixer": block.mixer.model_copy(update=widths)})
+        return budget.block(node, stage, arriving).latency
+
+    return time
+
+
 def _ladder(
-    index: int, path: str, parts: Mapping[str, Ranked], unit: Mapping[str, tuple[int, int]], group: int, floor: int
+    index: int,
+    path: str,
+    parts: Mapping[str, Ranked],
+    unit: Mapping[str, tuple[int, int]],
+    time: Callable[[int], int],
+    group: int,
+    floor: int,
 ) -> SlotLadder:
     """Build the slots of one width; a narrower head contributes nothing to slots beyond its width."""
     size = max(len(head) for _, values in parts.values() for head in values)
-    scores, saves = [], []
+    scores, units = [], []
     for rank in range(size):
         heads = [(name, head) for name, (_, values) in parts.items() for head in values if rank < len(head)]
         scores.append(sum(float(head[rank]) for _, head in heads))
-        saves.append((sum(unit[name][0] for name, _ in heads), sum(unit[name][1] for name, _ in heads)))
+        units.append((sum(unit[name][0] for name, _ in heads), sum(unit[name][1] for name, _ in heads)))
     steps = range(math.ceil(size / group) - 1, 0, -1)
     widths = [size, *(step * group for step in steps if step * group >= min(floor, size))]
+    times = [time(width) for width in widths]
+    saves = [
+        np.array([*np.sum(units[less:more], axis=0), before - after], dtype=np.float64)
+        for (more, before), (less, after) in itertools.pairwise(zip(widths, times, strict=True))
+    ]
     orders = {f"{path}.{name}": orders for name, (orders, _) in parts.items()}
-    return SlotLadder(block=index, orders=orders, scores=scores, saves=saves, widths=widths, kept=size)
+    return SlotLadder(block=index, orders=orders, scores=scores, units=units, widths=widths, saves=saves)
 
 
-def spend(ladders: list[SlotLadder], row: list[tuple[int, int]], cost: Cost, limits: Mapping[str, float]) -> Cost:
-    """Remove groups until `cost` is within `limits`.
-
-    Args:
-        ladders: the slots, with everything kept; their `kept` is set.
-        row: the groups in order of removal, see `row_of`.
-        cost: cost of the model with everything kept.
-        limits: limits of macs, params or both.
-
-    Returns:
-        The cost of the kept slots. If any group was removed, it is above the limit minus the most expensive group.
-
-    Raises:
-        BudgetError: naming the least possible cost, if the model with the smallest widths exceeds a limit.
-    """
-    rest = list(cost)
-    for number, rung in row:
-        if _within(rest, limits):
-            break
-        ladder = ladders[number]
-        gone = ladder.saves[ladder.widths[rung + 1] : ladder.widths[rung]]
-        rest = [value - sum(each[place] for each in gone) for place, value in enumerate(rest)]
-        ladder.kept = ladder.widths[rung + 1]
-    if not _within(rest, limits):
-        name = next(name for name, limit in limits.items() if getattr(Cost(*rest), name) > limit)
-        raise BudgetError(
-            f"budget of {name} must be at least {getattr(Cost(*rest), name):,}, the cost with the smallest widths, "
-            f"but got {limits[name]:,.0f}; allow more, lower method.floor_attention and floor_mlp, or merge more"
-        )
-    return Cost(*rest)
-
-
-def _within(cost: list[int], limits: Mapping[str, float]) -> bool:
-    return all(cost[Cost._fields.index(name)] <= limit for name, limit in limits.items())
-
-
-def row_of(ladders: list[SlotLadder], names: Iterable[str], cost: Cost, rules: Rules) -> list[tuple[int, int]]:
-    """Return all groups as (ladder, group), the least valuable first; ties: deeper blocks first, MLP before attention.
+class Slots(Ladders[SlotLadder]):
+    """Channels in slots, removed in groups. None is restored, so what a smaller budget keeps a larger one keeps too.
 
     Args:
-        ladders: see `ladders_of`.
-        names: the limited costs: macs, params or both.
-        cost: cost of the model with everything kept.
+        scores: see `ladders_of`.
         rules: see `Rules`.
+        limits: limits of macs, params and nanoseconds; those that are not exceeded yet take part in the order.
+        ranked_at: the model whose costs rank the groups; None for the one that is cut.
+        fine: whether single slots are added back if groups leave more than the slack unused.
     """
-    limited = [(Cost._fields.index(name), getattr(cost, name)) for name in names]
-    keys: list[tuple[float, int, bool, int, int]] = []
-    for number, ladder in enumerate(ladders):
-        highest = -math.inf
-        attention = not any(path.endswith(".hidden") for path in ladder.orders)
-        for rung in range(len(ladder.widths) - 1):
-            slots = slice(ladder.widths[rung + 1], ladder.widths[rung])
-            worth = sum(ladder.scores[slots])
-            if rules.by_cost:
-                share = sum(each[place] / whole for each in ladder.saves[slots] for place, whole in limited)
-                worth /= max(share, 1e-30)
-            highest = max(highest, worth)
-            keys.append((highest, -ladder.block, attention, rung, number))
-    return [(number, rung) for *_, rung, number in sorted(keys)]
 
+    restores: ClassVar[bool] = False
+    where: ClassVar[str] = ", the cost with the smallest widths"
+    way_out: ClassVar[str] = "allow more, lower method.floor_attention and floor_mlp, or merge more"
 
-def top_up(ladders: list[SlotLadder], cost: Cost, limits: Mapping[str, float]) -> Cost:
-    """Add single slots back, the most valuable first, if removing whole groups left more than the slack unused."""
-    rest = list(cost)
+    def __init__(
+        self,
+        scores: Mapping[str, Tensor],
+        rules: Rules,
+        limits: Mapping[str, float],
+        *,
+        ranked_at: Spec | None = None,
+        fine: bool = False,
+    ) -> None:
+        self.scores, self.rules, self.limits = scores, rules, limits
+        self.ranked_at, self.fine = ranked_at, fine
+        self.priced: list[SlotLadder] | None = None
+        self.whole = Price(1, 1, 1)
 
-    def short() -> bool:
-        return all(rest[Cost._fields.index(name)] < (1 - SLACK) * limit for name, limit in limits.items())
+    def ladders(self, spec: Spec, budget: Budget) -> list[SlotLadder]:
+        """See `Ladders.ladders`."""
+        self.whole = budget.cost(spec)
+        if self.ranked_at is not None:
+            self.priced = ladders_of(self.ranked_at, self.scores, self.rules, budget)
+        return ladders_of(spec, self.scores, self.rules, budget)
 
-    while short():
-        room: list[tuple[float, int, SlotLadder, list[int]]] = []
+    def row(self, ladders: Sequence[SlotLadder], need: Array) -> list[tuple[int, int]]:
+        """Return all groups, the least valuable first; ties: deeper blocks first, MLP before attention."""
+        limited = [(Price._fields.index(name), getattr(self.whole, name)) for name in self.limits]
+        keys: list[tuple[float, int, bool, int, int]] = []
+        for number, ladder in enumerate(ladders if self.priced is None else self.priced):
+            highest = -math.inf
+            attention = not any(path.endswith(".hidden") for path in ladder.orders)
+            for rung, saves in enumerate(ladder.saves):
+                slots = slice(ladder.widths[rung + 1], ladder.widths[rung])
+                worth = sum(ladder.scores[slots])
+                if self.rules.by_cost:
+                    share = sum(each[at] / whole for each in ladder.units[slots] for at, whole in limited if at < 2)
+                    share += sum(float(saves[at]) / whole for at, whole in limited if at == 2)
+                    worth /= max(share, 1e-30)
+                highest = max(highest, worth)
+                keys.append((highest, -ladder.block, attention, rung, number))
+        return [(number, rung) for *_, rung, number in sorted(keys)]
+
+    def plan(self, spec: Spec, ladders: Sequence[SlotLadder]) -> Plan:
+        """See `Ladders.plan`."""
+        return plan_of(spec, masks_of(ladders))
+
+    def finished(self, spec: Spec, ladders: Sequence[SlotLadder], budget: Budget) -> Plan:
+        """Return the plan, with single slots added back, the most valuable first."""
         for ladder in ladders:
-            if ladder.kept < ladder.widths[0]:
-                more = [value + add for value, add in zip(rest, ladder.saves[ladder.kept], strict=True)]
-                if _within(more, limits):
-                    worth = ladder.scores[ladder.kept] / max(ladder.saves[ladder.kept][0], 1)
-                    room.append((worth, -len(room), ladder, more))
-        if not room:
-            break
-        _, _, best, rest = max(room, key=lambda each: each[:2])
-        best.kept += 1
-    return Cost(*rest)
+            ladder.more = 0
+        if self.fine and "latency" not in self.limits:
+            self._top_up(ladders)
+        return self.plan(spec, ladders)
+
+    def _top_up(self, ladders: Sequence[SlotLadder]) -> None:
+        saved = sum((each for ladder in ladders for each in ladder.saves[: ladder.level]), np.zeros(3))
+        rest = [int(whole - gone) for whole, gone in zip(self.whole, saved, strict=True)]
+        while all(getattr(Price(*rest), name) < (1 - SLACK) * limit for name, limit in self.limits.items()):
+            room: list[tuple[float, int, SlotLadder, list[int]]] = []
+            for ladder in ladders:
+                if ladder.kept < ladder.widths[0]:
+                    unit = ladder.units[ladder.kept]
+                    more = [value + add for value, add in zip(rest, (*unit, 0), strict=True)]
+                    if all(getattr(Price(*more), name) <= limit for name, limit in self.limits.items()):
+                        room.append((ladder.scores[ladder.kept] / max(unit[0], 1), -len(room), ladder, more))
+            if not room:
+                break
+            _, _, best, rest = max(room, key=lambda each: each[:2])
+            best.more += 1
 
 
-def masks_of(ladders: list[SlotLadder]) -> dict[str, Tensor]:
+def masks_of(ladders: Sequence[SlotLadder]) -> dict[str, Tensor]:
     """Return, by path of an axis, 1 for each channel that is kept and 0 for the others, heads concatenated."""
     masks = {}
     for ladder in ladders:
@@ -281,25 +324,25 @@ def allocate_slots(
     *,
     ranked_at: Spec | None = None,
     fine: bool = False,
+    budget: Budget | None = None,
 ) -> dict[str, Tensor]:
     """Return the masks of the channels to keep within `limits`.
 
     Args:
         spec: the model with everything kept, used to count costs.
         scores: see `ladders_of`.
-        limits: limits of macs, params or both.
+        limits: limits of macs, params, nanoseconds, or several of them.
         rules: see `Rules`.
         ranked_at: the model whose costs rank the groups, if not `spec`.
         fine: whether single slots are added back if groups leave more than the slack unused.
+        budget: a budget with the table of times; None for none.
 
     Raises:
-        BudgetError: see `spend`.
+        BudgetError: naming the least possible cost, if the model with the smallest widths exceeds a limit.
         MethodError: see `ladders_of`.
     """
-    ladders, cost = ladders_of(spec, scores, rules), cost_of(spec)
-    priced = ladders if ranked_at is None else ladders_of(ranked_at, scores, rules)
-    row = row_of(priced, limits, cost, rules)
-    rest = spend(ladders, row, cost, limits)
-    if fine:
-        top_up(ladders, rest, limits)
-    return masks_of(ladders)
+    prices = budget or Budget()
+    whole = prices.cost(spec)
+    over = prices.bounded({name: float(math.floor(v)) for name, v in limits.items() if v < getattr(whole, name)})
+    slots = Slots(scores, rules, limits, ranked_at=ranked_at, fine=fine)
+    return masks_of(settle(spec, slots, over)[1])

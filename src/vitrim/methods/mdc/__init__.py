@@ -37,12 +37,12 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from vitrim.cut.spend import Policies, Scaled, scaled, spend
 from vitrim.data import eval_loader
 from vitrim.families import describe
 from vitrim.methods import Data, Found
 from vitrim.methods.mdc.bayes import Objective, Proposal, Trial, best_of, search, trials_of
 from vitrim.methods.mdc.decode import PRESETS, Bounds, Frame, Rounding, natural, selection_blocks
-from vitrim.methods.mdc.policy import Array, even
 from vitrim.methods.mdc.scores import Settings, score
 from vitrim.methods.mdc.share import Chooser, Shared
 from vitrim.methods.mdc.study import kept, open_study, reachable
@@ -93,6 +93,7 @@ class Method(Node):
     """
 
     needs: ClassVar[str] = "images"
+    plans_by_time: ClassVar[bool] = True
     sentence: ClassVar[str] = (
         "searches how much of heads, neurons and tokens to keep, with a Gaussian process over measured policies"
     )
@@ -156,7 +157,8 @@ class Method(Node):
         if frame.space.spent(whole[None])[0] <= 1:
             return Found(plan=chooser.plan(whole), parent=model)
         if self.preset is not None or self.proposal == "even":
-            policy = even(frame.space)[0] if self.preset is None else frame.policy(PRESETS[self.preset])
+            preset = None if self.preset is None else frame.policy(PRESETS[self.preset])
+            policy = scaled(frame.space, frame.space.upper) if preset is None else preset
             return Found(plan=chooser.plan(policy), parent=model, trials=(chooser.told(policy),))
         parent = self._share(model, chooser, data, seed, teacher, folder, log)
         with reachable(url or "memory"), progress("policies", self.trials) as advance:
@@ -175,7 +177,8 @@ class Method(Node):
             trials = trials_of(study, frame.space)
         best = best_of(trials)
         told = [{"trial": t.number, "value": t.value, "best": t.number == best.number} | dict(t.notes) for t in trials]
-        return Found(plan=chooser.plan(best.policy), parent=parent, trials=tuple(told))
+        plan = spend(spec, Scaled(lambda _: frame.space, chooser.plan, best.policy), budget)
+        return Found(plan=plan, parent=parent, trials=tuple(told))
 
     def _bounds(self, spec: Spec) -> Bounds:
         whole = len(spec.stages) == 1 and spec.stages[0].window is None
@@ -267,7 +270,7 @@ class Method(Node):
             loader = list(loader)
         reference = reference_logits(dense, loader) if self.measure in ("auto", "agreement") else None
 
-        def objective(policy: Array) -> tuple[float, dict[str, Any]]:
+        def objective(policy: Policies) -> tuple[float, dict[str, Any]]:
             with chooser.chosen(parent, policy):
                 found = evaluate(parent, loader, reference=reference)
             value = self._value(found)

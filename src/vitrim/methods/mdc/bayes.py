@@ -25,13 +25,14 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from vitrim.methods.mdc.policy import Array, Space, mutate, project, sample, within
+from vitrim.cut.spend import Policies, Space, project, within
+from vitrim.methods.mdc.policy import mutate, sample
 from vitrim.words.errors import MethodError
 
 __all__ = ["Objective", "Proposal", "Trial", "best_of", "search", "trials_of"]
 
 Proposal = Literal["gp", "random"]
-Objective = Callable[[Array], tuple[float, Mapping[str, Any]]]
+Objective = Callable[[Policies], tuple[float, Mapping[str, Any]]]
 """A function from a policy ``(P,)`` to its value (larger is better) and notes to store with it."""
 
 _MEASURED = (TrialState.COMPLETE, TrialState.RUNNING)
@@ -52,7 +53,7 @@ class Trial:
     """
 
     number: int
-    policy: Array
+    policy: Policies
     value: float
     notes: Mapping[str, Any]
 
@@ -66,7 +67,7 @@ def search(
     initial: int,
     seed: int,
     proposal: Proposal = "gp",
-    first: Array | None = None,
+    first: Policies | None = None,
     alone: bool = True,
     told: Callable[[Trial], None] = lambda _: None,
 ) -> None:
@@ -179,7 +180,7 @@ class _Sampler(optuna.samplers.BaseSampler):
     """The sampler of the study; it gives no policy if enough were given, or no new one can be found."""
 
     def __init__(
-        self, space: Space, trials: int, initial: int, seed: int, proposal: Proposal, first: Array | None
+        self, space: Space, trials: int, initial: int, seed: int, proposal: Proposal, first: Policies | None
     ) -> None:
         self.space, self.trials, self.initial, self.seed, self.proposal = space, trials, initial, seed, proposal
         self.first = np.empty((0, len(space.names))) if first is None else project(space, first)
@@ -208,7 +209,9 @@ class _Sampler(optuna.samplers.BaseSampler):
         """Raise an error: all ratios are proposed together, so this is called only for a wrong study."""
         raise MethodError(f"{param_name}: a ratio must be of the study's space, but is not; open another study")
 
-    def _next(self, study: optuna.Study, trial: FrozenTrial, known: Sequence[FrozenTrial], place: int) -> Array | None:
+    def _next(
+        self, study: optuna.Study, trial: FrozenTrial, known: Sequence[FrozenTrial], place: int
+    ) -> Policies | None:
         space, rng = self.space, np.random.default_rng([self.seed, place])
         counted = [t for t in known if t.state in _MEASURED and len(t.params) == len(space.names)]
         policies = within(space, _points(counted, space))
@@ -235,7 +238,7 @@ class _Sampler(optuna.samplers.BaseSampler):
             )
         return np.asarray(pool[0]) if len(pool) else None
 
-    def _guided(self, study: optuna.Study, trial: FrozenTrial, rng: np.random.Generator) -> Array:
+    def _guided(self, study: optuna.Study, trial: FrozenTrial, rng: np.random.Generator) -> Policies:
         """Return the proposal of Optuna's sampler; the sampler is new each time, so the study is the only state."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about experimental features, and fits that stop early
@@ -244,16 +247,16 @@ class _Sampler(optuna.samplers.BaseSampler):
         return np.array([found[name] for name in self.space.names])
 
 
-def _points(trials: Sequence[FrozenTrial], space: Space) -> Array:
+def _points(trials: Sequence[FrozenTrial], space: Space) -> Policies:
     rows = [[trial.params[name] for name in space.names] for trial in trials]
     return np.array(rows, dtype=np.float64).reshape(len(rows), len(space.names))
 
 
-def _bits(realised: Array) -> bytes:
+def _bits(realised: Policies) -> bytes:
     return np.round(realised, 9).tobytes()
 
 
-def _new(space: Space, policies: Array, taken: set[bytes]) -> Array:
+def _new(space: Space, policies: Policies, taken: set[bytes]) -> Policies:
     """Return the policies whose architecture was not measured yet."""
     fresh: NDArray[np.bool_] = np.array([_bits(row) not in taken for row in space.realised(policies)], dtype=bool)
     return policies[fresh] if len(policies) else policies

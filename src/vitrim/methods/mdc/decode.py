@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitrim.methods.mdc.policy import Array, Space
+from vitrim.cut.spend import Policies, Space
+from vitrim.methods.mdc.times import Times
 from vitrim.words.budget import Budget
-from vitrim.words.costs import attention_macs, block_cost, cost_of, mlp_macs
+from vitrim.words.costs import attention_macs, block_cost, mlp_macs
 from vitrim.words.errors import BudgetError, MethodError
 from vitrim.words.spec import NO_WINDOWS, Attention, Block, Spec, Stage
 
@@ -45,6 +46,8 @@ class Costs(NamedTuple):
 
     macs: Ints
     params: Ints
+    latency: Ints
+    """Nanoseconds; 0 if the budget has no table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +162,7 @@ class Frame:
         self, spec: Spec, ranking: Ranking, budget: Budget, bounds: Bounds, rounding: Rounding = "nearest"
     ) -> None:
         self.spec, self.ranking, self.budget, self.rounding = spec, ranking, budget, rounding
-        self.parent = cost_of(spec)
+        self.parent = budget.cost(spec)
         self.limits = budget.limits(self.parent)
         names: list[str] = []
         upper: list[float] = []
@@ -174,6 +177,7 @@ class Frame:
         self.places = [self._place(path, stage, block, bounds, column) for path, stage, block in spec.blocks()]
         self.selecting = self._selecting(bounds.tokens)
         self.token = column(TOKENS, bounds.tokens) if self.selecting else None
+        self.times = None if budget.table is None else Times(spec, budget, self._widths(), self.selecting)
         if not names:
             raise MethodError(
                 "mdc must have heads, neurons or tokens to choose, but bounds of 0 or norms leave none; raise a bound"
@@ -181,7 +185,7 @@ class Frame:
         self.space = Space(names=tuple(names), upper=np.array(upper), spent=self._spent, realised=self.realised)
         self._reachable()
 
-    def corners(self) -> Array:
+    def corners(self) -> Policies:
         """Return policies ``(F, P)`` with one of heads, neurons and tokens at its bounds and the others at 0."""
         kinds = [name.rsplit(".", 1)[-1] for name in self.space.names]
         chosen = [np.array([kind == one for kind in kinds]) for one in dict.fromkeys(kinds)]
@@ -194,7 +198,7 @@ class Frame:
         chosen = heads > 1 and form.mixed_norm is None and order is not None
         neurons = bool(block.hidden) and form.hidden_norm is None and f"{path}.hidden" in self.ranking
         by_rank = order.tolist() if order is not None else range(heads)
-        widths = [np.array([0] + [w[h] for h in by_rank]) for w in _widths(mixer)]
+        widths = [np.array([0] + [w[h] for h in by_rank]) for w in widths_of(mixer)]
         return _Place(
             path,
             stage,
@@ -225,7 +229,7 @@ class Frame:
                     "allow more, or raise the bounds (method.heads, method.neurons, method.tokens)"
                 )
 
-    def counts(self, policies: Array) -> tuple[list[tuple[Ints, Ints]], list[tuple[Ints, Ints]]]:
+    def counts(self, policies: Policies) -> tuple[list[tuple[Ints, Ints]], list[tuple[Ints, Ints]]]:
         """Return (heads, neurons) that each block keeps, and (kept, left) tokens of each selection; all ``(S,)``."""
         blocks = []
         for place in self.places:
@@ -242,11 +246,11 @@ class Frame:
         stage = self.spec.stages[0]
         return blocks, token_counts(stage.tokens, policies[:, self.token], len(self.selecting), stage.prefix + 1)
 
-    def _kept(self, size: int, ratio: Array) -> Ints:
+    def _kept(self, size: int, ratio: Policies) -> Ints:
         half = 0.5 if self.rounding == "nearest" else 1e-9
         return np.clip(np.floor(size * (1 - ratio) + half), min(size, 1), size).astype(np.int64)
 
-    def realised(self, policies: Array) -> Array:
+    def realised(self, policies: Policies) -> Policies:
         """Return the ratios that are cut after rounding, ``(S, P)``; for tokens, the mean over the selections."""
         blocks, steps = self.counts(policies)
         real = np.zeros_like(policies)
@@ -263,8 +267,8 @@ class Frame:
             real[:, self.token] = np.mean(gone, axis=0)
         return real
 
-    def costs(self, policies: Array) -> Costs:
-        """Return macs and parameters of every policy, ``(S,)`` each; equal to `cost_of` of their plans."""
+    def costs(self, policies: Policies) -> Costs:
+        """Return the costs of every policy, ``(S,)`` each; equal to `Budget.cost` of their plans."""
         blocks, steps = self.counts(policies)
         saved = np.zeros((len(policies), 2), dtype=np.int64)
         for place, (heads, hidden) in zip(self.places, blocks, strict=True):
@@ -272,9 +276,9 @@ class Frame:
             for channels, rate in zip(gone, place.rates, strict=True):
                 saved += channels[:, None] * np.array(rate)
             saved[:, 1] += _offsets(place.stage) * (len(place.v) - 1 - heads)
-        if self.token is None:
-            return Costs(self.parent.macs - saved[:, 0], self.parent.params - saved[:, 1])
-        return Costs(self._macs_of_selected(blocks, steps), self.parent.params - saved[:, 1])
+        times = np.zeros(len(policies), dtype=np.int64) if self.times is None else self.times(blocks, steps)
+        macs = self.parent.macs - saved[:, 0] if self.token is None else self._macs_of_selected(blocks, steps)
+        return Costs(macs, self.parent.params - saved[:, 1], times)
 
     def _macs_of_selected(self, blocks: list[tuple[Ints, Ints]], steps: list[tuple[Ints, Ints]]) -> Ints:
         """Return macs if each selection is between the attention and the MLP of its block."""
@@ -295,7 +299,16 @@ class Frame:
         found: Ints = macs + tokens * self.spec.host.macs_per_token
         return found
 
-    def policy(self, preset: Preset) -> Array:
+    def _widths(self) -> list[list[tuple[int, int]]]:
+        """Return, for each block, the widths (queries, values) of its heads, the best head first."""
+        found = []
+        for path, _, block in self.spec.blocks():
+            pairs = list(zip(*widths_of(block.mixer), strict=True))
+            order = self.ranking.get(f"{path}.heads")
+            found.append(pairs if order is None else [pairs[head] for head in order.tolist()])
+        return found
+
+    def policy(self, preset: Preset) -> Policies:
         """Return the ratios of a published policy, ``(P,)``.
 
         Raises:
@@ -318,13 +331,13 @@ class Frame:
         found[self.token] = preset.tokens
         return found
 
-    def _spent(self, policies: Array) -> Array:
+    def _spent(self, policies: Policies) -> Policies:
         cost = self.costs(policies)
         shares = [getattr(cost, name) / max(limit, 1) for name, limit in self.limits.items()]
         return np.max(np.asarray(shares, dtype=np.float64), axis=0)  # type: ignore[no-any-return]
 
 
-def _widths(mixer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def widths_of(mixer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (mixer.qk, mixer.v) if isinstance(mixer, Attention) else ((), ())
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.cut.observe import masked, stepping
+from vitrim.cut.spend import Policies
 from vitrim.methods.mdc.decode import Frame
-from vitrim.methods.mdc.policy import Array, sample
+from vitrim.methods.mdc.policy import sample
 from vitrim.nn.steps.top_k import Chosen
 from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.spec import Attention
@@ -36,7 +37,7 @@ class Chooser:
     def __init__(self, frame: Frame, fused: bool = True, places: Tensor | None = None) -> None:
         self.frame, self.fused, self.places = frame, fused, places
 
-    def kept(self, policy: Array) -> dict[str, list[int]]:
+    def kept(self, policy: Policies) -> dict[str, list[int]]:
         """Return, by path (``….heads``, ``….hidden``) of each cut, the kept indices in increasing order."""
         blocks, _ = self.frame.counts(policy[None])
         found = {}
@@ -47,7 +48,7 @@ class Chooser:
                     found[f"{place.path}.{name}"] = sorted(best[: int(count[0])].tolist())
         return found
 
-    def steps(self, policy: Array) -> dict[str, TopK]:
+    def steps(self, policy: Policies) -> dict[str, TopK]:
         """Return, by path of a block, the step that drops tokens there."""
         _, counts = self.frame.counts(policy[None])
         arriving, found = self.frame.spec.stages[0].tokens, {}
@@ -63,7 +64,7 @@ class Chooser:
             arriving = int(left[0])
         return found
 
-    def plan(self, policy: Array) -> Plan:
+    def plan(self, policy: Policies) -> Plan:
         """Return the plan of a policy."""
         kept, steps = self.kept(policy), self.steps(policy)
         blocks = []
@@ -76,7 +77,7 @@ class Chooser:
             blocks.append(BlockPlan(**fields))
         return Plan.of(self.frame.spec, blocks)
 
-    def masks(self, policy: Array, like: Tensor) -> dict[str, Tensor]:
+    def masks(self, policy: Policies, like: Tensor) -> dict[str, Tensor]:
         """Return the factors of the taps; the queries of a cut head are masked too, so it does not select tokens."""
         masks = {}
         for path, kept in self.kept(policy).items():
@@ -91,7 +92,7 @@ class Chooser:
         return masks
 
     @contextlib.contextmanager
-    def chosen(self, model: nn.Module, policy: Array) -> Iterator[None]:
+    def chosen(self, model: nn.Module, policy: Policies) -> Iterator[None]:
         """Make `model` compute the outputs of the cut model, with its own weights; only token steps are built."""
         like = next(model.parameters())
         prefix = self.frame.spec.stages[0].prefix
@@ -99,13 +100,14 @@ class Chooser:
         with masked(model, self.masks(policy, like)), stepping(model, steps):
             yield
 
-    def told(self, policy: Array) -> Mapping[str, Any]:
+    def told(self, policy: Policies) -> Mapping[str, Any]:
         """Return what a policy keeps and costs, as a flat record."""
         blocks, counts = self.frame.counts(policy[None])
         cost = self.frame.costs(policy[None])
         return {
             "macs": int(cost.macs[0]),
             "params": int(cost.params[0]),
+            **({} if self.frame.times is None else {"latency": int(cost.latency[0])}),
             "heads": [int(heads[0]) for heads, _ in blocks],
             "neurons": [int(hidden[0]) for _, hidden in blocks],
             "tokens": [int(left[0]) for _, left in counts],

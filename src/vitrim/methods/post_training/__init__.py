@@ -19,28 +19,41 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from vitrim.cut.compensate import compensated, importances
-from vitrim.cut.surgery import apply
 from vitrim.data import eval_loader
 from vitrim.families import describe
+from vitrim.measure import latency
 from vitrim.methods import Data, Found
-from vitrim.methods.post_training.budgets import check_reach, read_off
+from vitrim.methods.post_training.budgets import Reading, Tabled, check_reach, plan_of
 from vitrim.methods.post_training.calibration import Calibration, read_calibration, write_calibration
+from vitrim.methods.post_training.look import Bench, Steps, Trial, look, won
+from vitrim.methods.post_training.notes import Notes
+from vitrim.methods.post_training.options import Kinds, ways
 from vitrim.methods.post_training.schedule import Kind, merging, schedules
-from vitrim.methods.post_training.sensitivity import calibrate
+from vitrim.methods.post_training.sensitivity import calibrate, needed
 from vitrim.words.budget import Budget
+from vitrim.words.costs import cost_of
 from vitrim.words.errors import MethodError
 from vitrim.words.plain import Node
 from vitrim.words.plan import Plan
 from vitrim.words.progress import progress
 from vitrim.words.spec import Spec
+from vitrim.words.table import Machine
 
 __all__ = ["Method"]
 
 FILE = "calibration.safetensors"
+CELLS = "cells.jsonl"
+"""File of the single losses of a calibration that is not finished."""
+
+LOOKED = "looked.jsonl"
+"""File of the trials that were measured, by which a search that was stopped goes on."""
+
+_SECONDS = 2.0
+"""Time for the timing of one candidate."""
 
 
 class Method(Node):
@@ -51,13 +64,22 @@ class Method(Node):
             averaged, the same in every image, and a grid stays a grid; ``none``: no patches are merged. The last two
             are for dense prediction and for static graphs. ``auto``: bipartite if the model supports it (not in
             windows).
-        widths: whether heads, their channels and neurons may be cut.
+        tokens: whether patches may be merged; False is the same as ``merge = "none"``.
+        heads: whether whole heads may be cut, as long as one of a block is left.
+        widths: whether channels of heads, and neurons, may be cut.
+        depth: whether attention or MLP of a block, or both, may become a constant.
         only_prefix: whether the last block computes only the prefix tokens if the head reads nothing else, which
             changes no logit. None means yes only with bipartite merging, because patches may be needed otherwise.
         strength: strength of the ridge, as a share of the mean diagonal of a layer's Gram matrix.
         alpha: share of a refit's target that corrects the residual stream toward the dense one, in [0, 1]; used only
             without merging.
-        probe: number of validation images on which single cuts are measured.
+        probe: number of validation images on which single cuts and candidates are measured.
+        candidates: number of best choices, at most one for each schedule of merging, that are cut, compensated and
+            measured, in time too if the budget bounds time; 0 takes the choice with the least predicted loss unseen.
+        swaps: largest number of changes of the best candidate that are measured after that: one part of one block is
+            cut in another way, and the rest of the budget is allocated again.
+        look: number of calibration images with which candidates are compensated; the choice that wins is compensated
+            with all of them.
         batch: images per batch.
         calibration: a file that ``vitrim pareto`` wrote, to use instead of a new calibration.
     """
@@ -67,11 +89,17 @@ class Method(Node):
     sentence: ClassVar[str] = "merges patches and narrows layers, compensated in closed form; no labels, no training"
 
     merge: Literal["auto", "bipartite", "grid", "none"] = "auto"
+    tokens: bool = True
+    heads: bool = True
     widths: bool = True
+    depth: bool = True
     only_prefix: bool | None = None
     strength: NonNegativeFloat = 1e-2
     alpha: float = Field(default=0.3, ge=0, le=1)
     probe: PositiveInt = 80
+    candidates: NonNegativeInt = 8
+    swaps: NonNegativeInt = 8
+    look: PositiveInt = 64
     batch: PositiveInt = 32
     calibration: str | None = None
 
@@ -92,22 +120,34 @@ class Method(Node):
         log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Found:
         """See `vitrim.methods.Method.search`."""
-        if data is None or data.calibration is None:
-            raise MethodError("post_training must see images, but no data was given; give data or use magnitude")
-        spec = describe(model)
+        data, spec = _given(data), describe(model)
         merge = self._merges(spec)
         exact = self._exact(merge)
-        check_reach(spec, schedules(spec, merge, exact), exact, budget, self.widths)
+        check_reach(spec, schedules(spec, merge, exact), exact, budget, self.kinds)
         images, probe = self.images(data)
-        calibration = self._calibration(model, data, images, probe, seed, folder)
+        calibration = self._calibration(model, data, images, probe, seed, folder, log)
 
         def read(budget: Budget) -> Found:
-            found = self._read(model, calibration, budget, images, merge, seed)
+            found = self._read(model, calibration, budget, images, probe, seed, folder, log)
             if log is not None:
                 log(found.trials[0])
             return replace(found, again=read)
 
         return read(budget)
+
+    def options(self, model: nn.Module, data: Data | None, *, seed: int) -> Tabled:
+        """See `vitrim.methods.Method.options`."""
+        images, probe = self.images(_given(data))
+        return self._tabled(self._calibration(model, _given(data), images, probe, seed, None))
+
+    @property
+    def kinds(self) -> Kinds:
+        """Return the kinds of cuts that may be chosen besides tokens."""
+        return Kinds(heads=self.heads, widths=self.widths, depth=self.depth)
+
+    def _tabled(self, calibration: Calibration) -> Tabled:
+        merge = self._merges(calibration.spec)
+        return Tabled(calibration, merge=merge != "none", exact=self._exact(merge), kinds=self.kinds)
 
     def _read(
         self,
@@ -115,42 +155,70 @@ class Method(Node):
         calibration: Calibration,
         budget: Budget,
         images: Sequence[Tensor],
-        merge: Kind,
+        probe: Sequence[Tensor],
         seed: int,
+        folder: Path | None,
+        log: Callable[[Mapping[str, Any]], None] | None,
     ) -> Found:
         """Return the plan that a calibration gives for `budget`, with the weights that compensate for it."""
-        spec, exact = describe(model), self._exact(merge)
-        start = time.perf_counter()
-        chosen = read_off(calibration, budget, merge=merge != "none", widths=self.widths, exact=exact)
-        steps = merging(spec, chosen.merges, chosen.exact)
-        base = apply(model, steps) if steps != Plan.keep(spec) else model
-        merged = any(chosen.merges)
-        worth = importances(base, images, seed=seed)
-        with progress("compensation", len(chosen.choices)) as advance:
-            widths, grafts = compensated(
-                base,
-                chosen.choices,
-                images,
-                worth,
-                strength=self.strength,
-                alpha=0.0 if merged else self.alpha,
-                advance=advance,
-            )
+        spec, start = describe(model), time.perf_counter()
+        tabled = self._tabled(calibration)
+        trials, best = self._looked(model, tabled, budget, images, probe, seed, folder, log)
+        bench = Bench(model, images, probe, seed=seed, strength=self.strength, alpha=self.alpha)
+        with progress("compensation", len(best.choices)) as advance:
+            cut = bench.cut(best, advance)
+        steps = merging(spec, best.merges, best.exact)
         plan = Plan.of(
             spec,
             [
                 width.model_copy(update={"tokens": step.tokens, "only_prefix": step.only_prefix})
-                for width, step in zip(widths.blocks(), steps.blocks(), strict=True)
+                for width, step in zip(cut.plan.blocks(), steps.blocks(), strict=True)
             ],
         )
         record = {
             "stage": "post_training",
-            "merges": list(chosen.merges),
-            "predicted": chosen.loss,
+            "merges": list(best.merges),
+            "predicted": best.loss,
             "calibration_seconds": calibration.seconds,
             "seconds": time.perf_counter() - start,
         }
-        return Found(plan=plan, parent=model, grafts=grafts, trials=(record,))
+        return Found(plan=plan, parent=model, grafts=cut.grafts, trials=(record, *trials))
+
+    def _looked(
+        self,
+        model: nn.Module,
+        tabled: Tabled,
+        budget: Budget,
+        images: Sequence[Tensor],
+        probe: Sequence[Tensor],
+        seed: int,
+        folder: Path | None,
+        log: Callable[[Mapping[str, Any]], None] | None,
+    ) -> tuple[list[dict[str, Any]], Reading]:
+        """Return a record of each trial, and the choice that won."""
+        if not self.candidates:
+            return [], tabled.best(budget, 1)[0]
+        few, _ = _divided(images, max(self.look, needed(tabled.calibration.spec)))
+        clock = None if budget.table is None else _clock(model, budget.table.machine)
+        bench = Bench(model, few, probe, seed=seed, strength=self.strength, alpha=self.alpha, clock=clock)
+        steps = Steps("candidates", log)
+        with progress("candidates", self.candidates + self.swaps) as advance:
+
+            def told(done: int, of: int) -> None:
+                advance(float(done > 0))
+                steps(done, of)
+
+            trials = look(
+                tabled,
+                budget,
+                bench,
+                count=self.candidates,
+                swaps=self.swaps,
+                notes=Notes(None if folder is None else folder / LOOKED),
+                told=told,
+            )
+        best = won(trials, budget)
+        return [_told(number, trial, trial is best, tabled) for number, trial in enumerate(trials)], best.reading
 
     def _exact(self, merge: Kind) -> bool:
         return merge == "bipartite" if self.only_prefix is None else self.only_prefix
@@ -162,6 +230,8 @@ class Method(Node):
                 f"merge={self.merge} must have one stage without windows, but this model has windows or several "
                 "stages; use merge=none"
             )
+        if not self.tokens:
+            return "none"
         if self.merge == "auto":
             return "bipartite" if able else "none"
         return self.merge
@@ -189,6 +259,7 @@ class Method(Node):
         probe: Sequence[Tensor],
         seed: int,
         folder: Path | None,
+        log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Calibration:
         """Return the calibration that is named, the one that a stopped run wrote, or a new one."""
         if self.calibration is not None:
@@ -204,17 +275,44 @@ class Method(Node):
         path = folder / FILE if folder is not None else None
         if path is not None and path.is_file():
             return read_calibration(path)
-        made = self.calibrated(model, data, images, probe, seed)
+        notes = Notes(None if folder is None else folder / CELLS)
+        made = self.calibrated(model, data, images, probe, seed, notes=notes, log=log)
         if path is not None:
             write_calibration(path, made)
+            notes.forget()
         return made
 
     def calibrated(
-        self, model: nn.Module, data: Data, images: Sequence[Tensor], probe: Sequence[Tensor], seed: int
+        self,
+        model: nn.Module,
+        data: Data,
+        images: Sequence[Tensor],
+        probe: Sequence[Tensor],
+        seed: int,
+        *,
+        notes: Notes | None = None,
+        log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Calibration:
-        """Return a new calibration of `model`."""
-        spec = describe(model)
+        """Return a new calibration of `model`.
+
+        Args:
+            model: an adopted model.
+            data: the images' size and normalization.
+            images: batches for statistics.
+            probe: batches of other images, on which losses are measured.
+            seed: seed of drawn labels.
+            notes: losses that a stopped calibration has measured.
+            log: receives flat records of progress.
+        """
+        spec, steps, done = describe(model), Steps("calibration", log), 0.0
         with progress("calibration", len(spec.blocks()) + 1) as advance:
+
+            def told(more: float) -> None:
+                nonlocal done
+                done += more
+                advance(more)
+                steps(done, len(spec.blocks()) + 1)
+
             return calibrate(
                 model,
                 images,
@@ -224,8 +322,53 @@ class Method(Node):
                 strength=self.strength,
                 merge=self._merges(spec),
                 exact=self._exact(self._merges(spec)),
-                advance=advance,
+                advance=told,
+                notes=notes or Notes(None),
             )
+
+
+def _clock(model: nn.Module, machine: Machine) -> Callable[[nn.Module], float]:
+    """Return a function that measures the time of a child over that of the model, as the table was measured."""
+
+    def ratio(child: nn.Module) -> float:
+        found = latency(
+            child,
+            model,
+            batch=machine.batch,
+            threads=machine.threads,
+            dtype=getattr(torch, machine.dtype),
+            seconds=_SECONDS,
+            compiled=machine.runtime == "compile",
+            as_stored=machine.as_stored,
+        ).ratio
+        assert found is not None
+        return found
+
+    return ratio
+
+
+def _told(number: int, trial: Trial, best: bool, tabled: Tabled) -> dict[str, Any]:
+    """Return a flat record of a trial."""
+    reading = trial.reading
+    spec = plan_of(tabled.calibration.spec, reading).child(tabled.calibration.spec)
+    return {
+        "stage": "post_training",
+        "trial": number,
+        "what": trial.what,
+        "merges": list(reading.merges),
+        "ways": [" / ".join(ways(choice)) for choice in reading.choices],
+        "predicted": reading.loss,
+        "loss": trial.loss,
+        "ratio": trial.ratio,
+        "macs": cost_of(spec).macs,
+        "best": best,
+    }
+
+
+def _given(data: Data | None) -> Data:
+    if data is None or data.calibration is None:
+        raise MethodError("post_training must see images, but no data was given; give data or use magnitude")
+    return data
 
 
 def _few(dataset: Any, data: Data, batch: int, most: int | None) -> Iterator[Tensor]:

@@ -3,27 +3,23 @@
 H heads, K channels of a head, M hidden neurons.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vitrim.cut.compensate import BlockChoice
+from vitrim.cut.spend import Options, choose_options
 from vitrim.methods.post_training.calibration import Calibration
-from vitrim.methods.post_training.knapsack import choose_options, power_law
+from vitrim.methods.post_training.options import ALL, Group, Kinds, block_options, chosen, ways
 from vitrim.methods.post_training.schedule import merging
 from vitrim.words.budget import SLACK, Budget, Price
-from vitrim.words.costs import block_cost
 from vitrim.words.errors import BudgetError
-from vitrim.words.spec import Attention, Block, Spec, Stage
-from vitrim.words.steps import Tokens
+from vitrim.words.plan import Plan
+from vitrim.words.spec import Attention, Block, Spec
 
-__all__ = ["Reading", "least", "read_off"]
+__all__ = ["Reading", "Tabled", "check_reach", "least", "plan_of", "priced", "read_off", "spent_up"]
 
 _TRIES = 8
 """Largest number of schedules tried, the best first, until one uses up the budget."""
-
-_STEP, _STEP_HIDDEN, _WIDE = 8, 32, 512
-"""Channels of a head are cut in steps of 8, neurons in steps of 32 if there are 512 or more, else of 8."""
 
 
 @dataclass(frozen=True)
@@ -35,47 +31,37 @@ class Reading:
         choices: widths of each block.
         loss: the sum of the table's losses, nats.
         exact: whether the last block computes only prefix tokens if it can.
+        schedule: the measured schedule that `merges` was made from.
     """
 
     merges: tuple[int, ...]
     choices: tuple[BlockChoice, ...]
     loss: float
     exact: bool
+    schedule: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Group:
-    """The options for one part of a block.
-
-    Attributes:
-        choices: choices of widths of this part.
-        losses: their losses from the table.
-        counts: for each choice, the number of heads, of channels of queries and values together, or of neurons.
-    """
-
-    choices: list[BlockChoice]
-    losses: list[float]
-    counts: list[tuple[int, ...]]
-
-
-def least(spec: Spec, merges: Sequence[Sequence[int]], exact: bool, budget: Budget) -> Price:
+def least(spec: Spec, merges: Sequence[Sequence[int]], exact: bool, budget: Budget, kinds: Kinds = ALL) -> Price:
     """Return the cost of the smallest model that can be chosen."""
     found = []
     for counts in merges:
         small = merging(spec, counts, exact).child(spec)
-        bare = [
-            (block.model_copy(update={"mixer": _without(block.mixer), "hidden": 0 if block.hidden else block.hidden}))
-            for _, _, block in small.blocks()
-        ]
-        found.append(budget.cost(_with(small, bare)))
+        found.append(budget.cost(_with(small, [_least(block, kinds) for _, _, block in small.blocks()])))
     return Price(*map(min, zip(*found, strict=True)))
 
 
-_NO_HEADS: dict[str, tuple[int, ...]] = {"qk": (), "v": ()}
-
-
-def _without(mixer: object) -> object:
-    return mixer.model_copy(update=_NO_HEADS) if isinstance(mixer, Attention) else mixer
+def _least(block: Block, kinds: Kinds) -> Block:
+    mixer = block.mixer
+    heads = len(mixer.v) if isinstance(mixer, Attention) else 0
+    if kinds.depth:
+        return chosen(block, BlockChoice(heads=(), hidden=0 if block.hidden else None))
+    choice = BlockChoice(
+        heads=(0,) if kinds.heads and heads else None,
+        qk=1 if kinds.widths and heads else None,
+        v=1 if kinds.widths and heads else None,
+        hidden=1 if kinds.widths and block.hidden else None,
+    )
+    return chosen(block, choice)
 
 
 def _with(spec: Spec, blocks: Sequence[Block]) -> Spec:
@@ -84,61 +70,150 @@ def _with(spec: Spec, blocks: Sequence[Block]) -> Spec:
     return spec.model_copy(update={"stages": tuple(stages)})
 
 
-def read_off(calibration: Calibration, budget: Budget, *, merge: bool, widths: bool, exact: bool) -> Reading:
-    """Return the schedule and widths with the least sum of losses within `budget`.
-
-    For each measured schedule of merging, widths are allocated to the rest of the budget, at the costs that blocks have
-    with that number of tokens. The choice with the least sum of both losses is returned.
+class Tabled(Options):
+    """Cuts with losses from a calibration: one choice for each block, and one schedule of merging for all.
 
     Args:
         calibration: calibration of the model.
-        budget: limit on the child's cost.
         merge: whether patches may be merged.
-        widths: whether widths may be cut.
         exact: whether the last block computes only prefix tokens if it can.
+        kinds: which other cuts may be chosen.
+    """
+
+    def __init__(self, calibration: Calibration, *, merge: bool, exact: bool, kinds: Kinds = ALL) -> None:
+        self.calibration, self.kinds = calibration, kinds
+        rows = list(zip(calibration.merges, calibration.merged, strict=True))
+        self.rows, self.exact = rows if merge else rows[:1], exact
+        self._known: dict[object, tuple[Spec, list[Group], list[int]]] = {}
+
+    def spent(self, spec: Spec, budget: Budget) -> Plan:
+        """Return the plan of the best choice. New bases of channels and neurons are given as the first ones."""
+        return plan_of(spec, self.best(budget, 1)[0])
+
+    def best(self, budget: Budget, count: int) -> list[Reading]:
+        """Return the best choices, at most one for each schedule, the least sum of losses first.
+
+        For each measured schedule of merging, choices of the blocks are allocated to the rest of the budget, at the
+        costs that blocks have with that number of tokens.
+
+        Raises:
+            BudgetError: naming the least possible cost, if nothing fits.
+        """
+        spec = self.calibration.spec
+        parent = budget.cost(spec)
+        check_reach(spec, [counts for counts, _ in self.rows], self.exact, budget, self.kinds)
+        rest: list[Reading] = []
+        # If the exact last block alone saves more than is needed, it is left out so that the budget is used up.
+        for exact in (True, False) if self.exact else (False,):
+            found = [self._allocated(counts, loss, exact, budget) for counts, loss in self.rows]
+            ranked = sorted((one for one in found if one is not None), key=lambda one: one.loss)
+            close: list[Reading] = []
+            for one in ranked[: max(count, _TRIES)]:
+                full = spent_up(spec, one, budget)
+                used = budget.spent(priced(spec, full, budget), parent) >= 1 - SLACK
+                (close if used else rest).append(full)
+                if len(close) == count:
+                    break
+            if close:
+                return close
+        if not rest:
+            raise BudgetError(f"a budget must be one that these options meet, but none meets {budget}; allow more")
+        return rest[:1]
+
+    def swaps(self, reading: Reading, budget: Budget) -> list[tuple[Reading, str]]:
+        """Return choices in which one part of one block is cut in another way, the least predicted loss first.
+
+        The rest of the budget is allocated again over all blocks, with the same schedule of merging.
+
+        Returns:
+            Each choice, and the block and the way of its cut in words.
+        """
+        spec = self.calibration.spec
+        loss = dict(self.rows)[reading.schedule]
+        small, groups, room = self._priced(reading.schedule, reading.exact, budget)
+        found: dict[Reading, str] = {}
+        for index, ((path, _, _), group) in enumerate(zip(small.blocks(), groups, strict=True)):
+            for part, now in enumerate(ways(reading.choices[index])):
+                for way in sorted({ways(choice)[part] for choice in group.choices} - {now}):
+                    own = [number for number, choice in enumerate(group.choices) if ways(choice)[part] == way]
+                    parts = [*groups[:index], group.of(own), *groups[index + 1 :]]
+                    one = self._chosen(reading.schedule, loss, reading.exact, parts, room)
+                    if one is None:
+                        continue
+                    full = spent_up(spec, one, budget)
+                    if budget.spent(priced(spec, full, budget), budget.cost(spec)) >= 1 - SLACK:
+                        found.setdefault(full, f"{path}: {('attention', 'MLP')[part]} {way}")
+        return sorted(found.items(), key=lambda pair: pair[0].loss)
+
+    def _priced(self, counts: tuple[int, ...], exact: bool, budget: Budget) -> tuple[Spec, list[Group], list[int]]:
+        """Return the model with its tokens merged, the options of its blocks, and what may be added to its costs."""
+        key = (counts, exact, tuple(budget.bounds().items()))
+        if key not in self._known:
+            spec = self.calibration.spec
+            small = merging(spec, counts, exact).child(spec)
+            whole, limits = budget.cost(small), budget.limits(budget.cost(spec))
+            groups = [
+                block_options(self.calibration, path, block, stage, arriving, budget, self.kinds)
+                for (path, stage, block), arriving in zip(small.blocks(), small.arrivals(), strict=True)
+            ]
+            self._known[key] = small, groups, [limit - getattr(whole, name) for name, limit in limits.items()]
+        return self._known[key]
+
+    def _allocated(self, counts: tuple[int, ...], loss: float, exact: bool, budget: Budget) -> Reading | None:
+        """Return choices for the budget that one schedule leaves; None if they cannot meet it."""
+        _, groups, room = self._priced(counts, exact, budget)
+        return self._chosen(counts, loss, exact, groups, room)
+
+    def _chosen(
+        self, counts: tuple[int, ...], loss: float, exact: bool, groups: Sequence[Group], room: Sequence[int]
+    ) -> Reading | None:
+        try:
+            picked = choose_options([group.losses for group in groups], [group.costs for group in groups], room)
+        except BudgetError:
+            return None
+        loss += sum(group.losses[number] for group, number in zip(groups, picked, strict=True))
+        choices = tuple(group.choices[number] for group, number in zip(groups, picked, strict=True))
+        return Reading(counts, choices, loss, exact, counts)
+
+
+def read_off(calibration: Calibration, budget: Budget, *, merge: bool, exact: bool, kinds: Kinds = ALL) -> Reading:
+    """Return the schedule and choices with the least sum of losses within `budget`; see `Tabled`.
 
     Raises:
         BudgetError: naming the least possible cost, if nothing fits.
     """
-    spec = calibration.spec
-    parent = budget.cost(spec)
-    rows = list(zip(calibration.merges, calibration.merged, strict=True))
-    rows = rows if merge else rows[:1]
-    check_reach(spec, [counts for counts, _ in rows], exact, budget, widths)
-    # If the exact last block alone saves more than is needed, it is left out so that the budget is used up.
-    ways = (True, False) if exact else (False,)
-    found: list[Reading] = []
-    for way in ways:
-        found += [_spent(spec, one, budget) for one in _all(calibration, rows, way, budget, widths)[:_TRIES]]
-        for one in found:
-            if budget.spent(_priced(spec, one, budget), parent) >= 1 - SLACK:
-                return one
-    return found[0]
+    return Tabled(calibration, merge=merge, exact=exact, kinds=kinds).best(budget, 1)[0]
 
 
-def _all(
-    calibration: Calibration,
-    rows: Sequence[tuple[tuple[int, ...], float]],
-    exact: bool,
-    budget: Budget,
-    widths: bool,
-) -> list[Reading]:
-    """Return the best choice for each schedule, sorted by loss."""
-    found = [_allocated(calibration, counts, loss, exact, budget, widths) for counts, loss in rows]
-    return sorted((one for one in found if one is not None), key=lambda one: one.loss)
+def plan_of(spec: Spec, reading: Reading) -> Plan:
+    """Return the plan of a choice. New bases of channels, and neurons, are given as the first ones."""
+    blocks = []
+    for step, choice, (_, _, block) in zip(
+        merging(spec, reading.merges, reading.exact).blocks(), reading.choices, spec.blocks(), strict=True
+    ):
+        update: dict[str, object] = {}
+        mixer = block.mixer
+        if isinstance(mixer, Attention) and (choice.heads, choice.qk, choice.v) != (None, None, None):
+            alive = range(len(mixer.v)) if choice.heads is None else choice.heads
+            for name, width in (("qk", choice.qk), ("v", choice.v)):
+                sizes = getattr(mixer, name)
+                update[name] = tuple(
+                    tuple(range(width if isinstance(width, int) else size)) if head in alive else ()
+                    for head, size in enumerate(sizes)
+                )
+        if isinstance(choice.hidden, int) and block.hidden:
+            update["hidden"] = tuple(range(choice.hidden))
+        blocks.append(step.model_copy(update=update))
+    return Plan.of(spec, blocks)
 
 
-def check_reach(spec: Spec, merges: Sequence[Sequence[int]], exact: bool, budget: Budget, widths: bool) -> None:
+def check_reach(spec: Spec, merges: Sequence[Sequence[int]], exact: bool, budget: Budget, kinds: Kinds = ALL) -> None:
     """Raise an error, before anything is measured, if no choice meets the budget.
 
     Raises:
         BudgetError: naming the least possible cost.
     """
-    if widths:
-        floor = least(spec, merges, exact, budget)
-    else:
-        costs = [budget.cost(merging(spec, counts, exact).child(spec)) for counts in merges]
-        floor = Price(*map(min, zip(*costs, strict=True)))
+    floor = least(spec, merges, exact, budget, kinds)
     for name, limit in budget.limits(budget.cost(spec)).items():
         if getattr(floor, name) > limit:
             raise BudgetError(
@@ -147,185 +222,23 @@ def check_reach(spec: Spec, merges: Sequence[Sequence[int]], exact: bool, budget
             )
 
 
-def _allocated(
-    calibration: Calibration,
-    counts: tuple[int, ...],
-    loss: float,
-    exact: bool,
-    budget: Budget,
-    widths: bool,
-) -> Reading | None:
-    """Return widths for the budget that one schedule leaves; None if they cannot meet it."""
-    small = merging(calibration.spec, counts, exact).child(calibration.spec)
-    whole, limits = budget.cost(small), budget.limits(budget.cost(calibration.spec))
-    room = [limit - getattr(whole, name) for name, limit in limits.items()]
-    still = tuple(BlockChoice() for _ in counts)
-    if not widths:
-        return Reading(counts, still, loss, exact) if min(room) >= 0 else None
-    places, groups, costs = [], [], []
-    names = tuple(limits)
-    for index, ((path, stage, block), arriving) in enumerate(zip(small.blocks(), small.arrivals(), strict=True)):
-        for group, priced in ((_attention, _heads_priced), (_neurons, _neurons_priced)):
-            options = group(calibration, path, block)
-            if len(options.choices) > 1:
-                places.append(index)
-                groups.append(options)
-                costs.append(
-                    _costs(priced(options, block, stage, arriving, budget), block, stage, arriving, budget, names)
-                )
-    try:
-        chosen = choose_options([options.losses for options in groups], costs, room)
-    except BudgetError:
-        return None
-    choices = list(still)
-    for index, options, number in zip(places, groups, chosen, strict=True):
-        decided = {name: value for name, value in vars(options.choices[number]).items() if value is not None}
-        choices[index] = BlockChoice(**{**vars(choices[index]), **decided})
-        loss += options.losses[number]
-    return Reading(counts, tuple(choices), loss, exact)
-
-
-def _costs(
-    priced: Sequence[Price], block: Block, stage: Stage, arriving: Tokens, budget: Budget, names: Sequence[str]
-) -> list[list[int]]:
-    """Return the cost of each option relative to the uncut block."""
-    whole = budget.block(block, stage, arriving)
-    return [[getattr(cost, name) - getattr(whole, name) for name in names] for cost in priced]
-
-
-def _heads_priced(group: _Group, block: Block, stage: Stage, arriving: Tokens, budget: Budget) -> list[Price]:
-    """Return the price of each choice; costs are linear in heads and channels if there is a head, times are not."""
-    mixer = block.mixer
-    assert isinstance(mixer, Attention)
-
-    def cost(qk: tuple[int, ...], v: tuple[int, ...]) -> Price:
-        node = block.model_copy(update={"mixer": mixer.model_copy(update={"qk": qk, "v": v})})
-        return Price(*block_cost(node, stage, arriving))
-
-    none, one, more_qk, more_v = cost((), ()), cost((1,), (1,)), cost((2,), (1,)), cost((1,), (2,))
-    two = cost((1, 1), (1, 1))
-
-    def line(heads: int, qk: int, v: int) -> Price:
-        if not heads:
-            return none
-        numbers = []
-        for a, b, c, d in zip(one, more_qk, more_v, two, strict=True):
-            head = d - b - c + a
-            numbers.append(a + (qk - 1) * (b - a) + (v - 1) * (c - a) + (heads - 1) * head)
-        return Price(*numbers)
-
-    def nanoseconds_of(heads: int, qk: int, v: int) -> int:
-        even = mixer.model_copy(
-            update={"qk": (qk // heads,) * heads, "v": (v // heads,) * heads} if heads else _NO_HEADS
-        )
-        return budget.block(block.model_copy(update={"mixer": even}), stage, arriving).latency
-
-    if budget.table is None:
-        return [line(*counts) for counts in group.counts]
-    return [line(*counts)._replace(latency=nanoseconds_of(*counts)) for counts in group.counts]
-
-
-def _neurons_priced(group: _Group, block: Block, stage: Stage, arriving: Tokens, budget: Budget) -> list[Price]:
-    def cost(hidden: int) -> Price:
-        return Price(*block_cost(block.model_copy(update={"hidden": hidden}), stage, arriving))
-
-    none, one, two = cost(0), cost(1), cost(2)
-    lines = [(a, b - a) for a, b in zip(one, two, strict=True)]
-    found = [Price(*(a + (m - 1) * slope for a, slope in lines)) if m else none for (m,) in group.counts]
-    if budget.table is None:
-        return found
-    bare = [block.model_copy(update={"hidden": m}) for (m,) in group.counts]
-    times = [budget.block(node, stage, arriving).latency for node in bare]
-    return [price._replace(latency=time) for price, time in zip(found, times, strict=True)]
-
-
-def _attention(calibration: Calibration, path: str, block: Block) -> _Group:
-    """Return the options for attention: numbers of whole heads, and equal widths of the remaining heads."""
-    mixer, group = block.mixer, _Group([], [], [])
-    if not isinstance(mixer, Attention) or f"{path}.heads" not in calibration.losses:
-        return group
-    *alone, together = calibration.losses[f"{path}.heads"]
-    order = sorted(range(len(alone)), key=alone.__getitem__)
-    levels = {name: list(_levels(calibration, f"{path}.{name}", size[0])) for name, size in _sizes(mixer).items()}
-    for gone in range(len(alone)) if alone else [0]:
-        kept = tuple(sorted(set(range(len(mixer.v))) - set(order[:gone])))
-        lost, share = _heads_loss([alone[head] for head in order], together, gone), len(kept) / len(mixer.v)
-        for (qk, qk_loss), (v, v_loss) in itertools.product(levels["qk"], levels["v"]):
-            group.choices.append(BlockChoice(heads=kept if gone else None, qk=qk, v=v))
-            group.losses.append(lost + share * (qk_loss + v_loss))
-            channels = (
-                qk * len(kept) if qk else sum(mixer.qk[head] for head in kept),
-                v * len(kept) if v else sum(mixer.v[head] for head in kept),
-            )
-            group.counts.append((len(kept), *channels))
-    group.choices.append(BlockChoice(heads=()))
-    group.losses.append(together)
-    group.counts.append((0, 0, 0))
-    return group
-
-
-def _sizes(mixer: Attention) -> dict[str, tuple[int, ...]]:
-    return {"qk": mixer.qk, "v": mixer.v}
-
-
-def _heads_loss(alone: Sequence[float], together: float, gone: int) -> float:
-    """Return the loss by a power law between one head and all, at least the sum of the heads' own losses."""
-    if not gone:
-        return 0.0
-    shares = [1 / (len(alone) + (len(alone) == 1)), 1.0]
-    return max(power_law(shares, [alone[0], together], gone / len(alone)), sum(alone[:gone]))
-
-
-def _levels(calibration: Calibration, path: str, size: int) -> Iterator[tuple[int | None, float]]:
-    """Yield widths of a head and their losses; None leaves the width unchanged."""
-    yield None, 0.0
-    if path in calibration.losses:
-        for width in range((size - 1) // _STEP * _STEP, 0, -_STEP):
-            yield width, power_law(calibration.shares[path], calibration.losses[path], 1 - width / size)
-
-
-def _neurons(calibration: Calibration, path: str, block: Block) -> _Group:
-    name, size, group = f"{path}.hidden", block.hidden, _Group([], [], [])
-    if not size or name not in calibration.losses:
-        return group
-    shares, losses = calibration.shares[name], calibration.losses[name]
-    step = _STEP_HIDDEN if size >= _WIDE else _STEP
-    for width in (size, *(range((size - 1) // step * step, 0, -step) if len(shares) > 1 else ()), 0):
-        group.choices.append(BlockChoice(hidden=None if width == size else width))
-        group.losses.append(power_law(shares, losses, 1 - width / size))
-        group.counts.append((width,))
-    return group
-
-
 # -- using up the rest of the budget
 
 
-def _spent(spec: Spec, found: Reading, budget: Budget) -> Reading:
+def spent_up(spec: Spec, found: Reading, budget: Budget) -> Reading:
     """Add back single neurons, then single patches, as long as they fit; the budget is used up to `SLACK`."""
     parent = budget.cost(spec)
     for more in (_more_neurons, _fewer_merges):
-        if budget.spent(_priced(spec, found, budget), parent) < 1 - SLACK:
+        if budget.spent(priced(spec, found, budget), parent) < 1 - SLACK:
             found = more(spec, found, budget)
     return found
 
 
-def _priced(spec: Spec, found: Reading, budget: Budget) -> Price:
+def priced(spec: Spec, found: Reading, budget: Budget) -> Price:
+    """Return the cost of the child of a choice."""
     small = merging(spec, found.merges, found.exact).child(spec)
-    blocks = [_chosen(block, choice) for (_, _, block), choice in zip(small.blocks(), found.choices, strict=True)]
+    blocks = [chosen(block, choice) for (_, _, block), choice in zip(small.blocks(), found.choices, strict=True)]
     return budget.cost(_with(small, blocks))
-
-
-def _chosen(block: Block, choice: BlockChoice) -> Block:
-    """Return the block with the chosen widths."""
-    mixer, hidden = block.mixer, block.hidden
-    if isinstance(mixer, Attention):
-        kept = range(len(mixer.v)) if choice.heads is None else choice.heads
-        qk = tuple(choice.qk if isinstance(choice.qk, int) else mixer.qk[head] for head in kept)
-        v = tuple(choice.v if isinstance(choice.v, int) else mixer.v[head] for head in kept)
-        mixer = mixer.model_copy(update={"qk": qk, "v": v})
-    if isinstance(choice.hidden, int):
-        hidden = choice.hidden
-    return block.model_copy(update={"mixer": mixer, "hidden": hidden})
 
 
 def _more_neurons(spec: Spec, found: Reading, budget: Budget) -> Reading:
@@ -337,7 +250,7 @@ def _more_neurons(spec: Spec, found: Reading, budget: Budget) -> Reading:
         low, high = have, size
         while low < high:
             middle = (low + high + 1) // 2
-            if budget.admits(_priced(spec, _replaced(found, index, middle), budget), parent):
+            if budget.admits(priced(spec, _replaced(found, index, middle), budget), parent):
                 low = middle
             else:
                 high = middle - 1
@@ -359,6 +272,6 @@ def _fewer_merges(spec: Spec, found: Reading, budget: Budget) -> Reading:
         for index, count in enumerate(found.merges):
             counts = (*found.merges[:index], count - 1, *found.merges[index + 1 :])
             fewer = replace(found, merges=counts)
-            if count > 0 and budget.admits(_priced(spec, fewer, budget), parent):
+            if count > 0 and budget.admits(priced(spec, fewer, budget), parent):
                 found, moved = fewer, True
     return found

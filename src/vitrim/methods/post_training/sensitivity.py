@@ -25,6 +25,7 @@ from vitrim.cut.surgery import apply
 from vitrim.data import Input
 from vitrim.families import describe
 from vitrim.methods.post_training.calibration import Calibration
+from vitrim.methods.post_training.notes import Notes
 from vitrim.methods.post_training.schedule import Kind, last_exact, merging, schedules
 from vitrim.nn import Attention, Block
 from vitrim.nn.feed import fed
@@ -40,6 +41,8 @@ __all__ = ["calibrate", "divergence", "logits_of", "needed"]
 
 _CUTS = (0.25, 0.5, 0.75)
 """Removed shares that are measured; losses between them are interpolated by power laws."""
+
+Cell = tuple[str, tuple[float, ...], Callable[[], list[float]]]
 
 
 def needed(spec: Spec) -> int:
@@ -87,6 +90,7 @@ def calibrate(
     strength: float,
     merge: Kind,
     exact: bool,
+    notes: Notes | None = None,
     advance: Callable[[float], None] = lambda _: None,
 ) -> Calibration:
     """Measure a model.
@@ -100,9 +104,10 @@ def calibrate(
         strength: strength of the ridge.
         merge: kind of merging whose schedules are measured, see `schedules`.
         exact: whether the last block computes only prefix tokens if it can.
+        notes: losses that are known already; None if none are.
         advance: called with 1 after each block, and with 1 in all for the schedules.
     """
-    start, spec = time.perf_counter(), describe(model)
+    start, spec, notes = time.perf_counter(), describe(model), notes or Notes(None)
     few = sum(map(len, images))
     if few < needed(spec):
         raise MethodError(
@@ -121,8 +126,9 @@ def calibrate(
         place, entering = walk.first(), arriving(base, walk.blocks, 0, probe, None)
         for index in range(len(walk.rows)):
             table = _Row(base, walk.blocks, place, entering, probe, dense)
-            for name, removed, found in table.cells():
-                shares[f"{place.path}.{name}"], losses[f"{place.path}.{name}"] = removed, found
+            for cell, removed, measured in table.cells():
+                name = f"{place.path}.{cell}"
+                shares[name], losses[name] = removed, tuple(notes.of(name, measured))
             advance(1)
             if index + 1 < len(walk.rows):
                 left = passed(place.block, entering)
@@ -131,10 +137,14 @@ def calibrate(
                 if place.stage is not walk.rows[index][1][1]:
                     entering = arriving(base, walk.blocks, index + 1, probe, left)
     counts = schedules(spec, merge, exact)
-    merged = []
+    merged: list[float] = []
     for row in counts:
-        child = apply(model, merging(spec, row, exact)) if any(row) else base
-        merged.append(divergence(dense, logits_of(child.eval(), probe)) if any(row) else 0.0)
+
+        def measured(row: tuple[int, ...] = row) -> list[float]:
+            child = apply(model, merging(spec, row, exact)).eval()
+            return [divergence(dense, logits_of(child, probe))]
+
+        merged += notes.of(f"merging {row}", measured) if any(row) else [0.0]
         advance(1 / len(counts))
     return Calibration(
         spec=spec,
@@ -165,31 +175,30 @@ class _Row:
         self.after = [id(block) for block in blocks].index(id(place.block)) + 1
         self.entering, self.probe, self.dense = entering, probe, dense
 
-    def cells(self) -> Iterator[tuple[str, tuple[float, ...], tuple[float, ...]]]:
-        """Yield name, removed shares and losses of each kind of cut that the block allows."""
+    def cells(self) -> Iterator[Cell]:
+        """Yield name, removed shares, and a function that measures the losses, of each kind of cut."""
         block, form = self.place.block, self.place.block.form
         if isinstance(block.attn, Attention):
-            cut = AttentionCut(self.place)
-            widths = block.attn.qk
+            cut, widths = AttentionCut(self.place), block.attn.qk
             if not form.head_norm and len(set(widths)) == 1:
-                yield "qk", _CUTS, tuple(self._attention(cut, BlockChoice(qk=_left(widths[0], s))) for s in _CUTS)
+                yield self._cell("qk", _CUTS, cut, [BlockChoice(qk=_left(widths[0], s)) for s in _CUTS])
             if not form.mixed_norm and len(set(block.attn.v)) == 1:
                 size = block.attn.v[0]
-                yield "v", _CUTS, tuple(self._attention(cut, BlockChoice(v=_left(size, s))) for s in _CUTS)
+                yield self._cell("v", _CUTS, cut, [BlockChoice(v=_left(size, s)) for s in _CUTS])
             heads = range(len(widths))
             alone = [tuple(h for h in heads if h != gone) for gone in heads] if not form.mixed_norm else []
-            sets = [*(kept for kept in alone if kept), ()]
-            yield (
-                "heads",
-                tuple(1.0 for _ in sets),
-                tuple(self._attention(cut, BlockChoice(heads=kept)) for kept in sets),
-            )
+            sets = [BlockChoice(heads=kept) for kept in (*(kept for kept in alone if kept), ())]
+            yield self._cell("heads", (1.0,) * len(sets), cut, sets)
         hidden = block.spec.hidden
         if hidden:
             neurons = NeuronCut(self.place, block)
-            sizes = [_left(hidden, share) for share in _CUTS] if form.hidden_norm is None else []
-            found = tuple(self._neurons(neurons, width) for width in [*sizes, 0])
-            yield "hidden", (*_CUTS, 1.0)[-len(found) :], found
+            sizes = [*(_left(hidden, share) for share in _CUTS), 0] if form.hidden_norm is None else [0]
+            yield "hidden", (*_CUTS, 1.0)[-len(sizes) :], lambda: [self._neurons(neurons, width) for width in sizes]
+        if hidden and isinstance(block.attn, Attention):
+            yield "block", (1.0,), lambda: [self._gone()]
+
+    def _cell(self, name: str, shares: tuple[float, ...], cut: AttentionCut, choices: Sequence[BlockChoice]) -> Cell:
+        return name, shares, lambda: [self._attention(cut, choice) for choice in choices]
 
     def _attention(self, cut: AttentionCut, choice: BlockChoice) -> float:
         mixer, _, state = cut.cut(choice)
@@ -198,6 +207,14 @@ class _Row:
     def _neurons(self, cut: NeuronCut, width: int) -> float:
         kept, state = cut.cut(width)
         return self._loss(self.place.rebuilt(self.place.block.spec.mixer, len(kept), state))
+
+    def _gone(self) -> float:
+        """Return the loss if both branches are constants."""
+        block = self.place.block
+        mixer, _, state = AttentionCut(self.place).cut(BlockChoice(heads=()))
+        half = self.place.rebuilt(mixer, block.spec.hidden, state)
+        _, more = NeuronCut(self.place, half).cut(0)
+        return self._loss(self.place.rebuilt(mixer, 0, state | more))
 
     def _loss(self, block: Block) -> float:
         found = []

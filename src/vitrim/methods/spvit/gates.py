@@ -1,6 +1,4 @@
-"""Random gates for training, deterministic gates for costs, and the projection of gates onto a budget.
-
-n rungs; a rung is one gated unit that may be kept.
+"""Random gates for training, and deterministic gates for costs.
 
 Source: He et al., "Pruning Self-attentions into Convolutional Layers in Single Path", TPAMI 2024, arXiv 2111.11802, and
 the authors' code. Gates of one attention are ordered: one is open only if all before it are.
@@ -12,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["START", "budgeted", "hard", "noise", "opened", "project", "sampled", "weights"]
+__all__ = ["START", "budgeted", "hard", "noise", "opened", "sampled", "weights"]
 
 START = 1.5
 """Initial logit of every gate: open with probability 0.818 (the authors' code)."""
@@ -77,39 +75,3 @@ def weights(open_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     one, three, attention = open_.unbind(-1)
     rest = 1 - attention
     return rest * (1 - three) * one, rest * three, attention
-
-
-def project(logits: Tensor, saves: Tensor, need: Tensor, after: Tensor) -> Tensor:
-    """Return the rungs to keep: close gates below one threshold until the budget is met, then reopen those that fit.
-
-    Rungs are closed in order of increasing logit until `need` is saved. This gives the result of bisecting a threshold
-    on their sigmoid, without its problem with equal gates. Then closed rungs are opened in order of decreasing logit if
-    the excess saving allows it.
-
-    Args:
-        logits: ``(n,)``; of equal ones the first is closed first.
-        saves: saving of each of C costs by closing each rung, ``(n, C)``; may be negative.
-        need: amount to save of each cost, ``(C,)``; 0 or less if nothing must be saved.
-        after: for each rung, the rung that must be open for it to be open, ``(n,)``; -1 for none.
-
-    Returns:
-        Which rungs are open, bool ``(n,)``. If closing all of them is not enough, none is open.
-    """
-    order = torch.argsort(logits, stable=True)
-    saved = torch.cat([saves.new_zeros(1, saves.shape[1]), saves[order].cumsum(dim=0)])
-    met = (saved >= need).all(dim=1).nonzero().flatten()
-    count = int(met[0]) if len(met) else len(order)
-    keep = torch.ones(len(order), dtype=torch.bool)
-    keep[order[:count]] = False
-    if not len(met):
-        return keep
-    spare = [float(value) for value in saved[count] - need.clamp(min=-torch.inf)]
-    costs, before = saves.tolist(), after.tolist()
-    closed = order[:count].flip(0).tolist()
-    open_ = keep.tolist()
-    for rung in closed:
-        fits = all(cost <= room or cost <= 0 for cost, room in zip(costs[rung], spare, strict=True))
-        if fits and (before[rung] < 0 or open_[before[rung]]):
-            open_[rung] = True
-            spare = [room - cost for room, cost in zip(spare, costs[rung], strict=True)]
-    return torch.tensor(open_)

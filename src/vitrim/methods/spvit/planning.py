@@ -4,13 +4,15 @@ M hidden neurons.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vitrim.cut.spend import Array, Ladder, Ladders, settle
 from vitrim.methods.spvit import gates
 from vitrim.methods.spvit.paths import Paths
 from vitrim.methods.spvit.search import Layout, SinglePath
@@ -19,10 +21,10 @@ from vitrim.words.budget import Budget, Price
 from vitrim.words.costs import block_cost, cost_of
 from vitrim.words.errors import BudgetError, MethodError
 from vitrim.words.plan import BlockPlan, Plan
-from vitrim.words.spec import Attention, Spec, Stage, folded
+from vitrim.words.spec import Attention, Conv, Spec, Stage, folded
 from vitrim.words.spec import Block as BlockSpec
 
-__all__ = ["as_evaluated", "check_reach", "decide", "grafts", "planned", "told"]
+__all__ = ["Gates", "as_evaluated", "check_reach", "decide", "grafts", "planned", "told"]
 
 LEVELS = ("skip", "1x1", "3x3", "attention")
 
@@ -77,6 +79,76 @@ def as_evaluated(single: SinglePath) -> tuple[dict[str, int], dict[str, Tensor]]
     return levels, {path: gates.hard(single.gate(path)).bool().cpu() for path in hidden}
 
 
+@dataclass(slots=True, kw_only=True)
+class GateLadder(Ladder):
+    """The gates of one part, the first to close first: neurons of an MLP, or the ordered gates of an attention.
+
+    Attributes:
+        path: of the block or of its neurons.
+        keys: (logit, position) by which each gate is closed; logits of an attention fall with its level.
+        order: the gate that each rung closes.
+    """
+
+    path: str
+    keys: list[tuple[float, float]]
+    order: list[int]
+
+    def kept(self) -> Tensor:
+        """Return which gates are open, bool."""
+        keep = torch.ones(len(self.order), dtype=torch.bool)
+        keep[self.order[: self.level]] = False
+        return keep
+
+
+class Gates(Ladders[GateLadder]):
+    """The gates of a search: closed below one threshold until a budget is met, then reopened where they fit.
+
+    Gates with equal logits, of which a short search leaves many, are closed evenly over all blocks.
+    """
+
+    strict: ClassVar[bool] = False
+
+    def __init__(self, single: SinglePath, how: Layout) -> None:
+        self.single, self.how = single, how
+
+    def ladders(self, spec: Spec, budget: Budget) -> list[GateLadder]:
+        """See `Ladders.ladders`.
+
+        Raises:
+            MethodError: if a gate is not finite.
+        """
+        return [
+            ladder
+            for path, stage, block in spec.blocks()
+            for ladder in _ladders(self.single, self.how, path, stage, block, budget)
+        ]
+
+    def row(self, ladders: Sequence[GateLadder], need: Array) -> list[tuple[int, int]]:
+        """See `Ladders.row`."""
+        keys = [(*key, number, rung) for number, one in enumerate(ladders) for rung, key in enumerate(one.keys)]
+        return [(number, rung) for *_, number, rung in sorted(keys)]
+
+    def structure(self, ladders: Sequence[GateLadder]) -> tuple[dict[str, int], dict[str, Tensor]]:
+        """Return, by path, the number of open gates of each attention, and which neurons are kept."""
+        found = {ladder.path: ladder.kept() for ladder in ladders}
+        levels = {path: int(kept.sum()) for path, kept in found.items() if path in self.how.mixtures}
+        return levels, {path: kept for path, kept in found.items() if path not in self.how.mixtures}
+
+    def plan(self, spec: Spec, ladders: Sequence[GateLadder]) -> Plan:
+        """Return the plan, with convolutions folded, as budgets count them."""
+        return _folded(spec, planned(spec, self.how, *self.structure(ladders)))
+
+
+def _folded(spec: Spec, plan: Plan) -> Plan:
+    blocks = []
+    for block in plan.blocks():
+        mixer = block.mixer
+        if isinstance(mixer, Conv):
+            block = block.model_copy(update={"mixer": mixer.model_copy(update={"mixture": None, "norm": False})})
+        blocks.append(block)
+    return Plan.of(spec, blocks)
+
+
 @torch.no_grad()
 def decide(spec: Spec, single: SinglePath, how: Layout, budget: Budget) -> tuple[dict[str, int], dict[str, Tensor]]:
     """Return the structure that the gates prefer within `budget`, filled with the next best units that fit.
@@ -87,51 +159,43 @@ def decide(spec: Spec, single: SinglePath, how: Layout, budget: Budget) -> tuple
     Raises:
         MethodError: if a gate is not finite.
     """
-    rungs = [rung for path, stage, block in spec.blocks() for rung in _rungs(single, how, path, stage, block, budget)]
-    counts = [len(logits) for _, logits, *_ in rungs]
-    logits, saves, places = (torch.cat(list(column)) for column in list(zip(*rungs, strict=True))[1:])
-    if not bool(torch.isfinite(logits).all()):
-        raise MethodError("gates must be finite, but some are not; lower method.train.lr or gate_lr")
-    starts = np.cumsum([0, *counts[:-1]])
-    after = torch.cat(
-        [
-            torch.tensor([-1, start, start + 1]) if path in how.mixtures else torch.full((count,), -1)
-            for (path, *_), start, count in zip(rungs, starts, counts, strict=True)
-        ]
-    )
-    # Gates with equal logits, of which a short search leaves many, are closed evenly over all blocks.
-    ranks = torch.empty(len(logits), dtype=torch.long)
-    ranks[torch.from_numpy(np.lexsort((places.numpy(), logits.numpy())))] = torch.arange(len(logits))
-    parent = budget.cost(spec)
-    limits = budget.limits(parent)
-    need = [getattr(parent, name) - limits[name] if name in limits else -math.inf for name in Price._fields]
-    kept_all = gates.project(ranks, saves, torch.tensor(need, dtype=torch.float64), after)
-    keep = torch.split(kept_all, counts)
-    found = {path: kept for (path, *_), kept in zip(rungs, keep, strict=True)}
-    levels = {path: int(kept.sum()) for path, kept in found.items() if path in how.mixtures}
-    return levels, {path: kept for path, kept in found.items() if path not in how.mixtures}
+    options = Gates(single, how)
+    return options.structure(settle(spec, options, budget)[1])
 
 
-def _rungs(
+@torch.no_grad()
+def _ladders(
     single: SinglePath, how: Layout, path: str, stage: Stage, block: BlockSpec, budget: Budget
-) -> list[tuple[str, Tensor, Tensor, Tensor]]:
-    """Yield the rungs of a block: path, logits, savings by closing, and positions in [0, 1] that decide ties."""
-    found = []
+) -> Iterator[GateLadder]:
+    """Yield the ladders of a block; positions in [0, 1] decide ties."""
     if path in how.mixtures and isinstance(block.mixer, Attention):
-        choices = [_cost(block, stage, how, path, level, budget) for level in range(4)]
-        saves = torch.tensor(choices[1:]).double() - torch.tensor(choices[:-1]).double()
+        choices = np.array([_cost(block, stage, how, path, level, budget) for level in range(4)], dtype=np.float64)
         # Limit each logit to those of the gates before it.
-        logits = single.step(path).double().cpu().cummin(dim=0).values
-        found.append((path, logits, saves, torch.tensor([0.75, 0.5, 0.25], dtype=torch.float64)))
+        logits = single.step(path).double().cpu().cummin(dim=0).values.tolist()
+        yield GateLadder(
+            path=path,
+            keys=_checked([(logits[gate], place) for gate, place in ((2, 0.25), (1, 0.5), (0, 0.75))]),
+            order=[2, 1, 0],
+            saves=[choices[level] - choices[level - 1] for level in (3, 2, 1)],
+        )
     if single.has_gate(f"{path}.hidden"):
-        logits = single.gate(f"{path}.hidden").double().cpu()
+        logits = single.gate(f"{path}.hidden").double().cpu().tolist()
         one, two = (block_cost(block.model_copy(update={"hidden": n}), stage) for n in (1, 2))
         whole, bare = (budget.block(block.model_copy(update={"hidden": n}), stage).latency for n in (len(logits), None))
-        each = [two[0] - one[0], two[1] - one[1], (whole - bare) / len(logits)]
-        saves = torch.tensor([each]).double().expand(len(logits), len(each))
-        places = torch.arange(len(logits), dtype=torch.float64) / len(logits)
-        found.append((f"{path}.hidden", logits, saves, places))
-    return found
+        each = np.array([two[0] - one[0], two[1] - one[1], (whole - bare) / len(logits)])
+        order = sorted(range(len(logits)), key=logits.__getitem__)
+        yield GateLadder(
+            path=f"{path}.hidden",
+            keys=_checked([(logits[gate], gate / len(logits)) for gate in order]),
+            order=order,
+            saves=[each] * len(logits),
+        )
+
+
+def _checked(keys: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    if not all(math.isfinite(logit) for logit, _ in keys):
+        raise MethodError("gates must be finite, but some are not; lower method.train.lr or gate_lr")
+    return keys
 
 
 def _cost(block: BlockSpec, stage: Stage, how: Layout, path: str, level: int, budget: Budget) -> Price:

@@ -1,0 +1,124 @@
+"""The joint search of post_training: what is tried, what wins, what is switched off, what a stopped search keeps."""
+
+import functools
+import json
+
+import pytest
+import torch
+
+from tests.samples import timm_model
+from vitrim import methods
+from vitrim.cut.surgery import apply
+from vitrim.families import adopt, describe
+from vitrim.methods.post_training import CELLS, FILE, LOOKED
+from vitrim.methods.post_training.notes import Notes
+from vitrim.testing import digits
+from vitrim.words.budget import Budget
+from vitrim.words.costs import cost_of
+from vitrim.words.spec import Attention
+
+SETTINGS = {"candidates": 3, "swaps": 2, "look": 16}
+KINDS = ("heads", "widths", "tokens", "depth")
+
+
+@functools.cache
+def model():
+    torch.manual_seed(0)
+    return adopt(timm_model("vit", "plain", torch.float32))
+
+
+@functools.cache
+def calibration(folder):
+    """A calibration file, made once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    methods.get("post_training", {"candidates": 0}).search(
+        model(), digits(model()), Budget.parse("macs=0.7"), seed=0, folder=folder
+    )
+    return folder / FILE
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    return str(calibration(tmp_path_factory.mktemp("calibrated")))
+
+
+def found(known, budget="macs=0.6", folder=None, **settings):
+    method = methods.get("post_training", {**SETTINGS, "calibration": known, **settings})
+    return method.search(model(), digits(model()), Budget.parse(budget), seed=0, folder=folder)
+
+
+def test_measurements_choose(known):
+    summary, *trials = found(known).trials
+    assert 2 <= len(trials) <= 5
+    assert trials[0]["what"] == "candidate"
+    assert any(trial["what"] != "candidate" for trial in trials)
+    best = [trial for trial in trials if trial["best"]]
+    assert [trial["loss"] for trial in best] == [min(trial["loss"] for trial in trials)]
+    assert summary["merges"] == best[0]["merges"]
+    spec = describe(model())
+    assert all(0.98 * 0.6 <= trial["macs"] / cost_of(spec).macs <= 0.6 for trial in trials)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_switched_off_is_not_cut(known, kind):
+    only = found(known, "macs=0.7", **{kind: False})
+    whole = describe(model())
+    for before, decision in zip(whole.blocks(), only.plan.blocks(), strict=True):
+        block = before[2]
+        mixer = decision.child(block, before[1].form, before[0]).mixer
+        assert isinstance(mixer, Attention)
+        heads, hidden = len(mixer.v), len(block.mixer.v)
+        if kind == "tokens":
+            assert decision.tokens is None
+            assert not decision.only_prefix
+        if kind == "heads":
+            assert heads in (0, hidden)
+        if kind == "depth":
+            assert heads
+            assert decision.hidden != ()
+        if kind == "widths":
+            assert {*mixer.qk, *mixer.v} <= {*block.mixer.qk}
+            # Single neurons may come back to use up the budget only where some were cut.
+            assert decision.hidden in (None, ())
+
+
+def test_a_stopped_search_goes_on_with_the_same_bits(known, tmp_path, monkeypatch):
+    whole = found(known, folder=tmp_path / "whole")
+    lines = (tmp_path / "whole" / LOOKED).read_text().splitlines(keepends=True)
+    assert len(lines) == len(whole.trials) - 1
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / LOOKED).write_text("".join(lines[:2]) + lines[2][:9])  # killed in the middle of a line
+    again = found(known, folder=cut)
+    assert again.plan == whole.plan
+    assert [(trial["what"], trial["loss"]) for trial in again.trials[1:]] == [
+        (trial["what"], trial["loss"]) for trial in whole.trials[1:]
+    ]
+    assert all(torch.equal(again.grafts[name], value) for name, value in whole.grafts.items())
+
+
+def test_a_stopped_calibration_goes_on(tmp_path):
+    """Losses that were measured are not measured again."""
+    notes = Notes(tmp_path / CELLS)
+    method = methods.get("post_training", {"candidates": 0})
+    data = digits(model())
+    images, probe = method.images(data)
+    first = method.calibrated(model(), data, images, probe, 0, notes=notes)
+    lines = (tmp_path / CELLS).read_text().splitlines(keepends=True)
+    name = json.loads(lines[0])[0]
+    lines[0] = json.dumps([name, [0.125] * len(first.losses[name])]) + "\n"
+    (tmp_path / CELLS).write_text("".join(lines[:5]))
+    told = []
+    second = method.calibrated(model(), data, images, probe, 0, notes=Notes(tmp_path / CELLS), log=told.append)
+    assert second.losses[name] == (0.125,) * len(first.losses[name])
+    assert {k: v for k, v in second.losses.items() if k != name} == {k: v for k, v in first.losses.items() if k != name}
+    assert second.merged == first.merged
+    assert told[-1]["done"] == told[-1]["of"] == 4
+    assert told[-1]["seconds_left"] == 0
+
+
+def test_a_block_that_is_gone_is_two_constants(known):
+    """Its loss is measured with both branches gone at once, and the child keeps the constants."""
+    one = found(known, "macs=0.5", tokens=False, heads=False, widths=False, candidates=0)
+    child = apply(one.parent, one.plan, grafts=one.grafts)
+    assert any(not block.hidden and not block.mixer.v for _, _, block in describe(child).blocks())
