@@ -32,7 +32,11 @@ def nav(docs: Path) -> list[Any]:
     known = {page for group in GROUPS.values() for page in group} | set(methods)
     found = {group: [page for page in listed if page in pages] for group, listed in GROUPS.items()}
     found |= {"Methods": methods, "More": [page for page in pages if page not in known]}
-    return [{group: listed} for group, listed in found.items() if listed]
+    named = {
+        group: [{"Overview": page} if page == "index.md" else page for page in listed]
+        for group, listed in found.items()
+    }
+    return [{group: listed} for group, listed in named.items() if listed]
 
 
 def inside(markdown: str, page: Path, docs: Path) -> str:

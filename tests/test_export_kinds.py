@@ -51,9 +51,7 @@ def test_a_fixed_batch(suffix, tmp_path):
         run(x)
 
 
-@pytest.mark.parametrize(
-    "kind", "dead conv3-normed-norm grid-linear-sized merged top_k".split()
-)
+@pytest.mark.parametrize("kind", "dead conv3-normed-norm grid-linear-sized merged top_k".split())
 def test_tensorrt_has_a_form_of_every_operator(kind, tmp_path):
     model = child("vit", "plain", kind)
     assert model is not None

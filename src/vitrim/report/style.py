@@ -71,5 +71,11 @@ details[open] { padding-bottom: 14px; }
 pre { margin: 0; padding: 14px; background: var(--wash); border-radius: 6px; overflow-x: auto; tab-size: 4;
   font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; }
 nav a, a { color: var(--qk); }
+@media (max-width: 640px) {
+  main { padding: 28px 16px 60px; } h1 { font-size: 25px; } .outcome { font-size: 16px; }
+  table.result { font-size: 14px; } table.result th, table.result td { white-space: normal; padding-right: 8px; }
+  table.result td { min-width: 4.6em; } table.result th:first-child { overflow-wrap: anywhere; }
+  table.facts th { width: 9em; }
+  svg.plot { min-width: 0; overflow: visible; } svg.plot text { font-size: 14px !important; } }
 @media print { main { max-width: none; padding: 0; } h2 { break-before: page; } figure, table { break-inside: avoid; } }
 """
