@@ -14,11 +14,13 @@ from vitrim.report import csv, html, markdown, sheet, total
 from vitrim.report.blocks import HOST, fates, widths
 from vitrim.report.curves import curves, trials
 from vitrim.report.fronts import courses, front, fronts
+from vitrim.report.picture import picture
 from vitrim.report.tables import outcome, short
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import PlanError, RunError
 from vitrim.words.plan import BlockPlan, Plan, write_plan
 from vitrim.words.spec import Attention, Block, Form, Host, Norm, Skip, Spec, Stage
+from vitrim.words.steps.merge import Merge
 
 HOSTILE = '<script>alert("1")</script>|$\\frac{_a*`'
 
@@ -452,3 +454,21 @@ def test_csv_from_the_command_line(three, tmp_path, monkeypatch, capsys):
     code, told = run(*three, "--out", tmp_path / "new" / "runs.csv" / "page.html")
     assert code == 2
     assert "the place must be writable, but is not" in told
+
+
+def test_the_picture_of_blocks_shows_tokens_where_some_are_lost():
+    spec = deit_small()
+    merging = Plan.of(
+        spec, [BlockPlan(tokens=Merge(count=12)) if index in (3, 6) else BlockPlan() for index in range(12)]
+    )
+    drawn, whole = picture(fates(spec, merging)), picture(fates(spec, uneven(spec)))
+    assert "tokens after" not in whole
+    assert 'class="tokens"' not in whole
+    widths = [float(width) for width in re.findall(r'<rect class="tokens"[^>]*width="([\d.]+)"', drawn)]
+    left = [fate.tokens / fate.tokens_before for fate in fates(spec, merging)]
+    assert left[0] == 1
+    assert left[3] == 185 / 197
+    assert left[-1] == 173 / 197
+    assert widths == pytest.approx([84 * share for share in left], abs=0.01)
+    assert "stages.0.blocks.3: heads" in drawn
+    assert "; 185 of 197 tokens; " in drawn

@@ -22,6 +22,7 @@ LEGEND = (
     ("qk", "queries and keys kept"),
     ("v", "values kept"),
     ("conv", "convolution in place of attention"),
+    ("tokens", "tokens that leave the block"),
     ("mlp", "neurons kept"),
     ("cost", "MACs after"),
     ("whole", "the parent's"),
@@ -190,7 +191,9 @@ def _kept(run: Run) -> list[str]:
     if table is None or run.parent is None or run.plan is None:
         return []
     blocks = fates(run.parent, run.plan)
-    shown = [(kind, words) for kind, words in LEGEND if kind != "conv" or any(fate.conv for fate in blocks)]
+    absent = {"conv"} if not any(fate.conv for fate in blocks) else set()
+    absent |= {"tokens"} if not any(fate.tokens < fate.tokens_before for fate in blocks) else set()
+    shown = [(kind, words) for kind, words in LEGEND if kind not in absent]
     keys = "".join(f'<span class="key {kind}">{words}</span>' for kind, words in shown)
     drawn = picture(blocks)
     return [

@@ -2,7 +2,8 @@
 
 Every head of the parent is a cell of equal width. The bars in it show the fraction of its channels that is kept:
 queries and keys above, values below. A cell without bars is a removed head. If attention is replaced by a convolution,
-the line is a single labeled bar. The MLP is one bar to the right of the heads.
+the line is a single labeled bar. The MLP is one bar to the right of the heads. If the plan drops or merges tokens, a
+bar between both shows how many leave each block.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ __all__ = ["picture"]
 WIDTH = 960
 TOP = 26
 HEADS_AT, HEADS_WIDTH = 132, 420
+TOKENS_AT, TOKENS_WIDTH = 468, 84
 MLP_AT, MLP_WIDTH = 572, 168
 COST_AT, COST_WIDTH = 764, 84
 NUMBERS_AT = WIDTH
@@ -29,13 +31,14 @@ def picture(fates: Sequence[Fate]) -> str:
     most = max((fate.macs_before for fate in fates), default=0)
     widest = max((fate.hidden_before for fate in fates), default=0)
     height = TOP + line * len(fates) + 2
+    tokens = any(fate.tokens < fate.tokens_before for fate in fates)
     parts = [
         f'<svg class="kept" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(_words(fates))}">',
-        _heading(),
+        _heading(tokens),
     ]
     for index, fate in enumerate(fates):
         y = TOP + line * index + (line - bar) / 2
-        parts.append(_block(fate, y, bar, most, widest))
+        parts.append(_block(fate, y, bar, most, widest, tokens))
     parts.append("</svg>")
     return "\n".join(parts)
 
@@ -52,19 +55,23 @@ def _words(fates: Sequence[Fate]) -> str:
     )
 
 
-def _heading() -> str:
-    names = ((HEADS_AT, "attention heads"), (MLP_AT, "MLP neurons"), (COST_AT, "MACs"))
+def _heading(tokens: bool) -> str:
+    names = [(HEADS_AT, "attention heads"), (MLP_AT, "MLP neurons"), (COST_AT, "MACs")]
+    if tokens:
+        names.append((TOKENS_AT, "tokens after"))
     texts = [_text(x, 12, name, "head") for x, name in names]
     return "".join([*texts, _text(NUMBERS_AT, 12, "before → after", "head end")])
 
 
-def _block(fate: Fate, y: float, bar: int, most: int, widest: int) -> str:
+def _block(fate: Fate, y: float, bar: int, most: int, widest: int, tokens: bool) -> str:
     middle = y + bar / 2 + 4
+    heads = TOKENS_AT - HEADS_AT - 20 if tokens else HEADS_WIDTH
     return "".join(
         [
             f"<g><title>{escape(_sentence(fate))}</title>",
             _text(0, middle, fate.path, "path"),
-            _attention(fate, y, bar),
+            _attention(fate, y, bar, heads),
+            _tokens(fate, y, bar) if tokens else "",
             _mlp(fate, y, bar, widest),
             _costs(fate, y, bar, most),
             "</g>",
@@ -77,25 +84,31 @@ def _sentence(fate: Fate) -> str:
     attention = f"heads (q/k / v) {heads}" if fate.attention == "kept" else f"attention {fate.attention}"
     attention = convolution(fate) or attention
     mlp = f"{fate.hidden} of {fate.hidden_before} neurons" if fate.mlp == "kept" else f"MLP {fate.mlp}"
-    return f"{fate.path}: {attention}; {mlp}; {fate.macs_before:,} to {fate.macs:,} MACs"
+    tokens = f"; {fate.tokens} of {fate.tokens_before} tokens" if fate.tokens < fate.tokens_before else ""
+    return f"{fate.path}: {attention}; {mlp}{tokens}; {fate.macs_before:,} to {fate.macs:,} MACs"
 
 
-def _attention(fate: Fate, y: float, bar: int) -> str:
+def _attention(fate: Fate, y: float, bar: int, width: float) -> str:
     if fate.conv:
         words = f"{convolution(fate)} in place of attention"
-        middle = HEADS_AT + HEADS_WIDTH / 2, y + bar / 2 + 4
-        return _rect(HEADS_AT, y, HEADS_WIDTH, bar, "conv") + _text(*middle, words, "on")
+        middle = HEADS_AT + width / 2, y + bar / 2 + 4
+        return _rect(HEADS_AT, y, width, bar, "conv") + _text(*middle, words, "on")
     if fate.attention != "kept":
-        return _absent(HEADS_AT, y, HEADS_WIDTH, bar, f"attention {fate.attention}")
+        return _absent(HEADS_AT, y, width, bar, f"attention {fate.attention}")
     count = len(fate.heads)
     if not count:
-        return _absent(HEADS_AT, y, HEADS_WIDTH, bar, "no heads, output bias only")
+        return _absent(HEADS_AT, y, width, bar, "no heads, output bias only")
     gap = 6 if count <= 12 else 3
-    wide = (HEADS_WIDTH - gap * (count - 1)) / count
+    wide = (width - gap * (count - 1)) / count
     cells = [_head(head, HEADS_AT + i * (wide + gap), y, wide, bar) for i, head in enumerate(fate.heads)]
     if not any(head.lives for head in fate.heads):
-        cells.append(_label(HEADS_AT + HEADS_WIDTH / 2, y, bar, "all heads dead, output bias stays"))
+        cells.append(_label(HEADS_AT + width / 2, y, bar, "all heads dead, output bias stays"))
     return "".join(cells)
+
+
+def _tokens(fate: Fate, y: float, bar: int) -> str:
+    left = TOKENS_WIDTH * fate.tokens / max(fate.tokens_before, 1)
+    return _rect(TOKENS_AT, y, TOKENS_WIDTH, bar, "whole") + _rect(TOKENS_AT, y, left, bar, "tokens")
 
 
 def _head(head: HeadWidths, x: float, y: float, wide: float, bar: int) -> str:

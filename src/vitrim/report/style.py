@@ -46,7 +46,7 @@ figcaption { color: var(--soft); font-size: 14px; margin: 0 0 12px; display: fle
   background: var(--whole); }
 .key.qk::before { background: var(--qk); } .key.v::before { background: var(--v); }
 .key.conv::before { background: var(--conv); } .key.mlp::before { background: var(--mlp); }
-.key.cost::before { background: var(--cost); }
+.key.cost::before { background: var(--cost); } .key.tokens::before { background: var(--other); }
 .copies { display: grid; gap: 0 16px; }
 .key.dead::before { background: none; border: 1px dashed var(--soft); }
 .swatch { display: inline-block; width: 11px; height: 11px; margin-right: 6px; border-radius: 2px; }
@@ -61,6 +61,7 @@ svg.kept text.mid { text-anchor: middle; font-size: 11.5px; paint-order: stroke;
 svg.kept text.on { text-anchor: middle; font-size: 11.5px; fill: var(--paper); }
 .whole { fill: var(--whole); } rect.qk { fill: var(--qk); } rect.v { fill: var(--v); }
 rect.conv { fill: var(--conv); } rect.mlp { fill: var(--mlp); } rect.cost { fill: var(--cost); }
+rect.tokens { fill: var(--other); }
 rect.dead, rect.gone { fill: none; stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; opacity: 0.7; }
 svg.plot { min-width: 640px; }
 svg.plot path, svg.plot line { stroke-linejoin: round; stroke-linecap: butt; }
