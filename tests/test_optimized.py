@@ -358,6 +358,8 @@ def test_compilers_take_every_child_whole(family, preset):
     for kind, model in children(family, preset):
         if family == "t2t" and kind not in ("dense", "merged"):
             continue  # its blocks are those of a ViT, which is tried whole; only the stem is another
+        if "mixed" in kind or "normed" in kind or kind.startswith("random"):
+            continue  # in this form convolutions of all states are the folded one
         x = images(describe(model), 2, torch.float32)
         net = optimized(model, dtype=torch.float32)
         torch._dynamo.reset()

@@ -565,11 +565,9 @@ print(json.dumps(codes))
 
 MOMENTS = [
     "rename recipe.toml",
-    "step search 0",
     "step search 3",
     "rename plan.json",
     "rename cut.safetensors",
-    "step train 0",
     "step train 3",
     "rename train-00000004.safetensors",
     "rename model.safetensors",
