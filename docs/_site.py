@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 GROUPS = {
-    "Start": ("index.md", "data.md", "checkpoints.md", "transformers.md", "recipes.md", "loader.md", "expectations.md"),
+    "Start": ("index.md", "data.md", "checkpoints.md", "huggingface.md", "recipes.md", "loader.md", "expectations.md"),
     "Methods": ("spvit", "mdc", "vit_slim", "cait", "post_training"),
     "Deploy": ("deployment.md", "gpu.md", "latency.md", "several_gpus.md"),
     "Measured": ("results.md", "reliability.md"),
