@@ -188,10 +188,10 @@ def _line(row: Row, drops: bool) -> tuple[str, ...]:
 
 
 def classes_of(count: int, names: Sequence[str] | None) -> str:
-    """Return the number of classes with the names of the first ones: ``10: ant, bee, cat, dog, eel, …``."""
+    """Return the number of classes with the names of the first ones: ``10: ant; bee; cat; dog; eel; …``."""
     if names is None:
         return "none, the model gives features" if count == 0 else f"{count:,}"
-    return f"{count:,}: {', '.join(names[:_FIRST])}" + (", …" if count > _FIRST else "")
+    return f"{count:,}: {'; '.join(names[:_FIRST])}" + ("; …" if count > _FIRST else "")
 
 
 _FIRST = 5

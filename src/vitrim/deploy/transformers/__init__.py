@@ -1,7 +1,7 @@
 """Open image models of Hugging Face transformers as timm models: from their files, or from a model in memory.
 
 The files are enough, transformers need not be installed. What is taken: ViT, DeiT, DINOv2 with and without registers,
-Swin, and the vision towers of CLIP and SigLIP.
+Swin, BEiT and Data2Vec, and the vision towers of CLIP and SigLIP.
 """
 
 from collections.abc import Callable, Mapping

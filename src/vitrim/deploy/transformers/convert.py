@@ -3,12 +3,13 @@
 D width, K classes, P patches, p prefix tokens.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -77,6 +78,7 @@ def convert(given: Given, say: Callable[[str], None] = lambda _: None) -> nn.Mod
     named = renamed(given.state)
     left = left_out(given.state)
     _check_tokens(found, named, source)
+    _check_sizes(found, named, source)
     classes, head = _head(found, named, given)
     labels = labels_of(given.config, classes, f"{source}/config.json") if head == "classifier" else None
     model: Any = build(
@@ -87,7 +89,9 @@ def convert(given: Given, say: Callable[[str], None] = lambda _: None) -> nn.Mod
         model = model.to(like.device, like.dtype)
     state = _fitted(found, named, model, image, say=lambda text: say(f"{source}: {text}"))
     for part, words in _UNREAD.items():
-        unread = [name for name in state if name.startswith(part) and isinstance(getattr(model, part[:-1]), _Nothing)]
+        unread = [
+            name for name in state if name.startswith(part) and isinstance(getattr(model, part[:-1], None), _Nothing)
+        ]
         state = {name: value for name, value in state.items() if name not in unread}
         left += [words] if unread else []
     if left:
@@ -145,7 +149,8 @@ def _image(found: Structure, given: Given) -> tuple[tuple[int, int], str]:
     if made is None or made == found.image:
         return found.image, ""
     size = f"{made[0]} x {made[1]}"
-    if found.family.startswith("dinov2"):  # transformers resamples its positions for any image
+    # transformers resamples DINOv2's positions for any image; a processor that makes far larger ones is another's.
+    if found.family.startswith("dinov2") and max(made) <= 8 * max(found.image):
         return made, f"images of {size} pixels, as its processor makes them, with resampled positions"
     raise RecipeError(
         f"{given.source}: the processor must make images of the model's {found.image[0]} x {found.image[1]} pixels, "
@@ -261,16 +266,46 @@ def _check_tokens(found: Structure, named: Mapping[str, Tensor], source: str) ->
     Raises:
         WeightsError: naming the tensor.
     """
-    has = {"vit": {"cls_token"}, "deit": {"cls_token", "dist_token"}, "dinov2": {"cls_token"}, "clip": {"cls_token"}}
-    mine = has.get(found.family, set())
-    if found.family == "dinov2_with_registers":
-        mine = {"cls_token", "reg_token"}
+    more = {"deit": {"dist_token"}, "dinov2_with_registers": {"reg_token"}}
+    mine = set() if found.family in ("swin", "siglip") else {"cls_token"} | more.get(found.family, set())
     for name in named:
         what = TOKENS.get(name, "a token embedding" if "token_embedding" in name else None)
         if what is not None and name not in mine:
             raise WeightsError(
                 f"{source}: weights must be those of a {found.model_type} model, which has no {name}, but hold {what}; "
                 "give the config.json that was saved with them"
+            )
+
+
+def _check_sizes(found: Structure, named: Mapping[str, Tensor], source: str) -> None:
+    """Refuse a configuration whose sizes are not those of the weights, before a model of these sizes is built.
+
+    Raises:
+        WeightsError: naming the first size that differs.
+    """
+    values, swin = found.values, found.family == "swin"
+    width = values["embed_dim"] if swin else values["hidden_size"]
+    depth = sum(values["depths"]) if swin else values["num_hidden_layers"]
+    blocks = {match[0] for name in named if (match := re.match(r"(layers\.\d+\.)?blocks\.\d+\.", name))}
+    kernel = tuple(named["patch_embed.proj.weight"].shape) if "patch_embed.proj.weight" in named else None
+    shape = (width, values["num_channels"], *found.patch)
+    checks = [
+        (len(blocks) == depth, f"{depth} blocks", f"{len(blocks)}"),
+        (kernel == shape, f"a patch embedding of shape {shape}", f"{kernel or 'none'}"),
+    ]
+    neurons = named.get("blocks.0.mlp.fc1.bias")
+    if neurons is not None and "mlp_ratio" not in values:
+        wanted = values["intermediate_size"]
+        checks.append((len(neurons) == wanted, f"{wanted} neurons", f"{len(neurons)}"))
+    positions = named.get("pos_embed")
+    if positions is not None:
+        patches, count = found.grid[0] * found.grid[1], positions.shape[1]
+        checks.append((0 <= count - patches <= 2, f"{patches} patches", f"{count} positions"))
+    for agrees, says, have in checks:
+        if not agrees:
+            raise WeightsError(
+                f"{source}: weights must be those of the config.json, which says {says}, but have {have}; give the "
+                "config.json that was saved with them"
             )
 
 
@@ -302,6 +337,11 @@ def _fitted(
         if getattr(model, "no_embed_class", False) and "cls_token" in state and prefix == 1:
             state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
             state["pos_embed"] = state["pos_embed"][:, 1:]
+    tables = [name for name in state if name.endswith("relative_position_bias_table")] if found.family == "beit" else []
+    if tables and image != found.image:
+        for name in tables:
+            state[name] = resize_rel_pos_bias_table(state[name], model.patch_embed.grid_size, mine[name].shape)
+        say(f"resampled {len(tables)} tables of relative positions for {_size(image)} pixels, as timm does")
     if isinstance(getattr(model, "reg_token", None), nn.Parameter) and "dist_token" in state:
         state["reg_token"] = state.pop("dist_token")
     return state

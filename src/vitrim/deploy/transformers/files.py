@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitrim.deploy.checkpoint import read_checkpoint
 from vitrim.deploy.remote import fetch, on_hub
-from vitrim.words.errors import RecipeError, WeightsError
+from vitrim.words.errors import RecipeError, StoreError, WeightsError
 from vitrim.words.plain import read_json
 
 __all__ = ["config_of", "find", "licence_of", "processor_in", "processor_of", "weights_of"]
@@ -39,9 +39,12 @@ def config_of(name: str) -> dict[str, Any] | None:
         RecipeError: if the file is not JSON.
         StoreError: as `find`.
     """
-    if not on_hub(name) and not Path(name).is_dir():
-        return None
-    path = find(name, _CONFIG)
+    try:
+        path = find(name, _CONFIG) if on_hub(name) or Path(name).is_dir() else None
+    except OSError as problem:
+        if isinstance(problem, StoreError):
+            raise
+        return None  # a name that no file can have
     if path is None:
         return None
     config = read_json(path, RecipeError)

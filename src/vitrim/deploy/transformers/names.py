@@ -17,7 +17,7 @@ from vitrim.words.errors import WeightsError
 __all__ = ["LEFT_OUT", "TOKENS", "left_out", "renamed"]
 
 LEFT_OUT = re.compile(
-    r"(text_model|text_projection|logit_scale|logit_bias|pooler|decoder)(\..*)?|embeddings\.mask_token"
+    r"(text_model|text_projection|logit_scale|logit_bias|decoder|lm_head)(\..*)?|pooler\.dense\..*|embeddings\.mask_token"
 )
 """Parts that timm's image models do not have: text towers, poolers that no classifier reads, parts for pretraining."""
 
@@ -27,7 +27,7 @@ _COMPUTED = re.compile(r"(.*\.)?(position_ids|relative_position_index|attn_mask)
 TOKENS = {"cls_token": "a class token", "dist_token": "a distillation token", "reg_token": "register tokens"}
 """timm's names of learned tokens, and what they are called in messages."""
 
-_TOWER = re.compile(r"^(vit|deit|dinov2|dinov2_with_registers|swin|vision_model)\.")
+_TOWER = re.compile(r"^(vit|deit|dinov2|dinov2_with_registers|swin|beit|data2vec_vision|vision_model)\.")
 
 _ATTENTION = r"\.(?:attention\.attention|attention\.self|self_attn|attention)\."
 
@@ -44,6 +44,9 @@ _NAMES = tuple(
         (r"^embeddings\.norm\.", "patch_embed.norm."),
         (r"^pre_layrnorm\.", "norm_pre."),
         (r"^(?:layernorm|post_layernorm)\.", "norm."),
+        (r"^pooler\.layernorm\.", "fc_norm."),
+        (r"^(?:encoder\.relative_position_bias|shared_position_bias)\.", "rel_pos_bias."),
+        (r"^(blocks\.\d+)\.relative_position_bias\.", r"\1.attn."),
         (r"^head\.probe$", "attn_pool.latent"),
         (r"^head\.attention\.out_proj\.", "attn_pool.proj."),
         (r"^head\.attention\.in_proj_", "attn_pool.in_proj."),
@@ -64,6 +67,7 @@ _NAMES = tuple(
         (r"\.(?:layernorm_before|layer_norm1)\.", ".norm1."),
         (r"\.(?:layernorm_after|layer_norm2)\.", ".norm2."),
         (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+        (r"\.lambda_([12])$", r".gamma_\1"),
     )
 )
 
@@ -88,6 +92,9 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, shape in (("pos_embed", (1, -1)), ("cls_token", (1, 1))):
         if name in found and found[name].ndim < 3:
             found[name] = found[name].reshape(*shape, found[name].shape[-1])
+    if not any(name.endswith(".attn.k.bias") for name in found):  # BEiT's keys have no bias, in any block
+        ours = re.compile(r"\.attn\.([qv])\.bias$")
+        found = {ours.sub(r".attn.\1_bias", name): value for name, value in found.items()}
     found = _joined(found, ("attn.q", "attn.k", "attn.v"), "attn.qkv")
     found = _joined(found, ("mlp.gate_proj", "mlp.up_proj"), "mlp.fc1")
     for leaf in ("weight", "bias"):

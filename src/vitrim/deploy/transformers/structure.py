@@ -13,6 +13,7 @@ from typing import Any
 
 from timm.layers import DropPath, GELUTanh, LayerNorm, QuickGELU
 from timm.layers.mlp import SwiGLUPacked
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -41,6 +42,15 @@ _VIT: dict[str, Any] = {
 _DINOV2 = {**_VIT, "mlp_ratio": 4, "layer_norm_eps": 1e-6, "use_swiglu_ffn": False, "drop_path_rate": 0.0}
 _CLIP = {**_VIT, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "patch_size": 32, "attention_dropout": 0.0}
 _SIGLIP = {**_CLIP, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "patch_size": 16}
+_BEIT = {
+    **_VIT,
+    "use_absolute_position_embeddings": False,
+    "use_relative_position_bias": False,
+    "use_shared_relative_position_bias": False,
+    "layer_scale_init_value": 0.1,
+    "drop_path_rate": 0.1,
+    "use_mean_pooling": True,
+}
 _SWIN = {
     "embed_dim": 96,
     "depths": [2, 2, 6, 2],
@@ -69,6 +79,8 @@ KNOWN: dict[str, dict[str, Any]] = {
     "clip_vision_model": _CLIP,
     "siglip": _SIGLIP,
     "siglip_vision_model": _SIGLIP,
+    "beit": _BEIT,
+    "data2vec-vision": _BEIT,
 }
 """Values of ``model_type``, and what a ``config.json`` leaves out, as transformers fills it in."""
 
@@ -106,7 +118,7 @@ class Structure:
     @property
     def family(self) -> str:
         """``model_type`` without the suffix that towers alone have."""
-        return self.model_type.removesuffix("_vision_model")
+        return "beit" if self.model_type == "data2vec-vision" else self.model_type.removesuffix("_vision_model")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -209,7 +221,7 @@ def build(
     Raises:
         RecipeError: if timm cannot build it.
     """
-    make = _swin if found.family == "swin" else _plain
+    make = {"swin": _swin, "beit": _beit}.get(found.family, _plain)
     try:
         kind, arguments = make(found, named)
         model: nn.Module = kind(img_size=image, in_chans=channels, num_classes=classes, **arguments)
@@ -266,6 +278,28 @@ def _plain(found: Structure, named: Mapping[str, Any]) -> tuple[Callable[..., nn
     return made, arguments
 
 
+def _beit(found: Structure, named: Mapping[str, Any]) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+    values = found.values
+    scale = float(values["layer_scale_init_value"])
+    return Beit, {
+        "patch_size": found.patch[0] if found.patch[0] == found.patch[1] else found.patch,
+        "global_pool": "avg" if values["use_mean_pooling"] else "token",
+        "embed_dim": values["hidden_size"],
+        "depth": values["num_hidden_layers"],
+        "num_heads": values["num_attention_heads"],
+        "mlp_ratio": _ratio(values["intermediate_size"], values["hidden_size"]),
+        "norm_layer": functools.partial(LayerNorm, eps=float(values["layer_norm_eps"])),
+        "init_values": scale if scale > 0 else None,
+        "use_abs_pos_emb": bool(values["use_absolute_position_embeddings"]),
+        "use_rel_pos_bias": bool(values["use_relative_position_bias"]),
+        "use_shared_rel_pos_bias": bool(values["use_shared_relative_position_bias"]),
+        "attn_drop_rate": float(values["attention_probs_dropout_prob"]),
+        "proj_drop_rate": float(values["hidden_dropout_prob"]),
+        "pos_drop_rate": float(values["hidden_dropout_prob"]),
+        "drop_path_rate": float(values["drop_path_rate"]),
+    }
+
+
 def _swin(found: Structure, named: Mapping[str, Any]) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
     values = found.values
     return SwinTransformer, {
@@ -285,16 +319,17 @@ def _swin(found: Structure, named: Mapping[str, Any]) -> tuple[Callable[..., nn.
 
 
 def _set_rates_(model: Any, found: Structure) -> None:
-    """Set what timm's constructors cannot say: dropout rates and, in Swin, the activation and eps of the blocks."""
+    """Set what timm's constructors cannot say: dropout rates and activations, and the eps of Swin's blocks."""
     values = found.values
     swin = found.family == "swin"
     for block in [block for layer in model.layers for block in layer.blocks] if swin else model.blocks:
         if isinstance(getattr(block.mlp, "drop1", None), nn.Dropout):
             block.mlp.drop1 = nn.Dropout(0.0)  # transformers drops outputs of the MLP, not its neurons
-        if swin:
+        if swin or found.family == "beit":
             block.mlp.act = _ACTIVATIONS[values["hidden_act"]]()
+        if swin:
             block.norm1.eps = block.norm2.eps = float(values["layer_norm_eps"])
-        elif values.get("drop_path_rate"):
+        elif found.family.startswith("dinov2") and values["drop_path_rate"]:
             rate = float(values["drop_path_rate"])  # the same in all blocks
             block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
     if swin:
