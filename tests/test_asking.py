@@ -103,8 +103,8 @@ def the_models(family, preset):
 
 @EACH
 def test_asking_changes_nothing(family, preset, tmp_path):
-    guest, ours, child = map(mixed_modes, the_models(family, preset))
-    for model in (guest, ours, child):
+    theirs, ours, child = map(mixed_modes, the_models(family, preset))
+    for model in (theirs, ours, child):
         with unchanged(model):
             spec = describe(model)
             cost(model)
@@ -112,8 +112,8 @@ def test_asking_changes_nothing(family, preset, tmp_path):
             with torch.device("meta"):
                 families.build(spec)
             counted(model)
-    with unchanged(guest):
-        adopt(guest)
+    with unchanged(theirs):
+        adopt(theirs)
     for model in (ours, child):
         with unchanged(model):
             blocks_of(model)

@@ -431,9 +431,9 @@ def test_wrong_requests():
 
 
 def test_measurements_run_it_unless_they_are_told_not_to(monkeypatch):
-    model, guest = child("vit", "plain", "free"), timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+    model, theirs = child("vit", "plain", "free"), timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
     ran, x, real = [], images(describe(model), 1), type(model).forward
-    assert type(guest) is type(model)
+    assert type(theirs) is type(model)
     monkeypatch.setattr(type(model), "forward", lambda self, x: (ran.append(self), real(self, x))[1])
     for as_stored in (False, True):
         ran.clear()
@@ -448,7 +448,7 @@ def test_measurements_run_it_unless_they_are_told_not_to(monkeypatch):
         assert found.apart < SINGLE
         assert machine_of(model, as_stored=as_stored).as_stored == as_stored
     ran.clear()
-    latency(guest, image=(3, 32, 32), batch=1, seconds=1e-6, runs=2, warmup=1)
+    latency(theirs, image=(3, 32, 32), batch=1, seconds=1e-6, runs=2, warmup=1)
     assert {type(net.patch_embed.proj) for net in ran} == {nn.Conv2d}
 
 

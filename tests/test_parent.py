@@ -198,12 +198,12 @@ def test_a_model_that_no_family_takes_in():
 
 
 def test_guests():
-    found = {guest["name"]: guest for guest in known_models("vit_tiny*")}
+    found = {entry["name"]: entry for entry in known_models("vit_tiny*")}
     tiny16 = found["vit_tiny_patch16_224"]
     assert set(tiny16) == {"name", "family", "macs", "params", "reason"}
     assert (tiny16["family"], tiny16["params"], tiny16["reason"]) == ("vit", 5_717_416, None)
     assert round(tiny16["macs"] / 1e9, 4) == 1.2537
-    assert all(guest["reason"] is None or guest["macs"] == 0 for guest in found.values())
+    assert all(entry["reason"] is None or entry["macs"] == 0 for entry in found.values())
     with pytest.raises(RecipeError, match="a pattern must fit a name of a known family"):
         list(known_models("resnet50"))
     with pytest.raises(RecipeError, match="but got 'vit_tny"):

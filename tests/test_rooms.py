@@ -54,7 +54,7 @@ def room_of(module: str) -> str:
 
 
 def complaints(module: str, source: str) -> list[str]:
-    """What is wrong with the imports of `module`, in sentences; empty when the house is in order."""
+    """What is wrong with the imports of `module`, in sentences; empty if there is nothing wrong."""
     return [text for name in imports(source) if (text := complaint(module, name))]
 
 

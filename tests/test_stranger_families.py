@@ -102,7 +102,7 @@ sys.path.insert(0, {str(root)!r})
 import tinted_vits
 from vitrim.deploy.parent import known_models, open_parent
 from vitrim.families import describe
-print(*(guest["name"] for guest in known_models("tinted*") if guest["reason"] is None))
+print(*(entry["name"] for entry in known_models("tinted*") if entry["reason"] is None))
 print(describe(open_parent("tinted_vit_small", random_weights=True)).family)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

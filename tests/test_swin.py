@@ -54,14 +54,14 @@ def tiny(**arguments: object) -> torch.nn.Module:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_adopts(name: str):
-    guest = small(name)
-    assert type(guest) is SwinTransformer
-    ours = families.adopt(guest)
-    assert list(ours.state_dict()) == list(guest.state_dict())
+    theirs = small(name)
+    assert type(theirs) is SwinTransformer
+    ours = families.adopt(theirs)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
     assert all(isinstance(block, WindowBlock) for _, block in families.blocks_of(ours))
-    x = images(describe(guest), 1, torch.float32)
+    x = images(describe(theirs), 1, torch.float32)
     with torch.no_grad():
-        assert apart(ours(x), guest(x)) < SINGLE
+        assert apart(ours(x), theirs(x)) < SINGLE
     assert cost_of(describe(ours)) == counted(ours)
 
 
@@ -108,12 +108,12 @@ RECENT = pytest.mark.skipif(not ROUNDS_RIGHT, reason="this timm rounds odd grids
     ids=str,
 )
 def test_odd_sizes_and_arguments(arguments: dict[str, object]):
-    guest = tiny(**arguments)
-    ours = families.adopt(guest)
+    theirs = tiny(**arguments)
+    ours = families.adopt(theirs)
     spec = describe(ours)
     x = torch.randn(2, arguments.get("in_chans", 3), *spec.image)
     with torch.no_grad():
-        assert apart(ours(x), guest(x)) < SINGLE
+        assert apart(ours(x), theirs(x)) < SINGLE
     assert cost_of(spec) == counted(ours)
     again = families.build(spec).eval()
     again.load_state_dict(ours.state_dict())
@@ -138,15 +138,15 @@ SIZES = [
 @OWN_WARNING
 @pytest.mark.parametrize("change", SIZES, ids=str)
 def test_set_input_size_as_timm_does(change: dict[str, object]):
-    guest = tiny()
-    ours = families.adopt(guest)
-    for model in (guest, ours):
+    theirs = tiny()
+    ours = families.adopt(theirs)
+    for model in (theirs, ours):
         model.set_input_size(**change)
     spec = describe(ours)
-    assert spec == describe(guest)
+    assert spec == describe(theirs)
     x = images(spec, dtype=torch.float32)
     with torch.no_grad():
-        assert apart(ours(x), guest(x)) < SINGLE
+        assert apart(ours(x), theirs(x)) < SINGLE
     child = surgery.apply(ours, random_plan(spec, 1))
     assert cost_of(describe(child)) == counted(child)
     again = families.build(describe(child)).eval()
@@ -173,12 +173,12 @@ def test_set_input_size_after_a_cut_and_after_paper():
 
 
 def test_dynamic_sizes():
-    guest = tiny(strict_img_size=False)
-    ours = families.adopt(guest)
+    theirs = tiny(strict_img_size=False)
+    ours = families.adopt(theirs)
     for size in ((32, 32), (40, 28), (64, 48)):
         x = torch.randn(2, 3, *size)
         with torch.no_grad():
-            assert apart(ours(x), guest(x)) < SINGLE
+            assert apart(ours(x), theirs(x)) < SINGLE
 
 
 def test_a_dead_head_takes_its_column_of_biases_along():
@@ -390,11 +390,11 @@ def test_published_cost_of_a_channel(stage: int):
 
 
 def test_pairs_that_do_not_meet_are_timms():
-    guest = tiny(img_size=(24, 40)).double()
-    ours = families.adopt(guest)
-    block, theirs = swin.blocks_by_stage(ours)[0][1], guest.layers[0].blocks[1]
-    assert torch.equal(block.blocked, theirs.attn_mask != 0)
-    assert torch.equal(block.attn.relative_position_index, theirs.attn.relative_position_index)
+    theirs = tiny(img_size=(24, 40)).double()
+    ours = families.adopt(theirs)
+    block, old = swin.blocks_by_stage(ours)[0][1], theirs.layers[0].blocks[1]
+    assert torch.equal(block.blocked, old.attn_mask != 0)
+    assert torch.equal(block.attn.relative_position_index, old.attn.relative_position_index)
     x = images(describe(ours))
     with torch.no_grad():
-        assert apart(ours(x), guest(x)) < EXACT
+        assert apart(ours(x), theirs(x)) < EXACT

@@ -157,11 +157,11 @@ class TestIdentities:
     @pytest.mark.parametrize(("family", "preset"), [("vit", "plain"), ("swin", "windows"), ("t2t", "performer")])
     def test_gates_of_one_are_timms_model(self, family, preset):
         module = families.get(family)
-        guest = module.example(**module.TEST_PRESETS[preset]).eval()
-        gated = vit_slim.gate_model(families.adopt(guest))
-        x = images(describe(guest), dtype=torch.float32)
+        theirs = module.example(**module.TEST_PRESETS[preset]).eval()
+        gated = vit_slim.gate_model(families.adopt(theirs))
+        x = images(describe(theirs), dtype=torch.float32)
         with torch.no_grad():
-            assert apart(gated(x), guest(x)) < SINGLE
+            assert apart(gated(x), theirs(x)) < SINGLE
 
     def test_token_gates_start_below_one_and_pass_at_one(self):
         model = adopted("vit", "distilled")

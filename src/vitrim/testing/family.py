@@ -105,20 +105,20 @@ def family_is_found(sample: Sample) -> Iterator[str]:
 @torch.no_grad()
 def adopting_keeps_logits_and_names(sample: Sample) -> Iterator[str]:
     """An adopted model has the class, the parameters and the logits of the one that came, and shares no memory."""
-    guest = sample_model(sample.family, sample.preset, torch.float32)
-    before = {name: value.clone() for name, value in guest.state_dict().items()}
-    ours = families.adopt(guest)
-    if type(ours) is not type(guest):
-        yield f"an adopted model must stay a {type(guest).__name__}, but is a {type(ours).__name__}"
+    theirs = sample_model(sample.family, sample.preset, torch.float32)
+    before = {name: value.clone() for name, value in theirs.state_dict().items()}
+    ours = families.adopt(theirs)
+    if type(ours) is not type(theirs):
+        yield f"an adopted model must stay a {type(theirs).__name__}, but is a {type(ours).__name__}"
     if list(ours.state_dict()) != list(before):
         odd = sorted(set(ours.state_dict()) ^ set(before))
         yield f"adopting must keep the names of parameters and their order, but {', '.join(odd) or 'the order'} differs"
-    if not all(torch.equal(value, before[name]) for name, value in guest.state_dict().items()):
+    if not all(torch.equal(value, before[name]) for name, value in theirs.state_dict().items()):
         yield "adopting must leave the model that came as it was, but changed its weights"
-    if {p.data_ptr() for p in ours.parameters()} & {p.data_ptr() for p in guest.parameters()}:
+    if {p.data_ptr() for p in ours.parameters()} & {p.data_ptr() for p in theirs.parameters()}:
         yield "an adopted model must share no memory with the one that came, but does"
-    x = random_images(describe(guest), dtype=torch.float32)
-    yield from _far("adopting must keep the logits", ours(x), guest(x), SINGLE)
+    x = random_images(describe(theirs), dtype=torch.float32)
+    yield from _far("adopting must keep the logits", ours(x), theirs(x), SINGLE)
 
 
 @torch.no_grad()
