@@ -128,7 +128,7 @@ def records(args: argparse.Namespace, seed: int) -> None:
             line["seconds"] = time.perf_counter() - start
             child = apply(found.parent, found.plan)
             line |= {"macs_ratio": cost_of(describe(child)).macs / cost_of(spec).macs, **measured(child, test, theirs)}
-            line["trials"] = [[trial.get("trial"), trial.get("value")] for trial in found.trials if "trial" in trial]
+            line["trials"] = [[trial.get("trial"), trial.get("score")] for trial in found.trials if "trial" in trial]
             line["kept"] = next((dict(trial) for trial in found.trials if trial.get("best")), None)
             if args.epochs and name in args.retrain:
                 fit(child, parts.train, retrain, input=given, seed=seed, teacher=model)

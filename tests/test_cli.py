@@ -32,8 +32,8 @@ CLASSES = 4
 
 OPTIONS = {
     "compress": "model out method budget data test weights weights-key random-weights image-size classes "
-    "channels epochs minutes recover calibration seed preset set",
-    "run": "recipe out preset set",
+    "channels epochs minutes recover calibration seed track preset set",
+    "run": "recipe out track preset set",
     "pareto": "model data out test budgets weights weights-key random-weights image-size classes channels seed set",
     "export": "model out opset batch as-stored int8 data test weights weights-key random-weights image-size classes "
     "channels set",
@@ -47,7 +47,7 @@ OPTIONS = {
     "bench": "models reference runtimes batch threads dtype device seconds memory as-stored out",
     "search": "model storage budget method trials data weights weights-key random-weights image-size classes "
     "channels seed out preset set",
-    "sweep": "recipe out control jobs set",
+    "sweep": "recipe out control jobs track set",
     "transfer": "",
 }
 

@@ -257,7 +257,7 @@ class TestMethod:
         model = small()
         found = self.search(model, measure="agreement")
         best = next(trial for trial in found.trials if trial["best"])
-        assert best["value"] == max(trial["value"] for trial in found.trials)
+        assert best["score"] == max(trial["score"] for trial in found.trials)
         child = apply(found.parent, found.plan)
         assert (cost_of(describe(child)).macs, cost_of(describe(child)).params) == (best["macs"], best["params"])
         data = digits(model)
@@ -265,7 +265,7 @@ class TestMethod:
         from vitrim.train import evaluate
 
         again = evaluate(child, eval_loader(data.validation, data.input), reference=model)
-        assert again.agreement == pytest.approx(best["value"], abs=1e-9)
+        assert again.agreement == pytest.approx(best["score"], abs=1e-9)
 
     @pytest.mark.parametrize("heads_by", ["released", "greedy"])
     @pytest.mark.parametrize("proposal", ["random", "even"])
@@ -297,7 +297,7 @@ class TestMethod:
         assert (tmp_path / "trials.db").is_file()
         again = self.search(folder=tmp_path)
         assert again.plan == first.plan
-        assert [t["value"] for t in again.trials] == [t["value"] for t in first.trials]
+        assert [t["score"] for t in again.trials] == [t["score"] for t in first.trials]
         other = small()
         with torch.no_grad():
             other.head.bias.add_(1)
@@ -306,7 +306,7 @@ class TestMethod:
         with pytest.raises(RunError, match="of the same space"):
             self.search(folder=tmp_path, heads=0.4)
         longer = self.search(folder=tmp_path, trials=6)
-        assert [t["value"] for t in longer.trials[:5]] == [t["value"] for t in first.trials]
+        assert [t["score"] for t in longer.trials[:5]] == [t["score"] for t in first.trials]
 
     def test_shared_weights_move_and_the_parent_does_not(self):
         model = small()
@@ -376,7 +376,7 @@ class TestMethod:
         model = small()
         data = digits(model)
         blind = dataclasses.replace(data, validation=Unlabelled(data.validation))
-        assert all(0 <= trial["value"] <= 100 for trial in self.search(model, data=blind).trials)
+        assert all(0 <= trial["score"] <= 100 for trial in self.search(model, data=blind).trials)
         with pytest.raises(MethodError, match="must have labels"):
             self.search(model, data=blind, measure="top1")
 

@@ -7,6 +7,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib.axes
 import pytest
 
 from vitrim import cli
@@ -365,8 +366,29 @@ def test_without_numbers_there_are_no_plots():
     assert curves([]) is None
     assert curves([{"stage": "train", "step": 1, "loss": None}]) is None
     assert trials([{"trial": 1}]) is None
+    assert trials([{"stage": "latency", "macs": 5}]) is None
     assert fronts([]) is None
     assert courses([]) is None
+
+
+@pytest.mark.parametrize(("name", "best"), [("score", [70, 74, 74, 77]), ("loss", [70, 70, 66, 66])])
+def test_trials_are_drawn_with_the_best_so_far(name, best, monkeypatch):
+    drawn = []
+    real = matplotlib.axes.Axes.step
+    monkeypatch.setattr(
+        matplotlib.axes.Axes, "step", lambda self, x, y, **how: (drawn.append((x, y)), real(self, x, y, **how))
+    )
+    records = [{"trial": 3, "macs": 5}, {"trial": 0, "macs": 5}, {"trial": 2, "macs": 5}, {"trial": 1, "macs": 5}]
+    values = (77, 70, 66, 74)
+    records = [record | {name: value} for record, value in zip(records, values, strict=True)]
+    words = Reader(trials(records)).words
+    assert drawn == [([0, 1, 2, 3], best)]
+    assert "best so far" in words
+    assert "multiply-accumulates" not in words, "all cost the same"
+    assert (
+        "multiply-accumulates"
+        in Reader(trials([{**record, "macs": 9} if not n else record for n, record in enumerate(records)])).words
+    )
 
 
 def test_a_front_is_what_none_beats():

@@ -27,7 +27,7 @@ from vitrim.methods import vit_slim
 from vitrim.methods.spvit.paths import Paths
 from vitrim.methods.spvit.search import SinglePath
 from vitrim.run import shipped
-from vitrim.run.pipeline import _check_budget
+from vitrim.run.found import check_budget
 from vitrim.run.presets import laid_under, preset, remark
 from vitrim.run.recipe import DataRecipe, Measure, ModelRecipe, Recipe, merged, overrides
 from vitrim.run.transfer.recipe import TransferRecipe
@@ -547,7 +547,7 @@ class TestHints:
         )
         child = _smaller(spec)
         with pytest.raises(MethodError, match="must spend at least 98%") as caught:
-            _check_budget(job, child)
+            check_budget(job, child)
         fields = methods.settings_of(name).model_fields
         assert [key for key in re.findall(r"method\.(\w+)", str(caught.value)) if key not in fields] == []
         if "choice" not in fields:
@@ -563,7 +563,7 @@ class TestHints:
             recipe=recipe(method={"name": "taylor", "choice": "free"}).resolved(), spec=spec, budget=Budget(macs=0.9)
         )
         with pytest.raises(MethodError, match=r"ask for what it reaches, --budget macs=0\.\d+$"):
-            _check_budget(job, _smaller(spec))
+            check_budget(job, _smaller(spec))
 
 
 def _smaller(spec):

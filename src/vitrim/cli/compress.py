@@ -13,6 +13,7 @@ from vitrim.cli.shared import (
     Random,
     Settings,
     Source,
+    Track,
     Weights,
     WeightsKey,
     app,
@@ -69,12 +70,14 @@ def compress(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
+    track: Track = None,
     preset: Presets = None,
     set_: Settings = None,
 ) -> None:
     """Make a model smaller and write a run folder."""
     from vitrim.run.pipeline import run
     from vitrim.run.recipe import Recipe, merged, overrides
+    from vitrim.run.track import names_of
 
     asked = {
         "model": model_table(model, weights, weights_key, random_weights, image_size, classes, channels),
@@ -87,7 +90,7 @@ def compress(
     }
     more = {} if minutes is None else {"--minutes": _distilled(epochs)}
     recipe = read(Recipe, laid(merged(asked, overrides(set_ or [], asked)), preset, more))
-    _show(run(recipe, out, say=say))
+    _show(run(recipe, out, say=say, track=names_of(track)))
 
 
 def _method(name: str | None, calibration: Path | None) -> dict[str, str]:
@@ -116,6 +119,7 @@ def run_(
             "--out", help="Run folder; by default runs/NAME, or the folder of the recipe if that is a run folder."
         ),
     ] = None,
+    track: Track = None,
     preset: Presets = None,
     set_: Settings = None,
 ) -> None:
@@ -123,6 +127,7 @@ def run_(
     from vitrim.run.pipeline import run
     from vitrim.run.recipe import Recipe, merged, overrides
     from vitrim.run.shipped import recipe_file
+    from vitrim.run.track import names_of
     from vitrim.words.plain import read_toml
 
     recipe = recipe_file(recipe)
@@ -130,15 +135,16 @@ def run_(
     if written.get("task") == "segmentation":
         from vitrim.run.transfer import TransferRecipe
 
-        if preset:
+        if preset or track:
+            what = "a preset" if preset else "a tracker"
             raise RecipeError(
-                f"{recipe}: a preset must be used with a compression recipe, but this is a segmentation recipe"
+                f"{recipe}: {what} must be used with a compression recipe, but this is a segmentation recipe"
             )
         whole = set(written) == set(TransferRecipe.model_fields)
         transferred(merged(written, overrides(set_ or [], written)), out or _folder(recipe, whole), at=str(recipe))
         return
     asked = read(Recipe, laid(merged(written, overrides(set_ or [], written)), preset), at=str(recipe))
-    _show(run(asked, out or _folder(recipe, set(written) == set(Recipe.model_fields)), say=say))
+    _show(run(asked, out or _folder(recipe, set(written) == set(Recipe.model_fields)), say=say, track=names_of(track)))
 
 
 def _folder(recipe: Path, whole: bool) -> Path:

@@ -97,9 +97,9 @@ def _run(recipe: "Recipe", out: Path | None) -> None:
     found = method.search(job.parent, images, job.budget, seed=recipe.seed, teacher=job.parent)
     best: Mapping[str, Any] = next((trial for trial in found.trials if trial.get("best")), {})
     cost = cost_of(found.plan.child(job.spec))
-    rows = [[str(best.get("trial", "-")), f"{best.get('value', 0.0):.4f}", f"{cost.macs / 1e9:.4f} G",
+    rows = [[str(best.get("trial", "-")), f"{best.get('score', 0.0):.4f}", f"{cost.macs / 1e9:.4f} G",
              f"{cost.params / 1e6:.3f} M"]]  # fmt: skip
-    show_table(f"best of {len(found.trials)} trials", ["trial", "value", "MACs", "parameters"], rows)
+    show_table(f"best of {len(found.trials)} trials", ["trial", "score", "MACs", "parameters"], rows)
     if out is not None:
         write_plan(out, job.spec, found.plan)
         say(f"wrote {out}")

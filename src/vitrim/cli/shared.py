@@ -18,6 +18,7 @@ __all__ = [
     "Random",
     "Settings",
     "Source",
+    "Track",
     "Weights",
     "WeightsKey",
     "app",
@@ -63,6 +64,9 @@ Presets = Annotated[
     typer.Option(
         "--preset", metavar="NAME", help="imagenet or finetune, see `vitrim recipes`; other options override it."
     ),
+]
+Track = Annotated[
+    str | None, typer.Option("--track", help="Send the run to tensorboard, wandb, trackio, or several with commas.")
 ]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting of a recipe.")]
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vitrim.cli.shared import app, say, show_table
+from vitrim.cli.shared import Track, app, say, show_table
 from vitrim.words.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def sweep(
         bool, typer.Option("--control", help="Also train the uncut model alike, for each seed.")
     ] = False,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at a time on this machine.")] = 1,
+    track: Track = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=A,B", help="A setting and its values; repeat it for a grid."),
@@ -35,6 +36,7 @@ def sweep(
     """
     from vitrim.run.shipped import recipe_file
     from vitrim.run.sweep import sweep as run_all
+    from vitrim.run.track import names_of
     from vitrim.words.plain import read_toml
 
     recipe = recipe_file(recipe)
@@ -42,7 +44,14 @@ def sweep(
     if written.get("task") == "segmentation":
         raise RecipeError(f"{recipe}: a sweep must be of a compression recipe, but this is a segmentation recipe")
     found = run_all(
-        written, set_ or [], out or Path("runs") / recipe.stem, control=control, jobs=jobs, at=str(recipe), say=say
+        written,
+        set_ or [],
+        out or Path("runs") / recipe.stem,
+        control=control,
+        jobs=jobs,
+        at=str(recipe),
+        track=names_of(track),
+        say=say,
     )
     show_table(str(found.folder), ["run", "state"], [[one.name, _state(one)] for one in found.runs], left=True)
     failed = found.named("failed")

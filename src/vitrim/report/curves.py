@@ -5,6 +5,7 @@ on a light and on a dark page.
 """
 
 import io
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -53,6 +54,8 @@ _STYLE: dict[str, Any] = {
 }
 LETTERS = 115
 """Number of characters of a legend line that fit below a figure, including the markers."""
+_JUDGED: tuple[tuple[str, Callable[[float, float], float]], ...] = (("score", max), ("loss", min))
+"""By what a search judges its trials, and which of two is the better one."""
 POINTS = 300
 """Largest number of points of a curve; more are averaged, to keep the page of a long run small."""
 
@@ -83,20 +86,45 @@ def curves(log: Sequence[Record]) -> str | None:
 
 
 def trials(records: Sequence[Record]) -> str | None:
-    """Return a plot of the score of each trial against its MACs, or its number without MACs; None without scores."""
-    across = "macs" if all(number(record, "macs") is not None for record in records) else "trial"
-    points = [(x, y) for r in records if (x := number(r, across)) is not None and (y := number(r, "score")) is not None]
-    if not points:
+    """Return plots of the scores of trials, or of their losses if they have no scores; None with neither.
+
+    The first shows the score of each trial in its order, and the best so far. If the trials differ in MACs by more than
+    2 %, a second one shows the scores against MACs.
+    """
+    name, better = next(
+        (each for each in _JUDGED if any(number(record, each[0]) is not None for record in records)), _JUDGED[0]
+    )
+    found = [
+        (number(record, "trial"), number(record, "macs"), score)
+        for record in records
+        if (score := number(record, name)) is not None
+    ]
+    if not found:
         return None
+    order = [(float(place) if trial is None else trial, score) for place, (trial, _, score) in enumerate(found)]
+    order.sort()
+    costs = [(macs, score) for _, macs, score in found if macs is not None]
+    apart = len(costs) == len(found) and max(costs)[0] > 1.02 * min(costs)[0]
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        axes.scatter([x for x, _ in points], [y for _, y in points], s=18, color=SERIES[0], alpha=0.75, linewidths=0)
-        axes.set_xlabel("multiply-accumulates" if across == "macs" else "trial")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-        axes.set_ylabel("score")
+        first, *rest = figure.subplots(1, 1 + apart, squeeze=False, sharey=True).flat
+        _dots(first, order)
+        best = list(itertools.accumulate((score for _, score in order), better))
+        first.step([x for x, _ in order], best, where="post", color=SERIES[1], label="best so far")
+        first.set_xlabel("trial")
+        first.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        first.set_ylabel(name)
+        first.legend(loc="best")
+        for axes in rest:
+            _dots(axes, costs)
+            axes.set_xlabel("multiply-accumulates")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
 
-    return drawn(draw, f"Score of {len(points)} trials", 9.2, 2.6)
+    return drawn(draw, f"{name.capitalize()} of {len(found)} trials", 9.2, 2.6)
+
+
+def _dots(axes: Any, points: Sequence[tuple[float, float]]) -> None:
+    axes.scatter([x for x, _ in points], [y for _, y in points], s=18, color=SERIES[0], alpha=0.75, linewidths=0)
 
 
 def _losses(axes: Any, name: str, lines: Sequence[Record]) -> None:

@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from vitrim.methods import Method
 from vitrim.run.images import FILE, about, check_record, known_order, open_splits
 from vitrim.run.latency_budget import table_for
 from vitrim.run.recipe import ModelRecipe, Recipe
+from vitrim.run.track import Tracked
 from vitrim.words.budget import Budget
 from vitrim.words.errors import DataError, RecipeError, RunError, VitrimError
 from vitrim.words.plain import dump, load, read_toml, reason, write_text
@@ -49,6 +50,7 @@ class Job:
     trains: bool
     folder: Path | None
     say: Callable[[str], None]
+    tracked: Tracked = field(default_factory=lambda: Tracked(None))
 
     def file(self, name: str) -> Path | None:
         """The path of a file of the run folder, if there is one."""

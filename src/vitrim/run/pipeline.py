@@ -6,8 +6,8 @@ Each stage reads the file of the stage before it, and writes its own file under 
 run resumes at the first missing file, also in the middle of a search or of training.
 """
 
+import contextlib
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,19 +26,20 @@ from vitrim.families import adopt, describe
 from vitrim.methods import Data, Found, Method
 from vitrim.nn.weights import check_weights, fingerprint
 from vitrim.run.child import measure_child
+from vitrim.run.found import check_budget, only_trial
 from vitrim.run.images import about, write_record
 from vitrim.run.job import Job, check_folder, full_disk, leaving_nothing, logger, prepare, telling
 from vitrim.run.latency_budget import meet, time_child
 from vitrim.run.presets import laid_under
 from vitrim.run.presets import preset as read_preset
 from vitrim.run.recipe import Recipe, merged, write_recipe
+from vitrim.run.track import check_trackers, names_of, tracking
 from vitrim.train import Start, fit
-from vitrim.words.budget import SLACK, Budget
-from vitrim.words.costs import Cost, cost_of
+from vitrim.words.budget import Budget
 from vitrim.words.errors import BudgetError, MethodError, RecipeError, RunError
 from vitrim.words.plain import dump, load, write_text
 from vitrim.words.plan import Plan, read_plan, write_plan
-from vitrim.words.spec import Spec, folded
+from vitrim.words.progress import progress, quiet, tell
 
 __all__ = ["Result", "compress", "run"]
 
@@ -81,6 +82,8 @@ def compress(
     measure: Mapping[str, Any] | None = None,
     recipe: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
+    verbose: bool = True,
+    track: str | Sequence[str] = (),
 ) -> Result:
     """Make `model` smaller.
 
@@ -103,6 +106,9 @@ def compress(
         measure: how to measure, see `vitrim.run.recipe.Measure`.
         recipe: any other setting of `vitrim.run.recipe.Recipe`, such as ``{"data": {"mean": [0.5, 0.5, 0.5]}}``.
         out: a run folder to write; a run that was stopped there continues.
+        verbose: whether to print a line at the start of each stage, and to show the progress: as bars on a terminal
+            and in a notebook, elsewhere as a line each minute.
+        track: experiment trackers to send the run to: ``tensorboard``, ``wandb``, ``trackio``.
 
     Returns:
         The child, its plan and the measurements.
@@ -131,7 +137,8 @@ def compress(
     whole = laid_under(asked, {f"preset {name}": read_preset(name) for name in names})
     resolved = load(Recipe, whole, RecipeError, at="compress")
     parent = None if isinstance(model, str) else adopt(as_timm(model))
-    return _run(resolved, None if out is None else Path(out), parent, (data, test), lambda _: None, held)
+    with contextlib.nullcontext() if verbose else quiet():
+        return _run(resolved, None if out is None else Path(out), parent, (data, test), tell, held, names_of(track))
 
 
 def _budget_text(budget: str | Budget) -> str:
@@ -159,18 +166,21 @@ def _name_in_memory(model: nn.Module) -> str:
     return f"({type(model).__name__} in memory, {fingerprint(model)[:8]})"
 
 
-def run(recipe: Recipe, folder: Path, *, say: Callable[[str], None] = lambda _: None) -> Result:
+def run(
+    recipe: Recipe, folder: Path, *, say: Callable[[str], None] = lambda _: None, track: Sequence[str] = ()
+) -> Result:
     """Run a recipe and write its run folder, or continue a run that was stopped.
 
     Args:
         recipe: the recipe.
         folder: the run folder; may exist if it contains the same recipe.
         say: called with a line of text at the start of each stage.
+        track: experiment trackers, see `vitrim.run.track`.
 
     Raises:
         VitrimError: one sentence on what must hold, what came, and the way out.
     """
-    return _run(recipe, folder, None, (recipe.data.train, recipe.data.test), say)
+    return _run(recipe, folder, None, (recipe.data.train, recipe.data.test), say, track=track)
 
 
 def _run(
@@ -180,7 +190,9 @@ def _run(
     data: tuple[Any, Any],
     say: Callable[[str], None],
     held: Method | None = None,
+    track: Sequence[str] = (),
 ) -> Result:
+    check_trackers(track, folder)
     recipe = recipe.resolved(held)
     method = recipe.found_method() if held is None else held
     with full_disk(folder):
@@ -191,9 +203,12 @@ def _run(
                 write_recipe(folder / "recipe.toml", recipe)
             if folder is not None:
                 write_record(folder, about(job.splits))
-            plan, child, seconds, begun = _cut(job, method)
-            child, seconds = _train(job, child, seconds, begun)
-            measured = measure_child(job, child, seconds)
+            with tracking(track, recipe, folder) as tracked:
+                job = replace(job, tracked=tracked)
+                plan, child, seconds, begun = _cut(job, method)
+                child, seconds = _train(job, child, seconds, begun)
+                measured = measure_child(job, child, seconds)
+                tracked.measured(measured)
             _finish(job)
     return Result(model=child.eval(), plan=plan, measured=measured, parent=job.parent, folder=folder)
 
@@ -223,9 +238,11 @@ def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module, float, Start | None
             input=job.input,
         )
     found, child = _found(job, method, data)
-    _check_budget(job, describe(child))
+    check_budget(job, describe(child))
+    trials = found.trials or (only_trial(found),)
+    job.tracked.trials(trials)
     if plan_file is not None and cut_file is not None:
-        lines = "".join(json.dumps(dict(trial)) + "\n" for trial in found.trials)
+        lines = "".join(json.dumps(dict(trial)) + "\n" for trial in trials)
         write_text(plan_file.with_name("trials.jsonl"), lines)
         write_plan(plan_file, job.spec, found.plan)
         if found.start is not None:
@@ -238,7 +255,7 @@ def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module, float, Start | None
 
 def _found(job: Job, method: Method, data: Data | None) -> tuple[Found, nn.Module]:
     """Return the method's result, and the child that is cut by it."""
-    log, searches = telling(logger(job.file("log.jsonl")), job.say), 0
+    log, searches = telling(job.tracked.logging(logger(job.file("log.jsonl"))), job.say), 0
 
     def search(budget: Budget) -> Found:
         nonlocal searches
@@ -288,40 +305,13 @@ def _recovered(job: Job, found: Found, data: Data | None) -> Mapping[str, Tensor
         )
     job.say("compensating in closed form")
     images = [x for x, _ in eval_loader(data.calibration, data.input, batch=32)]
-    return recovered(found.parent, found.plan, images, seed=job.recipe.seed)
+    with progress("compensation", len(found.plan.blocks())) as advance:
+        return recovered(found.parent, found.plan, images, seed=job.recipe.seed, advance=advance)
 
 
 def _stored(job: Job, path: Path) -> tuple[nn.Module, float]:
     seconds = store.provenance(path).get("given", {}).get("seconds", 0.0)
     return store.load(path).to(next(job.parent.parameters()).device), float(seconds)
-
-
-def _check_budget(job: Job, child: Spec) -> None:
-    # Convolutions are trained together with the weights they are mixed from, and folded before they are stored.
-    parent, cost = cost_of(job.spec), cost_of(folded(child))
-    if job.budget.latency is not None:
-        # The time was measured, so the other bounds need not be used up.
-        others = job.budget.model_copy(update={"latency": None})
-        if others.bounds() and not others.admits(cost, parent):
-            raise BudgetError(f"what {job.recipe.method['name']} finds must cost at most {others}, but costs {cost}")
-        return
-    if not job.budget.admits(cost, parent):
-        raise BudgetError(f"what {job.recipe.method['name']} finds must cost at most {job.budget}, but costs {cost}")
-    if job.budget.spent(cost, parent) < 1 - SLACK:
-        raise MethodError(
-            f"what {job.recipe.method['name']} finds must spend at least {1 - SLACK:.0%} of {job.budget}, but spends "
-            f"{job.budget.spent(cost, parent):.1%}; {_way_out(job, cost, parent)}"
-        )
-
-
-def _way_out(job: Job, cost: Cost, parent: Cost) -> str:
-    """Return the way out if a budget is not used up: finer widths if the method has a choice, else a lower budget."""
-    if job.recipe.method.get("choice", "free") != "free":
-        return "choose finer widths with method.choice=free"
-    shares = {
-        name: math.ceil(1000 * getattr(cost, name) / getattr(parent, name)) / 1000 for name in job.budget.bounds()
-    }
-    return f"ask for what it reaches, --budget {','.join(f'{name}={share:g}' for name, share in shares.items())}"
 
 
 def _train(job: Job, child: nn.Module, seconds: float, begun: Start | None) -> tuple[nn.Module, float]:
@@ -342,7 +332,7 @@ def _train(job: Job, child: nn.Module, seconds: float, begun: Start | None) -> t
             seed=job.recipe.seed,
             teacher=job.teacher,
             folder=job.file("training"),
-            log=logger(job.file("log.jsonl")),
+            log=job.tracked.logging(logger(job.file("log.jsonl"))),
             validation=job.splits.validation,
             stage="train",
             start=begun,

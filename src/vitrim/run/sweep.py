@@ -26,6 +26,7 @@ from vitrim import report
 from vitrim.run.grid import Planned, controls, grid
 from vitrim.run.pipeline import run
 from vitrim.run.recipe import Recipe
+from vitrim.run.track import check_trackers
 from vitrim.words.errors import RecipeError, RunError, VitrimError
 from vitrim.words.plain import dump, load, raised, read_toml, reason, write_json, write_text
 
@@ -33,6 +34,8 @@ __all__ = ["FILE", "Ended", "Sweep", "sweep"]
 
 FILE = "sweep.json"
 """The file in a sweep's folder that records its grid."""
+
+_Task = tuple[str, Recipe, Path, Sequence[str]]
 
 State = Literal["done", "failed", "elsewhere"]
 
@@ -74,6 +77,7 @@ def sweep(
     control: bool = False,
     jobs: int = 1,
     at: str = "recipe",
+    track: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> Sweep:
     """Run every combination of settings, except those that are finished or that another process works on.
@@ -89,6 +93,7 @@ def sweep(
         jobs: number of processes on this machine; each gets its share of the CPU's threads, and its own GPU if there
             are several.
         at: what to call the recipe in error messages.
+        track: experiment trackers, see `vitrim.run.track`.
         say: called with a line of text at the start of each stage of each run.
 
     Raises:
@@ -97,6 +102,7 @@ def sweep(
     """
     if jobs < 1:
         raise RecipeError(f"jobs must be at least 1, but got {jobs}")
+    check_trackers(track, folder)
     planned = grid(base, pairs, at)
     planned += controls(planned) if control else []
     folder = folder.absolute()
@@ -106,7 +112,7 @@ def sweep(
     say(f"{len(planned)} runs in {folder}" + (f", {jobs} at a time" if jobs > 1 else ""))
     if jobs > 1 and any(one.recipe.measure.latency for one in planned):
         say("runs beside one another disturb their times; set measure.latency=false and time the models with bench")
-    tasks = [(one.name, one.recipe, places[one.name]) for one in planned]
+    tasks = [(one.name, one.recipe, places[one.name], tuple(track)) for one in planned]
     ended = [_work(*task, say) for task in tasks] if jobs == 1 else _side_by_side(tasks, jobs)
     report.check_same_images(folder)
     if any(one.state == "done" for one in ended):
@@ -156,7 +162,7 @@ def _mine(folder: Path) -> Iterator[bool]:
         lock.release()
 
 
-def _work(name: str, recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Ended:
+def _work(name: str, recipe: Recipe, folder: Path, track: Sequence[str], say: Callable[[str], None]) -> Ended:
     """Do one run, unless it is finished or another process works on it."""
     ended = partial(Ended, name=name, folder=folder)
     with _mine(folder) as mine:
@@ -166,7 +172,7 @@ def _work(name: str, recipe: Recipe, folder: Path, say: Callable[[str], None]) -
             return ended(state="elsewhere")
         try:
             say(f"-- {name}")
-            run(recipe, folder, say=lambda line: say(f"{name}: {line}"))
+            run(recipe, folder, say=lambda line: say(f"{name}: {line}"), track=track)
         except VitrimError as problem:
             return ended(state="failed", why=str(problem))
         except Exception as problem:
@@ -175,7 +181,7 @@ def _work(name: str, recipe: Recipe, folder: Path, say: Callable[[str], None]) -
         return ended(state="done")
 
 
-def _side_by_side(tasks: Sequence[tuple[str, Recipe, Path]], jobs: int) -> list[Ended]:
+def _side_by_side(tasks: Sequence[_Task], jobs: int) -> list[Ended]:
     context = multiprocessing.get_context("spawn")
     count = context.Value("i", 0)
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(count, jobs)) as pool:
@@ -193,7 +199,7 @@ def _begin(count: Any, jobs: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(place % gpus)
 
 
-def _told(task: tuple[str, Recipe, Path]) -> Ended:
+def _told(task: _Task) -> Ended:
     return _work(*task, _print)
 
 

@@ -31,6 +31,7 @@ from vitrim.train.guard import Interrupts
 from vitrim.train.optim import learning_rate, set_learning_rate
 from vitrim.train.settings import Train
 from vitrim.words.errors import TrainError
+from vitrim.words.progress import Work
 
 __all__ = ["AfterStep", "Log", "Loop", "Penalty", "Stop"]
 
@@ -130,15 +131,18 @@ class Loop:
             num_classes=max(2, self.classes),
         )
 
-    def go(self, advance: Callable[[float], None]) -> None:
+    def go(self, advance: Work) -> None:
         """Take the remaining steps; on ctrl-C, write a checkpoint of the last complete step.
+
+        Args:
+            advance: shows the progress.
 
         Raises:
             TrainError: a loss or gradient is not finite.
             RunError: a checkpoint cannot be written.
             KeyboardInterrupt: ctrl-C was pressed.
         """
-        advance(self.state.step)
+        advance.resume(self.state.step)
         try:
             with Interrupts() as interrupts:
                 if self._late():  # a resumed run that has already used its minutes
@@ -153,7 +157,7 @@ class Loop:
                 self._save()
             raise
 
-    def _epoch(self, advance: Callable[[float], None], interrupts: Interrupts) -> None:
+    def _epoch(self, advance: Work, interrupts: Interrupts) -> None:
         epoch, first = divmod(self.state.step, len(self.loader))
         self.model.train()
         parts = self.loader.epoch(epoch, first)
@@ -164,7 +168,7 @@ class Loop:
             if self._late():
                 self.steps = self.state.step
             advance(1)
-            self._report(epoch)
+            self._report(epoch, advance)
             if interrupts.came:
                 raise KeyboardInterrupt
             if self.state.step == self.steps:
@@ -277,11 +281,13 @@ class Loop:
         found = newest(self.folder, self.stage) if self.folder is not None else None
         return f"the last good checkpoint is kept at {found}" if found else "no checkpoint was written yet"
 
-    def _report(self, epoch: int) -> None:
+    def _report(self, epoch: int, advance: Work) -> None:
         step = self.state.step
         ends = step % len(self.loader) == 0 or step == self.steps
         if step % self.settings.log_every == 0 or ends:
-            self._send(self._record("step", epoch, self.window))
+            record = self._record("step", epoch, self.window)
+            advance(0, loss=record["loss"])
+            self._send(record)
             self.window.zero_()
         if ends:
             record = self._record("epoch", epoch, self.epoch_sums)

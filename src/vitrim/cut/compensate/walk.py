@@ -148,6 +148,7 @@ def recovered(
     strength: float = 1e-2,
     alpha: float = 0.3,
     seed: int = 0,
+    advance: Callable[[float], None] = lambda _: None,
 ) -> dict[str, Tensor]:
     """Compensate for the cuts of a plan of any method: projections, second MLP layers and queries are re-fitted.
 
@@ -158,6 +159,7 @@ def recovered(
         strength: see `compensated`.
         alpha: see `compensated`; 0 is used if tokens are merged or chosen separately in each image.
         seed: seed of the labels drawn in `importances`.
+        advance: called with 1 after each block.
 
     Returns:
         The re-fitted parameters of the child, for the `grafts` of `vitrim.cut.surgery.apply`.
@@ -169,7 +171,8 @@ def recovered(
     choices = [_choice(decision, node) for decision, node in zip(plan.blocks(), nodes, strict=True)]
     worth = importances(base, images, seed=seed)
     few = any(node.tokens is not None and not node.tokens.keeps_stream for node in nodes)
-    return compensated(base, choices, images, worth, strength=strength, alpha=0.0 if few else alpha)[1]
+    alpha = 0.0 if few else alpha
+    return compensated(base, choices, images, worth, strength=strength, alpha=alpha, advance=advance)[1]
 
 
 def _choice(decision: BlockPlan, block: BlockSpec) -> BlockChoice:

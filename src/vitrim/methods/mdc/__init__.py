@@ -52,7 +52,7 @@ from vitrim.train.evaluate import Evaluated
 from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError
 from vitrim.words.plain import Node, dump
-from vitrim.words.progress import counted, progress
+from vitrim.words.progress import Work, counted, progress
 from vitrim.words.spec import Spec
 
 __all__ = ["Method"]
@@ -176,7 +176,7 @@ class Method(Node):
             )
             trials = trials_of(study, frame.space)
         best = best_of(trials)
-        told = [{"trial": t.number, "value": t.value, "best": t.number == best.number} | dict(t.notes) for t in trials]
+        told = [{"trial": t.number, "score": t.value, "best": t.number == best.number} | dict(t.notes) for t in trials]
         plan = spend(spec, Scaled(lambda _: frame.space, chooser.plan, best.policy), budget)
         return Found(plan=plan, parent=parent, trials=tuple(told))
 
@@ -305,7 +305,7 @@ def _identity(model: nn.Module) -> str:
     return fingerprint(model, json.dumps(dump(describe(model)), sort_keys=True).encode())[:16]
 
 
-def _tell(log: Callable[[Mapping[str, Any]], None] | None, advance: Callable[[float], None], trial: Trial) -> None:
-    advance(1)
+def _tell(log: Callable[[Mapping[str, Any]], None] | None, advance: Work, trial: Trial) -> None:
+    advance(1, score=trial.value, best=max(trial.value, advance.figures.get("best", trial.value)))
     if log is not None:
-        log({"stage": "policies", "event": "trial", "step": trial.number, "value": trial.value, **trial.notes})
+        log({"stage": "policies", "event": "trial", "step": trial.number, "score": trial.value, **trial.notes})
