@@ -37,7 +37,7 @@ OPTIONS = {
     "pareto": "model data out test budgets weights weights-key random-weights image-size classes channels seed set",
     "export": "model out opset batch as-stored int8 data test weights weights-key random-weights image-size classes "
     "channels set",
-    "push": "model repository license folder dry-run private revision",
+    "push": "model repository license folder dry-run private revision also",
     "explain": "plan",
     "report": "folders out csv latex baseline",
     "methods": "name",
@@ -130,7 +130,9 @@ def test_the_options_are_frozen():
         for name, each in command.commands.items()
     }
     assert found == OPTIONS
-    assert [parameter.opts for parameter in command.params] == [["--version"]]
+    assert [parameter.opts for parameter in command.params] == [
+        ["--version"], ["--install-completion"], ["--show-completion"],
+    ]  # fmt: skip
 
 
 def test_help_and_version(call):
@@ -476,7 +478,7 @@ def test_plans_and_reports_that_cannot_be_read(call, tmp_path):
     (tmp_path / "plan.json").write_text('{"parent": {}, "plan": {}}')
     refused(call("explain", tmp_path / "plan.json"), "plan.json.parent.family: this field is required")
     (tmp_path / "plan.json").unlink()
-    refused(call("report", tmp_path), "must contain measured.json, but does not")
+    refused(call("report", tmp_path), "a folder of runs must contain a run")
     refused(call("run", tmp_path / "recipe.toml"), "recipe.toml: the file must exist")
     (tmp_path / "recipe.toml").write_text("budget = 3")
     refused(call("run", tmp_path / "recipe.toml"), "this field is required")
