@@ -106,11 +106,11 @@ def compress(call, files, tmp_path):
     return run
 
 
-def refused(found: tuple[int, str, str], *told: str) -> None:
-    """Exit 2 with one clear sentence on the error stream, and nothing on the other."""
-    code, out, error = found
+def refused(found: tuple[int, str, str], *told: str, code: int = 2) -> None:
+    """Exit 2 (or `code`) with one clear sentence on the error stream, and nothing on the other."""
+    came, out, error = found
     lines = error.splitlines()
-    assert code == 2, error
+    assert came == code, error
     assert out == ""
     assert "Traceback" not in error
     assert lines[-1].startswith("error ")
@@ -503,7 +503,34 @@ def test_interrupted(problem, call, monkeypatch):
         raise problem
 
     monkeypatch.setattr(methods, "names", stop)
-    refused(call("methods"), "interrupted; the same command continues from the last checkpoint")
+    refused(call("methods"), "interrupted; the same command continues from the last checkpoint", code=130)
+
+
+@pytest.mark.parametrize(
+    ("problem", "told"),
+    [
+        (OSError(28, "No space left on device"), "a file: must be readable or writable, but is not: no space left"),
+        (OSError(30, "Read-only file system", "/x"), "/x: must be readable or writable, but is not: read-only"),
+        (MemoryError(), "there must be enough memory for this command"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "there must be enough memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "enough memory"),
+    ],
+)
+def test_the_machine_refuses(problem, told, call, monkeypatch):
+    """What no command foresees of a file system or of memory is a sentence all the same."""
+
+    def stop(*arguments, **more):
+        raise problem
+
+    monkeypatch.setattr(methods, "names", stop)
+    refused(call("methods"), told)
+
+
+def test_a_closed_pipe_is_no_error():
+    piped = f"{sys.executable} -m vitrim recipes | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", piped], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() in ("0", "141")
+    assert done.stderr == ""
 
 
 # As a process.
@@ -541,7 +568,10 @@ def test_a_wrong_request_as_a_process(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_ctrl_c_leaves_a_run_that_goes_on(files, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "told"), [(signal.SIGINT, 130, "interrupted; "), (signal.SIGTERM, 143, "terminated; ")]
+)
+def test_a_stop_leaves_a_run_that_goes_on(number, code, told, files, tmp_path):
     weights = ["--weights", files / "weights.safetensors", "--set", ARGUMENTS]
     asked = ["test_vit", *weights, "--data", files / "images", "--method", "random", "--epochs", "5000", *QUICK]
     steps = ["--set", "train.batch=4", "--set", "train.log_every=1"]
@@ -551,10 +581,11 @@ def test_ctrl_c_leaves_a_run_that_goes_on(files, tmp_path):
     try:
         while not log.exists() and running.poll() is None:
             time.sleep(0.02)
-        running.send_signal(signal.SIGINT)
+        running.send_signal(number)
         out, error = running.communicate(timeout=HANGS)
     finally:
         running.kill()
-    refused((running.returncode, out, error), "interrupted; the same command continues from the last checkpoint")
+    found = (running.returncode, out, error)
+    refused(found, f"{told}the same command continues from the last checkpoint", code=code)
     assert len(list((tmp_path / "run" / "training").glob("train-*.safetensors"))) == 1
     assert not (tmp_path / "run" / "model.safetensors").exists()

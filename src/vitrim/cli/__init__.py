@@ -1,9 +1,14 @@
-"""The command line. Exit 0: done. Exit 1: a bug in vitrim. Exit 2: a wrong request, explained in one sentence.
+"""The command line.
+
+Exit 0: done. Exit 1: a bug in vitrim. Exit 2: a wrong request, or a full disk or memory, explained in one sentence.
+Exit 130: ctrl-C. Exit 143: SIGTERM.
 
 Packages are imported inside the commands that use them, so that `vitrim explain` finishes before torch would have been
 imported. Each command is in the file of its kind and is registered with `app` from `shared`.
 """
 
+import errno
+import os
 import sys
 import warnings
 from typing import Annotated, NoReturn
@@ -16,11 +21,16 @@ from vitrim import __version__
 from vitrim.cli import compress, curve, deploy, look, measure, search, sweep, transfer
 from vitrim.cli.shared import app
 from vitrim.words.errors import VitrimError
+from vitrim.words.parsing import shown
+from vitrim.words.plain import reason
+from vitrim.words.private import hide_passwords
+from vitrim.words.shorten import shortened
+from vitrim.words.stopping import Terminated, raising_terminated
 
 __all__ = ["app", "compress", "curve", "deploy", "look", "main", "measure", "search", "sweep", "transfer"]
 
-_INTERRUPTED = 130
-"""The exit code that typer returns for ctrl-C, by the convention of shells."""
+_INTERRUPTED, _TERMINATED, _PIPE_CLOSED = 130, 143, 141
+"""Exit codes by the convention of shells: 128 and the number of the signal. Typer returns the first for ctrl-C."""
 
 
 def _version(asked: bool) -> None:
@@ -42,23 +52,55 @@ def main() -> None:
     """Run the command line and exit."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*|timm\..*")
     try:
-        code = app(args=sys.argv[1:] or ["--help"], prog_name="vitrim", standalone_mode=False)
+        with raising_terminated():
+            code = app(args=sys.argv[1:] or ["--help"], prog_name="vitrim", standalone_mode=False)
     except VitrimError as problem:
         _fail(str(problem))
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
-    except Exception as problem:
-        if not hasattr(problem, "format_message"):
+    except Terminated:
+        _fail("terminated; the same command continues from the last checkpoint", _TERMINATED)
+    except SystemExit as end:
+        # Whoever read the output needs no more, as in `vitrim models | head`; typer would exit with 1.
+        if not isinstance(end.__context__, BrokenPipeError):
             raise
-        # A wrong option or argument.
-        command = getattr(getattr(problem, "ctx", None), "command_path", "vitrim")
-        _fail(f"{problem.format_message().rstrip('.')}; see `{command} --help`")
+        sys.exit(_PIPE_CLOSED)
+    except Exception as problem:
+        told = _told(problem)
+        if told is None:
+            raise
+        _fail(told)
     if code == _INTERRUPTED:
-        _fail("interrupted; the same command continues from the last checkpoint")
+        _fail("interrupted; the same command continues from the last checkpoint", _INTERRUPTED)
     sys.exit(code)
 
 
-def _fail(text: str) -> NoReturn:
-    one_line = " ".join(text.split())
+def _told(problem: Exception) -> str | None:
+    """Return a sentence on an error that is no bug: wrong options, the file system, memory; None for any other."""
+    if hasattr(problem, "format_message"):
+        command = getattr(getattr(problem, "ctx", None), "command_path", "vitrim")
+        return f"{problem.format_message().rstrip('.')}; see `{command} --help`"
+    if _is_memory(problem):
+        return (
+            "there must be enough memory for this command, but it ran out; lower train.batch, measure.batch or "
+            "--batch, use a smaller model, or a machine with more memory"
+        )
+    if isinstance(problem, OSError) and problem.errno is not None:
+        where = "a file" if problem.filename is None else shown(os.fsdecode(problem.filename)).strip("'\"")
+        way = "make room" if problem.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another place"
+        return f"{where}: must be readable or writable, but is not: {reason(problem)}; {way} and run the command again"
+    return None
+
+
+def _is_memory(problem: Exception) -> bool:
+    """Whether memory ran out. PyTorch raises a RuntimeError of its own for each device."""
+    texts = ("DefaultCPUAllocator", "out of memory", "can't allocate memory", "not enough memory")
+    of_torch = isinstance(problem, RuntimeError) and any(text in str(problem) for text in texts)
+    return isinstance(problem, MemoryError) or of_torch
+
+
+def _fail(text: str, code: int = 2) -> NoReturn:
+    # A name that is no text in UTF-8 is printed with signs in place of what cannot be.
+    one_line = " ".join(hide_passwords(shortened(text)).split()).encode("utf-8", "replace").decode("utf-8")
     Console(stderr=True, soft_wrap=True).print(Text.assemble(("error", "bold red"), " ", one_line))
-    sys.exit(2)
+    sys.exit(code)

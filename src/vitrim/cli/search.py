@@ -24,6 +24,7 @@ from vitrim.cli.shared import (
     show_table,
 )
 from vitrim.words.errors import MethodError, RecipeError
+from vitrim.words.parsing import shown
 
 if TYPE_CHECKING:
     from vitrim.run.recipe import Recipe
@@ -74,7 +75,10 @@ def search(
         }
     shared = {"storage": storage} | ({} if trials is None else {"trials": trials})
     asked = merged(asked, overrides(set_ or [], asked))
-    name = asked.get("method", {}).get("name")
+    table = asked.get("method", {})
+    if not isinstance(table, Mapping):
+        raise RecipeError(f"method: must be a table, such as method.name='mdc', but got {shown(table)}")
+    name = table.get("name")
     if isinstance(name, str) and "storage" not in methods.settings_of(name).model_fields:
         raise MethodError(f"a shared search must use a method with trials, but {name} has none; use mdc")
     recipe = read(Recipe, laid(merged(asked, {"method": shared}), preset)).resolved()

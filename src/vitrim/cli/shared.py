@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vitrim.words.errors import RecipeError
+from vitrim.words.private import hide_passwords
 
 __all__ = [
     "Channels",
@@ -103,12 +104,12 @@ def model_table(
 
 def say(text: str) -> None:
     """Print a progress message to stderr."""
-    Console(stderr=True, soft_wrap=True).print(Text(text, style="dim"))
+    Console(stderr=True, soft_wrap=True).print(Text(hide_passwords(text), style="dim"))
 
 
 def warn(text: str) -> None:
     """Print a highlighted warning to stderr."""
-    Console(stderr=True, soft_wrap=True).print(Text(f"warning: {text}", style="bold yellow"))
+    Console(stderr=True, soft_wrap=True).print(Text(f"warning: {hide_passwords(text)}", style="bold yellow"))
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: bool = False) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from vitrim.cli.shared import Random, Settings, Weights, WeightsKey, app, model_table, read, say, show_table
+from vitrim.words.errors import RecipeError
 
 __all__ = ["scored", "seg", "transferred"]
 
@@ -60,7 +61,13 @@ def written_by(net: Any, name: str, over: Any) -> tuple[Any, Any]:
     from vitrim.deploy import store
     from vitrim.run.transfer import TransferRecipe
 
-    recipe = read(TransferRecipe, store.provenance(name)["given"]["recipe"], name)
+    written = store.given(name).get("recipe")
+    if written is None:
+        raise RecipeError(
+            f"{name}: a segmentation model must say how its images are read, but this file holds no recipe; measure "
+            "the model of a run folder"
+        )
+    recipe = read(TransferRecipe, written, name)
     given = {key: getattr(over, key) or getattr(recipe.data, key) for key in ("mean", "std")}
     return recipe, Input.of(net, **{key: value for key, value in given.items() if value is not None})
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from timm.data import ImageNetInfo
 
 from vitrim.words.errors import DataError
+from vitrim.words.plain import reason
 
 __all__ = ["IMAGENET", "check_map", "imagenet_numbers", "read_map"]
 
@@ -101,5 +102,4 @@ def _text(path: Path, class_map: str) -> str:
     except UnicodeDecodeError as problem:
         raise DataError(f"{class_map}: a class map must be UTF-8 text, but {problem.reason}") from None
     except OSError as problem:
-        reason = (problem.strerror or str(problem)).lower()
-        raise DataError(f"{class_map}: the class map must be readable, but {reason}") from None
+        raise DataError(f"{class_map}: the class map must be readable, but {reason(problem)}") from None

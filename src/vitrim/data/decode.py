@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
 from vitrim.words.errors import DataError
+from vitrim.words.plain import reason
 
 __all__ = ["IMAGE_ENDINGS", "decode", "ending", "is_image", "read_whole", "readable_endings", "to_rgb", "why_not_whole"]
 
@@ -72,12 +73,12 @@ def read_whole(path: Path) -> bytes:
     """
     try:
         with path.open("rb") as stream:
-            reason = why_not_whole(os.fstat(stream.fileno()).st_size)
-            if reason is None:
+            why = why_not_whole(os.fstat(stream.fileno()).st_size)
+            if why is None:
                 return stream.read(_MOST_BYTES)
     except OSError as problem:
-        reason = (problem.strerror or str(problem)).lower()
-    raise DataError(f"{path}: every image must be readable, but {reason}; replace or remove this file")
+        why = reason(problem)
+    raise DataError(f"{path}: every image must be readable, but {why}; replace or remove this file")
 
 
 def decode(data: bytes | BinaryIO, name: str) -> Image.Image:
@@ -95,12 +96,12 @@ def decode(data: bytes | BinaryIO, name: str) -> Image.Image:
         with Image.open(stream) as image:
             return to_rgb(image)
     except UnidentifiedImageError:
-        reason = "it is not an image that Pillow can read"
+        why = "it is not an image that Pillow can read"
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and zlib.error for damaged files.
     except Exception as problem:
-        reason = f"{problem}".strip() or type(problem).__name__
+        why = reason(problem)
     raise DataError(
-        f"{name}: every image must decode, but {reason}; replace or remove this file, or set data.skip_damaged"
+        f"{name}: every image must decode, but {why}; replace or remove this file, or set data.skip_damaged"
     )
 
 

@@ -17,6 +17,7 @@ from vitrim.data.folders import SPLITS, Reading, split_of
 from vitrim.data.images import Images
 from vitrim.data.labels import labels_array
 from vitrim.words.errors import DataError
+from vitrim.words.plain import reason
 
 __all__ = ["HubData", "create", "why_not_opened"]
 
@@ -37,7 +38,7 @@ class _Rows:
         try:
             data = given["bytes"] or Path(given["path"]).read_bytes()
         except OSError as problem:
-            raise DataError(f"{at}: every image must be readable, but {problem.strerror}") from None
+            raise DataError(f"{at}: every image must be readable, but {reason(problem)}") from None
         return decode(data, at)
 
 

@@ -3,6 +3,7 @@
 P is the number of images.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,11 +18,19 @@ from vitrim.data.leftout import LeftOut
 from vitrim.words.errors import DataError
 from vitrim.words.progress import progress
 
-__all__ = ["Images", "check_classes", "labels_of"]
+__all__ = ["SAMPLE", "Images", "check_classes", "labels_of", "spread"]
 
 _THREADS = 4
 _BLOCK = 256
 _SHOWN = 3
+
+SAMPLE = 256
+"""Images whose pixels count in a fingerprint: all of a small set, and 2 s of decoding of a large one."""
+
+
+def spread(count: int) -> list[int]:
+    """Return up to `SAMPLE` indices below `count`, evenly spread, the first and the last among them."""
+    return [int(place) for place in np.unique(np.linspace(0, count - 1, min(count, SAMPLE)).round())]
 
 
 class Images(Dataset[tuple[Image.Image, int]]):
@@ -89,6 +98,7 @@ class Images(Dataset[tuple[Image.Image, int]]):
         if self.labels.max() >= max(classes, 0) and self.labels.max() >= 0:
             raise DataError(f"{source}: labels must be below {classes}, but {self.labels.max()} came")
         self._everything = everything
+        self._fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self._index)
@@ -153,6 +163,27 @@ class Images(Dataset[tuple[Image.Image, int]]):
             "fixed": self.fixed,
         }
         return Images(self._read, **(same | changes))
+
+    def fingerprint(self) -> str:
+        """Return a hash of the images, as 64 hexadecimal digits: a run goes on with equal ones alone.
+
+        It is a hash of the labels of all images and of the pixels of some (`spread`). A change to other images than
+        these is not noticed, nor are pixels of a source that is not `fixed`, since they may differ at each read.
+
+        Raises:
+            DataError: one of them is damaged.
+        """
+        if self._fingerprint is None:
+            digest = hashlib.sha256(self.labels.tobytes())
+            with ThreadPoolExecutor(_THREADS) as threads:
+                for pixels in threads.map(self._pixels, spread(len(self)) if self.fixed else []):
+                    digest.update(hashlib.sha256(pixels).digest())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def _pixels(self, place: int) -> bytes:
+        image: Image.Image = self._read(int(self._index[place]))
+        return f"{image.mode} {image.size}".encode() + image.tobytes()
 
     def line(self, more: int = 0) -> str:
         """Return a one-line summary: images, classes, the first three class names with numbers, and what was not read.

@@ -20,6 +20,7 @@ from vitrim.data.decode import IMAGE_ENDINGS, decode, ending, is_image, read_who
 from vitrim.data.leftout import LeftOut
 from vitrim.data.names import Names, natural_key
 from vitrim.words.errors import DataError
+from vitrim.words.plain import reason
 
 __all__ = ["Listing", "Maker", "is_hidden", "list_folder", "why_left_out"]
 
@@ -155,17 +156,15 @@ class _Walk:
                     else:
                         others += self._other(files, folders, at, real, entry)
         except OSError as problem:
-            raise DataError(
-                f"{path}: every folder must be readable, but {(problem.strerror or str(problem)).lower()}"
-            ) from None
+            raise DataError(f"{path}: every folder must be readable, but {reason(problem)}") from None
         return files, folders, others
 
     def _file(self, files: list[str], at: str, name: str) -> int:
         if is_image(name):
             files.append(name)
             return 0
-        reason, kind = why_left_out(name)
-        self._leave(reason, at, name, kind)
+        why, kind = why_left_out(name)
+        self._leave(why, at, name, kind)
         return 1
 
     def _take(self, folders: dict[str, str], at: str, entry: os.DirEntry[str], real: str, *, linked: bool) -> None:
@@ -199,8 +198,8 @@ class _Walk:
         self._leave("pipes, sockets or devices", at, entry.name)
         return 1
 
-    def _leave(self, reason: str, at: str, name: str, kind: str = "") -> None:
-        self.maker.left_out.add(reason, f"{at}/{name}" if at else name, kind)
+    def _leave(self, why: str, at: str, name: str, kind: str = "") -> None:
+        self.maker.left_out.add(why, f"{at}/{name}" if at else name, kind)
 
 
 def _within(path: str, folder: str) -> bool:

@@ -8,6 +8,7 @@ either in split folders (`train val test`) or directly, and `classes.txt` with o
 """
 
 import dataclasses
+import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,7 @@ from torch.utils.data import Dataset
 
 from vitrim.data.decode import decode, is_image
 from vitrim.data.folders import SPLITS, choose_split
+from vitrim.data.images import spread
 from vitrim.data.names import natural_key
 from vitrim.data.tars import file_ranges
 from vitrim.words.errors import DataError
@@ -101,6 +103,18 @@ class Scenes(Dataset[tuple[Image.Image, Image.Image]]):
         part = f" ({self.split})" if self.split else ""
         source = self.source.rstrip("/").rpartition("/")[2]
         return f"{len(self):,} scenes of {source}{part}, {self.classes:,} classes ({first})"
+
+    def fingerprint(self) -> str:
+        """Return a hash of the files of up to `vitrim.data.images.SAMPLE` scenes, evenly spread, and of the classes.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        digest = hashlib.sha256(repr((len(self), self.names)).encode() + self._table.tobytes())
+        for index in spread(len(self)):
+            for name in self._pairs[index]:
+                digest.update(hashlib.sha256(self._store.read(name)).digest())
+        return digest.hexdigest()
 
     def name(self, index: int) -> str:
         """Return the file of a picture, relative to the source."""

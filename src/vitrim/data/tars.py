@@ -22,6 +22,7 @@ from vitrim.data.leftout import LeftOut
 from vitrim.data.listing import HIDDEN, Listing, Maker, is_hidden, why_left_out
 from vitrim.data.names import Names, tree_key
 from vitrim.words.errors import DataError
+from vitrim.words.plain import reason
 
 __all__ = ["TarImages", "file_ranges", "list_tar", "read_range"]
 
@@ -67,7 +68,7 @@ def read_range(tar: str, start: int, size: int) -> bytes:
             stream.seek(start)
             return stream.read(size)
     except OSError as problem:
-        raise DataError(f"{tar}: the tar must be readable, but {(problem.strerror or str(problem)).lower()}") from None
+        raise DataError(f"{tar}: the tar must be readable, but {reason(problem)}") from None
 
 
 class _Part(io.RawIOBase):
@@ -121,8 +122,7 @@ def _members(root: Path, start: int = 0, size: int | None = None) -> Iterator[ta
                 raise tarfile.ReadError("it ends before its end mark")
     # A pax header may claim a size that is not a number, or that is larger than the system can seek to.
     except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as problem:
-        reason = getattr(problem, "strerror", None) or str(problem)
-        raise DataError(f"{root}: the tar must be whole, but {reason}; fetch it again") from None
+        raise DataError(f"{root}: the tar must be whole, but {reason(problem)}; fetch it again") from None
 
 
 def _short(name: str) -> str:
@@ -199,9 +199,9 @@ class _Found:
             left, kind = why_left_out(name)
             self._leave(left, name, kind)
             return
-        reason = why_not_whole(info.size)
-        if reason is not None:
-            raise DataError(f"{self.root}:{_short(name)}: every image must be readable, but {reason}; remove it")
+        why = why_not_whole(info.size)
+        if why is not None:
+            raise DataError(f"{self.root}:{_short(name)}: every image must be readable, but {why}; remove it")
         self._image(name, (info.offset_data, info.size))
 
     def _image(self, name: str, place: _Range) -> None:
@@ -209,8 +209,8 @@ class _Found:
             self.left_out.add("members that a later member of the same name replaces", name)
         self.images[name] = place
 
-    def _leave(self, reason: str, name: str, kind: str = "") -> None:
-        self.left_out.add(reason, name, kind)
+    def _leave(self, why: str, name: str, kind: str = "") -> None:
+        self.left_out.add(why, name, kind)
         folder = name.rpartition("/")[0]
         self.others[folder] = self.others.get(folder, 0) + 1
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 import timm
@@ -11,9 +10,10 @@ import timm
 from vitrim import report
 from vitrim.deploy.hub import Plain, labels_of
 from vitrim.words.plan import Plan
+from vitrim.words.private import public
 from vitrim.words.spec import Spec
 
-__all__ = ["Known", "card", "is_of_transformers", "without_folders"]
+__all__ = ["Known", "card", "is_of_transformers"]
 
 _HUB = "hf-hub:"
 
@@ -79,11 +79,11 @@ def _base(known: Known) -> tuple[str | None, str]:
     name, weights = str(model.get("name") or ""), model.get("weights")
     if not name:
         return None, f"not recorded; a {known.spec.host.name or known.spec.family} by its structure"
-    shown = without_folders(name)
+    shown = str(public(name))
     if model.get("random_weights"):
         return None, f"{shown} with random weights"
     if weights:
-        return None, f"{shown} with the weights of {without_folders(str(weights))}"
+        return None, f"{shown} with the weights of {public(str(weights))}"
     if name.startswith(_HUB):
         repository = name.removeprefix(_HUB).partition("@")[0]
         return repository, repository
@@ -105,14 +105,6 @@ def _timm_place(name: str) -> str | None:
     if place.endswith("/"):
         return f"{place}{name}" + (f".{tag}" if tag and "." not in name else "")
     return place or None
-
-
-def without_folders(text: str) -> str:
-    """Return a path without its folders, if it is an absolute path or names a local folder; other text as it is."""
-    kind, slash, rest = text.partition("/")
-    if kind in ("wds", "hfds", "torch") and slash:
-        return f"{kind}/{without_folders(rest)}" if rest.startswith(("/", "~", ".")) else text
-    return PurePath(text).name if text.startswith(("/", "~", "./", "../")) else text
 
 
 # -- parts

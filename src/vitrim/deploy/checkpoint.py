@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vitrim.words.errors import WeightsError
+from vitrim.words.parsing import shown
+from vitrim.words.plain import is_file
 
 __all__ = ["read_checkpoint", "what_else_it_is"]
 
@@ -41,8 +43,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         WeightsError: if the file is missing, damaged or of another kind, or contains types that are not allowed,
             quantized weights, or no named tensor.
     """
-    if not path.is_file():
-        raise WeightsError(f"{path}: the weights file must exist, but it does not")
+    if not is_file(path):
+        raise WeightsError(f"{shown(str(path))}: the weights file must exist, but it does not")
     other = what_else_it_is(path)
     if other is not None:
         raise WeightsError(f"{path}: the file must hold weights of PyTorch or safetensors, but {other}")

@@ -20,12 +20,16 @@ from vitrim.families import adopt
 from vitrim.families._parts import pretrained
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import AdoptError, RecipeError, WeightsError
-from vitrim.words.plain import did_you_mean, reason
+from vitrim.words.parsing import shown
+from vitrim.words.plain import did_you_mean, is_file, reason
 from vitrim.words.progress import progress
 
 __all__ = ["known_models", "load_weights_", "open_parent", "open_teacher", "read_weights"]
 
 Say = Callable[[str], None]
+
+_LONGEST_NAME = 4096
+"""Characters of a path on Linux."""
 
 
 def open_parent(
@@ -91,6 +95,8 @@ def open_teacher(
         raise RecipeError("weights must come from one place, but both a file and random weights are asked for")
     if weights_key and not weights:
         raise RecipeError(f"a weights key must be of a weights file, but '{weights_key}' is given without one")
+    if len(name) > _LONGEST_NAME:
+        raise RecipeError(f"a model's name must have at most {_LONGEST_NAME:,} characters, but has {len(name):,}")
     _check_not_weights(name)
     config = transformers_config(name)
     if config is not None:
@@ -130,10 +136,10 @@ def _check_name(name: str) -> None:
     if not name.startswith(("hf-hub:", "hf_hub:")) and not timm.is_model(name):
         if name.endswith(".safetensors") or "/" in name:
             raise RecipeError(
-                f"{name}: a model must be a timm name or a file that vitrim stored, or a folder of transformers, but "
-                "this is neither; for a model on the Hub give hf-hub:OWNER/NAME"
+                f"{shown(name)}: a model must be a timm name or a file that vitrim stored, or a folder of "
+                "transformers, but this is neither; for a model on the Hub give hf-hub:OWNER/NAME"
             )
-        raise RecipeError(f"a model must be a name that timm knows, but got '{name}'{_near(name)}")
+        raise RecipeError(f"a model must be a name that timm knows, but got {shown(name)}{_near(name)}")
 
 
 def _check_not_weights(name: str) -> None:
@@ -142,10 +148,9 @@ def _check_not_weights(name: str) -> None:
     Raises:
         RecipeError: naming the option that takes the file.
     """
-    path = Path(name)
-    if not path.is_file():
+    if not is_file(name):
         return
-    with path.open("rb") as file:
+    with Path(name).open("rb") as file:
         head = file.read(4)
     if head.startswith((b"PK\x03\x04", b"\x80")):
         raise RecipeError(
@@ -190,7 +195,7 @@ def _frame(name: str, arguments: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _create(name: str, **arguments: Any) -> nn.Module:
+def _create(name: str, /, **arguments: Any) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, **arguments)
     except TypeError as problem:

@@ -15,15 +15,17 @@ from typing import Any
 import timm
 
 from vitrim.deploy import store
-from vitrim.deploy.card import Known, card, is_of_transformers, without_folders
+from vitrim.deploy.card import Known, card, is_of_transformers
 from vitrim.deploy.export import export
 from vitrim.deploy.hub import config, plain_timm
 from vitrim.deploy.remote import upload
+from vitrim.families import describe
 from vitrim.nn.layers import input_channels
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import RunError, StoreError
 from vitrim.words.plain import read_json, reason, write_text
 from vitrim.words.plan import read_plan
+from vitrim.words.private import public
 from vitrim.words.spec import Spec
 
 __all__ = ["CARD", "CONFIG", "Pushed", "card", "push"]
@@ -89,7 +91,7 @@ def push(
     with _place(folder) as place:
         net = store.load(file)
         store.save(net, place / store.FILE, provenance=_given(file))
-        held = config(known.spec, input_channels(net), known.licence, known.plain)
+        held = public(config(describe(net), input_channels(net), known.licence, known.plain))
         write_text(place / CONFIG, json.dumps(held, indent=1) + "\n")
         for kind in known.also:
             say(f"exporting model.{kind}")
@@ -132,7 +134,7 @@ def _file_of(model: Path) -> Path:
 
 def _given(file: Path) -> dict[str, Any]:
     """Return the provenance given when the model was stored, without local folders; empty if it is not a table."""
-    return _table(_without_local(store.provenance(file).get("given")))
+    return _table(public(store.provenance(file).get("given")))
 
 
 def _table(value: Any) -> dict[str, Any]:
@@ -146,7 +148,7 @@ def _known(file: Path, repository: str, licence: str | None, also: Sequence[str]
     recipe |= {part: _table(recipe.get(part)) for part in ("model", "data")}
     plan, measured = file.with_name("plan.json"), file.with_name("measured.json")
     parent, decided = read_plan(plan) if plan.is_file() else (None, None)
-    told = _table(read_json(measured, RunError)) if measured.is_file() else {}
+    told = _table(public(read_json(measured, RunError))) if measured.is_file() else {}
     cost = cost_of(spec)
     if told and told.get("macs") != cost.macs:
         raise StoreError(
@@ -185,12 +187,3 @@ def _licence_of(model: Mapping[str, Any], file: Path, spec: Spec | None = None) 
         f"{file}: the license of the parent's weights must be known, but neither the file nor timm states it; "
         "give --license, such as apache-2.0"
     )
-
-
-def _without_local(value: Any) -> Any:
-    """Return plain values without local folders: only the last part of each absolute path remains."""
-    if isinstance(value, dict):
-        return {key: _without_local(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_local(part) for part in value]
-    return without_folders(value) if isinstance(value, str) else value

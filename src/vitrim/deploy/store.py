@@ -6,6 +6,7 @@ The spec is stored as JSON in the file's metadata, so loading needs nothing but 
 
 import contextlib
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -25,12 +26,16 @@ from vitrim.nn.parity import find_difference
 from vitrim.nn.weights import check_weights, home_of, why_not_held, why_not_like
 from vitrim.words.errors import AdoptError, StoreError, WeightsError
 from vitrim.words.formats import FORMAT, check_format, parse_spec
-from vitrim.words.plain import dump, reason, writing
+from vitrim.words.parsing import parse_json
+from vitrim.words.plain import dump, is_file, reason, writing
 from vitrim.words.spec import Spec
 
-__all__ = ["FILE", "hub_file", "is_stored", "load", "provenance", "read_spec", "save"]
+__all__ = ["FILE", "given", "hub_file", "is_stored", "load", "provenance", "read_spec", "save"]
 
 FILE = "model.safetensors"
+
+MOST_COMPUTED = 2**30
+"""Bytes of the buffers that a file does not hold. A Swin-B of 384 pixels computes 2 MB of indices and masks."""
 
 
 def save(model: nn.Module, path: str | Path, *, provenance: Mapping[str, Any] | None = None) -> Path:
@@ -115,6 +120,16 @@ def provenance(path_or_name: str | Path) -> dict[str, Any]:
     return known
 
 
+def given(path_or_name: str | Path) -> dict[str, Any]:
+    """Read what `save` was given as provenance; empty if the file holds no table there.
+
+    Raises:
+        StoreError: as `load`.
+    """
+    known = provenance(path_or_name).get("given")
+    return dict(known) if isinstance(known, Mapping) else {}
+
+
 def is_stored(path_or_name: str | Path) -> bool:
     """Return whether `load` should open this model, rather than timm.
 
@@ -127,7 +142,7 @@ def is_stored(path_or_name: str | Path) -> bool:
     if on_hub(path_or_name):
         return hub_file(str(path_or_name)) is not None
     path = Path(path_or_name)
-    return path.suffix == ".safetensors" or path.is_file() or (path / FILE).is_file()
+    return path.suffix == ".safetensors" or is_file(path) or is_file(path / FILE)
 
 
 def hub_file(name: str) -> Path | None:
@@ -237,6 +252,10 @@ def _written(spec: Spec, given: Mapping[str, Any] | None) -> str:
 def _prove(model: nn.Module, stored: nn.Module, image: tuple[int, int]) -> None:
     """Raise an error if a stored model does not compute the same outputs as the model in memory."""
     found = find_difference(stored.to(home_of(model)[0]), model, image, "store")
+    if found is not None and math.isnan(found.apart):
+        raise StoreError(
+            f"a stored model must give finite {found.what}, but gives none for random images; its weights are too large"
+        )
     if found is not None:
         raise StoreError(
             f"a stored model must give the {found.what} of the model in memory, but they differ by {found.apart:.1e}; "
@@ -262,7 +281,7 @@ def _opened(path: Path) -> Iterator[Any]:
 def _find(path_or_name: str | Path) -> Path:
     if not on_hub(path_or_name):
         path = Path(path_or_name)
-        return path / FILE if path.is_dir() else path
+        return path / FILE if not is_file(path) and is_file(path / FILE) else path
     path_or_none = hub_file(str(path_or_name))
     if path_or_none is None:
         raise StoreError(
@@ -280,10 +299,7 @@ def _sheet(path: Path) -> dict[str, Any]:
             f"{path}: the file must hold a model that vitrim stored, but holds weights alone; "
             "name the timm model and pass this file as --weights"
         )
-    try:
-        sheet = json.loads(text)
-    except json.JSONDecodeError as problem:
-        raise StoreError(f"{path}: the spec must be JSON, but {problem.msg}; the file was changed by hand") from None
+    sheet = parse_json(text, StoreError, str(path))
     check_format(sheet.get("format") if isinstance(sheet, dict) else None, str(path), StoreError)
     return dict(sheet)
 
@@ -296,7 +312,7 @@ def _read(path: Path) -> nn.Module:
     spec = _spec(path)
     with torch.device("meta"):
         model = build(spec)
-    state = {}
+    state: dict[str, Tensor] = {}
     with _opened(path) as file:
         for name in file.keys():
             # Cloned, because otherwise the tensors would map the file and start at addresses where a CPU rounds
@@ -308,7 +324,13 @@ def _read(path: Path) -> nn.Module:
     wrong = why_not_like(state, model.state_dict())
     if wrong is not None:
         raise WeightsError(f"{path}: {wrong}")
-    if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in state):
+    computed = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in state)
+    if computed > MOST_COMPUTED:
+        raise StoreError(
+            f"{path}: what a model computes from its sizes must take at most {MOST_COMPUTED:,} bytes, but takes "
+            f"{computed:,}; the file was changed by hand"
+        )
+    if computed:
         model = build(spec)  # some buffers are computed, not stored, so the model must be built with data
     model.load_state_dict(state, assign=True)
     return model.eval()

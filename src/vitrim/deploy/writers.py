@@ -6,6 +6,7 @@ B images, C channels, (h, w) height and width of the input.
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import platform
 import tempfile
 from collections.abc import Callable
@@ -74,7 +75,10 @@ def need(*packages: str, extra: str = "export") -> None:
 
 
 def _program(program: Program, part: Path, opset: int) -> Opened:
-    torch.export.save(program, part)
+    # PyTorch's own writer of files ends the process where the disk is full.
+    packed = io.BytesIO()
+    torch.export.save(program, packed)
+    part.write_bytes(packed.getbuffer())
     module: Any = torch.export.load(part).module()
     return Opened(f"torch {torch.__version__}", module)
 
@@ -89,11 +93,12 @@ def _onnx(program: Program, part: Path, opset: int) -> Opened:
                 opset_version=opset,
             )  # fmt: skip
             assert written is not None
-            written.save(part, external_data=False)
     except Exception as problem:
         raise ExportError(
             f"every operator must have an ONNX form, but the exporter says: {reason(problem)}; please report it"
         ) from problem
+    with quiet(*LOGGERS):
+        written.save(part, external_data=False)
     return Opened(*onnx_session(part))
 
 
@@ -168,11 +173,12 @@ def _executorch(program: Program, part: Path, opset: int) -> Opened:
         runtime: Any = importlib.import_module("executorch.runtime").Runtime.get()
         try:
             lowered = exir.to_edge_transform_and_lower(program, partitioner=[partitioner.XnnpackPartitioner()])
-            part.write_bytes(lowered.to_executorch().buffer)
+            packed = lowered.to_executorch().buffer
         except Exception as problem:  # of whichever pass cannot take an operator
             raise ExportError(
                 f"every operator must have an ExecuTorch form, but the exporter says: {reason(problem)}; report it"
             ) from problem
+    part.write_bytes(packed)
     # The program is read from memory, so that the file can be moved while it is open.
     method = runtime.load_program(part.read_bytes()).load_method("forward")
 
@@ -205,11 +211,11 @@ def _coreml(program: Program, part: Path, opset: int) -> Opened:
                 minimum_deployment_target=target,
                 compute_precision=precision,
             )
-            model.save(str(part))
         except Exception as problem:  # of whichever operator has no form there
             raise ExportError(
                 f"every operator must have a Core ML form, but coremltools says: {reason(problem)}; please report it"
             ) from problem
+        model.save(str(part))
     version = f"coremltools {coremltools.__version__}"
     if platform.system() != "Darwin":
         return Opened(version, None)

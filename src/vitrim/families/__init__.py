@@ -9,7 +9,9 @@ with timm.
 import contextlib
 import functools
 import importlib
+import math
 import pkgutil
+import re
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
@@ -25,7 +27,8 @@ from vitrim.nn.parity import find_difference
 from vitrim.nn.weights import check_weights
 from vitrim.words.entries import entries
 from vitrim.words.errors import AdoptError, SpecError
-from vitrim.words.plain import did_you_mean
+from vitrim.words.parsing import shown
+from vitrim.words.plain import Node, did_you_mean, load
 from vitrim.words.spec import Spec
 
 __all__ = [
@@ -34,6 +37,7 @@ __all__ = [
     "adopt",
     "blocks_of",
     "build",
+    "check_host",
     "convert",
     "describe",
     "family_of",
@@ -64,6 +68,10 @@ class Family(Protocol):
     HOSTS: tuple[type[nn.Module], ...]
     """Model classes of the family. A subclass belongs to the family that lists its nearest base class."""
 
+    ARGUMENTS: type[Node]
+    """The arguments of `vitrim.words.spec.Host` that `describe` writes, each with its type and bounds. A stored file
+    with any other is refused before `build` sees it, because a constructor may take a path or a function."""
+
     def example(self, **arguments: object) -> nn.Module:
         """A small model with random weights."""
         ...
@@ -85,7 +93,7 @@ class Family(Protocol):
         ...
 
 
-OFFERS = ("TEST_PRESETS", "HOSTS", "example", "describe", "blocks_by_stage", "host", "build")
+OFFERS = ("TEST_PRESETS", "HOSTS", "ARGUMENTS", "example", "describe", "blocks_by_stage", "host", "build")
 """The names that the module of a family must define."""
 
 
@@ -125,6 +133,8 @@ def why_not_a_family(value: Any) -> str | None:
     lacking = [name for name in OFFERS if not hasattr(value, name)]
     if lacking:
         return f"a family must offer {', '.join(OFFERS)}, but has no {' and no '.join(lacking)}; add it"
+    if not (isinstance(value.ARGUMENTS, type) and issubclass(value.ARGUMENTS, Node)):
+        return f"ARGUMENTS must be a subclass of vitrim.words.plain.Node, but is {shown(value.ARGUMENTS)}"
     return None
 
 
@@ -260,6 +270,11 @@ def adopt(model: nn.Module) -> nn.Module:
     adopted = family.host(model, blocks)
     check_tensors(adopted, lambda: build(spec))
     found = find_difference(adopted, model, spec.image, "adopt")
+    if found is not None and math.isnan(found.apart):
+        raise AdoptError(
+            f"$: {found.what} must be finite to be compared, but are not for random images; its weights are too large "
+            "or damaged, load a sound checkpoint"
+        )
     if found is not None:
         raise AdoptError(
             f"$: {found.what} must stay within {found.allowed:.1e} of {type(model).__name__}'s, relative to the "
@@ -273,13 +288,39 @@ def host(model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
     return family_of(model).host(model, blocks)
 
 
+def check_host(spec: Spec) -> None:
+    """Refuse a host that its family does not write, because a spec may come from a stranger's file.
+
+    Raises:
+        SpecError: if the family is unknown, the name is not a plain timm name, or an argument is unknown, missing, or
+            of another type than the family's ``ARGUMENTS`` have.
+    """
+    name, arguments = spec.host.name, dict(spec.host.arguments)
+    if not _PLAIN_NAME.fullmatch(name):
+        raise SpecError(f"host.name: must be a plain timm name, such as deit_small_patch16_224, but got {shown(name)}")
+    known = load(get(spec.family).ARGUMENTS, arguments, SpecError, at="host.arguments")
+    read = known.model_dump(exclude_unset=True)
+    for key, value in arguments.items():
+        if read[key] != value:  # pydantic reads "3" as 3; the constructor would get the text
+            raise SpecError(f"host.arguments.{key}: must be written as {shown(read[key])}, but got {shown(value)}")
+
+
+_PLAIN_NAME = re.compile(r"[\w.+-]{0,200}", re.ASCII)
+
+
 def build(spec: Spec) -> nn.Module:
-    """Return a model of structure `spec` with unset weights, to be filled by ``load_state_dict``."""
+    """Return a model of structure `spec` with unset weights, to be filled by ``load_state_dict``.
+
+    Raises:
+        SpecError: if the host is not such as its family writes, or the installed timm cannot build it.
+    """
+    check_host(spec)
     family = get(spec.family)
     place = torch.get_default_device()
     with random_state_kept(place):
-        # timm before 1.0.21 computes with what it builds, which the meta device cannot
-        with torch.device("cpu"):
+        # On the meta device no memory is taken, whatever sizes a file asks for. Elsewhere the host is built on the CPU,
+        # so that buffers that it computes have the same bits everywhere.
+        with torch.device("meta" if place.type == "meta" else "cpu"):
             shell = family.build(spec)
         blocks = [
             make_block(stage, block, arriving)

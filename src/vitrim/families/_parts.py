@@ -20,6 +20,7 @@ from vitrim.nn.layers import activation_name, make_norm, norm_of
 from vitrim.nn.mlp import LAYERS
 from vitrim.words.errors import AdoptError
 from vitrim.words.plain import reason
+from vitrim.words.private import public
 from vitrim.words.spec import Norm, Rates, Stage
 
 __all__ = [
@@ -143,15 +144,21 @@ def _drop_path(module: nn.Module) -> float:
 
 
 def pretrained(model: Any) -> dict[str, Any]:
-    """Return timm's config of the weights and their input, as plain values; empty for a model without one."""
+    """Return timm's config of the weights and their input, as plain values; empty for a model without one.
+
+    Names of local files are left out: a spec may be published.
+    """
     known = getattr(model, "pretrained_cfg", None)
     known = known if isinstance(known, dict) else known.to_dict() if known is not None else {}
     plain = (str, int, float, bool)
     return {
         key: list(value) if isinstance(value, tuple | list) else value
-        for key, value in known.items()
+        for key, value in public({key: value for key, value in known.items() if key not in _LOCAL}).items()
         if isinstance(value, plain) or (isinstance(value, tuple | list) and all(isinstance(v, plain) for v in value))
     }
+
+
+_LOCAL = ("file", "state_dict")
 
 
 def give_pretrained_(model: Any, known: dict[str, Any]) -> None:

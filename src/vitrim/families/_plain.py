@@ -9,10 +9,11 @@ here.
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
+from pydantic import Field, PositiveFloat, field_validator
 from timm.models import vision_transformer as timm_vit
 from torch import nn
 
@@ -34,13 +35,48 @@ from vitrim.families._parts import (
     same_norm,
 )
 from vitrim.nn import Block
-from vitrim.nn.layers import activation_name, input_channels, make_activation, norm_of
+from vitrim.nn.layers import activation_name, input_channels, make_activation, make_norm, norm_of
 from vitrim.nn.mlp import LAYERS
+from vitrim.words.block import Rate
 from vitrim.words.errors import AdoptError, SpecError
+from vitrim.words.plain import Node
+from vitrim.words.sizes import Size
 from vitrim.words.spec import Attention, Form, Host, Norm, Spec
 from vitrim.words.spec import Block as BlockSpec
 
-__all__ = ["arguments", "blocks_by_stage", "build", "describe", "host", "keywords"]
+__all__ = ["PlainArguments", "arguments", "blocks_by_stage", "build", "describe", "host", "keywords"]
+
+
+class PlainArguments(Node):
+    """The arguments that `arguments` returns, as `vitrim.families.Family.ARGUMENTS`; a family adds those of its stem.
+
+    ``activation`` and the name of a norm are looked up in closed lists (`vitrim.nn.layers`).
+    """
+
+    in_chans: Size = Field(le=1024)
+    global_pool: Literal["", "avg", "avgmax", "max", "token", "map", "prr"]
+    num_heads: Size = Field(le=1024)
+    mlp_ratio: PositiveFloat = Field(le=1024)
+    final_norm: bool
+    fc_norm: bool
+    drop_rate: Rate
+    pos_drop_rate: Rate
+    patch_drop_rate: Rate
+    norm: Norm
+    activation: str
+    pool_include_prefix: bool = False
+
+    @field_validator("activation")
+    @classmethod
+    def _known_activation(cls, name: str) -> str:
+        make_activation(name)
+        return name
+
+    @field_validator("norm")
+    @classmethod
+    def _known_norm(cls, norm: Norm) -> Norm:
+        make_norm(norm, 1)
+        return norm
 
 
 def blocks_by_stage(model: Any) -> list[list[nn.Module]]:

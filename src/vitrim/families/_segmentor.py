@@ -15,13 +15,21 @@ from vitrim import families
 from vitrim.families._parts import count, pretrained
 from vitrim.nn import Block
 from vitrim.nn.segment import HEADS, LEVELS, Head, Places, Segmentor, check_covered
-from vitrim.words.errors import AdoptError, DataError, RecipeError
-from vitrim.words.plain import dump, reason
+from vitrim.words.errors import AdoptError, DataError, RecipeError, SpecError
+from vitrim.words.plain import Node, dump, reason
 from vitrim.words.spec import Host, Spec
 
-__all__ = ["HOSTS", "blocks_by_stage", "build", "describe", "host", "segmentor"]
+__all__ = ["ARGUMENTS", "HOSTS", "blocks_by_stage", "build", "describe", "host", "segmentor"]
 
 HOSTS = (Segmentor,)
+
+
+class ARGUMENTS(Node):
+    """The backbone's family and host, and the settings of the head, as `vitrim.families.Family.ARGUMENTS`."""
+
+    family: str
+    host: Host
+    head: Head
 
 
 def segmentor(
@@ -169,6 +177,9 @@ def build(spec: Spec) -> nn.Module:
         AdoptError: a package is missing.
     """
     inner = _inner(spec)
+    if inner.family in families.AROUND:
+        raise SpecError(f"host.arguments.family: a backbone must be a classifier, but got '{inner.family}'")
+    families.check_host(inner)
     head = Head(**spec.host.arguments["head"])
     return Segmentor(families.get(inner.family).build(inner), spec.classes, head, _places(inner, head))
 

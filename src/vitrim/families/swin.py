@@ -10,10 +10,11 @@ because no cut changes the grid or D.
 import copy
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
+from pydantic import Field
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
@@ -36,11 +37,14 @@ from vitrim.families._parts import (
 )
 from vitrim.nn import Block, WindowBlock
 from vitrim.nn.layers import input_channels
+from vitrim.words.block import Rate
 from vitrim.words.errors import AdoptError, SpecError
+from vitrim.words.plain import Node
+from vitrim.words.sizes import MOST_STAGES, Size
 from vitrim.words.spec import Attention, Form, Host, Norm, Spec, Stage, Window
 from vitrim.words.spec import Block as BlockSpec
 
-__all__ = ["HOSTS", "TEST_PRESETS", "blocks_by_stage", "build", "convert", "describe", "example", "host"]
+__all__ = ["ARGUMENTS", "HOSTS", "TEST_PRESETS", "blocks_by_stage", "build", "convert", "describe", "example", "host"]
 
 _SMALL = {
     "img_size": 32,
@@ -68,6 +72,27 @@ TEST_PRESETS: dict[str, dict[str, object]] = {
 
 HOSTS = (SwinTransformer, SwinTransformerV2, SwinTransformerV2Cr)
 """Includes the second version, so that `describe` can raise an error with the reason."""
+
+
+class _Reference(Node):
+    """The windows of each stage, and the grid, that timm scales in `set_input_size`."""
+
+    windows: tuple[tuple[Size, Size], ...] = Field(max_length=MOST_STAGES)
+    grid: tuple[Size, Size]
+
+
+class ARGUMENTS(Node):
+    """The arguments that `_arguments` returns, as `vitrim.families.Family.ARGUMENTS`."""
+
+    patch_size: tuple[Size, Size]
+    in_chans: Size = Field(le=1024)
+    global_pool: Literal["", "avg", "avgmax", "catavgmax", "max", "fast", "fastavg", "fastmax", "fastavgmax"]
+    strict_img_size: bool
+    drop_rate: Rate
+    norm_layer: Norm
+    final_norm: bool
+    reference: _Reference | None
+
 
 _COMPUTED = ("relative_position_index", "attn_mask")
 
@@ -124,11 +149,8 @@ def build(spec: Spec) -> Any:
     """
     known = dict(spec.host.arguments)
     final, reference = known.pop("final_norm"), known.pop("reference")
-    place = torch.empty(0).device
     try:
-        # Older versions of timm read values of a tensor in the constructor, which fails on the meta device.
-        with torch.device("cpu"):
-            model = SwinTransformer(**_keywords(spec, known)).to(place)
+        model = SwinTransformer(**_keywords(spec, known))
     except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as problem:
         raise SpecError(
             f"host: the installed timm {timm.__version__} must build {spec.host.name or 'SwinTransformer'}, "

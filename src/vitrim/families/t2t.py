@@ -10,7 +10,7 @@ pixels.
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
@@ -18,13 +18,22 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from vitrim.families import _plain
-from vitrim.families._plain import blocks_by_stage, host
+from vitrim.families._plain import PlainArguments, blocks_by_stage, host
 from vitrim.families._t2t import T2TVisionTransformer
+from vitrim.words.sizes import Size
 from vitrim.words.spec import Spec
 
-__all__ = ["HOSTS", "TEST_PRESETS", "blocks_by_stage", "build", "convert", "describe", "example", "host"]
+__all__ = ["ARGUMENTS", "HOSTS", "TEST_PRESETS", "blocks_by_stage", "build", "convert", "describe", "example", "host"]
 
 HOSTS = (T2TVisionTransformer,)
+
+
+class ARGUMENTS(PlainArguments):
+    """Arguments of the stem."""
+
+    tokens: Literal["performer", "transformer"]
+    token_width: Size
+
 
 TEST_PRESETS: dict[str, dict[str, object]] = {
     "performer": {},

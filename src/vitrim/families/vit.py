@@ -7,7 +7,7 @@ modules, and a compressed model *is* a ``timm.models.VisionTransformer``.
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import timm
 from timm.layers.mlp import SwiGLU
@@ -20,11 +20,13 @@ from torch import nn
 from vitrim.families import _plain
 from vitrim.families._class_and_mean import ClassAndMeanVisionTransformer
 from vitrim.families._parts import norm_maker
-from vitrim.families._plain import blocks_by_stage, host
+from vitrim.families._plain import PlainArguments, blocks_by_stage, host
 from vitrim.nn.layers import norm_of
+from vitrim.words.errors import SpecError
+from vitrim.words.sizes import Count, Size
 from vitrim.words.spec import Norm, Spec
 
-__all__ = ["HOSTS", "TEST_PRESETS", "blocks_by_stage", "build", "describe", "example", "host"]
+__all__ = ["ARGUMENTS", "HOSTS", "TEST_PRESETS", "blocks_by_stage", "build", "describe", "example", "host"]
 
 _SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}
 
@@ -52,6 +54,23 @@ TEST_PRESETS: dict[str, dict[str, object]] = {
 
 
 HOSTS = (VisionTransformer,)
+
+
+class ARGUMENTS(PlainArguments):
+    """Arguments of stem and tokens; ``hybrid`` says that the stem is that of the timm model `Host.name`."""
+
+    distilled: bool
+    hybrid: bool
+    patch_size: tuple[Size, Size]
+    class_token: bool
+    pos_embed: Literal["none", "learn"]
+    no_embed_class: bool
+    reg_tokens: Count
+    pre_norm: bool
+    dynamic_img_size: bool
+    dynamic_img_pad: bool
+    class_and_mean: bool = False
+    embed_norm_layer: Norm | None = None
 
 
 def example(*, distilled: bool = False, class_and_mean: bool = False, **arguments: Any) -> nn.Module:
@@ -88,6 +107,8 @@ def _construct(spec: Spec) -> Any:
     if "embed_norm_layer" in arguments:
         arguments["embed_norm_layer"] = norm_maker(Norm(**arguments["embed_norm_layer"]))
     if hybrid:
+        if not timm.is_model(spec.host.name):
+            raise SpecError(f"host.name: a hybrid must be a model of timm's, but got '{spec.host.name}'")
         arguments.pop("patch_size")
         return timm.create_model(spec.host.name, pretrained=False, **arguments)
     if distilled:

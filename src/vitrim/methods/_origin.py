@@ -21,7 +21,7 @@ from vitrim.methods._contract import Method
 from vitrim.methods._digest import digest_of, files_of
 from vitrim.words.entries import Entry, entries
 from vitrim.words.errors import MethodError
-from vitrim.words.plain import Node, did_you_mean, dump, load, raised
+from vitrim.words.plain import Node, did_you_mean, dump, is_file, load, raised
 
 __all__ = ["Origin", "is_path", "make", "names", "origin", "origin_of", "why_not_a_method"]
 
@@ -95,7 +95,7 @@ def origin(name: str) -> Origin:
         return Origin(name=name, kind=importlib.import_module(f"{_PACKAGE}.{name}").Method, where="vitrim")
     if name not in others:
         known = sorted([*own, *others])
-        near = f"; did you mean '{name}.py'?" if Path(f"{name}.py").is_file() else did_you_mean(name, known)
+        near = f"; did you mean '{name}.py'?" if is_file(f"{name}.py") else did_you_mean(name, known)
         raise MethodError(f"a method must be one of {', '.join(known)} or a .py file, but got '{name}'{near}")
     return _of_entry(others[name])
 
@@ -183,9 +183,12 @@ def _of_entry(entry: Entry) -> Origin:
 
 
 def _of_file(name: str) -> Origin:
-    path = Path(name).expanduser()
-    file = path / "__init__.py" if path.is_dir() else path
-    if not file.is_file():
+    try:
+        path = Path(name).expanduser()
+        file = path / "__init__.py" if path.is_dir() else path
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or the home of nobody
+        file = Path(name)
+    if not is_file(file):
         raise MethodError(
             f"{name}: a method's file must exist, but {file.absolute()} does not; relative paths are relative to "
             "the working directory"

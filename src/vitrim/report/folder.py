@@ -1,7 +1,6 @@
 """Read run folders. Files that an unfinished run has not written yet are left out."""
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 
 from vitrim.report.names import Titles, titles
 from vitrim.words.errors import RecipeError, RunError
+from vitrim.words.parsing import parse_json, read_regular
 from vitrim.words.plain import read_json, read_toml
 from vitrim.words.plan import Plan, read_plan
 from vitrim.words.spec import Spec
@@ -22,6 +22,12 @@ SWEEP = "sweep.json"
 
 _STAGES = (("model.safetensors", "measuring"), ("plan.json", "training"), ("recipe.toml", "searching"))
 """A file that the stage before wrote, and the stage."""
+
+LONGEST_LOG = 2**30
+"""Bytes of a log. A record of a step takes about 150, so that this is seven million steps."""
+
+LARGEST = 1e18
+"""Numbers beyond are not shown: no cost, time or loss has them, and no plot can scale to them."""
 
 
 class Run(NamedTuple):
@@ -232,10 +238,7 @@ def _measured(folder: Path) -> Record:
 
 
 def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise RunError(f"{path}: the file must be readable, but {problem}") from None
+    return read_regular(path, RunError, LONGEST_LOG)
 
 
 def _lines(path: Path) -> list[Record]:
@@ -247,12 +250,12 @@ def _lines(path: Path) -> list[Record]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as problem:
+            record = parse_json(line, RunError, f"{path}: line {index + 1}")
+        except RunError:
             # The last line may be incomplete if the run was killed or is still writing.
             if index == len(lines) - 1:
                 break
-            raise RunError(f"{path}: each line must be JSON, but line {index + 1} is not: {problem.msg}") from None
+            raise
         if not isinstance(record, dict):
             raise RunError(
                 f"{path}: each line must contain names and values, but line {index + 1} contains {line[:40]}"
@@ -262,8 +265,8 @@ def _lines(path: Path) -> list[Record]:
 
 
 def number(record: Record, name: str) -> float | None:
-    """Return the value of `name` if it is a finite number, else None."""
+    """Return the value of `name` if it is a number of at most `LARGEST`, else None."""
     value = record.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
         return None
     return value

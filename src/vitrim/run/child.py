@@ -20,6 +20,7 @@ from vitrim.train import evaluate, reference_logits
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import RunError
 from vitrim.words.plain import read_json, write_json
+from vitrim.words.private import hide_passwords
 
 __all__ = ["measure_child"]
 
@@ -62,7 +63,7 @@ def measure_child(job: Job, child: nn.Module, seconds: float) -> dict[str, Any]:
     }
     if path is not None:
         path.with_name("report.html").unlink(missing_ok=True)
-        write_json(path, measured)
+        write_json(path, hide_passwords(measured))
     return measured
 
 

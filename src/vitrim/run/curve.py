@@ -9,7 +9,8 @@ from vitrim import report
 from vitrim.methods import Data
 from vitrim.methods.post_training.calibration import read_calibration, write_calibration
 from vitrim.methods.post_training.notes import Notes
-from vitrim.run.job import full_disk, prepare, telling
+from vitrim.run.job import full_disk, leaving_nothing, prepare, telling
+from vitrim.run.lock import holding
 from vitrim.run.pipeline import Result, run
 from vitrim.run.recipe import Recipe, merged
 from vitrim.words.errors import DataError, RunError
@@ -63,7 +64,7 @@ def pareto(
     whole = merged({"method": {"name": "post_training"}, "budget": budgets[0]}, asked)
     recipes = [load(Recipe, {**whole, "budget": budget}).resolved() for budget in budgets]
     path = folder / FILE
-    with full_disk(folder):
+    with full_disk(folder), leaving_nothing(folder), holding(folder):
         _calibrated(recipes[0], path, say)
         results = []
         for recipe in recipes:

@@ -1,6 +1,5 @@
 """Open the images of a run, and log and record what was read."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from torch import nn
 from vitrim.data import Images, Input, Reading, Splits, ask_model, check_classes, find_source, split, test_images
 from vitrim.run.recipe import DataRecipe
 from vitrim.words.errors import RunError
-from vitrim.words.plain import read_json, write_text
+from vitrim.words.plain import read_json, write_json
+from vitrim.words.private import hide_passwords
 
 __all__ = ["FILE", "about", "check_record", "known_order", "line_of", "open_splits", "open_test", "write_record"]
 
@@ -141,7 +141,13 @@ def about(parts: Splits | None) -> dict[str, Any] | None:
         "classes": parts.train.classes,
         "names": list(parts.train.names or ()),
         "parts": {
-            name: {"source": part.source, "split": part.split, "images": len(part), "left_out": list(part.left_out)}
+            name: {
+                "source": part.source,
+                "split": part.split,
+                "images": len(part),
+                "fingerprint": part.fingerprint() if name in ("train", "test") else None,
+                "left_out": list(part.left_out),
+            }
             for name, part in zip(("train", "calibration", "validation", "test"), _parts(parts), strict=True)
             if part is not None
         },
@@ -167,7 +173,7 @@ def check_record(folder: Path | None, found: Mapping[str, Any] | None) -> None:
     """Compare what was read with the run folder's record of an earlier run.
 
     Raises:
-        RunError: if a class has another number, or a source another number of images.
+        RunError: if a class has another number, or a source other images.
     """
     if folder is None or found is None or not (folder / FILE).is_file():
         return
@@ -177,6 +183,7 @@ def check_record(folder: Path | None, found: Mapping[str, Any] | None) -> None:
         ("the classes", lambda record: record["names"]),
         ("the number of classes", lambda record: record["classes"]),
         ("the number of images", lambda record: {name: part["images"] for name, part in record["parts"].items()}),
+        ("pixels or labels", _pixels(found)),
     ):
         try:
             was, now = get(before), get(found)
@@ -191,6 +198,18 @@ def check_record(folder: Path | None, found: Mapping[str, Any] | None) -> None:
             )
 
 
+def _pixels(found: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """Return what reads the fingerprints of a record; those of `found` where an older version wrote none."""
+
+    def get(record: Any) -> Any:
+        return {
+            name: str(record["parts"][name].get("fingerprint") or part["fingerprint"])[:8]
+            for name, part in found["parts"].items()
+        }
+
+    return get
+
+
 def _differing(was: Any, now: Any) -> str:
     if isinstance(was, list) and isinstance(now, list):
         longest = range(max(len(was), len(now)))
@@ -203,4 +222,4 @@ def _differing(was: Any, now: Any) -> str:
 def write_record(folder: Path, found: Mapping[str, Any] | None) -> None:
     """Write the record of what was read into a run folder, unless it exists."""
     if found is not None and not (folder / FILE).is_file():
-        write_text(folder / FILE, json.dumps(found, indent=1) + "\n")
+        write_json(folder / FILE, hide_passwords(found))

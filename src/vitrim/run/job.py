@@ -26,11 +26,13 @@ from vitrim.families._given import check_class
 from vitrim.methods import Method
 from vitrim.run.images import FILE, about, check_record, known_order, open_splits
 from vitrim.run.latency_budget import table_for
+from vitrim.run.lock import FILE as LOCK
 from vitrim.run.recipe import ModelRecipe, Recipe
 from vitrim.run.track import Tracked
 from vitrim.words.budget import Budget
 from vitrim.words.errors import DataError, RecipeError, RunError, VitrimError
 from vitrim.words.plain import dump, load, read_toml, reason, write_text
+from vitrim.words.private import hide_passwords
 from vitrim.words.spec import Spec
 
 __all__ = ["Job", "check_folder", "device_of", "full_disk", "leaving_nothing", "logger", "prepare", "telling"]
@@ -91,7 +93,7 @@ def leaving_nothing(folder: Path | None) -> Iterator[None]:
     except Exception:
         if folder is not None and new:
             with contextlib.suppress(OSError):
-                if {path.name for path in folder.iterdir()} <= {"recipe.toml", FILE}:
+                if {path.name for path in folder.iterdir()} <= {"recipe.toml", FILE, LOCK}:
                     for path in list(folder.iterdir()):
                         path.unlink()
                 for path in made:
@@ -114,7 +116,7 @@ def logger(path: Path | None) -> Callable[[Mapping[str, Any]], None] | None:
             known.add(record.get("stage"))
             _rewind(path, record)
         with path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(dict(record)) + "\n")
+            lines.write(json.dumps(hide_passwords(dict(record))) + "\n")
 
     return write
 
@@ -151,7 +153,7 @@ def _rewind(path: Path, record: Mapping[str, Any]) -> None:
     for line in before.splitlines(keepends=True):
         try:
             known = json.loads(line) if line.endswith("\n") else None
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         again = isinstance(known, dict) and known.get("stage") == record.get("stage")
         if known is not None and not (again and known.get("step", 0) >= record.get("step", 0)):
@@ -182,15 +184,21 @@ def check_folder(folder: Path | None, recipe: Any, method: Method | None = None)
             raise RunError(f"{folder}: the folder must be new or hold the same recipe, but holds another kind of run")
         stored = load(type(recipe), written, RecipeError, at=str(known))
         before = stored.resolved() if method is None else stored.resolved_as(recipe, method, folder)
-        if before != recipe:
+        # Passwords are not written, and workers do not change the result.
+        differing = [at for at in _differences(*map(hide_passwords, map(dump, (before, recipe)))) if at not in _FREE]
+        if differing:
             raise RunError(
                 f"{folder}: the folder must be new or hold the same recipe, but its recipe differs in "
-                f"{', '.join(_differences(dump(before), dump(recipe)))}; choose another --out"
+                f"{', '.join(differing)}; choose another --out"
             )
-    elif any(not path.name.startswith(".recipe.toml.") for path in folder.iterdir()):
+    elif any(not path.name.startswith((".recipe.toml.", LOCK)) for path in folder.iterdir()):
         raise RunError(
             f"{folder}: the output folder must be new, empty or a run's, but it holds other files; choose another --out"
         )
+
+
+_FREE = ("train.workers", "method.train.workers")
+"""Settings that may change when a run goes on."""
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any], at: str = "") -> list[str]:

@@ -30,15 +30,18 @@ from vitrim.run.found import check_budget, only_trial
 from vitrim.run.images import about, write_record
 from vitrim.run.job import Job, check_folder, full_disk, leaving_nothing, logger, prepare, telling
 from vitrim.run.latency_budget import meet, time_child
+from vitrim.run.lock import holding
 from vitrim.run.presets import laid_under
 from vitrim.run.presets import preset as read_preset
 from vitrim.run.recipe import Recipe, merged, write_recipe
 from vitrim.run.track import check_trackers, names_of, tracking
 from vitrim.train import Start, fit
+from vitrim.train.checkpoint import check_made_from
 from vitrim.words.budget import Budget
 from vitrim.words.errors import BudgetError, MethodError, RecipeError, RunError
 from vitrim.words.plain import dump, load, write_text
-from vitrim.words.plan import Plan, read_plan, write_plan
+from vitrim.words.plan import Plan, read_made_from, read_plan, write_plan
+from vitrim.words.private import hide_passwords
 from vitrim.words.progress import progress, quiet, tell
 
 __all__ = ["Result", "compress", "run"]
@@ -197,8 +200,8 @@ def _run(
     method = recipe.found_method() if held is None else held
     with full_disk(folder):
         check_folder(folder, recipe, method)
-        job = prepare(recipe, method, folder, parent, data, say)
-        with leaving_nothing(folder):
+        with leaving_nothing(folder), holding(folder):
+            job = prepare(recipe, method, folder, parent, data, say)
             if folder is not None and not job.has("recipe.toml"):
                 write_recipe(folder / "recipe.toml", recipe)
             if folder is not None:
@@ -226,6 +229,7 @@ def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module, float, Start | None
                     f"{plan_file}: the plan must be for {job.recipe.model.name}, but was made for another model; "
                     "choose another --out"
                 )
+            check_made_from(read_made_from(plan_file), _made_from(job), str(plan_file), "choose another --out")
             return plan, *_stored(job, path), _begun(job)
     job.say(f"searching with {job.recipe.method['name']} for {job.budget}")
     data = None
@@ -242,15 +246,25 @@ def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module, float, Start | None
     trials = found.trials or (only_trial(found),)
     job.tracked.trials(trials)
     if plan_file is not None and cut_file is not None:
-        lines = "".join(json.dumps(dict(trial)) + "\n" for trial in trials)
+        lines = "".join(json.dumps(hide_passwords(dict(trial))) + "\n" for trial in trials)
         write_text(plan_file.with_name("trials.jsonl"), lines)
-        write_plan(plan_file, job.spec, found.plan)
+        write_plan(plan_file, job.spec, found.plan, _made_from(job))
         if found.start is not None:
             found.start.save(plan_file.with_name("search") / BEGUN)
         store.save(child, cut_file, provenance={"seconds": time.perf_counter() - start})
         # Continue with what a resumed run would read, including which weights are frozen.
         return found.plan, *_stored(job, cut_file), _begun(job)
     return found.plan, child, time.perf_counter() - start, found.start
+
+
+def _made_from(job: Job) -> dict[str, str]:
+    """Return fingerprints of the parent's weights, of another teacher's, and of the images that a search may use."""
+    found = {"model": fingerprint(job.parent)}
+    if job.teacher is not job.parent:
+        found["teacher"] = fingerprint(job.teacher)
+    if job.splits is not None and job.trains:
+        found["images"] = job.splits.train.fingerprint()
+    return found
 
 
 def _found(job: Job, method: Method, data: Data | None) -> tuple[Found, nn.Module]:
@@ -310,8 +324,9 @@ def _recovered(job: Job, found: Found, data: Data | None) -> Mapping[str, Tensor
 
 
 def _stored(job: Job, path: Path) -> tuple[nn.Module, float]:
-    seconds = store.provenance(path).get("given", {}).get("seconds", 0.0)
-    return store.load(path).to(next(job.parent.parameters()).device), float(seconds)
+    seconds = store.given(path).get("seconds")
+    known = float(seconds) if isinstance(seconds, int | float) else 0.0
+    return store.load(path).to(next(job.parent.parameters()).device), known
 
 
 def _train(job: Job, child: nn.Module, seconds: float, begun: Start | None) -> tuple[nn.Module, float]:
@@ -342,7 +357,7 @@ def _train(job: Job, child: nn.Module, seconds: float, begun: Start | None) -> t
     child = fold(child.eval())
     seconds += max(time.perf_counter() - start, before)
     if path is not None:
-        store.save(child, path, provenance={"recipe": dump(job.recipe), "seconds": seconds})
+        store.save(child, path, provenance={"recipe": hide_passwords(dump(job.recipe)), "seconds": seconds})
     return child, seconds
 
 

@@ -19,7 +19,9 @@ from vitrim.methods import Method
 from vitrim.train import Train
 from vitrim.words.budget import Budget
 from vitrim.words.errors import RecipeError, RunError, VitrimError
+from vitrim.words.parsing import DEEPEST, shown, why_not_plain
 from vitrim.words.plain import NONE, Node, did_you_mean, dump, load, read_toml, types_of, write_text
+from vitrim.words.private import hide_passwords
 
 __all__ = ["DataRecipe", "Measure", "ModelRecipe", "Recipe", "merged", "overrides", "read_recipe", "write_recipe"]
 
@@ -278,8 +280,11 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def write_recipe(path: Path, recipe: Node) -> None:
-    """Write all settings of a recipe as TOML, those that are None as ``"none"``: some have another default."""
-    write_text(path, tomli_w.dumps(_spoken(dump(recipe))))
+    """Write all settings of a recipe as TOML, those that are None as ``"none"``: some have another default.
+
+    Passwords are left out (`vitrim.words.private`).
+    """
+    write_text(path, tomli_w.dumps(_spoken(hide_passwords(dump(recipe)))))
 
 
 def _spoken(value: Any) -> Any:
@@ -310,7 +315,7 @@ def overrides(
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not all(key.split(".")):
-            raise RecipeError(f"a setting must look like train.epochs=1, but got '{pair}'")
+            raise RecipeError(f"a setting must look like train.epochs=1, but got {shown(pair)}")
         table = nested
         *outer, last = path = key.strip().split(".")
         for name in outer:
@@ -319,7 +324,7 @@ def overrides(
                 raise _both(key)
         if isinstance(table.get(last), dict):
             raise _both(key)
-        table[last] = _value(text.strip())
+        table[last] = _value(text.strip(), key)
         if isinstance(table[last], int | float):
             texts.append((path, text.strip()))
     method = _table_of(nested, "method").get("name") or _table_of(base or {}, "method").get("name")
@@ -359,11 +364,19 @@ def _both(key: str) -> RecipeError:
     return RecipeError(f"{key}: a setting must be a value or a table, but is given as both; leave one out")
 
 
-def _value(text: str) -> Any:
+def _value(text: str, key: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
+        value = json.loads(text)
+    except RecursionError:
+        raise RecipeError(f"{key}: tables and lists must be nested at most {DEEPEST} deep, but are deeper") from None
+    except json.JSONDecodeError:
         return {"None": None, "True": True, "False": False}.get(text, text)
+    except ValueError:  # Python's bound on the digits of a number
+        raise RecipeError(f"{key}: whole numbers must have at most 63 bits, but one has thousands of digits") from None
+    wrong = why_not_plain(value)
+    if wrong is not None:
+        raise RecipeError(f"{key}: {wrong}")
+    return value
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from vitrim.words.errors import RecipeError
-from vitrim.words.plain import did_you_mean
+from vitrim.words.plain import did_you_mean, is_file
 
 __all__ = ["Kind", "about", "names", "path_of", "recipe_file", "text_of"]
 
@@ -54,7 +54,7 @@ def recipe_file(asked: Path) -> Path:
         RecipeError: if there is neither.
     """
     name = asked.name.removesuffix(".toml")
-    if asked.exists():
+    if is_file(asked):
         return asked
     if str(asked) == asked.name and name in names("recipes"):
         return path_of("recipes", name)

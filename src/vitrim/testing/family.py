@@ -23,10 +23,10 @@ from vitrim.testing._trying import Broken, broken, report
 from vitrim.testing.samples import apart, masks_of, places, random_images, random_plan, sample_model
 from vitrim.testing.tolerance import EXACT, SINGLE
 from vitrim.words.costs import cost_of
-from vitrim.words.errors import PlanError
+from vitrim.words.errors import PlanError, SpecError
 from vitrim.words.plain import dump, load
 from vitrim.words.plan import BlockPlan, Plan
-from vitrim.words.spec import Spec
+from vitrim.words.spec import Host, Spec
 
 __all__ = ["FAMILY_LAWS", "Sample", "check_family"]
 
@@ -273,6 +273,25 @@ def gates_through_weights_are_gates_at_taps(sample: Sample) -> Iterator[str]:
         yield from _far("folded gates must keep the logits", gated.fold_()(x), expected)
 
 
+def arguments_are_closed(sample: Sample) -> Iterator[str]:
+    """A host with an argument that the family does not declare, of another type, or with a name to fetch is refused."""
+    spec = sample.spec
+    known = dict(spec.host.arguments)
+    first = sorted(known)[0]
+    for what, changes in (
+        ("an argument that loads a file", {"arguments": {**known, "checkpoint_path": "weights.pth"}}),
+        ("a table in place of a value", {"arguments": {**known, first: {"a": 1}}}),
+        ("a name to fetch", {"name": "hf-hub:owner/name"}),
+        ("a path", {"name": "local-dir:/models"}),
+    ):
+        host = load(Host, {**dump(spec.host), **changes})
+        try:
+            families.build(spec.model_copy(update={"host": host}))
+        except SpecError:
+            continue
+        yield f"a host with {what} must be refused, but was built"
+
+
 FAMILY_LAWS: tuple[Callable[[Sample], Iterator[str]], ...] = (
     family_is_found,
     adopting_keeps_logits_and_names,
@@ -286,6 +305,7 @@ FAMILY_LAWS: tuple[Callable[[Sample], Iterator[str]], ...] = (
     parent_is_untouched,
     fused_is_unfused,
     gates_through_weights_are_gates_at_taps,
+    arguments_are_closed,
 )
 """Each takes a sample and gives a sentence for whatever does not hold."""
 

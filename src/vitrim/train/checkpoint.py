@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from vitrim.words.errors import RunError
-from vitrim.words.plain import writing
+from vitrim.words.parsing import parse_json
+from vitrim.words.plain import reason, writing
 
-__all__ = ["Progressed", "compare", "newest", "pack", "read", "unpack", "write"]
+__all__ = ["MADE_FROM", "Progressed", "check_made_from", "compare", "newest", "pack", "read", "unpack", "write"]
 
 _KEY = "vitrim"
 _FORMAT = 1
@@ -115,8 +117,8 @@ def write(
         earlier = newest(folder, stage)
         kept = f"the checkpoint {earlier} is unchanged" if earlier else "there is no earlier checkpoint"
         need = f"{len(data) / 2**20:.1f} MiB"
-        reason = "the disk is full" if problem.errno == errno.ENOSPC else f"{problem.strerror or problem}"
-        raise RunError(f"{folder}: must have room for a checkpoint of {need}, but {reason}; {kept}") from None
+        why = "the disk is full" if problem.errno == errno.ENOSPC else reason(problem)
+        raise RunError(f"{folder}: must have room for a checkpoint of {need}, but {why}; {kept}") from None
     for old in _all(folder, stage)[:-keep]:
         old.unlink(missing_ok=True)
     return path
@@ -141,29 +143,57 @@ def read(path: Path) -> tuple[dict[str, Tensor], Progressed, dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})[_KEY])
+            about = parse_json((file.metadata() or {})[_KEY], RunError, str(path))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if about["format"] != _FORMAT:
             raise RunError(f"{path}: a checkpoint must have format {_FORMAT}, but has {about['format']}")
         return tensors, Progressed(**about["progressed"]), about["run"]
     except (SafetensorError, KeyError, TypeError, ValueError) as problem:
         raise RunError(
-            f"{path}: a checkpoint must be whole, but {problem}; remove it to start this stage again"
+            f"{path}: a checkpoint must be whole, but {reason(problem)}; remove it to start this stage again"
         ) from None
 
 
 def compare(path: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
-    """Check that a checkpoint belongs to a run with these settings.
+    """Check that a checkpoint belongs to a run with these settings, and that it was made from the same (`MADE_FROM`).
 
     Raises:
         RunError: a setting differs; the message names the first one and both values.
     """
-    old, new = _flat(was), _flat(now)
+    check_made_from(was.get(MADE_FROM), now.get(MADE_FROM, {}), str(path), "use another folder")
+    old, new = (_flat({name: value for name, value in run.items() if name != MADE_FROM}) for run in (was, now))
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             raise RunError(
                 f"{path}: {name} must be {old.get(name)!r} to resume from this checkpoint, but is {new.get(name)!r}; "
                 "use another folder, or remove the checkpoint to start again"
+            )
+
+
+MADE_FROM = "made_from"
+"""Key of the fingerprints of what a run is made from: ``model``, ``teacher``, ``images``."""
+
+_TOLD = {"model": "weights", "teacher": "teacher", "images": "images"}
+
+
+def check_made_from(was: Any, now: Mapping[str, str], at: str, way: str) -> None:
+    """Check that a run goes on with the weights, images and teacher that it began with.
+
+    Args:
+        was: fingerprints that were stored, by name; None, or without a name, if an older version stored none.
+        now: fingerprints of this run.
+        at: the file that stores them, for the message.
+        way: the way out, besides restoring what was.
+
+    Raises:
+        RunError: if one differs.
+    """
+    for name, value in now.items():
+        known = was.get(name, value) if isinstance(was, Mapping) else value
+        if known != value:
+            raise RunError(
+                f"{at}: a run must resume with the {_TOLD[name]} that it began with, but they are others now "
+                f"({str(known)[:8]} then, {value[:8]} now); restore them, or {way}"
             )
 
 

@@ -17,10 +17,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import Dataset
 
-from vitrim.data import Input, TrainLoader, check_classes, train_loader
+from vitrim.data import Images, Input, Scenes, TrainLoader, check_classes, train_loader
 from vitrim.nn.modes import evaluating, modes_kept
-from vitrim.nn.weights import check_weights
-from vitrim.train.checkpoint import Progressed, compare, newest, read, unpack
+from vitrim.nn.weights import check_weights, fingerprint
+from vitrim.train.checkpoint import MADE_FROM, Progressed, compare, newest, read, unpack
 from vitrim.train.distill import Objective, two_heads
 from vitrim.train.guard import drop_path
 from vitrim.train.loop import AfterStep, Log, Loop, Penalty
@@ -146,6 +146,7 @@ def fit(
             )
             loop = _within_cycle(loop, start, until)
             if folder is not None:
+                loop = dataclasses.replace(loop, run=loop.run | {MADE_FROM: _made_from(model, loop, dataset)})
                 loop = _resume(loop, folder)
             loop.wrapped = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
             advance = stack.enter_context(progress(stage, loop.steps, accelerator.is_main_process))
@@ -288,6 +289,16 @@ def _classes(model: nn.Module, input: Input) -> int:
 def _run(settings: Train, loader: TrainLoader, input: Input, seed: int, stage: str) -> dict[str, Any]:
     kept = {name: value for name, value in dump(settings).items() if name not in _FREE}
     return {"train": kept, "input": dump(input), "seed": seed, "stage": stage, "images": loader.count}
+
+
+def _made_from(model: nn.Module, loop: Loop, dataset: Dataset[Any]) -> dict[str, str]:
+    """Return fingerprints of the model before the first step, of the teacher and of the images, as far as known."""
+    found = {"model": fingerprint(model)}
+    if loop.objective.teacher is not None:
+        found["teacher"] = fingerprint(loop.objective.teacher)
+    if isinstance(dataset, Images | Scenes):
+        found["images"] = dataset.fingerprint()
+    return found
 
 
 def _resume(loop: Loop, folder: Path) -> Loop:

@@ -1,4 +1,4 @@
-"""Context managers for training: delayed ctrl-C, and temporary stochastic depth."""
+"""Context managers for training: delayed ctrl-C and SIGTERM, and temporary stochastic depth."""
 
 import contextlib
 import signal
@@ -11,38 +11,39 @@ from timm.layers import DropPath
 from torch import nn
 
 from vitrim.words.errors import RecipeError
+from vitrim.words.stopping import STOPS, stopped
 
 __all__ = ["Interrupts", "drop_path"]
 
 
 class Interrupts:
-    """Delays ctrl-C until the current step is complete; a second ctrl-C raises at once.
+    """Delays ctrl-C and SIGTERM until the current step is complete; a second one raises at once.
 
     Outside the main thread, where Python does not allow signal handlers, it does nothing.
 
     Attributes:
-        came: whether ctrl-C was pressed.
+        came: the signal that came, or 0.
     """
 
     def __init__(self) -> None:
-        self.came = False
-        self._old: Any = None
+        self.came = 0
+        self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
-            self._old = signal.signal(signal.SIGINT, self._note)
+            self._old = {number: signal.signal(number, self._note) for number in STOPS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._old is not None:
-            signal.signal(signal.SIGINT, self._old)
+        for number, old in self._old.items():
+            signal.signal(number, old)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.came:
-            raise KeyboardInterrupt
-        self.came = True
+            raise stopped(number)
+        self.came = number
 
 
 @contextlib.contextmanager

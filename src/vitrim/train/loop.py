@@ -32,6 +32,7 @@ from vitrim.train.optim import learning_rate, set_learning_rate
 from vitrim.train.settings import Train
 from vitrim.words.errors import TrainError
 from vitrim.words.progress import Work
+from vitrim.words.stopping import Terminated, stopped
 
 __all__ = ["AfterStep", "Log", "Loop", "Penalty", "Stop"]
 
@@ -132,7 +133,7 @@ class Loop:
         )
 
     def go(self, advance: Work) -> None:
-        """Take the remaining steps; on ctrl-C, write a checkpoint of the last complete step.
+        """Take the remaining steps; on ctrl-C and SIGTERM, write a checkpoint of the last complete step.
 
         Args:
             advance: shows the progress.
@@ -141,6 +142,7 @@ class Loop:
             TrainError: a loss or gradient is not finite.
             RunError: a checkpoint cannot be written.
             KeyboardInterrupt: ctrl-C was pressed.
+            vitrim.words.stopping.Terminated: SIGTERM came.
         """
         advance.resume(self.state.step)
         try:
@@ -152,7 +154,7 @@ class Loop:
                 self._check_pending()
         except Stop:
             self._check_pending()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated):
             if self.whole:
                 self._save()
             raise
@@ -170,7 +172,7 @@ class Loop:
             advance(1)
             self._report(epoch, advance)
             if interrupts.came:
-                raise KeyboardInterrupt
+                raise stopped(interrupts.came)
             if self.state.step == self.steps:
                 return
 

@@ -5,9 +5,10 @@ D is the width of the residual stream, H the number of heads, K the channels of 
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from vitrim.words.plain import Node
+from vitrim.words.sizes import MOST_HEADS, Count, Size
 from vitrim.words.steps import Step
 
 __all__ = [
@@ -57,7 +58,7 @@ class Form(Node):
     layer_scale: bool = False
     inner_norm: Norm | None = None
     head_norm: Norm | None = None
-    head_norm_width: NonNegativeInt = 0
+    head_norm_width: Count = 0
     mixed_norm: Norm | None = None
     hidden_norm: Norm | None = None
 
@@ -110,8 +111,8 @@ class Attention(Node):
     """
 
     kind: Literal["attention"] = "attention"
-    qk: tuple[PositiveInt, ...]
-    v: tuple[PositiveInt, ...]
+    qk: tuple[Size, ...] = Field(max_length=MOST_HEADS)
+    v: tuple[Size, ...] = Field(max_length=MOST_HEADS)
     scale: PositiveFloat
 
     @model_validator(mode="after")
@@ -129,7 +130,7 @@ class Mixture(Node):
     (DeiT's order); ``centre`` has the center first and then the other eight in the same order (Swin's order).
     """
 
-    heads: PositiveInt
+    heads: Size
     temperature: PositiveFloat
     slots: Literal["columns", "centre"] = "columns"
 
@@ -160,7 +161,7 @@ class Conv(Node):
 
     kind: Literal["conv"] = "conv"
     kernel: Literal[1, 3]
-    width: PositiveInt
+    width: Size
     prefix: Literal["norm", "zero"] = "norm"
     mixture: Mixture | None = None
     norm: bool = False
@@ -200,7 +201,7 @@ class Block(Node):
     """
 
     mixer: Mixer
-    hidden: NonNegativeInt | None
+    hidden: Count | None
     rates: Rates = NO_RATES
     shifted: bool = False
     tokens: Step | None = None

@@ -4,6 +4,8 @@ A message is one sentence: what must hold, what came, and what to do. The comman
 with status 2. Any other exception is a bug in vitrim; it exits with status 1 and a traceback.
 """
 
+from vitrim.words.shorten import shortened
+
 __all__ = [
     "AdoptError",
     "BudgetError",
@@ -23,6 +25,9 @@ __all__ = [
 
 class VitrimError(Exception):
     """Base class of every error that vitrim raises on purpose."""
+
+    def __str__(self) -> str:
+        return shortened(super().__str__())
 
 
 class SpecError(VitrimError, ValueError):

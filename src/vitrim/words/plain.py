@@ -11,7 +11,6 @@ import json
 import os
 import stat
 import tempfile
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_args
@@ -19,6 +18,7 @@ from typing import Annotated, Any, NoReturn, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from vitrim.words.errors import RecipeError, VitrimError
+from vitrim.words.parsing import LONGEST_TOML, parse_json, parse_toml, read_regular, shown
 
 __all__ = [
     "Frozen",
@@ -28,6 +28,7 @@ __all__ = [
     "did_you_mean",
     "dump",
     "followed",
+    "is_file",
     "load",
     "raised",
     "read_json",
@@ -43,6 +44,11 @@ __all__ = [
 T = TypeVar("T", bound="Node")
 
 NONE = "none"
+
+_LONGEST_NAME = 200
+"""Characters of a name that is compared with others; comparing takes the square of the length."""
+
+_LONGEST_SENTENCE = 1000
 
 
 class Node(BaseModel):
@@ -140,7 +146,7 @@ def raised(problem: BaseException) -> str:
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return ``"; did you mean 'near'?"``, or the list of options if none is similar to `name`."""
     known = sorted(options)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6) if len(name) <= _LONGEST_NAME else []
     if near:
         return f"; did you mean '{near[0]}'?"
     return f"; known are {', '.join(known)}" if known else ""
@@ -183,15 +189,15 @@ def why_not_valid(kind: type[Node], problem: ValidationError, at: str) -> str:
     owner, way = _owner(kind, outer)
     if first["type"] == "extra_forbidden":
         near = did_you_mean(last, owner.model_fields)
-        return f"{'.'.join([at, *way])}: {owner.__name__.strip('_')} has no field '{last}'{near}"
+        return f"{'.'.join([at, *way])}: {owner.__name__.strip('_')} has no field {shown(last)}{near}"
     path = ".".join([at, *way, last]).rstrip(".")
     if first["type"] == "missing":
         return f"{path}: this field is required, but it is missing"
     if first["type"] == "model_type":
-        return f"{path}: this must be a table of names and values, but got {first['input']!r}"
-    text = first["msg"].removeprefix("Value error, ")
+        return f"{path}: this must be a table of names and values, but got {shown(first['input'])}"
+    text = first["msg"].removeprefix("Value error, ")[:_LONGEST_SENTENCE]
     text = text[:1].lower() + text[1:]
-    came = "" if first["type"] == "value_error" else f", but got {first['input']!r}"
+    came = "" if first["type"] == "value_error" else f", but got {shown(first['input'])}"
     return f"{path}: {text}{came}"
 
 
@@ -267,6 +273,14 @@ def followed(path: Path) -> Path:
     return end
 
 
+def is_file(path: str | Path) -> bool:
+    """Return whether a path names a file; False for a text that no file can be named by, such as one of 300 letters."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def check_place(path: Path, error: type[VitrimError] = RecipeError) -> None:
     """Raise `error` if a file could not be written to `path`; to be called before the work whose result it will hold.
 
@@ -301,23 +315,9 @@ def write_json(path: Path, data: Any) -> None:
 
 def read_json(path: Path, error: type[VitrimError] = RecipeError) -> Any:
     """Read a JSON file; raise `error` with the file and the line if it is not valid."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise error(f"{path}: the file must exist, but it does not") from None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise error(f"{path}: the file must be readable, but {problem}") from None
-    except json.JSONDecodeError as problem:
-        raise error(f"{path}: the file must be JSON, but line {problem.lineno} is not: {problem.msg}") from None
+    return parse_json(read_regular(path, error), error, str(path))
 
 
 def read_toml(path: Path, error: type[VitrimError] = RecipeError) -> dict[str, Any]:
     """Read a TOML file; raise `error` with the file and the position if it is not valid."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise error(f"{path}: the file must exist, but it does not") from None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise error(f"{path}: the file must be readable, but {problem}") from None
-    except tomllib.TOMLDecodeError as problem:
-        raise error(f"{path}: the file must be TOML, but {problem}") from None
+    return parse_toml(read_regular(path, error, LONGEST_TOML), error, str(path))

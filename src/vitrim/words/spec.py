@@ -7,10 +7,11 @@ A part of a model has the same path in a spec, a plan, a report and an error: ``
 
 from typing import Any, Self
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from vitrim.words.block import NO_RATES, Attention, Block, Conv, Form, Mixer, Mixture, Norm, Rates, Skip
 from vitrim.words.plain import Frozen, FrozenDict, Node
+from vitrim.words.sizes import MOST_BLOCKS, MOST_STAGES, Count, Size, Total
 from vitrim.words.steps import Flow, Tokens, flow_of, why_not_tokens
 
 __all__ = [
@@ -45,7 +46,7 @@ class Window(Node):
         dynamic: whether the grid may change from image to image.
     """
 
-    size: tuple[PositiveInt, PositiveInt]
+    size: tuple[Size, Size]
     always: bool = False
     dynamic: bool = False
 
@@ -77,11 +78,11 @@ class Stage(Node):
     need the whole grid.
     """
 
-    width: PositiveInt
-    grid: tuple[PositiveInt, PositiveInt]
-    prefix: NonNegativeInt
+    width: Size
+    grid: tuple[Size, Size]
+    prefix: Count
     form: Form
-    blocks: tuple[Block, ...]
+    blocks: tuple[Block, ...] = Field(max_length=MOST_BLOCKS)
     window: Window | None = None
 
     @model_validator(mode="after")
@@ -209,9 +210,9 @@ class Host(Node):
 
     name: str
     arguments: Frozen
-    macs: NonNegativeInt
-    macs_per_token: NonNegativeInt = 0
-    params: NonNegativeInt
+    macs: Total
+    macs_per_token: Total = 0
+    params: Total
     pretrained: Frozen = FrozenDict()
 
     def __eq__(self, other: object) -> bool:
@@ -231,9 +232,9 @@ class Spec(Node):
 
     family: str
     host: Host
-    image: tuple[PositiveInt, PositiveInt]
-    classes: NonNegativeInt
-    stages: tuple[Stage, ...]
+    image: tuple[Size, Size]
+    classes: Count
+    stages: tuple[Stage, ...] = Field(min_length=1, max_length=MOST_STAGES)
 
     def blocks(self) -> list[tuple[str, Stage, Block]]:
         """Return every block with its path and its stage, in order."""

@@ -10,6 +10,7 @@ import sqlalchemy.exc
 
 from vitrim.words.errors import RunError, VitrimError
 from vitrim.words.plain import reason
+from vitrim.words.private import HIDDEN, hide_passwords
 
 __all__ = ["kept", "open_study", "reachable"]
 
@@ -41,18 +42,11 @@ def reachable(url: str, *, opening: bool = False) -> Iterator[None]:
         if not opening and not isinstance(problem, _TOLD):
             raise
         cause = problem.__cause__ or problem
-        said = reason(getattr(cause, "orig", None) or cause)
+        said = hide_passwords(reason(getattr(cause, "orig", None) or cause))
         raise RunError(
-            f"{_public(url)}: the storage must be reachable and free, but {said}; "
+            f"{hide_passwords(url)}: the storage must be reachable and free, but {said}; "
             "the trials told so far are kept, so mend it and run the same command again"
         ) from None
-
-
-def _public(url: str) -> str:
-    """Return the URL without its password."""
-    scheme, mark, rest = url.partition("://")
-    _, at, host = rest.rpartition("@")
-    return f"{scheme}{mark}{host}" if at else url
 
 
 def open_study(url: str | None, name: str, identity: Mapping[str, str]) -> optuna.Study:
@@ -71,13 +65,18 @@ def open_study(url: str | None, name: str, identity: Mapping[str, str]) -> optun
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if url is None:
         return optuna.create_study(study_name=name, direction="maximize")
+    if f"{HIDDEN}@" in url:
+        raise RunError(
+            f"{url}: the storage must be named with its password, but a recipe does not keep it; give --set "
+            "method.storage=URL"
+        )
     with reachable(url, opening=True):
         study = _made(url, name)
         known = study.user_attrs
         for key, value in identity.items():
             if known.get(key, value) != value:
                 raise RunError(
-                    f"{_public(url)}: study {name} must be of the same {key}, but was made for another; "
+                    f"{hide_passwords(url)}: study {name} must be of the same {key}, but was made for another; "
                     "name another study or storage"
                 )
         for key, value in identity.items():

@@ -6,7 +6,9 @@ The file is safetensors: losses as tensors, and in its metadata the model's spec
 prevent its use for another model.
 """
 
+import itertools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +24,9 @@ from vitrim.families import describe
 from vitrim.nn.weights import fingerprint
 from vitrim.words.errors import MethodError
 from vitrim.words.formats import parse_spec
-from vitrim.words.plain import dump, load, writing
-from vitrim.words.spec import Spec
+from vitrim.words.parsing import parse_json, shown
+from vitrim.words.plain import dump, load, reason, writing
+from vitrim.words.spec import Attention, Spec
 
 __all__ = ["Calibration", "read_calibration", "write_calibration"]
 
@@ -114,7 +117,7 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
             save_file(tensors, part, metadata={_KEY: json.dumps(sheet)})
     except (OSError, SafetensorError) as problem:
         raise MethodError(
-            f"{path}: the calibration must be written here, but {problem}; choose another place"
+            f"{path}: the calibration must be written here, but {reason(problem)}; choose another place"
         ) from None
 
 
@@ -135,7 +138,9 @@ def read_calibration(path: Path) -> Calibration:
             f"{path}: the calibration must exist, but it does not; make one with `vitrim pareto`"
         ) from None
     except (OSError, SafetensorError) as problem:
-        raise MethodError(f"{path}: the calibration must be whole safetensors, but {problem}; make it again") from None
+        raise MethodError(
+            f"{path}: the calibration must be whole safetensors, but {reason(problem)}; make it again"
+        ) from None
     if text is None:
         raise MethodError(f"{path}: the file must hold a calibration, but holds something else; see `vitrim pareto`")
     return _of(path, text, tensors)
@@ -143,11 +148,11 @@ def read_calibration(path: Path) -> Calibration:
 
 def _of(path: Path, text: str, tensors: Mapping[str, Tensor]) -> Calibration:
     try:
-        sheet: dict[str, Any] = json.loads(text)
+        sheet: dict[str, Any] = parse_json(text, MethodError, str(path))
         if sheet["format"] != FORMAT:
-            raise ValueError(f"its format is {sheet['format']}, not {FORMAT}")
+            raise ValueError(f"its format is {shown(sheet['format'])}, not {FORMAT}")
         losses = {name[7:]: tuple(value.tolist()) for name, value in tensors.items() if name.startswith("losses/")}
-        return Calibration(
+        found = Calibration(
             spec=parse_spec(sheet["spec"], MethodError, f"{path}: spec"),
             weights=str(sheet["weights"]),
             input=load(Input, sheet["input"], MethodError, at=f"{path}: input"),
@@ -158,9 +163,41 @@ def _of(path: Path, text: str, tensors: Mapping[str, Tensor]) -> Calibration:
             merged=tuple(tensors["merged"].tolist()),
             seconds=float(sheet["seconds"]),
         )
-    except (ValueError, KeyError, TypeError) as problem:
+    except (ValueError, KeyError, TypeError, OverflowError) as problem:
         if isinstance(problem, MethodError):
             raise
         raise MethodError(
-            f"{path}: the calibration must be one of this version's, but {problem}; make it again"
+            f"{path}: the calibration must be one of this version's, but {reason(problem)}; make it again"
         ) from None
+    wrong = why_not_losses(found)
+    if wrong is not None:
+        raise MethodError(f"{path}: {wrong}; make it again")
+    return found
+
+
+def why_not_losses(found: Calibration) -> str | None:
+    """Return why the numbers of a calibration cannot be losses of cuts of its model; None if they can."""
+    blocks = {path: block for path, _, block in found.spec.blocks()}
+    for name, losses in found.losses.items():
+        path, _, kind = name.rpartition(".")
+        shares = found.shares[name]
+        if path not in blocks or kind not in ("qk", "v", "heads", "hidden", "block"):
+            return f"losses must be of cuts of the model, but some are of {shown(name)}"
+        if not losses or len(losses) != len(shares):
+            return f"{name}: each loss must have a share, but there are {len(losses)} losses and {len(shares)} shares"
+        if not all(map(math.isfinite, losses)):
+            return f"{name}: losses must be finite, but one is not"
+        rising = all(a < b for a, b in itertools.pairwise((0.0, *shares))) and shares[-1] <= 1
+        mixer = blocks[path].mixer
+        heads = len(mixer.v) if isinstance(mixer, Attention) else 0
+        if kind == "heads" and len(losses) not in (1, heads + 1):
+            return (
+                f"{name}: there must be a loss for each of {heads} heads and one for all, but there are {len(losses)}"
+            )
+        if kind != "heads" and not rising:
+            return f"{name}: removed shares must rise within 0 and 1, but do not"
+    if len(found.merged) != len(found.merges) or not found.merges:
+        return f"each schedule must have a loss, but there are {len(found.merged)} for {len(found.merges)} schedules"
+    if any(len(row) != len(blocks) for row in found.merges):
+        return f"schedules must be of the {len(blocks)} blocks of the model, but one is not"
+    return None if all(map(math.isfinite, found.merged)) else "losses of schedules must be finite, but one is not"

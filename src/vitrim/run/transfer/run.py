@@ -28,6 +28,7 @@ from vitrim.families import describe
 from vitrim.families._segmentor import segmentor
 from vitrim.measure import latency
 from vitrim.run.job import check_folder, device_of, full_disk, leaving_nothing, logger
+from vitrim.run.lock import holding
 from vitrim.run.recipe import write_recipe
 from vitrim.run.transfer.objective import PixelObjective
 from vitrim.run.transfer.picture import colours, side_by_side
@@ -37,6 +38,7 @@ from vitrim.train import Task, fit
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import DataError, RunError
 from vitrim.words.plain import dump, read_json, write_json, write_text, writing
+from vitrim.words.private import hide_passwords
 from vitrim.words.spec import Host
 
 __all__ = ["Transferred", "transfer"]
@@ -90,8 +92,8 @@ def transfer(
     """
     with full_disk(folder):
         check_folder(folder, recipe)
-        job = _prepare(recipe, folder, backbone, say)
-        with leaving_nothing(folder):
+        with leaving_nothing(folder), holding(folder):
+            job = _prepare(recipe, folder, backbone, say)
             if not (folder / "recipe.toml").is_file():
                 write_recipe(folder / "recipe.toml", recipe)
             model = _train(job)
@@ -174,7 +176,7 @@ def _train(job: _Job) -> nn.Module:
             task=Task(loader=functools.partial(_loader, job), objective=PixelObjective),
         )
         model, seconds = fitted.ema if fitted.ema is not None else fitted.model, fitted.seconds
-    given = {"recipe": dump(job.recipe), "classes": list(job.train.names), "seconds": seconds}
+    given = {"recipe": hide_passwords(dump(job.recipe)), "classes": list(job.train.names), "seconds": seconds}
     store.save(model.eval(), path, provenance=given)
     # Continue with what a resumed run would read.
     return store.load(path, device=next(model.parameters()).device)
@@ -217,7 +219,7 @@ def _measure(job: _Job, model: nn.Module) -> dict[str, Any]:
         "macs": cost.macs,
         "macs_head": spec.host.macs - Host(**spec.host.arguments["host"]).macs,
         "params": cost.params,
-        "seconds": float(store.provenance(job.folder / "model.safetensors")["given"]["seconds"]),
+        "seconds": store.given(job.folder / "model.safetensors").get("seconds"),
         **_time(job, model),
         "vitrim": __version__,
         "torch": torch.__version__,

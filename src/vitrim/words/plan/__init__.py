@@ -6,7 +6,7 @@ A plan is a tree and not a list of edits, so the order of cuts does not matter. 
 computed without weights: `child` returns the spec of the smaller model, and `then` composes two plans.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -19,7 +19,7 @@ from vitrim.words.plan.tokens import check_head, check_stage, with_steps
 from vitrim.words.spec import Attention, Block, Conv, Form, Skip, Spec
 from vitrim.words.steps import Step
 
-__all__ = ["BlockPlan", "Plan", "StagePlan", "read_plan", "write_plan"]
+__all__ = ["BlockPlan", "Plan", "StagePlan", "read_made_from", "read_plan", "write_plan"]
 
 Kept = tuple[int, ...]
 
@@ -325,11 +325,20 @@ class _Sheet(Node):
     format: int = 1
     parent: dict[str, Any]
     plan: Plan
+    made_from: dict[str, str] = Field(default_factory=dict)
 
 
-def write_plan(path: Path, parent: Spec, plan: Plan) -> None:
-    """Write a plan together with the spec it is for."""
-    write_json(path, {"format": FORMAT, "parent": dump(parent), "plan": dump(plan)})
+def write_plan(path: Path, parent: Spec, plan: Plan, made_from: Mapping[str, str] | None = None) -> None:
+    """Write a plan together with the spec it is for.
+
+    Args:
+        path: file to write.
+        parent: spec of the dense model.
+        plan: the plan.
+        made_from: fingerprints of the parent's weights, the images and the teacher that the plan was found with.
+    """
+    more = {"made_from": dict(made_from)} if made_from else {}
+    write_json(path, {"format": FORMAT, "parent": dump(parent), "plan": dump(plan), **more})
 
 
 def read_plan(path: Path) -> tuple[Spec, Plan]:
@@ -338,6 +347,20 @@ def read_plan(path: Path) -> tuple[Spec, Plan]:
     Raises:
         PlanError: if the file is missing, malformed, of a newer version, or its plan does not fit its parent.
     """
+    parent, sheet = _read(path)
+    return parent, sheet.plan
+
+
+def read_made_from(path: Path) -> dict[str, str]:
+    """Read the fingerprints in a file of `write_plan`; empty if it has none.
+
+    Raises:
+        PlanError: as `read_plan`.
+    """
+    return _read(path)[1].made_from
+
+
+def _read(path: Path) -> tuple[Spec, _Sheet]:
     data = read_json(path, PlanError)
     known = data if isinstance(data, dict) else {}
     check_format(known.get("format", 1), str(path), PlanError)
@@ -345,4 +368,4 @@ def read_plan(path: Path) -> tuple[Spec, Plan]:
         parent = parse_spec(known["parent"], PlanError, f"{path}.parent")
     sheet = load(_Sheet, data, PlanError, at=str(path))
     sheet.plan.child(parent)
-    return parent, sheet.plan
+    return parent, sheet

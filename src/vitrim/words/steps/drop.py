@@ -3,8 +3,9 @@
 import itertools
 from typing import ClassVar, Literal, Self
 
-from pydantic import NonNegativeInt, model_validator
+from pydantic import model_validator
 
+from vitrim.words.sizes import Count
 from vitrim.words.steps._base import Flow, StepBase, Tokens
 
 __all__ = ["Drop"]
@@ -24,7 +25,7 @@ class Drop(StepBase):
     keeps_stream: ClassVar[bool] = True
 
     kind: Literal["drop"] = "drop"
-    kept: tuple[NonNegativeInt, ...]
+    kept: tuple[Count, ...]
     exact: bool = False
 
     @model_validator(mode="after")

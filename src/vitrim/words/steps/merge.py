@@ -2,8 +2,7 @@
 
 from typing import ClassVar, Literal, Self
 
-from pydantic import PositiveInt
-
+from vitrim.words.sizes import Size
 from vitrim.words.steps._base import Flow, StepBase, Tokens
 
 __all__ = ["Merge"]
@@ -23,7 +22,7 @@ class Merge(StepBase):
     after_attention: ClassVar[bool] = True
 
     kind: Literal["merge"] = "merge"
-    count: PositiveInt
+    count: Size
 
     @classmethod
     def example(cls, arriving: Tokens) -> Self | None:

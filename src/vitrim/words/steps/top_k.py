@@ -2,8 +2,9 @@
 
 from typing import ClassVar, Literal, Self
 
-from pydantic import NonNegativeFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, model_validator
 
+from vitrim.words.sizes import Size
 from vitrim.words.steps._base import Flow, StepBase, Tokens
 
 __all__ = ["TopK"]
@@ -28,7 +29,7 @@ class TopK(StepBase):
     after_attention: ClassVar[bool] = True
 
     kind: Literal["top_k"] = "top_k"
-    kept: PositiveInt
+    kept: Size
     fused: bool = True
     by: Literal["cls_attn", "hsic_attn"] = "cls_attn"
     weights: tuple[NonNegativeFloat, ...] = ()
