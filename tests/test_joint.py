@@ -1,14 +1,20 @@
 """The joint search of post_training: what is tried, what wins, what is switched off, what a stopped search keeps."""
 
+import copy
+import dataclasses
 import functools
 import json
 
 import pytest
 import torch
+from torch.utils.data import Subset
 
-from tests.samples import timm_model
+from tests.samples import apart, timm_model
 from vitrim import methods
+from vitrim.cut.compensate import importances
+from vitrim.cut.compensate.closed_form import Moments
 from vitrim.cut.surgery import apply
+from vitrim.data import eval_loader
 from vitrim.families import adopt, describe
 from vitrim.methods.post_training import CELLS, FILE, LOOKED
 from vitrim.methods.post_training.notes import Notes
@@ -108,13 +114,10 @@ def test_a_stopped_calibration_goes_on(tmp_path):
     name = json.loads(lines[0])[0]
     lines[0] = json.dumps([name, [0.125] * len(first.losses[name])]) + "\n"
     (tmp_path / CELLS).write_text("".join(lines[:5]))
-    told = []
-    second = method.calibrated(model(), data, images, probe, 0, notes=Notes(tmp_path / CELLS), log=told.append)
+    second = method.calibrated(model(), data, images, probe, 0, notes=Notes(tmp_path / CELLS))
     assert second.losses[name] == (0.125,) * len(first.losses[name])
     assert {k: v for k, v in second.losses.items() if k != name} == {k: v for k, v in first.losses.items() if k != name}
     assert second.merged == first.merged
-    assert told[-1]["done"] == told[-1]["of"] == 4
-    assert told[-1]["seconds_left"] == 0
 
 
 def test_a_block_that_is_gone_is_two_constants(known):
@@ -122,3 +125,40 @@ def test_a_block_that_is_gone_is_two_constants(known):
     one = found(known, "macs=0.5", tokens=False, heads=False, widths=False, candidates=0)
     child = apply(one.parent, one.plan, grafts=one.grafts)
     assert any(not block.hidden and not block.mixer.v for _, _, block in describe(child).blocks())
+
+
+# -- bad input
+
+
+def test_a_model_that_is_sure_of_its_own_images_is_cut_with_unweighted_statistics():
+    sure = copy.deepcopy(model())
+    with torch.no_grad():
+        sure.head.weight.mul_(1e12)
+    data = digits(sure)
+    x = [pictures for pictures, _ in eval_loader(data.calibration, data.input, batch=16)]
+    for worth in importances(sure, x, seed=0).values():
+        assert torch.equal(worth.weights, torch.full_like(worth.weights, 1.1))
+        assert torch.equal(worth.metric, torch.eye(len(worth.metric), dtype=torch.float64))
+    one = methods.get("post_training", SETTINGS).search(sure, data, Budget.parse("macs=0.7"), seed=0)
+    assert cost_of(one.plan.child(describe(sure))).macs <= 0.7 * cost_of(describe(sure)).macs
+
+
+def test_moments_of_activations_that_vary_little_around_their_mean_in_float32():
+    draw = torch.Generator().manual_seed(0)
+    x = (1000 + 1e-2 * torch.randn(3, 40, 6, generator=draw)).float()
+    moments, exact = Moments("a"), Moments("a")
+    for batch in x.split(1):
+        moments.add(torch.ones(1, 40), batch, batch)
+        exact.add(torch.ones(1, 40), batch.double(), batch.double())
+    assert float(torch.linalg.eigvalsh(moments.gram).min()) > 0
+    assert apart(moments.gram, exact.gram) < 1e-3
+    assert apart(moments.mean, exact.mean) < 1e-6
+    flat = x.double().flatten(0, 1)
+    assert apart(exact.gram, torch.cov(flat.mT, correction=0)) < 1e-6
+
+
+def test_eight_images_in_float32_are_enough():
+    data = digits(model())
+    few = dataclasses.replace(data, calibration=Subset(data.calibration, range(8)), validation=None)
+    one = methods.get("post_training", SETTINGS).search(model(), few, Budget.parse("macs=0.7"), seed=0)
+    assert cost_of(one.plan.child(describe(model()))).macs <= 0.7 * cost_of(describe(model())).macs

@@ -9,7 +9,7 @@ from vitrim import report
 from vitrim.methods import Data
 from vitrim.methods.post_training.calibration import read_calibration, write_calibration
 from vitrim.methods.post_training.notes import Notes
-from vitrim.run.job import full_disk, leaving_nothing, prepare, telling
+from vitrim.run.job import full_disk, leaving_nothing, prepare
 from vitrim.run.lock import holding
 from vitrim.run.pipeline import Result, run
 from vitrim.run.recipe import Recipe, merged
@@ -98,7 +98,7 @@ def _calibrated(recipe: Recipe, path: Path, say: Callable[[str], None]) -> None:
     say("calibrating")
     images, probe = method.images(data)
     notes = Notes(path.with_name("cells.jsonl"))
-    made = method.calibrated(job.parent, data, images, probe, recipe.seed, notes=notes, log=telling(None, say))
+    made = method.calibrated(job.parent, data, images, probe, recipe.seed, notes=notes)
     write_calibration(path, made)
     notes.forget()
     say(f"calibrated in {made.seconds:.0f} s on {made.count} images")

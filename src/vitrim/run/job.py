@@ -2,9 +2,7 @@
 
 import contextlib
 import json
-import math
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +33,7 @@ from vitrim.words.plain import dump, load, read_toml, reason, write_text
 from vitrim.words.private import hide_passwords
 from vitrim.words.spec import Spec
 
-__all__ = ["Job", "check_folder", "device_of", "full_disk", "leaving_nothing", "logger", "prepare", "telling"]
+__all__ = ["Job", "check_folder", "device_of", "full_disk", "leaving_nothing", "logger", "prepare"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,31 +117,6 @@ def logger(path: Path | None) -> Callable[[Mapping[str, Any]], None] | None:
             lines.write(json.dumps(hide_passwords(dict(record))) + "\n")
 
     return write
-
-
-_EVERY = 10.0
-"""Least number of seconds between two lines of progress."""
-
-
-def telling(
-    log: Callable[[Mapping[str, Any]], None] | None, say: Callable[[str], None]
-) -> Callable[[Mapping[str, Any]], None]:
-    """Return a function that hands records to `log`, and tells those of progress in a line of text.
-
-    Records with ``event = "progress"`` have ``what``, ``done``, ``of`` and ``seconds_left`` (None if not known yet).
-    """
-    last = -math.inf
-
-    def tell(record: Mapping[str, Any]) -> None:
-        nonlocal last
-        if log is not None:
-            log(record)
-        left, now = record.get("seconds_left"), time.monotonic()
-        if record.get("event") == "progress" and left is not None and now - last >= _EVERY:
-            last = now
-            say(f"{record['what']}: {record['done']:g} of {record['of']:g}, about {left:.0f} s left")
-
-    return tell
 
 
 def _rewind(path: Path, record: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ from vitrim.nn.weights import check_weights, fingerprint
 from vitrim.run.child import measure_child
 from vitrim.run.found import check_budget, only_trial
 from vitrim.run.images import about, write_record
-from vitrim.run.job import Job, check_folder, full_disk, leaving_nothing, logger, prepare, telling
+from vitrim.run.job import Job, check_folder, full_disk, leaving_nothing, logger, prepare
 from vitrim.run.latency_budget import meet, time_child
 from vitrim.run.lock import holding
 from vitrim.run.presets import laid_under
@@ -269,7 +269,7 @@ def _made_from(job: Job) -> dict[str, str]:
 
 def _found(job: Job, method: Method, data: Data | None) -> tuple[Found, nn.Module]:
     """Return the method's result, and the child that is cut by it."""
-    log, searches = telling(job.tracked.logging(logger(job.file("log.jsonl"))), job.say), 0
+    log, searches = job.tracked.logging(logger(job.file("log.jsonl"))), 0
 
     def search(budget: Budget) -> Found:
         nonlocal searches
@@ -296,7 +296,8 @@ def _found(job: Job, method: Method, data: Data | None) -> tuple[Found, nn.Modul
         say=job.say,
     )
     record = {"stage": "latency", "predicted": met.predicted, "measured": met.ratio, "children": met.measured}
-    log(record)
+    if log is not None:
+        log(record)
     return replace(met.found, trials=(*met.found.trials, record)), met.child
 
 

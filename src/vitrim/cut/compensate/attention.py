@@ -162,7 +162,7 @@ class AttentionCut:
     def _values(self, heads: Heads, widths: Widths, alive: Kept, moments: Moments) -> tuple[Heads, tuple[Kept, ...]]:
         """Reduce the value channels and fit the projection to the targets."""
         sizes = [len(rows) for rows in heads.v]
-        gram, tied = moments.gram, self.place.block.form.mixed_norm is not None
+        gram, tied = moments.positive_gram, self.place.block.form.mixed_norm is not None
         maps, columns = [], []
         for number, (begin, size) in enumerate(zip(_starts(sizes), sizes, strict=True)):
             own, whole = gram[begin : begin + size, begin : begin + size], torch.eye(size, dtype=torch.float64)
@@ -171,7 +171,7 @@ class AttentionCut:
                 columns.append(heads.proj[number])
             elif isinstance(widths, int):
                 at = f"{self.place.path}.heads.{alive[number]}.v"
-                a, b = value_map(own, heads.proj[number], self.worth.metric, min(widths, size), at)
+                a, b = value_map(own, heads.proj[number], self.worth.metric, min(widths, size), at, moments.noise)
                 maps.append(a)
                 columns.append(b)
             else:

@@ -37,6 +37,7 @@ class Moments:
     Attributes:
         at: path of the layer, for messages.
         centred: whether moments are centered because the layer has a bias; without a bias they are not.
+        noise: relative error of the products, which have the model's type.
         weight: sum of the weights.
         origin: what is subtracted from every f, (C,): the mean of the first batch if moments are centered, else zero.
             Without it, the difference of two large sums would be left of activations that vary little around their
@@ -50,6 +51,7 @@ class Moments:
 
     at: str
     centred: bool = True
+    noise: float = 0.0
     weight: float = 0.0
     origin: Tensor | None = None
     target_origin: Tensor | None = None
@@ -71,6 +73,7 @@ class Moments:
         """
         f, t = wide(features.flatten(0, -2)), wide(targets.flatten(0, -2))
         w = weights.reshape(-1, 1).to(f.dtype)
+        self.noise = torch.finfo(f.dtype).eps
         if self.origin is None or self.target_origin is None:
             self.origin, self.target_origin = (x.mean(0).cpu().double() * self.centred for x in (f, t))
         f, t = f - self.origin.to(f), t - self.target_origin.to(t)
@@ -119,6 +122,16 @@ class Moments:
         """Centered Gram matrix, divided by the weight, ``(C, C)``."""
         mean = self._mean
         return self.squares / self.weight - mean[:, None] * mean[None, :]
+
+    @property
+    def positive_gram(self) -> Tensor:
+        """The Gram matrix without the negative eigenvalues that rounding leaves if tokens are fewer than features."""
+        gram = self.gram
+        values, vectors = torch.linalg.eigh(gram)
+        if float(values[0]) >= 0:
+            return gram
+        found: Tensor = (vectors * values.clamp_min(0)) @ vectors.mT
+        return found
 
     @property
     def cross(self) -> Tensor:
@@ -252,7 +265,9 @@ def least_squares_queries(keys: Tensor, basis: Tensor, at: str = "qk") -> Tensor
     return _divided(safe @ basis, basis.mT @ safe @ basis)
 
 
-def value_map(gram: Tensor, weight: Tensor, metric: Tensor, width: int, at: str = "v") -> tuple[Tensor, Tensor]:
+def value_map(
+    gram: Tensor, weight: Tensor, metric: Tensor, width: int, at: str = "v", noise: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Approximate the product of one head's values and its columns of the projection with rank k.
 
     Args:
@@ -261,6 +276,7 @@ def value_map(gram: Tensor, weight: Tensor, metric: Tensor, width: int, at: str 
         metric: ``(D, D)``.
         width: k, from 1 to K.
         at: path of the head, for messages.
+        noise: relative error of `gram`; directions with less energy are not scaled up further.
 
     Returns:
         A map of values ``(K, k)``, where new values are ``map' old``, and the new columns of the projection ``(D, k)``.
@@ -268,7 +284,7 @@ def value_map(gram: Tensor, weight: Tensor, metric: Tensor, width: int, at: str 
     safe = damped(gram, _TINY, at)
     values, vectors = torch.linalg.eigh(safe)
     # Rounding can make eigenvalues negative if activations hardly vary.
-    values = values.clamp_min(_TINY * float(values.max()))
+    values = values.clamp_min(max(_TINY, noise) * float(values.max()))
     half = (vectors * values.sqrt()) @ vectors.mT
     kept = torch.linalg.svd(half @ weight.mT @ root(metric))[0][:, :width]
     back = (vectors / values.sqrt()) @ (vectors.mT @ kept)

@@ -22,6 +22,10 @@ _FLOOR = 0.1
 """Added to each weight, in units of the mean, because a few hundred images cannot show that a token has no effect."""
 
 
+_VANISHED = torch.finfo(torch.float32).tiny
+"""Mean squared gradients up to this have lost their digits."""
+
+
 @dataclass(frozen=True, eq=False)
 class Importance:
     """Importance of the output of a layer.
@@ -107,8 +111,11 @@ def _importance(parts: list[Tensor], metric: Tensor) -> Importance:
     squares = torch.cat([part.flatten(1) for part in parts]).double()
     weights = squares.clamp_min(0).sqrt()
     mean = float(weights.mean())
-    weights = weights / mean if mean > 0 else torch.ones_like(weights)
     scale = float(metric.diagonal().mean())
-    if not scale > 0:  # no gradient reaches this branch, so all directions get the same cost
+    # No gradient reaches this branch, or the model is so sure of its own images that float32 holds nothing of it: then
+    # all tokens and all directions count alike.
+    if not (mean > 0 and scale > _VANISHED):
+        weights, mean = torch.ones_like(weights), 1.0
         metric = torch.eye(len(metric), dtype=metric.dtype)
+    weights = weights / mean
     return Importance((weights + _FLOOR).float(), metric)

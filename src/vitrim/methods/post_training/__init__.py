@@ -19,29 +19,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from vitrim.data import eval_loader
 from vitrim.families import describe
-from vitrim.measure import latency
 from vitrim.methods import Data, Found
-from vitrim.methods.post_training.budgets import Reading, Tabled, check_reach, plan_of
+from vitrim.methods.post_training.budgets import Reading, Tabled, check_reach
 from vitrim.methods.post_training.calibration import Calibration, read_calibration, write_calibration
-from vitrim.methods.post_training.look import Bench, Steps, Trial, look, won
+from vitrim.methods.post_training.look import Bench, clock_of, look, record_of, won
 from vitrim.methods.post_training.notes import Notes
-from vitrim.methods.post_training.options import Kinds, ways
+from vitrim.methods.post_training.options import Kinds
 from vitrim.methods.post_training.schedule import Kind, merging, schedules
 from vitrim.methods.post_training.sensitivity import calibrate, needed
 from vitrim.words.budget import Budget
-from vitrim.words.costs import cost_of
 from vitrim.words.errors import MethodError
 from vitrim.words.plain import Node
 from vitrim.words.plan import Plan
 from vitrim.words.progress import progress
 from vitrim.words.spec import Spec
-from vitrim.words.table import Machine
 
 __all__ = ["Method"]
 
@@ -51,9 +47,6 @@ CELLS = "cells.jsonl"
 
 LOOKED = "looked.jsonl"
 """File of the trials that were measured, by which a search that was stopped goes on."""
-
-_SECONDS = 2.0
-"""Time for the timing of one candidate."""
 
 
 class Method(Node):
@@ -123,12 +116,12 @@ class Method(Node):
         data, spec = _given(data), describe(model)
         merge = self._merges(spec)
         exact = self._exact(merge)
-        check_reach(spec, schedules(spec, merge, exact), exact, budget, self.kinds)
         images, probe = self.images(data)
-        calibration = self._calibration(model, data, images, probe, seed, folder, log)
+        check_reach(spec, schedules(spec, merge, exact), exact, budget, self.kinds)
+        calibration = self._calibration(model, data, images, probe, seed, folder)
 
         def read(budget: Budget) -> Found:
-            found = self._read(model, calibration, budget, images, probe, seed, folder, log)
+            found = self._read(model, calibration, budget, images, probe, seed, folder)
             if log is not None:
                 log(found.trials[0])
             return replace(found, again=read)
@@ -158,12 +151,11 @@ class Method(Node):
         probe: Sequence[Tensor],
         seed: int,
         folder: Path | None,
-        log: Callable[[Mapping[str, Any]], None] | None,
     ) -> Found:
         """Return the plan that a calibration gives for `budget`, with the weights that compensate for it."""
         spec, start = describe(model), time.perf_counter()
         tabled = self._tabled(calibration)
-        trials, best = self._looked(model, tabled, budget, images, probe, seed, folder, log)
+        trials, best = self._looked(model, tabled, budget, images, probe, seed, folder)
         bench = Bench(model, images, probe, seed=seed, strength=self.strength, alpha=self.alpha)
         with progress("compensation", len(best.choices)) as advance:
             cut = bench.cut(best, advance)
@@ -193,21 +185,15 @@ class Method(Node):
         probe: Sequence[Tensor],
         seed: int,
         folder: Path | None,
-        log: Callable[[Mapping[str, Any]], None] | None,
     ) -> tuple[list[dict[str, Any]], Reading]:
         """Return a record of each trial, and the choice that won."""
         if not self.candidates:
             return [], tabled.best(budget, 1)[0]
-        few, _ = _divided(images, max(self.look, needed(tabled.calibration.spec)))
-        clock = None if budget.table is None else _clock(model, budget.table.machine)
+        spec = tabled.calibration.spec
+        few, _ = _divided(images, max(self.look, needed(spec)))
+        clock = None if budget.table is None else clock_of(model, budget.table.machine)
         bench = Bench(model, few, probe, seed=seed, strength=self.strength, alpha=self.alpha, clock=clock)
-        steps = Steps("candidates", log)
         with progress("candidates", self.candidates + self.swaps) as advance:
-
-            def told(done: int, of: int) -> None:
-                advance(float(done > 0))
-                steps(done, of)
-
             trials = look(
                 tabled,
                 budget,
@@ -215,10 +201,10 @@ class Method(Node):
                 count=self.candidates,
                 swaps=self.swaps,
                 notes=Notes(None if folder is None else folder / LOOKED),
-                told=told,
+                advance=advance,
             )
         best = won(trials, budget)
-        return [_told(number, trial, trial is best, tabled) for number, trial in enumerate(trials)], best.reading
+        return [record_of(number, trial, trial is best, tabled) for number, trial in enumerate(trials)], best.reading
 
     def _exact(self, merge: Kind) -> bool:
         return merge == "bipartite" if self.only_prefix is None else self.only_prefix
@@ -259,7 +245,6 @@ class Method(Node):
         probe: Sequence[Tensor],
         seed: int,
         folder: Path | None,
-        log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Calibration:
         """Return the calibration that is named, the one that a stopped run wrote, or a new one."""
         if self.calibration is not None:
@@ -276,7 +261,7 @@ class Method(Node):
         if path is not None and path.is_file():
             return read_calibration(path)
         notes = Notes(None if folder is None else folder / CELLS)
-        made = self.calibrated(model, data, images, probe, seed, notes=notes, log=log)
+        made = self.calibrated(model, data, images, probe, seed, notes=notes)
         if path is not None:
             write_calibration(path, made)
             notes.forget()
@@ -291,7 +276,6 @@ class Method(Node):
         seed: int,
         *,
         notes: Notes | None = None,
-        log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Calibration:
         """Return a new calibration of `model`.
 
@@ -302,17 +286,9 @@ class Method(Node):
             probe: batches of other images, on which losses are measured.
             seed: seed of drawn labels.
             notes: losses that a stopped calibration has measured.
-            log: receives flat records of progress.
         """
-        spec, steps, done = describe(model), Steps("calibration", log), 0.0
+        spec = describe(model)
         with progress("calibration", len(spec.blocks()) + 1) as advance:
-
-            def told(more: float) -> None:
-                nonlocal done
-                done += more
-                advance(more)
-                steps(done, len(spec.blocks()) + 1)
-
             return calibrate(
                 model,
                 images,
@@ -322,47 +298,9 @@ class Method(Node):
                 strength=self.strength,
                 merge=self._merges(spec),
                 exact=self._exact(self._merges(spec)),
-                advance=told,
+                advance=advance,
                 notes=notes or Notes(None),
             )
-
-
-def _clock(model: nn.Module, machine: Machine) -> Callable[[nn.Module], float]:
-    """Return a function that measures the time of a child over that of the model, as the table was measured."""
-
-    def ratio(child: nn.Module) -> float:
-        found = latency(
-            child,
-            model,
-            batch=machine.batch,
-            threads=machine.threads,
-            dtype=getattr(torch, machine.dtype),
-            seconds=_SECONDS,
-            compiled=machine.runtime == "compile",
-            as_stored=machine.as_stored,
-        ).ratio
-        assert found is not None
-        return found
-
-    return ratio
-
-
-def _told(number: int, trial: Trial, best: bool, tabled: Tabled) -> dict[str, Any]:
-    """Return a flat record of a trial."""
-    reading = trial.reading
-    spec = plan_of(tabled.calibration.spec, reading).child(tabled.calibration.spec)
-    return {
-        "stage": "post_training",
-        "trial": number,
-        "what": trial.what,
-        "merges": list(reading.merges),
-        "ways": [" / ".join(ways(choice)) for choice in reading.choices],
-        "predicted": reading.loss,
-        "loss": trial.loss,
-        "ratio": trial.ratio,
-        "macs": cost_of(spec).macs,
-        "best": best,
-    }
 
 
 def _given(data: Data | None) -> Data:

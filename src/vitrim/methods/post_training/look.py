@@ -6,30 +6,37 @@ Predictions are sums of single losses. They choose which candidates are tried; w
 import copy
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vitrim.cut.compensate import Importance, Place, Walk, cut_block, importances, passed
 from vitrim.cut.surgery import apply
 from vitrim.families import describe
-from vitrim.methods.post_training.budgets import Reading, Tabled
+from vitrim.measure import latency
+from vitrim.methods.post_training.budgets import Reading, Tabled, plan_of
 from vitrim.methods.post_training.notes import Notes
+from vitrim.methods.post_training.options import ways
 from vitrim.methods.post_training.schedule import merging
 from vitrim.methods.post_training.sensitivity import divergence, logits_of
 from vitrim.nn import Block
 from vitrim.nn.modes import evaluating
 from vitrim.words.budget import Budget
+from vitrim.words.costs import cost_of
 from vitrim.words.plain import dump
 from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.table import Machine
 
-__all__ = ["Bench", "Cut", "Steps", "Trial", "look", "won"]
+__all__ = ["Bench", "Cut", "Trial", "clock_of", "look", "record_of", "won"]
 
 LATE = 0.05
 """Share by which a measured time may exceed the bound, as in a run's own measurement of its child."""
+
+_SECONDS = 2.0
+"""Time for the timing of one candidate."""
 
 _FAR = 2.0
 """Candidates whose predicted loss is this many times the least are not tried."""
@@ -172,7 +179,7 @@ def look(
     count: int,
     swaps: int,
     notes: Notes,
-    told: Callable[[int, int], None] = lambda _done, _of: None,
+    advance: Callable[[float], None] = lambda _: None,
 ) -> list[Trial]:
     """Measure the best candidates and swaps of them.
 
@@ -183,7 +190,7 @@ def look(
         count: largest number of candidates, at most one for each schedule of merging.
         swaps: largest number of swaps that are measured after them.
         notes: measured trials, which are not measured again.
-        told: called with the number of trials that are done and their largest total.
+        advance: called with 1 after each trial.
 
     Returns:
         All trials in order; the one that won is given by `won`.
@@ -191,12 +198,11 @@ def look(
     candidates = tabled.best(budget, count)
     near = [one for one in candidates if one.loss <= _FAR * candidates[0].loss + 1e-9]
     total, trials = len(near) + swaps, list[Trial]()
-    told(0, total)
 
     def tried(reading: Reading, what: str) -> Trial:
         loss, ratio = notes.of(_name(reading, bench), lambda: bench.measured(reading))
         trials.append(Trial(reading, what, loss, ratio))
-        told(len(trials), total)
+        advance(1)
         return trials[-1]
 
     for reading in near:
@@ -231,22 +237,39 @@ def _name(reading: Reading, bench: Bench) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-class Steps:
-    """Tells how far a search is and how long it will take.
+def clock_of(model: nn.Module, machine: Machine) -> Callable[[nn.Module], float]:
+    """Return a function that measures the time of a child over that of the model, as the table was measured."""
 
-    Args:
-        what: name of the work.
-        tell: called with flat records; None for nobody.
-    """
+    def ratio(child: nn.Module) -> float:
+        found = latency(
+            child,
+            model,
+            batch=machine.batch,
+            threads=machine.threads,
+            dtype=getattr(torch, machine.dtype),
+            seconds=_SECONDS,
+            compiled=machine.runtime == "compile",
+            as_stored=machine.as_stored,
+        ).ratio
+        assert found is not None
+        return found
 
-    def __init__(self, what: str, tell: Callable[[Mapping[str, Any]], None] | None) -> None:
-        self.what, self.tell, self.start = what, tell, time.perf_counter()
+    return ratio
 
-    def __call__(self, done: float, of: float) -> None:
-        """Tell that `done` of `of` steps are done."""
-        if self.tell is None:
-            return
-        spent = time.perf_counter() - self.start
-        left = spent / done * (of - done) if done else None
-        record = {"stage": "post_training", "event": "progress", "what": self.what, "done": round(done, 2), "of": of}
-        self.tell(record | {"seconds": spent, "seconds_left": left})
+
+def record_of(number: int, trial: Trial, best: bool, tabled: Tabled) -> dict[str, Any]:
+    """Return a flat record of a trial."""
+    reading = trial.reading
+    spec = plan_of(tabled.calibration.spec, reading).child(tabled.calibration.spec)
+    return {
+        "stage": "post_training",
+        "trial": number,
+        "what": trial.what,
+        "merges": list(reading.merges),
+        "ways": [" / ".join(ways(choice)) for choice in reading.choices],
+        "predicted": reading.loss,
+        "loss": trial.loss,
+        "ratio": trial.ratio,
+        "macs": cost_of(spec).macs,
+        "best": best,
+    }
