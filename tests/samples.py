@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from vitrim import families
-from vitrim.testing.samples import apart, digits, masks_of, places, random_plan
+from vitrim.testing.samples import apart, digits, kept_widths, masks_of, places, random_plan
 from vitrim.testing.samples import random_images as images
 from vitrim.testing.samples import sample_model as timm_model
 
@@ -17,6 +17,7 @@ __all__ = [
     "apart",
     "digits",
     "images",
+    "kept_widths",
     "masks_of",
     "places",
     "random_plan",

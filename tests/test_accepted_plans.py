@@ -10,7 +10,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.samples import IDS, PRESETS, images, timm_model
+from tests.samples import IDS, PRESETS, apart, images, timm_model
+from tests.tolerance import SINGLE
 from vitrim import families
 from vitrim.cut import surgery
 from vitrim.deploy import store
@@ -34,6 +35,7 @@ OTHERS = {
     "dead_mlp",
     "skipped_mlp",
     "only_prefix",
+    "width",
 }
 EXAMPLES = 80
 # Without shrinking, which takes minutes of forward passes; the plan that fails is printed as it was drawn.
@@ -75,15 +77,16 @@ def test_what_a_plan_accepts_runs(tmp_path):
         for number in range(2):
             plan = data.draw(plans(spec), label=f"plan {number}")
             wanted = accepted(plan, spec)
+            narrow = {"width"} if any(plan.widths()) else set()
             if wanted is None:
                 seen["refused"] += 1
                 break
             assert load(Plan, dump(plan)) == plan
             child = surgery.apply(model, plan)
             runs(child, wanted, tmp_path)
-            if kinds_in(wanted) - set(seen):
+            if (kinds_in(wanted) | narrow) - set(seen):
                 works_or_says(child, lambda model: export(model, tmp_path / "model.pt2"))
-            seen.update(kinds_in(wanted))
+            seen.update(kinds_in(wanted) | narrow)
             seen["second"] += number
             model, spec = child, wanted
 
@@ -140,7 +143,10 @@ def works_or_says(child: torch.nn.Module, change, size=None) -> None:
 
 @pytest.mark.parametrize(("family", "preset"), PRESETS, ids=IDS)
 def test_plans_compose_over_every_kind(family, preset):
-    """Two plans in a row are one plan, bit for bit, and both are refused together."""
+    """Two plans in a row are one plan, bit for bit, and both are refused together.
+
+    Kernels that are mixed at another residual width may round otherwise.
+    """
     model = parent(family, preset)
     spec = describe(model)
 
@@ -160,6 +166,7 @@ def test_plans_compose_over_every_kind(family, preset):
         assert describe(steps) == describe(whole) == once.child(spec)
         x = images(spec, dtype=torch.float32)
         with torch.no_grad():
-            assert torch.equal(steps(x), whole(x))
+            rounds = any(first.widths() + second.widths()) and {"conv1", "conv3"} & kinds_in(once.child(spec))
+            assert apart(steps(x), whole(x)) < SINGLE if rounds else torch.equal(steps(x), whole(x))
 
     check()

@@ -16,6 +16,7 @@ from vitrim.cut.surgery import apply
 from vitrim.families import describe
 from vitrim.measure import Latency
 from vitrim.measure.parts import fitted, half_widths, machine_of, make_table
+from vitrim.measure.shapes import between_multiples, step_of
 from vitrim.methods.spvit.planning import decide, planned
 from vitrim.methods.spvit.search import SinglePath, layout, times
 from vitrim.run import latency_budget
@@ -64,6 +65,50 @@ def stepped(spec, step):
 
 
 # -- the table
+
+
+def test_what_no_width_touches_is_known():
+    """Norms and the residual stream stay however thin a branch gets, and go with the branch."""
+    spec = describe(small_vit())
+    table, stage = proportional(spec), spec.stages[0]
+    bare = tuple(1e-6 * n for n in table.stages[0].tokens)
+    table = table.model_copy(update={"stages": (table.stages[0].model_copy(update={"bare": bare}),), "branch": 2e-6})
+    times = table.stages[0]
+    rest = 1e-6 * stage.tokens
+    assert times.feeds(stage.tokens, 1) == pytest.approx(max(rest, 1e-9 * mlp_macs(stage.tokens, stage.width, 1)))
+    assert times.attends_evenly(stage.tokens, 1, 1e-3) == pytest.approx(rest)
+    assert times.feeds(stage.tokens, 0) == 0
+    assert table.fixed(spec) == pytest.approx(1e9 * (table.host + 6 * (rest + 2e-6)))
+    thin = Plan.of(spec, [BlockPlan(qk=((0,),) * 4, v=((0,),) * 4, hidden=(0,))] * 3)
+    gone = Plan.of(spec, [BlockPlan(mixer=Skip(), mlp=Skip())] * 3)
+    assert table.latency(thin.child(spec)) >= table.fixed(spec)
+    assert table.latency(gone.child(spec)) == table.fixed(gone.child(spec)) == round(1e9 * table.host)
+    assert table.scaled(2).stages[0].bare == pytest.approx([2 * b for b in bare])
+
+
+@pytest.mark.parametrize(("multiple", "wanted"), [(1, 1), (8, 8), (16, 16), (64, 64)])
+def test_the_step_of_a_device_is_measured(multiple, wanted):
+    """A device that takes twice as long where a width is no multiple of what it likes."""
+    counts = between_multiples(1536)
+    assert counts == (1473, 1474, 1476, 1480, 1488, 1504, 1536)
+    assert step_of({n: 1e-6 * n * (1 if n % multiple == 0 else 2) for n in counts}) == wanted
+    assert step_of({}) == 1
+    assert between_multiples(100) == ()
+
+
+@pytest.mark.parametrize("choice", ["free", "even"])
+def test_plans_by_time_keep_to_the_step(choice):
+    model = small_vit()
+    spec = describe(model)
+    table = proportional(spec)
+    table = table.model_copy(update={"stages": (table.stages[0].model_copy(update={"step": 32}),)})
+    scores = {path: torch.rand(axis.size) for path, axis in axes(model).items()}
+    by_time = fill(spec, scores, Budget(latency=0.6, table=table), choice=choice).child(spec)
+    by_macs = fill(spec, scores, Budget(macs=0.6, table=table), choice="free").child(spec)
+    kept = [block.hidden for _, _, block in by_time.blocks()]
+    # Single neurons are put back at the end, where a budget is not used up otherwise.
+    assert sum(hidden % 32 == 0 for hidden in kept) >= 2
+    assert any(block.hidden % 32 for _, _, block in by_macs.blocks())
 
 
 def test_a_table_adds_up_what_its_branches_take():

@@ -7,6 +7,7 @@ those with the lowest scores, and saves some cost. `vitrim.cut.spend` spends the
 proportional to the number of channels, so a list of 46,000 rungs (DeiT-B) takes about a second.
 """
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -14,11 +15,12 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
+from vitrim.cut.fill_width import best_of, fill_with_width
 from vitrim.cut.ladders import ALIGN, Choice, Widths, hidden_rate, ladders_of
 from vitrim.cut.spend import Array, Ladders, spend
 from vitrim.words.budget import SLACK, Budget, Price
 from vitrim.words.errors import MethodError
-from vitrim.words.plan import BlockPlan, Kept, Plan
+from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.spec import Attention, Spec
 
 __all__ = ["ALIGN", "Choice", "Scored", "fill", "quantiles"]
@@ -36,8 +38,8 @@ def fill(
 
     Args:
         spec: the parent.
-        scores: by path of an axis (``stages.0.blocks.3.hidden``, ``….qk``, ``….v``), one number for each channel, all
-            heads concatenated; larger is more valuable. An axis without scores is not cut.
+        scores: by path of an axis (``stages.0.blocks.3.hidden``, ``….qk``, ``….v``, ``stages.0.width``), one number for
+            each channel, all heads concatenated; larger is more valuable. An axis without scores is not cut.
         budget: upper bounds on the cost of the child.
         choice: which widths are allowed.
         by: order of rungs. ``density``: by lost score for each saved share of the budget, for scores that are additive
@@ -71,6 +73,13 @@ class Scored(Ladders[Widths]):
     ) -> None:
         self.scores, self.choice, self.by = scores, choice, by
         self.ranked = {path: values.detach().double().cpu().numpy() for path, values in scores.items()}
+
+    def spent(self, spec: Spec, budget: Budget) -> Plan:
+        """See `Options.spent`; if residual streams have scores, their widths are chosen, too."""
+        if not any(path.endswith(".width") for path in self.scores):
+            return super().spent(spec, budget)
+        rest = functools.partial(fill, choice=self.choice, by=self.by)
+        return fill_with_width(spec, self.scores, budget, rest, self.by)
 
     def ladders(self, spec: Spec, budget: Budget) -> list[Widths]:
         """See `Ladders.ladders`.
@@ -188,7 +197,7 @@ def _plan(spec: Spec, ladders: Sequence[Widths], ranked: Mapping[str, Array]) ->
         if index in attention and isinstance(block.mixer, Attention):
             fields = _heads(block.mixer, attention[index], ranked, path)
         if index in hidden:
-            fields["hidden"] = _best(ranked[f"{path}.hidden"], hidden[index])
+            fields["hidden"] = best_of(ranked[f"{path}.hidden"], hidden[index])
         blocks.append(BlockPlan.model_validate(fields))
     return Plan.of(spec, blocks)
 
@@ -201,16 +210,10 @@ def _heads(
         flat = ranked.get(f"{path}.{name}", np.zeros(sum(sizes)))
         parts = np.split(flat, np.cumsum(sizes)[:-1])
         kept[name] = tuple(
-            _best(part, widths[head][place]) if head in widths else tuple(range(len(part)))
+            best_of(part, widths[head][place]) if head in widths else tuple(range(len(part)))
             for head, part in enumerate(parts)
         )
     return kept
-
-
-def _best(values: Array, count: int) -> Kept:
-    """Return the indices of the `count` largest values, increasing; of equal values the first are kept."""
-    order = np.argsort(-values, kind="stable")[:count]
-    return tuple(int(i) for i in np.sort(order))
 
 
 def _top_up(spec: Spec, plan: Plan, ranked: Mapping[str, Array], budget: Budget) -> Plan:
@@ -233,6 +236,6 @@ def _top_up(spec: Spec, plan: Plan, ranked: Mapping[str, Array], budget: Budget)
         ]
         more = min(block.hidden - len(kept), ALIGN - 1, *room)
         if more > 0 and kept:
-            better = _best(ranked[f"{path}.hidden"], len(kept) + more)
+            better = best_of(ranked[f"{path}.hidden"], len(kept) + more)
             blocks[index] = blocks[index].model_copy(update={"hidden": better})
     return Plan.of(spec, blocks)

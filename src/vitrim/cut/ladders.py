@@ -60,7 +60,7 @@ def ladders_of(spec: Spec, scores: Mapping[str, list[Array]], choice: Choice, bu
             rates = _attention_rate(stage, block, arriving, budget)
             yield from _attention_ladders(index, stage, block, scores, path, choice, rates)
         if block.hidden and f"{path}.hidden" in scores and stage.form.hidden_norm is None:
-            levels = _levels(block.hidden, 1 if choice == "free" else ALIGN)
+            levels = _levels(block.hidden, max(1 if choice == "free" else ALIGN, budget.step(stage)))
             rate = hidden_rate(stage, block, arriving, budget)
             yield _ladder(
                 index, "hidden", (0,), [(0, n) for n in levels], [np.zeros(0)], scores[f"{path}.hidden"], rate

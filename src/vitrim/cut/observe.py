@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from vitrim.cut.width import scaled_by
 from vitrim.families import blocks_of
 from vitrim.nn import Attention, Axis, Block
 from vitrim.nn.steps import StepModule
@@ -127,7 +128,8 @@ class Gated(nn.Module):
 
     Args:
         model: an adopted model; trained in place together with the gates.
-        gates: by path, C values or a tensor that broadcasts to them; several axes may use one gate (`share`).
+        gates: by path, C values or a tensor that broadcasts to them; several axes may use one gate (`share`). A gate of
+            a residual stream (``stages.0.width``) multiplies what all norms give that read it, `vitrim.cut.width`.
         share: by path of an axis, the path of the gate that it uses.
         once: whether only the first of two members that are multiplied with each other (queries and keys) is gated, so
             that the product is scaled by the gate and not by its square.
@@ -205,6 +207,10 @@ def _scales(
     blocks: dict[str, Block] = dict(blocks_of(model))
     runs: dict[str, tuple[int, dict[int, tuple[str, int]]]] = {}
     for path, gate in uses.items():
+        if path.endswith(".width"):
+            for member, size in scaled_by(model, path):
+                runs.setdefault(member.parameter, (member.dim, {}))[1][member.offset] = (gate, size)
+            continue
         if path not in known:
             raise MethodError(f"an axis must be one of the model's, but got '{path}'{did_you_mean(path, known)}")
         axis, prefix = known[path], modules[id(blocks[path.rpartition(".")[0]])]

@@ -128,13 +128,15 @@ def share_plan(spec: Spec, scores: Mapping[str, Tensor], kinds: Mapping[str, str
         spec: the parent.
         scores: by path of an axis. Queries and keys are cut together with their values because they share a gate. If a
             norm ties them, they are cut only with their whole head.
-        kinds: by path, ``attention`` or ``mlp``.
+        kinds: by path, ``attention``, ``mlp`` or ``width``.
         shares: by kind; kinds without a share are not cut.
     """
     keep: dict[str, Tensor] = {}
     for kind, share in shares.items():
         mine = {path: scores[path] for path in scores if kinds[path] == kind and not path.endswith(".qk")}
         keep |= top(mine, kept_count(sum(values.numel() for values in mine.values()), share))
+    for path in (path for path in keep if path.endswith(".width")):
+        keep[path][int(scores[path].argmax())] = True  # a stage cannot lose its last channel
     blocks = []
     for path, stage, block in spec.blocks():
         fields: dict[str, Any] = {}
@@ -145,7 +147,8 @@ def share_plan(spec: Spec, scores: Mapping[str, Tensor], kinds: Mapping[str, str
         if f"{path}.hidden" in keep:
             fields["hidden"] = tuple(keep[f"{path}.hidden"].nonzero().flatten().tolist())
         blocks.append(BlockPlan(**fields))
-    return Plan.of(spec, blocks)
+    widths = [keep.get(f"stages.{index}.width") for index in range(len(spec.stages))]
+    return Plan.of(spec, blocks, [None if one is None else tuple(one.nonzero().flatten().tolist()) for one in widths])
 
 
 def _by_head(keep: Tensor, widths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -158,7 +161,7 @@ def with_tokens(spec: Spec, plan: Plan, steps: Mapping[str, Step]) -> Plan:
         block.model_copy(update={"tokens": steps.get(f"{path}.tokens")})
         for (path, _, _), block in zip(spec.blocks(), plan.blocks(), strict=True)
     ]
-    return Plan.of(spec, decided)
+    return Plan.of(spec, decided, plan.widths())
 
 
 def remains(spec: Spec, child: Spec, nominal: Mapping[str, float]) -> tuple[dict[str, Any], ...]:
@@ -194,7 +197,7 @@ def check_shares(
 
     Args:
         spec: the parent.
-        kinds: by path of an axis, ``attention`` or ``mlp``; axes that are not listed are not cut.
+        kinds: by path of an axis, ``attention``, ``mlp`` or ``width``; axes that are not listed are not cut.
         shares: kept share by kind; a kind without a share may keep everything or nothing.
         budget: upper bounds on the cost of the child.
         tokens: whether tokens may be cut, too, in any number.
@@ -208,6 +211,8 @@ def check_shares(
     parent = budget.cost(spec)
     limits = budget.limits(parent)
     least, most = _reach(spec, kinds, shares, tokens)
+    if "width" in kinds.values():
+        least = Cost(0, 0)  # every cost depends on the width, which the shares leave open
     said = ", ".join(f"{kind}={share:g}" for kind, share in shares.items())
     for name, limit in limits.items():
         if getattr(least, name) > limit:

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from vitrim.families import blocks_of, describe, host
+from vitrim.families import blocks_of, describe, family_of, host
+from vitrim.families._channels import channels_of, kept_outside
 from vitrim.nn import Axis, Block, Constant, computed, keep_settings, make_block
 from vitrim.nn.conv import state_of
 from vitrim.words.errors import PlanError
@@ -23,6 +24,7 @@ from vitrim.words.steps import Tokens
 __all__ = ["apply", "cut_tensors", "fold", "kept_entries"]
 
 Kept = tuple[tuple[int, ...], ...]
+Width = tuple[int, ...] | None
 
 
 def apply(parent: nn.Module, plan: Plan, *, grafts: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -44,12 +46,12 @@ def apply(parent: nn.Module, plan: Plan, *, grafts: Mapping[str, Tensor] | None 
     child = plan.child(spec)
     like = next(parent.parameters())
     blocks = [
-        _cut(old, child_block, stage, decision, arriving, like)
-        for (_, old), (_, stage, child_block), decision, arriving in zip(
-            blocks_of(parent), child.blocks(), plan.blocks(), child.arrivals(), strict=True
+        _cut(old, child_block, stage, decision, arriving, like, width)
+        for (_, old), (_, stage, child_block), decision, arriving, width in zip(
+            blocks_of(parent), child.blocks(), plan.blocks(), child.arrivals(), _by_block(plan), strict=True
         )
     ]
-    model = host(parent, blocks)
+    model = host(parent, blocks, plan.widths())
     _graft(model, grafts or {})
     return model
 
@@ -72,8 +74,18 @@ def fold(model: nn.Module) -> nn.Module:
     return apply(model, Plan.of(spec, blocks))
 
 
-def kept_entries(block: Block, plan: BlockPlan) -> dict[str, dict[int, Tensor]]:
+def _by_block(plan: Plan) -> list[Width]:
+    """Return the kept channels of the residual stream of every block."""
+    return [stage.width for stage in plan.stages for _ in stage.blocks]
+
+
+def kept_entries(block: Block, plan: BlockPlan, width: Width = None) -> dict[str, dict[int, Tensor]]:
     """Return the entries of each parameter of `block` that a plan keeps.
+
+    Args:
+        block: a block of the parent.
+        plan: the decision about it.
+        width: kept channels of the residual stream; None keeps all.
 
     Returns:
         For each cut parameter (name relative to the block) and each cut dimension, the kept indices, increasing.
@@ -86,6 +98,10 @@ def kept_entries(block: Block, plan: BlockPlan) -> dict[str, dict[int, Tensor]]:
         for members, chosen in ((axis.members, index), (axis.group_members, living)):
             for member in members:
                 runs.setdefault(member.parameter, {}).setdefault(member.dim, []).append((member.offset, chosen))
+    if width is not None:
+        for member in block.stream():
+            kept_width = torch.tensor(width, dtype=torch.long)
+            runs.setdefault(member.parameter, {}).setdefault(member.dim, []).append((member.offset, kept_width))
     entries: dict[str, dict[int, Tensor]] = {}
     for name, by_dim in runs.items():
         entries[name] = {
@@ -110,8 +126,13 @@ def cut_tensors(parent: nn.Module, plan: Plan, values: Mapping[str, Tensor]) -> 
     names = {name for name, _ in parent.named_parameters()}
     cut = {name: value for name, value in values.items() if name in names}
     child = plan.child(describe(parent))
-    for (_, block), decision, (_, _, small) in zip(blocks_of(parent), plan.blocks(), child.blocks(), strict=True):
-        prefix, entries = modules[id(block)], kept_entries(block, decision)
+    for stage, kept in zip(channels_of(family_of(parent), parent), plan.widths(), strict=False):
+        for name, dim, index in kept_outside(parent, stage, kept) if kept is not None else ():
+            if name in cut and cut[name].dim():
+                cut[name] = cut[name].index_select(dim, index.to(cut[name].device))
+    rows = zip(blocks_of(parent), plan.blocks(), child.blocks(), _by_block(plan), strict=True)
+    for (_, block), decision, (_, _, small), width in rows:
+        prefix, entries = modules[id(block)], kept_entries(block, decision, width)
         gone = [name for name, kept in (("attn.", _attends(small)), ("mlp.", bool(small.hidden))) if not kept]
         for name in [name for name in cut if name.startswith(f"{prefix}.")]:
             inner = name.removeprefix(f"{prefix}.")
@@ -148,10 +169,12 @@ def _flat(axis: Axis, kept: Kept) -> Tensor:
 
 
 @torch.no_grad()
-def _cut(old: Block, spec: BlockSpec, stage: Stage, plan: BlockPlan, arriving: Tokens, like: Tensor) -> Block:
+def _cut(
+    old: Block, spec: BlockSpec, stage: Stage, plan: BlockPlan, arriving: Tokens, like: Tensor, width: Width
+) -> Block:
     with torch.device("meta"):
         block = make_block(stage, spec, arriving)
-    source = _kept(old, spec, plan)
+    source = _kept(old, spec, plan, width)
     constants = {"attn.bias": (old.attn, old.ls1), "mlp.bias": (old.mlp, old.ls2)}
     for name, empty in block.state_dict(keep_vars=True).items():
         if name in source:
@@ -160,6 +183,7 @@ def _cut(old: Block, spec: BlockSpec, stage: Stage, plan: BlockPlan, arriving: T
             value = block.step.initial(name.removeprefix("step."), like)
         else:
             value = _constant(*constants[name])
+            value = value if width is None else value[torch.tensor(width, device=value.device)]
         if value.shape != empty.shape:
             raise PlanError(f"{name}: the plan must give {tuple(empty.shape)}, but gives {tuple(value.shape)}")
         owner, _, leaf = name.rpartition(".")
@@ -170,9 +194,9 @@ def _cut(old: Block, spec: BlockSpec, stage: Stage, plan: BlockPlan, arriving: T
     return keep_settings(computed(block), old)
 
 
-def _kept(old: Block, spec: BlockSpec, plan: BlockPlan) -> dict[str, Tensor]:
+def _kept(old: Block, spec: BlockSpec, plan: BlockPlan, width: Width) -> dict[str, Tensor]:
     """Return the sliced parameters and buffers of `old`; those of a convolution are made from the mixer it replaces."""
-    entries, mixer = kept_entries(old, plan), spec.mixer
+    entries, mixer = kept_entries(old, plan, width), spec.mixer
     source = old.state_dict(keep_vars=True)
     for name, cuts in entries.items():
         for dim, index in cuts.items():

@@ -21,6 +21,7 @@ from vitrim.deploy.runtimes import READS_ONNX, Ready, check_runtimes, peak_bytes
 from vitrim.families import describe
 from vitrim.measure.model import image_of
 from vitrim.measure.turns import at_least, name_of, percentiles, place_of, threading, turns, waiting
+from vitrim.nn.steps import StepModule
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import ExportError, RecipeError, RunError
 from vitrim.words.plain import Node, dump, reason, write_json, write_text
@@ -153,6 +154,8 @@ def bench(
         for entry in entries:
             if not any(entry.runs_in(runtime) for runtime in runtimes):
                 raise ExportError(f"{entry.name}: an ONNX file must run in onnxruntime or openvino; add one of them")
+        for why in sorted({why for entry in entries for why in _why_slow(entry, dtype, place)}):
+            say(why)
         lines: list[Timed] = []
         versions: dict[str, str] = {}
         least = 0
@@ -236,6 +239,14 @@ def _opened(
             images = torch.randn(batch, *entry.image, generator=generator).to(place, dtype)
             file = entry.onnx() if runtime in READS_ONNX and place.type == "cpu" else None
             yield entry, ready(entry.model, images, runtime, onnx=file, as_stored=entry.as_stored), images
+
+
+def _why_slow(entry: _Entry, dtype: torch.dtype, place: torch.device) -> set[str]:
+    """Return why steps of a model run in many operators where there is a fused kernel."""
+    if entry.as_stored or not isinstance(entry.model, nn.Module):
+        return set()
+    steps = [module for module in entry.model.modules() if isinstance(module, StepModule)]
+    return {why for step in steps if (why := step.why_slow(dtype, place)) is not None}
 
 
 def _pass(found: Ready, images: Tensor) -> Callable[[], Tensor]:

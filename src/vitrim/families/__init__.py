@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import vitrim.families._plain as plain
+from vitrim.families._channels import channels_of, narrow_
 from vitrim.families._given import called, check_methods, check_tensors, check_types, unwrapped, with_own_head
 from vitrim.nn import Block, computed, keep_settings, make_block
 from vitrim.nn.modes import random_state_kept
@@ -283,9 +284,21 @@ def adopt(model: nn.Module) -> nn.Module:
     return adopted
 
 
-def host(model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
-    """Return a copy of `model` with other blocks; the two share no parameter."""
-    return family_of(model).host(model, blocks)
+def host(model: nn.Module, blocks: Sequence[Block], kept: Sequence[Sequence[int] | None] | None = None) -> nn.Module:
+    """Return a copy of `model` with other blocks; the two share no parameter.
+
+    Args:
+        model: an adopted model.
+        blocks: of the width that is kept.
+        kept: channels of the residual stream of each stage that are kept outside the blocks; None keeps all.
+    """
+    family = family_of(model)
+    shell = family.host(model, blocks)
+    if kept is None or all(one is None for one in kept):
+        return shell
+    narrow_(shell, channels_of(family, shell), kept)
+    # A second time, for what a family reads off the widths.
+    return family.host(shell, blocks)
 
 
 def check_host(spec: Spec) -> None:

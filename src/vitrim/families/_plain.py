@@ -17,6 +17,7 @@ from pydantic import Field, PositiveFloat, field_validator
 from timm.models import vision_transformer as timm_vit
 from torch import nn
 
+from vitrim.families._channels import Channels, Counted, channel_costs
 from vitrim.families._features import give_methods_
 from vitrim.families._parts import (
     Hole,
@@ -41,10 +42,10 @@ from vitrim.words.block import Rate
 from vitrim.words.errors import AdoptError, SpecError
 from vitrim.words.plain import Node
 from vitrim.words.sizes import Size
-from vitrim.words.spec import Attention, Form, Host, Norm, Spec
+from vitrim.words.spec import Attention, ChannelCost, Form, Host, Norm, Spec
 from vitrim.words.spec import Block as BlockSpec
 
-__all__ = ["PlainArguments", "arguments", "blocks_by_stage", "build", "describe", "host", "keywords"]
+__all__ = ["PlainArguments", "arguments", "blocks_by_stage", "build", "channels", "describe", "host", "keywords"]
 
 
 class PlainArguments(Node):
@@ -84,13 +85,15 @@ def blocks_by_stage(model: Any) -> list[list[nn.Module]]:
     return [list(model.blocks)]
 
 
-def describe(model: Any, family: str, host_arguments: dict[str, Any]) -> Spec:
+def describe(model: Any, family: str, host_arguments: dict[str, Any], outside: Sequence[Channels] = ()) -> Spec:
     """Return the spec of a model.
 
     Args:
         model: a ``VisionTransformer``.
         family: name of its family.
         host_arguments: arguments that `build` of that family needs in addition to `arguments`.
+        outside: the result of the family's ``channels(model)``, if it offers that; without it, the residual width
+            cannot be cut.
 
     Raises:
         AdoptError: a block has a part that cannot be represented; the message has the path and the reason.
@@ -114,7 +117,7 @@ def describe(model: Any, family: str, host_arguments: dict[str, Any]) -> Spec:
         form=forms[0],
         blocks=tuple(blocks),
     )
-    macs, per_token = _host_macs(model, image)
+    macs, per_token, slopes = _host_macs(model, image, outside)
     known = Host(
         name=str(pretrained(model).get("architecture", "")),
         arguments=arguments(model, forms[0]) | host_arguments,
@@ -122,8 +125,29 @@ def describe(model: Any, family: str, host_arguments: dict[str, Any]) -> Spec:
         macs_per_token=per_token,
         params=params_outside(model, [model.blocks]),
         pretrained=pretrained(model),
+        channels=slopes,
     )
     return Spec(family=family, host=known, image=image, classes=model.num_classes, stages=(stage,))
+
+
+def channels(model: Any) -> tuple[Channels, ...]:
+    """Return where the channels of the residual stream lie outside the blocks; empty if something cannot follow a cut.
+
+    A stem may hide them, and timm's attention pooling is as wide inside as the stream.
+    """
+    if model.attn_pool is not None or not isinstance(getattr(model.patch_embed, "proj", None), nn.Conv2d | nn.Linear):
+        return ()
+    return (
+        Channels(
+            width=model.embed_dim,
+            writers=("patch_embed.proj",),
+            readers=("head", "head_dist"),
+            norms=("norm", "fc_norm"),
+            stem_norms=("patch_embed.norm", "norm_pre"),
+            tensors=("cls_token", "reg_token", "dist_token", "pos_embed"),
+            sizes=("embed_dim", "num_features", "head_hidden_size"),
+        ),
+    )
 
 
 def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
@@ -248,24 +272,36 @@ def arguments(model: Any, form: Form) -> dict[str, Any]:
     return known
 
 
-def _host_macs(model: Any, image: tuple[int, int]) -> tuple[int, int]:
+def _host_macs(
+    model: Any, image: tuple[int, int], outside: Sequence[Channels]
+) -> tuple[int, int, tuple[ChannelCost, ...]]:
     """Return the multiply-accumulates of stem and head on one image, and those of the head per additional token.
 
     They are counted by PyTorch on a copy without blocks on the meta device (4 ms for DeiT-B). Stem and head are timm's,
-    and formulas for them would have to be updated with every timm release. The count is cached by their structure.
+    and formulas for them would have to be updated with every timm release. The count is cached by their structure. The
+    last result is the cost of each channel of the residual stream.
     """
-    return remembered(model, [model.blocks], ("plain", image), lambda: _counted_host(model, image))
+    question = ("plain", image, tuple(outside))
+    return remembered(model, [model.blocks], question, lambda: _counted_host(model, image, outside))
 
 
-def _counted_host(model: Any, image: tuple[int, int]) -> tuple[int, int]:
-    shell: Any = bare(model, [model.blocks])
-    whole = count(shell, torch.zeros(1, input_channels(model), *image, device="meta"))
-    if model.attn_pool is None:
-        return whole, 0
-    tokens = torch.zeros(1, 16 + model.num_prefix_tokens, model.embed_dim, device="meta")
-    more = count(shell.forward_head, torch.cat([tokens, tokens[:, :1]], dim=1)) - count(shell.forward_head, tokens)
+def _counted_host(
+    model: Any, image: tuple[int, int], outside: Sequence[Channels]
+) -> tuple[int, int, tuple[ChannelCost, ...]]:
     leaving = model.num_prefix_tokens + _patches(model, image)
-    return whole - more * leaving, more
+    x = torch.zeros(1, input_channels(model), *image, device="meta")
+
+    def counted(shell: Any) -> Counted:
+        whole, more = count(shell, x), 0
+        if model.attn_pool is not None:
+            tokens = torch.zeros(1, 16 + model.num_prefix_tokens, shell.embed_dim, device="meta")
+            more = count(shell.forward_head, torch.cat([tokens, tokens[:, :1]], dim=1))
+            more -= count(shell.forward_head, tokens)
+        return Counted(whole - more * leaving, more, sum(p.numel() for p in shell.parameters()))
+
+    shell = bare(model, [model.blocks])
+    here = counted(shell)
+    return here.macs, here.macs_per_token, channel_costs(shell, outside, counted)
 
 
 def _patches(model: Any, image: tuple[int, int]) -> int:

@@ -12,23 +12,32 @@ import torch
 from torch import Tensor, nn
 
 from vitrim import families
+from vitrim.families._channels import Channels, channels_of
 from vitrim.families._parts import count, pretrained
 from vitrim.nn import Block
 from vitrim.nn.segment import HEADS, LEVELS, Head, Places, Segmentor, check_covered
 from vitrim.words.errors import AdoptError, DataError, RecipeError, SpecError
-from vitrim.words.plain import Node, dump, reason
+from vitrim.words.plain import Frozen, FrozenDict, Node, dump, reason
 from vitrim.words.spec import Host, Spec
 
-__all__ = ["ARGUMENTS", "HOSTS", "blocks_by_stage", "build", "describe", "host", "segmentor"]
+__all__ = ["ARGUMENTS", "HOSTS", "blocks_by_stage", "build", "channels", "describe", "host", "segmentor"]
 
 HOSTS = (Segmentor,)
+
+
+class _Built(Node):
+    """What a backbone's host is built from; its costs are part of the segmentor's."""
+
+    name: str
+    arguments: Frozen
+    pretrained: Frozen = FrozenDict()
 
 
 class ARGUMENTS(Node):
     """The backbone's family and host, and the settings of the head, as `vitrim.families.Family.ARGUMENTS`."""
 
     family: str
-    host: Host
+    host: _Built
     head: Head
 
 
@@ -126,21 +135,41 @@ def describe(model: Any) -> Spec:
         AdoptError: as for the backbone.
     """
     inner = families.describe(model.backbone)
-    own = sum(p.numel() for p in model.head.parameters())
+    grid, built = inner.stages[0].grid, dump(inner.host)
+    macs, params = _head_cost(model.form, model.places, model.num_classes, grid)
+    slopes = []
+    for index, one in enumerate(inner.host.channels):
+        places = _grown(model.places, index, len(inner.stages))
+        more_macs, more_params = _head_cost(model.form, places, model.num_classes, grid)
+        update = {"macs": one.macs + more_macs - macs, "params": one.params + more_params - params}
+        slopes.append(one.model_copy(update=update))
     known = Host(
         name=inner.host.name,
-        arguments={"family": inner.family, "host": dump(inner.host), "head": dump(model.form)},
-        macs=inner.host.macs + _head_macs(model.form, model.places, model.num_classes, inner.stages[0].grid),
+        arguments={
+            "family": inner.family,
+            "host": {name: built[name] for name in ("name", "arguments", "pretrained")},
+            "head": dump(model.form),
+        },
+        macs=inner.host.macs + macs,
         macs_per_token=inner.host.macs_per_token,
-        params=inner.host.params + own,
+        params=inner.host.params + params,
         pretrained=pretrained(model),
+        channels=tuple(slopes),
     )
     return inner.model_copy(update={"family": "segmentor", "host": known, "classes": model.num_classes})
 
 
+def _grown(places: Places, stage: int, stages: int) -> Places:
+    """Return the places of a backbone whose stage has one channel more."""
+    widths = tuple(
+        width + (stages == 1 or level == stage) for level, width in zip(range(LEVELS), places.widths, strict=True)
+    )
+    return places._replace(widths=widths)
+
+
 @functools.cache
-def _head_macs(form: Head, places: Places, classes: int, grid: tuple[int, int]) -> int:
-    """Return the multiply-accumulates of a head, counted by PyTorch on the meta device."""
+def _head_cost(form: Head, places: Places, classes: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """Return the multiply-accumulates and parameters of a head, counted by PyTorch on the meta device."""
     with torch.device("meta"):
         head: Any = HEADS[form.kind](form, places, classes).eval()
     maps = []
@@ -152,7 +181,27 @@ def _head_macs(form: Head, places: Places, classes: int, grid: tuple[int, int]) 
         logits: Tensor = head(maps, grid)
         return logits
 
-    return count(run, maps[0])
+    return count(run, maps[0]), sum(p.numel() for p in head.parameters())
+
+
+_DECODER = ("p2.skip_conv", "p3.skip_conv", "p4.skip_conv", "p5")
+"""Layers of the pyramid that read the maps, the finest first."""
+
+
+def channels(model: Any) -> tuple[Channels, ...]:
+    """Return where the channels of the backbone's stages lie outside the blocks: in its own layers and in the head."""
+    inner = channels_of(families.family_of(model.backbone), model.backbone)
+    found = []
+    for stage, one in enumerate(inner):
+        levels = [level for level in range(LEVELS) if len(inner) == 1 or level == stage]
+        if model.form.kind == "fpn":
+            norms = tuple(f"head.norms.{level}" for level in levels)
+            readers = tuple(f"head.decoder.{_DECODER[level]}" for level in levels)
+        else:
+            norms, readers = (("head.norm",), ("head.classifier",)) if levels[-1] == LEVELS - 1 else ((), ())
+        own = Channels(width=one.width, norms=norms, readers=readers)
+        found.append(one.within("backbone").joined(own))
+    return tuple(found)
 
 
 def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
@@ -185,8 +234,9 @@ def build(spec: Spec) -> nn.Module:
 
 
 def _inner(spec: Spec) -> Spec:
-    """Return the spec of the backbone."""
+    """Return the spec of the backbone; of a segmentor's spec without the costs of its host."""
     if spec.family != "segmentor":
         return spec
     known = spec.host.arguments
-    return spec.model_copy(update={"family": known["family"], "host": Host(**known["host"]), "classes": 0})
+    host = Host(**known["host"], macs=0, params=0)
+    return spec.model_copy(update={"family": known["family"], "host": host, "classes": 0})

@@ -8,6 +8,7 @@ because no cut changes the grid or D.
 """
 
 import copy
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
 from torch import Tensor, nn
 
+from vitrim.families._channels import Channels, Counted, channel_costs, narrow_
 from vitrim.families._parts import (
     Hole,
     bare,
@@ -41,10 +43,21 @@ from vitrim.words.block import Rate
 from vitrim.words.errors import AdoptError, SpecError
 from vitrim.words.plain import Node
 from vitrim.words.sizes import MOST_STAGES, Size
-from vitrim.words.spec import Attention, Form, Host, Norm, Spec, Stage, Window
+from vitrim.words.spec import Attention, ChannelCost, Form, Host, Norm, Spec, Stage, Window
 from vitrim.words.spec import Block as BlockSpec
 
-__all__ = ["ARGUMENTS", "HOSTS", "TEST_PRESETS", "blocks_by_stage", "build", "convert", "describe", "example", "host"]
+__all__ = [
+    "ARGUMENTS",
+    "HOSTS",
+    "TEST_PRESETS",
+    "blocks_by_stage",
+    "build",
+    "channels",
+    "convert",
+    "describe",
+    "example",
+    "host",
+]
 
 _SMALL = {
     "img_size": 32,
@@ -94,6 +107,8 @@ class ARGUMENTS(Node):
     reference: _Reference | None
 
 
+_HEAD_SIZES = ("head.in_features", "head.num_features")
+
 _COMPUTED = ("relative_position_index", "attn_mask")
 
 
@@ -120,14 +135,40 @@ def describe(model: Any) -> Spec:
         )
     size = model.patch_embed.img_size
     image = (int(size[0]), int(size[1]))
+    macs, slopes = _host_macs(model, image)
     known = Host(
         name=str(pretrained(model).get("architecture", "")),
         arguments=_arguments(model),
-        macs=_host_macs(model, image),
+        macs=macs,
         params=params_outside(model, [layer.blocks for layer in model.layers]),
         pretrained=pretrained(model),
+        channels=slopes,
     )
     return Spec(family="swin", host=known, image=image, classes=model.num_classes, stages=_stages(model))
+
+
+def channels(model: Any) -> tuple[Channels, ...]:
+    """Return where the channels of each stage's residual stream lie outside the blocks.
+
+    Patch merging reads four runs of one stage's channels and writes those of the next, so every stage has a width of
+    its own.
+    """
+    found, last = [], len(model.layers) - 1
+    for index, layer in enumerate(model.layers):
+        here = f"layers.{index}.downsample"
+        following = f"layers.{index + 1}.downsample"
+        width = model.patch_embed.proj.out_channels if index == 0 else layer.downsample.reduction.out_features
+        one = Channels(
+            width=width,
+            writers=(f"{here}.reduction",) if index else ("patch_embed.proj",),
+            readers=(f"{following}.reduction",) if index < last else ("head.fc",),
+            norms=(f"{following}.norm",) if index < last else ("norm",),
+            stem_norms=() if index else ("patch_embed.norm",),
+            sizes=(f"{here}.out_dim", f"layers.{index}.dim") if index else ("embed_dim", "layers.0.dim"),
+        )
+        more = (f"{following}.dim",) if index < last else ("num_features", "head_hidden_size", *_HEAD_SIZES)
+        found.append(dataclasses.replace(one, sizes=(*one.sizes, *more)))
+    return tuple(found)
 
 
 def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
@@ -156,6 +197,11 @@ def build(spec: Spec) -> Any:
             f"host: the installed timm {timm.__version__} must build {spec.host.name or 'SwinTransformer'}, "
             f"but fails: {type(problem).__name__}: {problem}"
         ) from None
+    kept = [
+        None if one.width == stage.width else range(stage.width)
+        for one, stage in zip(channels(model), spec.stages, strict=True)
+    ]
+    narrow_(model, channels(model), kept)
     for layer, stage in zip(model.layers, spec.stages, strict=True):
         layer.blocks, layer.depth = nn.Sequential(*(Hole() for _ in stage.blocks)), len(stage.blocks)
     if not final:
@@ -190,7 +236,8 @@ def _keywords(spec: Spec, known: dict[str, Any]) -> dict[str, Any]:
         "img_size": spec.image,
         "patch_size": rows if rows == columns else (rows, columns),
         "num_classes": spec.classes,
-        "embed_dim": spec.stages[0].width,
+        # timm doubles the width from stage to stage; what a stage has less of is cut afterwards.
+        "embed_dim": max(-(-stage.width // 2**index) for index, stage in enumerate(spec.stages)),
         "depths": (0,) * stages,
         "num_heads": (1,) * stages,
         "norm_layer": norm_maker(Norm(**known["norm_layer"])),
@@ -290,11 +337,19 @@ def _arguments(model: Any) -> dict[str, Any]:
     }
 
 
-def _host_macs(model: Any, image: tuple[int, int]) -> int:
-    """Return macs of patch embedding, patch merging and head on one image, counted on a copy without blocks."""
+def _host_macs(model: Any, image: tuple[int, int]) -> tuple[int, tuple[ChannelCost, ...]]:
+    """Return macs of patch embedding, patch merging and head on one image, and what a channel of each stage costs.
+
+    They are counted on a copy without blocks.
+    """
     runs = [layer.blocks for layer in model.layers]
+    x = torch.zeros(1, input_channels(model), *image, device="meta")
 
-    def counted() -> int:
-        return count(bare(model, runs), torch.zeros(1, input_channels(model), *image, device="meta"))
+    def counted(shell: nn.Module) -> Counted:
+        return Counted(count(shell, x), 0, sum(p.numel() for p in shell.parameters()))
 
-    return remembered(model, runs, ("swin", image), counted)
+    def both() -> tuple[int, tuple[ChannelCost, ...]]:
+        shell = bare(model, runs)
+        return counted(shell).macs, channel_costs(shell, channels(model), counted)
+
+    return remembered(model, runs, ("swin", image), both)

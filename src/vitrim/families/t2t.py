@@ -18,12 +18,23 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from vitrim.families import _plain
-from vitrim.families._plain import PlainArguments, blocks_by_stage, host
+from vitrim.families._plain import PlainArguments, blocks_by_stage, channels, host
 from vitrim.families._t2t import T2TVisionTransformer
 from vitrim.words.sizes import Size
 from vitrim.words.spec import Spec
 
-__all__ = ["ARGUMENTS", "HOSTS", "TEST_PRESETS", "blocks_by_stage", "build", "convert", "describe", "example", "host"]
+__all__ = [
+    "ARGUMENTS",
+    "HOSTS",
+    "TEST_PRESETS",
+    "blocks_by_stage",
+    "build",
+    "channels",
+    "convert",
+    "describe",
+    "example",
+    "host",
+]
 
 HOSTS = (T2TVisionTransformer,)
 
@@ -69,7 +80,8 @@ def describe(model: nn.Module) -> Spec:
         AdoptError: a block has a part that cannot be represented; the message has the path and the reason.
     """
     stem: Any = model.patch_embed
-    return _plain.describe(model, "t2t", {"tokens": stem.tokens, "token_width": stem.token_width})
+    own = {"tokens": stem.tokens, "token_width": stem.token_width}
+    return _plain.describe(model, "t2t", own, channels(model))
 
 
 def build(spec: Spec) -> nn.Module:

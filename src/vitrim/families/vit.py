@@ -20,13 +20,13 @@ from torch import nn
 from vitrim.families import _plain
 from vitrim.families._class_and_mean import ClassAndMeanVisionTransformer
 from vitrim.families._parts import norm_maker
-from vitrim.families._plain import PlainArguments, blocks_by_stage, host
+from vitrim.families._plain import PlainArguments, blocks_by_stage, channels, host
 from vitrim.nn.layers import norm_of
 from vitrim.words.errors import SpecError
 from vitrim.words.sizes import Count, Size
 from vitrim.words.spec import Norm, Spec
 
-__all__ = ["ARGUMENTS", "HOSTS", "TEST_PRESETS", "blocks_by_stage", "build", "describe", "example", "host"]
+__all__ = ["ARGUMENTS", "HOSTS", "TEST_PRESETS", "blocks_by_stage", "build", "channels", "describe", "example", "host"]
 
 _SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}
 
@@ -87,7 +87,7 @@ def describe(model: nn.Module) -> Spec:
     Raises:
         AdoptError: a block has a part that cannot be represented; the message has the path and the reason.
     """
-    return _plain.describe(model, "vit", _arguments(model))
+    return _plain.describe(model, "vit", _arguments(model), channels(model))
 
 
 def build(spec: Spec) -> nn.Module:

@@ -9,7 +9,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,15 @@ from torch import Tensor, nn
 from vitrim.cut.optimized import optimize_block_
 from vitrim.families import blocks_of, describe
 from vitrim.measure.model import home_of, image_of, running
+from vitrim.measure.shapes import (
+    arriving_of,
+    attention_parts,
+    between_multiples,
+    factors_of,
+    other_parts,
+    step_of,
+    widths_of,
+)
 from vitrim.measure.turns import (
     TICK,
     Timer,
@@ -33,10 +42,9 @@ from vitrim.measure.turns import (
 )
 from vitrim.nn import Stream, computed, make_block
 from vitrim.nn.modes import evaluating, random_state_kept
-from vitrim.words.plain import FrozenDict
 from vitrim.words.progress import progress
-from vitrim.words.spec import Attention, Block, Conv, Skip, Spec, Stage
-from vitrim.words.steps import Step, Tokens, flow_of, kinds
+from vitrim.words.spec import Attention, Block, Skip, Spec, Stage
+from vitrim.words.steps import Tokens
 from vitrim.words.table import TICKS, Machine, StageTimes, TimeTable
 
 __all__ = ["fitted", "half_widths", "machine_of", "make_table"]
@@ -241,22 +249,26 @@ def _stage(stage: Stage, bench: _Bench, rounds: int) -> StageTimes:
     """Measure the times of the branches of one stage."""
     mixers = [block.mixer for block in stage.blocks if isinstance(block.mixer, Attention)]
     hidden = max((block.hidden or 0 for block in stage.blocks), default=0)
-    levels = [_arriving(stage, share) for share in SHARES] if stage.window is None else [stage.enters]
+    levels = [arriving_of(stage, share) for share in SHARES] if stage.window is None else [stage.enters]
     levels = list({tokens.total: tokens for tokens in levels}.values())
     parts: dict[Any, tuple[Block, Tokens]] = {}
     heads: tuple[int, ...] = ()
     channels: tuple[int, ...] = ()
-    neurons = _widths(hidden, 8) if hidden else ()
+    neurons = widths_of(hidden, 8) if hidden else ()
     if mixers:
         mixer = max(mixers, key=lambda one: len(one.v))
         heads = tuple(sorted({max(1, round(share * len(mixer.v))) for share in SHARES} | {1}))
         tied = stage.form.head_norm is not None or stage.form.mixed_norm is not None
-        channels = (max(mixer.v),) if tied else _widths(max(mixer.v), 8)
-        parts |= dict(_attention_parts(stage, mixer, levels, heads, channels))
-        parts |= dict(_other_parts(stage, mixer))
+        channels = (max(mixer.v),) if tied else widths_of(max(mixer.v), 8)
+        parts |= dict(attention_parts(stage, mixer, levels, heads, channels))
+        parts |= dict(other_parts(stage, mixer))
     for tokens in levels:
+        parts["bare", tokens.total] = (Block(mixer=Skip(leaves="norm"), hidden=None), tokens)
         for count in neurons:
             parts["mlp", tokens.total, count] = (Block(mixer=Skip(), hidden=count), tokens)
+    between = between_multiples(hidden)
+    for count in between:
+        parts["step", count] = (Block(mixer=Skip(), hidden=count), stage.enters)
     found = _timed(stage, parts, bench, rounds)
     attention = [[[found["attention", tokens.total, h, k] for k in channels] for h in heads] for tokens in levels]
     mlp = [[found["mlp", tokens.total, count] for count in neurons] for tokens in levels]
@@ -270,74 +282,11 @@ def _stage(stage: Stage, bench: _Bench, rounds: int) -> StageTimes:
             "attention": attention if mixers else (),
             "hidden": neurons,
             "mlp": mlp if hidden else (),
+            "bare": [found["bare", tokens.total] for tokens in levels],
+            "step": step_of({count: found["step", count] for count in between}),
         }
     )
-    return times.model_copy(update=_others(times, stage, mixer, found)) if mixers else times
-
-
-def _widths(most: int, step: int) -> tuple[int, ...]:
-    """Return about eight widths: multiples of `step`, and `most` itself."""
-    stride = max(step, math.ceil(most / 8 / step) * step)
-    return tuple(sorted({*range(stride, most, stride), most, min(step, most)}))
-
-
-def _arriving(stage: Stage, share: float) -> Tokens:
-    """Return the tokens of a stage with a share of the patches, which do not fill a grid unless the share is 1."""
-    patches = max(1, round(share * stage.patches))
-    whole = patches == stage.patches
-    return stage.enters if whole else stage.enters._replace(patches=patches, grid=None)
-
-
-Part = tuple[Any, tuple[Block, Tokens]]
-
-
-def _attention_parts(
-    stage: Stage, mixer: Attention, levels: Sequence[Tokens], heads: Sequence[int], channels: Sequence[int]
-) -> Iterator[Part]:
-    for tokens in levels:
-        for count in heads:
-            for width in channels:
-                even = (width,) * count
-                # With a norm over each head's channels there is only one width.
-                block = Block(mixer=Attention(qk=even, v=even, scale=mixer.scale), hidden=None, shifted=_shifted(stage))
-                yield ("attention", tokens.total, count, width), (block, tokens)
-
-
-def _shifted(stage: Stage) -> bool:
-    return any(block.shifted for block in stage.blocks)
-
-
-def _other_parts(stage: Stage, mixer: Attention) -> Iterator[Part]:
-    """Yield the parts outside the grid of widths: unequal and uneven heads, convolutions, token steps, sizes."""
-    here, width, count = stage.enters, max(mixer.v), len(mixer.v)
-    tied = stage.form.head_norm is not None or stage.form.mixed_norm is not None
-
-    def attends(qk: Sequence[int], v: Sequence[int], step: Step | None = None) -> Block:
-        mixed = Attention(qk=tuple(qk), v=tuple(v), scale=mixer.scale)
-        return Block(mixer=mixed, hidden=None, tokens=step, shifted=_shifted(stage))
-
-    half = max(8, width // 2)
-    if not tied and half < width:
-        yield "unequal", (attends([half] * count, [width] * count), here)
-        if count > 1:
-            mixed = [half, *[width] * (count - 1)]
-            yield "uneven", (attends(mixed, mixed), here)
-    whole = all(block.tokens is None for block in stage.blocks)
-    if stage.form.mixed_norm is None:
-        for kernel in (1, 3):
-            yield f"conv{kernel}", (Block(mixer=Conv(kernel=kernel, width=width), hidden=None), here)
-    if stage.window is not None or not whole or here.patches < 4:
-        return
-    dense = ([width] * count, [width] * count)
-    for name, step in _steps(stage).items():
-        yield f"step.{name}", (attends(*dense, step), here)
-    yield "with_sizes", (attends(*dense), here._replace(grid=None, stands_for=here.patches))
-
-
-def _steps(stage: Stage) -> dict[str, Step]:
-    """Return one token step of each kind that this stage can have, by its `kind`."""
-    examples = (kind.example(stage.enters) for kind in kinds().values())
-    return {step.kind: step for step in examples if step is not None}
+    return times.model_copy(update=factors_of(times, stage, mixer, found)) if mixers else times
 
 
 def _timed(stage: Stage, parts: dict[Any, tuple[Block, Tokens]], bench: _Bench, rounds: int) -> dict[Any, float]:
@@ -370,28 +319,3 @@ def _warm(one: Timer) -> float:
 def _dense(stage: Stage) -> Block:
     first = stage.blocks[0]
     return first.model_copy(update={"tokens": None, "only_prefix": False})
-
-
-def _others(times: StageTimes, stage: Stage, mixer: Attention, found: Mapping[Any, float]) -> dict[str, Any]:
-    """Return the single factors and times of a stage, each relative to the grid of widths for the same part."""
-    count, width = len(mixer.v), max(mixer.v)
-    half = max(8, width // 2)
-
-    def expected(rows: int, total: float) -> float:
-        return times.attends_evenly(rows, count, total / count)
-
-    dense = expected(stage.tokens, count * width)
-    told: dict[str, Any] = {
-        "conv": FrozenDict({str(kernel): found[f"conv{kernel}"] for kernel in (1, 3) if f"conv{kernel}" in found})
-    }
-    if "unequal" in found:
-        told["unequal"] = max(1.0, found["unequal"] / expected(stage.tokens, count * (half + width) / 2))
-    if "uneven" in found:
-        told["run"] = max(0.0, found["uneven"] - expected(stage.tokens, half + (count - 1) * width))
-    if "with_sizes" in found:
-        told["with_sizes"] = max(1.0, found["with_sizes"] / dense)
-        attended = {name: flow_of(step, stage.enters, stage.patches).projected for name, step in _steps(stage).items()}
-        told["steps"] = FrozenDict(
-            {name: max(0.0, found[f"step.{name}"] - expected(n, count * width)) for name, n in attended.items()}
-        )
-    return told

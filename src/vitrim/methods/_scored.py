@@ -25,7 +25,6 @@ class ScoreMethod(Node):
 
     Attributes:
         needs: see `vitrim.methods.Method`.
-        plans_by_time: plans are filled by `Budget.cost` alone, so these methods plan by measured times too.
         sentence: see `vitrim.methods.Method`.
         by: what is cut first, see `vitrim.cut.fill.fill`: ``score`` where scores are ranks, ``density`` where they add
             up.
@@ -33,11 +32,15 @@ class ScoreMethod(Node):
     """
 
     needs: ClassVar[str] = "nothing"
-    plans_by_time: ClassVar[bool] = True
     sentence: ClassVar[str]
     by: ClassVar[Literal["score", "density"]] = "score"
 
     choice: Choice = "even"
+
+    @property
+    def plans_by_time(self) -> bool:
+        """Return whether plans are made by measured times; a table of times knows one residual width."""
+        return not getattr(self, "width", False)
 
     @abstractmethod
     def scores(self, model: nn.Module, data: Data | None, *, seed: int) -> Mapping[str, Tensor]:

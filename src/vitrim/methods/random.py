@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.cut.observe import axes
+from vitrim.cut.width import check_narrowable, widths
 from vitrim.methods import Data, ScoreMethod
 
 __all__ = ["Method"]
@@ -17,12 +18,19 @@ class Method(ScoreMethod):
 
     Attributes:
         choice: which widths are allowed, see `vitrim.cut.fill.Choice`.
+        width: whether the residual width may be cut, too.
     """
 
     values: ClassVar[bool] = True
     sentence: ClassVar[str] = "keeps channels drawn at random; the control that every method must beat"
 
+    width: bool = False
+
     def scores(self, model: nn.Module, data: Data | None, *, seed: int) -> Mapping[str, Tensor]:
         """Uniform random numbers, see `vitrim.methods.ScoreMethod.scores`."""
         generator = torch.Generator().manual_seed(seed)
-        return {path: torch.rand(axis.size, generator=generator) for path, axis in axes(model).items()}
+        sizes = {path: axis.size for path, axis in axes(model).items()}
+        if self.width:
+            check_narrowable(model)
+            sizes |= widths(model)
+        return {path: torch.rand(size, generator=generator) for path, size in sizes.items()}

@@ -10,8 +10,13 @@ channel takes ``q_c k_c`` out of the logits once, and the query's gradient alrea
 Without labels the loss is the divergence from the dense model's own output. Its first derivative is zero there, and its
 second-order term is the same mean of squares with labels drawn from the model's own softmax (the Fisher matrix), so
 ``target = "output"`` draws them. For models with one logit or without classes see `vitrim.cut.outputs`.
+
+The residual width is scored in the same way at the norms that read the stream: a gate on one of its channels multiplies
+what all of them give, so their changes are summed, over tokens and norms, before they are squared. That the norms'
+statistics change, too, is left out.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar, Literal
 
@@ -22,6 +27,7 @@ from torch.nn import functional as F
 
 from vitrim.cut.observe import axes, listening
 from vitrim.cut.outputs import as_classes, gives_values, own_loss
+from vitrim.cut.width import by_channel, check_narrowable, hearing, widths
 from vitrim.data import eval_loader
 from vitrim.families import describe
 from vitrim.methods import Data, ScoreMethod
@@ -42,6 +48,7 @@ class Method(ScoreMethod):
             output, for models whose outputs are values instead of classes; a model that is known to be of that kind is
             always scored so.
         choice: which widths are allowed, see `vitrim.cut.fill.Choice`.
+        width: whether the residual width may be cut, too; without training afterwards that costs much accuracy.
         batch: images at a time.
     """
 
@@ -53,6 +60,7 @@ class Method(ScoreMethod):
     by: ClassVar[Literal["score", "density"]] = "density"
 
     target: Literal["auto", "labels", "output", "distance"] = "auto"
+    width: bool = False
     batch: PositiveInt = 32
 
     def scores(self, model: nn.Module, data: Data | None, *, seed: int) -> Mapping[str, Tensor]:
@@ -61,11 +69,16 @@ class Method(ScoreMethod):
             raise MethodError("taylor must see images, but no data was given; give data or use magnitude")
         batches = eval_loader(data.calibration, data.input, batch=self.batch)
         with progress("scores", len(batches)) as advance:
-            return taylor_scores(model, counted(batches, advance), target=self.target, seed=seed)
+            return taylor_scores(model, counted(batches, advance), target=self.target, seed=seed, width=self.width)
 
 
 def taylor_scores(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, target: str = "auto", seed: int = 0
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    target: str = "auto",
+    seed: int = 0,
+    width: bool = False,
 ) -> dict[str, Tensor]:
     """Score every channel of `model` by one forward and one backward pass, without gradients of weights.
 
@@ -74,14 +87,20 @@ def taylor_scores(
         batches: images ``(B, 3, height, width)`` and labels ``(B,)``, -1 where unknown.
         target: as in `Method`.
         seed: for labels drawn from the model's own output.
+        width: whether the channels of the residual stream are scored, too.
 
     Returns:
         By path of an axis, ``(C,)`` in float64, at least 0; scores add up.
 
     Raises:
-        MethodError: if labels are asked for and missing, or the loss is not finite.
+        MethodError: if labels are asked for and missing, the loss is not finite, or the width cannot be cut.
     """
+    streams = {}
+    if width:
+        check_narrowable(model)
+        streams = widths(model)
     scores = {path: torch.zeros(axis.size, dtype=torch.float64) for path, axis in axes(model).items()}
+    scores |= {path: torch.zeros(size, dtype=torch.float64) for path, size in streams.items()}
     draw = torch.Generator().manual_seed(seed)
     seen, classes = 0, describe(model).classes
     with evaluating(model, frozen=True):
@@ -101,6 +120,7 @@ def _add(
     scores: Mapping[str, Tensor],
 ) -> None:
     heard: dict[str, Tensor] = {}
+    norms: list[tuple[str, nn.Module, Tensor]] = []
 
     def keep_first(path: str) -> Callable[[Tensor], None]:
         def keep(activation: Tensor) -> None:
@@ -110,14 +130,25 @@ def _add(
 
     values = target == "distance" or gives_values(classes, bool((y >= 0).all()))
     x = x.clone().requires_grad_()
-    with torch.enable_grad(), listening(model, {path: keep_first(path) for path in scores}):
+    streams = any(path.endswith(".width") for path in scores)
+    reading = hearing(model, lambda *told: norms.append(told)) if streams else contextlib.nullcontext()
+    taps = {path: keep_first(path) for path in scores if not path.endswith(".width")}
+    with torch.enable_grad(), listening(model, taps), reading:
         outputs = model(x)
         loss = _loss(wide(outputs), y, target, values, draw)
     if not bool(torch.isfinite(loss)):
         raise MethodError("the loss must be finite while scoring, but is not; check weights and normalisation")
     paths = list(heard)
-    for path, gradient in zip(paths, torch.autograd.grad(loss, [heard[p] for p in paths]), strict=True):
-        change = (heard[path].detach() * gradient).sum(dim=1)
+    reached = [*(heard[path] for path in paths), *(out for _, _, out in norms)]
+    gradients = torch.autograd.grad(loss, reached)
+    changes = {
+        path: (heard[path].detach() * gradient).sum(dim=1)
+        for path, gradient in zip(paths, gradients[: len(paths)], strict=True)
+    }
+    for (path, norm, out), gradient in zip(norms, gradients[len(paths) :], strict=True):
+        change = by_channel(out.detach() * gradient, norm, len(scores[path]))
+        changes[path] = changes[path] + change if path in changes else change
+    for path, change in changes.items():
         scores[path].add_(change.double().square().sum(dim=0).cpu(), alpha=0.5)
 
 

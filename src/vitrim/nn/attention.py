@@ -14,7 +14,7 @@ from timm.layers import use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrim.nn.axis import Axis, Member, Tap
+from vitrim.nn.axis import Axis, Member, Tap, columns, rows
 from vitrim.nn.layers import make_norm
 from vitrim.words.spec import NO_RATES, Form, Rates
 from vitrim.words.spec import Attention as AttentionSpec
@@ -225,6 +225,10 @@ class Attention(nn.Module):
                 tied=self.tied_v,
             ),
         )
+
+    def stream(self) -> tuple[Member, ...]:
+        """Return the slices of parameters that the channels of the residual stream index, as in `axes`."""
+        return (*columns("attn.qkv", self.qkv), *rows("attn.proj", self.proj))
 
 
 def _runs(spec: AttentionSpec) -> tuple[tuple[int, ...], ...]:

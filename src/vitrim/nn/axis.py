@@ -6,11 +6,12 @@ are the members for which multiplying the parameter by a gate equals multiplying
 gate needs no activation memory.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-__all__ = ["Axis", "Member", "Tap"]
+__all__ = ["Axis", "Member", "Tap", "columns", "rows"]
 
 
 class Tap(nn.Module):
@@ -28,6 +29,24 @@ class Member:
     parameter: str
     dim: int
     offset: int
+
+
+def rows(name: str, layer: nn.Module) -> Iterator[Member]:
+    """Yield the members of an axis that a layer writes, or that a norm or a scale runs over.
+
+    Args:
+        name: of the layer, relative to what the members' names are relative to.
+        layer: a linear layer, a convolution, a norm or a layer scale; anything without parameters yields nothing.
+    """
+    for own, _ in layer.named_parameters(recurse=False):
+        yield Member(parameter=f"{name}.{own}", dim=0, offset=0)
+
+
+def columns(name: str, layer: nn.Module) -> Iterator[Member]:
+    """Yield the members of an axis that a linear layer or a convolution reads; see `rows`."""
+    for own, parameter in layer.named_parameters(recurse=False):
+        if parameter.dim() > 1:
+            yield Member(parameter=f"{name}.{own}", dim=1, offset=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

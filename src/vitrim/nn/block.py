@@ -10,7 +10,7 @@ from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 
 from vitrim.nn.attention import Attention, Heard
-from vitrim.nn.axis import Axis
+from vitrim.nn.axis import Axis, Member, rows
 from vitrim.nn.conv import Conv, Same
 from vitrim.nn.layers import make_norm
 from vitrim.nn.mlp import Mlp
@@ -175,3 +175,19 @@ class Block(nn.Module):
         """Return every axis of this block."""
         parts = [part for part in (self.attn, self.mlp) if isinstance(part, Attention | Mlp)]
         return tuple(axis for part in parts for axis in part.axes())
+
+    def stream(self) -> tuple[Member, ...]:
+        """Return the slices of parameters that the channels of the residual stream index, relative to the block."""
+        found = [member for name in ("norm1", "norm2", "ls1", "ls2") for member in rows(name, getattr(self, name))]
+        for name, part in (("attn", self.attn), ("mlp", self.mlp)):
+            if isinstance(part, Attention | Conv | Mlp):
+                found += part.stream()
+            elif part is not None:
+                found += rows(name, part)
+        return (*found, *(self.step.stream() if self.step is not None else ()))
+
+    def norms(self) -> dict[str, nn.Module]:
+        """Return the norms over the channels of the residual stream, by name relative to the block."""
+        inner = {"mlp.norm": self.mlp.norm} if isinstance(self.mlp, Mlp) and self.mlp.kind == "geglu" else {}
+        found = {"norm1": self.norm1, "norm2": self.norm2, **inner}
+        return {name: norm for name, norm in found.items() if not isinstance(norm, nn.Identity)}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitrim.nn.axis import Member, columns, rows
 from vitrim.words.errors import DataError
 from vitrim.words.spec import NO_RATES, Form, Mixture, Rates
 from vitrim.words.spec import Attention as AttentionSpec
@@ -255,3 +256,8 @@ class Conv(nn.Module):
         weight: Tensor = self.proj.weight  # type: ignore[assignment]
         mixed = mixed_kernel(share, self.v.weight, kernel, mixture)
         return mixed, *mixed_back(share, self.v.bias, weight, kernel, mixture)
+
+    def stream(self) -> tuple[Member, ...]:
+        """Return the slices of parameters that the channels of the residual stream index, relative to the block."""
+        first = "conv" if self.spec.mixture is None else "v"
+        return (*columns(f"attn.{first}", getattr(self, first)), *rows("attn.proj", self.proj))

@@ -24,7 +24,7 @@ def precise(x: Tensor) -> torch.dtype:
 
     Counts above 256 are not whole in bfloat16, and a sum of 655 values of 100 is infinite in float16.
     """
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def wide(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ timm's weights without conversion.
 
 from torch import Tensor, nn
 
-from vitrim.nn.axis import Axis, Member, Tap
+from vitrim.nn.axis import Axis, Member, Tap, columns, rows
 from vitrim.nn.layers import make_activation, make_norm
 from vitrim.words.spec import NO_RATES, Form, Rates
 
@@ -102,3 +102,9 @@ class Mlp(nn.Module):
                 tied=self.tied,
             ),
         )
+
+    def stream(self) -> tuple[Member, ...]:
+        """Return the slices of parameters that the channels of the residual stream index, as in `axes`."""
+        found = [member for name in self.firsts for member in columns(f"mlp.{name}", getattr(self, name))]
+        inner = rows("mlp.norm", self.norm) if self.kind == "geglu" else ()
+        return (*found, *inner, *rows(f"mlp.{self.last}", getattr(self, self.last)))

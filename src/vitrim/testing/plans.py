@@ -29,6 +29,7 @@ def plans(draw: st.DrawFn, spec: Spec, *, tokens: bool = True, convolutions: boo
         tokens: whether token steps and `only_prefix` are drawn.
         convolutions: whether convolutions are drawn.
     """
+    widths = draw(_widths(spec))
     decisions: list[BlockPlan] = []
     rows = spec.blocks()
     for index, (_, stage, block) in enumerate(rows):
@@ -43,7 +44,7 @@ def plans(draw: st.DrawFn, spec: Spec, *, tokens: bool = True, convolutions: boo
             if careless or _accepted(spec, [*decisions, BlockPlan(**fields, **part)]):
                 fields |= part
         decisions.append(BlockPlan(**fields))
-    return Plan.of(spec, decisions)
+    return Plan.of(spec, decisions, widths)
 
 
 def _accepted(spec: Spec, decisions: list[BlockPlan]) -> bool:
@@ -100,6 +101,13 @@ def _values(annotation: Any, stage: Stage) -> st.SearchStrategy[Any]:
     if annotation not in simple:
         raise TypeError(f"a field of a step must be a number, a name, or a tuple of numbers, but is {annotation}")
     return simple[annotation]
+
+
+@st.composite
+def _widths(draw: st.DrawFn, spec: Spec) -> list[tuple[int, ...] | None]:
+    """Kept channels of the residual stream of each stage, if the family says how they are cut."""
+    cut = draw(st.booleans()) and (bool(spec.host.channels) or draw(st.integers(0, 15)) == 0)
+    return [draw(_some(stage.width)) if cut and draw(st.booleans()) else None for stage in spec.stages]
 
 
 @st.composite

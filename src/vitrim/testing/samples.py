@@ -24,6 +24,7 @@ from vitrim.words.steps.drop import Drop
 __all__ = [
     "apart",
     "digits",
+    "kept_widths",
     "masks_of",
     "places",
     "random_data",
@@ -113,6 +114,7 @@ def random_plan(
     skips: bool = True,
     drops: Literal["", "exact", "mixed"] = "",
     convs: Literal["", "folded", "mixed"] = "",
+    widths: bool = False,
 ) -> Plan:
     """A plan of every kind of cut that the form of each block allows.
 
@@ -122,6 +124,7 @@ def random_plan(
         skips: whether branches are skipped too.
         drops: whether tokens are dropped too, ``exact`` with one key for those missing, ``mixed`` with and without.
         convs: whether attentions become convolutions too, ``folded``, or ``mixed`` in any state and folded further.
+        widths: whether the residual width is cut too, where the family says how.
     """
     rng = random.Random(seed)
     blocks = [_random_block(rng, stage.form, block, skips) for _, stage, block in spec.blocks()]
@@ -134,7 +137,9 @@ def random_plan(
             _with_conv(rng, stage.form, block, decision, convs, dynamic)
             for (_, stage, block), decision in zip(spec.blocks(), blocks, strict=True)
         ]
-    return Plan.of(spec, blocks)
+    rng = random.Random(seed + 3000)
+    cut = widths and bool(spec.host.channels)
+    return Plan.of(spec, blocks, [_some(rng, stage.width, 1) if cut else None for stage in spec.stages])
 
 
 def _with_conv(
@@ -217,6 +222,11 @@ def _random_heads(rng: random.Random, form: Form, mixer: Attention) -> dict[str,
         qk.append(() if gone else tuple(range(a)) if tied_qk else _some(rng, a, 1))
         v.append(() if gone else tuple(range(b)) if tied_v else _some(rng, b, 1))
     return {"qk": tuple(qk), "v": tuple(v)}
+
+
+def kept_widths(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """The kept channels that `vitrim.cut.width.keeping` takes, by path, for what `plan` cuts."""
+    return {f"stages.{i}.width": kept for i, kept in enumerate(plan.widths()) if kept is not None}
 
 
 def masks_of(spec: Spec, plan: Plan) -> dict[str, Tensor]:

@@ -125,6 +125,10 @@ class Budget(Node):
         macs, params = block_cost(block, stage, arriving)
         return Price(macs, params, 0 if self.table is None else self.table.block(block, stage, arriving))
 
+    def step(self, stage: Stage) -> int:
+        """Return the step in which neurons of `stage` are worth planning; 1 if time is not bounded."""
+        return 1 if self.table is None or self.latency is None else self.table.step(stage)
+
     def limits(self, parent: Cost | Price) -> dict[str, int]:
         """Return the largest allowed integer of each bounded quantity, for a model made from `parent`.
 

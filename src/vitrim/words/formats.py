@@ -12,12 +12,14 @@ from vitrim.words.spec import Spec
 
 __all__ = ["FORMAT", "check_format", "parse_spec"]
 
-FORMAT = 2
+FORMAT = 3
 """The version that vitrim writes.
 
 1: specs had one dropout rate for all blocks of a stage (``form.drop``, ``form.attention_drop``) and one drop path for
 both branches of a block (``drop_path``); ``plan.json`` had no version.
 2: every block has its own ``rates``.
+3: hosts know what a channel of each stage's residual stream costs (``channels``), plans may cut that stream
+(``stages.0.width``), and a segmentor's spec has no costs of its backbone's host.
 """
 
 
@@ -50,7 +52,20 @@ def parse_spec(data: Any, error: type[VitrimError], at: str) -> Spec:
     Raises:
         error: if the data is not a valid spec; the message names the path and the problem.
     """
-    return load(Spec, _with_rates(data), error, at=at)
+    return load(Spec, _without_inner_costs(_with_rates(data)), error, at=at)
+
+
+def _without_inner_costs(data: Any) -> Any:
+    """Leave out the costs of the backbone's host, which versions 1 and 2 had in a segmentor's spec."""
+    if not isinstance(data, Mapping) or data.get("family") != "segmentor":
+        return data
+    host = data.get("host")
+    arguments = host.get("arguments") if isinstance(host, Mapping) else None
+    inner = arguments.get("host") if isinstance(arguments, Mapping) else None
+    if not isinstance(host, Mapping) or not isinstance(arguments, Mapping) or not isinstance(inner, Mapping):
+        return data
+    kept = {key: value for key, value in inner.items() if key in ("name", "arguments", "pretrained")}
+    return {**data, "host": {**host, "arguments": {**arguments, "host": kept}}}
 
 
 def _with_rates(data: Any) -> Any:

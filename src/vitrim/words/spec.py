@@ -5,6 +5,7 @@ D width of the residual stream, N tokens, P patches, H heads, K channels of a he
 A part of a model has the same path in a spec, a plan, a report and an error: ``stages.0.blocks.3.hidden``.
 """
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -19,6 +20,7 @@ __all__ = [
     "NO_WINDOWS",
     "Attention",
     "Block",
+    "ChannelCost",
     "Conv",
     "Form",
     "Host",
@@ -200,12 +202,27 @@ def why_not_any_size(stage: Stage) -> tuple[str, str] | None:
     return None
 
 
+class ChannelCost(Node):
+    """What one channel of the residual stream of a stage costs outside the blocks.
+
+    `macs`, `macs_per_token` and `params` are per channel of the stage. `next_macs` and `next_params` are per channel of
+    the stage and channel of the next stage (patch merging).
+    """
+
+    macs: Total
+    macs_per_token: Total = 0
+    params: Total
+    next_macs: Total = 0
+    next_params: Total = 0
+
+
 class Host(Node):
     """Everything outside the blocks: the name of the model, the arguments to build it, and its cost.
 
     `macs` and `params` were counted on the model without its blocks. `macs_per_token` is the cost of the head for each
-    token after the last block (attention pooling). Two hosts are equal if they differ only in dropout rates or in the
-    metadata of their pretrained weights.
+    token after the last block (attention pooling). `channels` says, for each stage, how these depend on the width of
+    the residual stream; if it is empty, that width cannot be cut. Two hosts are equal if they differ only in dropout
+    rates, in the metadata of their pretrained weights, or in `channels`, which follows from the rest.
     """
 
     name: str
@@ -214,6 +231,24 @@ class Host(Node):
     macs_per_token: Total = 0
     params: Total
     pretrained: Frozen = FrozenDict()
+    channels: tuple[ChannelCost, ...] = ()
+
+    def narrowed(self, before: Sequence[int], after: Sequence[int]) -> Self:
+        """Return the host of the same model with other widths of the residual stream.
+
+        Args:
+            before: D of each stage.
+            after: the new D of each stage.
+        """
+        costs = {name: getattr(self, name) for name in ("macs", "macs_per_token", "params")}
+        for index, one in enumerate(self.channels):
+            for name in costs:
+                costs[name] += getattr(one, name) * (after[index] - before[index])
+            if index + 1 < len(self.channels):
+                pairs = after[index] * after[index + 1] - before[index] * before[index + 1]
+                costs["macs"] += one.next_macs * pairs
+                costs["params"] += one.next_params * pairs
+        return self.model_copy(update=costs)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Host) and self._structure() == other._structure()

@@ -15,12 +15,12 @@ from typing import Any, Literal
 from vitrim.words.costs import attention_macs
 from vitrim.words.errors import BudgetError
 from vitrim.words.plain import Frozen, FrozenDict, Node
-from vitrim.words.spec import Attention, Block, Conv, Spec, Stage
+from vitrim.words.spec import Attention, Block, Conv, Skip, Spec, Stage
 from vitrim.words.steps import Flow, Tokens, flow_of
 
 __all__ = ["FORMAT", "Machine", "StageTimes", "TimeTable"]
 
-FORMAT = 1
+FORMAT = 2
 """Version of a stored table; increased when the meaning of its numbers changes."""
 
 TICKS = 10**9
@@ -68,6 +68,10 @@ class StageTimes(Node):
         mlp: seconds by tokens and neurons.
         conv: seconds of a convolution by its kernel, on the whole grid; on a merged grid in proportion to its patches.
         unequal: factor on the time of attention if values have another width than queries.
+        bare: seconds of a branch that computes nothing, by tokens: its norm and its residual addition, which no width
+            touches. Empty for tables that do not say.
+        step: rungs of neurons that are worth planning are multiples of this: a width between two multiples was measured
+            to be no faster than the next multiple.
         run: additional seconds for each further width among the heads of a block.
         with_sizes: factor on the time of attention if tokens represent several patches.
         steps: seconds of a token step by its kind, on the whole grid, without its effect on the time of attention and
@@ -82,6 +86,8 @@ class StageTimes(Node):
     attention: tuple[tuple[tuple[float, ...], ...], ...]
     hidden: tuple[int, ...]
     mlp: tuple[tuple[float, ...], ...]
+    bare: tuple[float, ...] = ()
+    step: int = 1
     conv: Frozen = FrozenDict()
     unequal: float = 1.0
     run: float = 0.0
@@ -104,12 +110,17 @@ class StageTimes(Node):
         return seconds * (self.with_sizes if with_sizes else 1.0)
 
     def attends_evenly(self, rows: int, heads: int, channels: float) -> float:
-        """Return the seconds of attention among `rows` tokens, with heads of one width."""
-        return _between((self.tokens, self.heads, self.channels), self.attention, (rows, heads, channels))
+        """Return the seconds of attention among `rows` tokens, with heads of one width; at least those of `rests`."""
+        found = _between((self.tokens, self.heads, self.channels), self.attention, (rows, heads, channels))
+        return max(found, self.rests(rows))
 
     def feeds(self, rows: int, hidden: int) -> float:
         """Return the seconds of an MLP branch."""
-        return _between((self.tokens, self.hidden), self.mlp, (rows, hidden)) if hidden else 0.0
+        return max(_between((self.tokens, self.hidden), self.mlp, (rows, hidden)), self.rests(rows)) if hidden else 0.0
+
+    def rests(self, rows: int) -> float:
+        """Return the seconds of a branch that no width touches."""
+        return _between((self.tokens,), self.bare, (rows,)) if self.bare else 0.0
 
 
 class TimeTable(Node):
@@ -154,12 +165,7 @@ class TimeTable(Node):
         Raises:
             BudgetError: if the table has no stage of this width and grid.
         """
-        times = next((t for t in self.stages if (t.width, t.grid) == (stage.width, stage.grid)), None)
-        if times is None:
-            raise BudgetError(
-                f"a table of times must be of this model, but has no stage of width {stage.width} on "
-                f"{stage.grid[0]} x {stage.grid[1]} patches; make another"
-            )
+        times = self._of(stage)
         here = stage.enters if arriving is None else arriving
         flow = flow_of(block.tokens, here, stage.patches, block.only_prefix)
         mixed = fed = 0.0
@@ -175,6 +181,36 @@ class TimeTable(Node):
             seconds += times.steps[block.tokens.kind] * here.total / stage.tokens
         return round(seconds * TICKS)
 
+    def fixed(self, spec: Spec) -> int:
+        """Return the nanoseconds of a model that no width touches, unless a branch, a block or tokens go.
+
+        They are those of everything outside the blocks, and of the norm and the residual addition of each branch.
+        """
+        seconds = self.host
+        for (_, stage, block), arriving in zip(spec.blocks(), spec.arrivals(), strict=True):
+            times, flow = self._of(stage), flow_of(block.tokens, arriving, stage.patches, block.only_prefix)
+            for rows, there in ((flow.projected, not isinstance(block.mixer, Skip)), (flow.rows, bool(block.hidden))):
+                seconds += (times.rests(rows) + self.branch) * there
+        return round(seconds * TICKS)
+
+    def _of(self, stage: Stage) -> StageTimes:
+        """Return the times of a stage.
+
+        Raises:
+            BudgetError: if the table has none.
+        """
+        times = next((t for t in self.stages if (t.width, t.grid) == (stage.width, stage.grid)), None)
+        if times is None:
+            raise BudgetError(
+                f"a table of times must be of this model, but has no stage of width {stage.width} on "
+                f"{stage.grid[0]} x {stage.grid[1]} patches; make another"
+            )
+        return times
+
+    def step(self, stage: Stage) -> int:
+        """Return the step of `stage` in which neurons are worth planning, see `StageTimes.step`."""
+        return self._of(stage).step
+
     def scaled(self, factor: float) -> "TimeTable":
         """Return the same table with the times of its stages multiplied by `factor`."""
         stages = tuple(
@@ -182,6 +218,7 @@ class TimeTable(Node):
                 update={
                     "attention": tuple(tuple(tuple(t * factor for t in a) for a in b) for b in times.attention),
                     "mlp": tuple(tuple(t * factor for t in row) for row in times.mlp),
+                    "bare": tuple(t * factor for t in times.bare),
                     "conv": FrozenDict({kernel: t * factor for kernel, t in times.conv.items()}),
                     "run": times.run * factor,
                     "steps": FrozenDict({kind: t * factor for kind, t in times.steps.items()}),

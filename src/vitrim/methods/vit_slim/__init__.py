@@ -27,6 +27,7 @@ Where we differ from the authors' code, on purpose:
 - The code masks tokens, but counts costs as if they were removed. Ours are removed (`dropping = "drop"`), which is
   another function: masked tokens still act as keys, with their biases. ``"drop_exact"`` keeps one key in their place.
 - A token's gate cannot be folded into weights that all tokens share; those of kept tokens become 1 in either export.
+- The residual width may have gates, too (`width_l1`), at the norms that read the stream; the paper cuts it nowhere.
 - Shares count tokens before sets shrink with depth; the resulting numbers are in ``Found.trials``.
 """
 
@@ -78,6 +79,7 @@ class Method(Node):
         attention_l1: weight of the sum of attention gates; 0 does not cut attention.
         mlp_l1: weight of the sum of MLP gates; 0 does not cut MLPs.
         token_l1: weight of the sum of token gates; 0 does not cut tokens. Published: 2.5e-5 (1e-4 over four processes).
+        width_l1: weight of the sum of the gates on the residual width, which are not in the paper; 0 does not cut it.
         attention: share of head channels to keep; None to choose it by the budget.
         mlp: share of neurons to keep; None to choose it by the budget.
         tokens: share of (block, patch) pairs to keep; None to choose it by the budget.
@@ -92,7 +94,6 @@ class Method(Node):
     """
 
     needs: ClassVar[str] = "images"
-    plans_by_time: ClassVar[bool] = True
     sentence: ClassVar[str] = "trains l1-penalized gates on channels together with the weights and keeps the largest"
 
     train: Train = Train(
@@ -113,6 +114,7 @@ class Method(Node):
     attention_l1: Annotated[float, Field(ge=0)] = 5e-5
     mlp_l1: Annotated[float, Field(ge=0)] = 1.25e-5
     token_l1: Annotated[float, Field(ge=0)] = 0.0
+    width_l1: Annotated[float, Field(ge=0)] = 0.0
     attention: Share | None = None
     mlp: Share | None = None
     tokens: Share | None = None
@@ -124,6 +126,11 @@ class Method(Node):
     ranking: Literal["signed", "absolute"] = "signed"
     export: Literal["fold", "binarize"] = "fold"
     choice: Choice = "even"
+
+    @property
+    def plans_by_time(self) -> bool:
+        """Return whether plans are made by measured times; a table of times knows one residual width."""
+        return not self.width_l1
 
     @model_validator(mode="after")
     def _searched(self) -> Self:
@@ -159,6 +166,7 @@ class Method(Node):
             mlp=self.mlp_l1 > 0,
             tokens=self.token_l1 > 0,
             prefix=self.prefix == "included",
+            width=self.width_l1 > 0,
         )
         kinds = gate_scores(gated, self.ranking)[1]
         check_shares(describe(model), kinds, self._fixed(set(kinds.values())), budget, bool(gated.tokens))
@@ -169,7 +177,7 @@ class Method(Node):
             input=data.input,
             seed=seed,
             teacher=teacher,
-            penalty=l1_penalty(self.attention_l1, self.mlp_l1, self.token_l1),
+            penalty=l1_penalty(self.attention_l1, self.mlp_l1, self.token_l1, self.width_l1),
             groups=self._groups,
             folder=folder,
             log=log,

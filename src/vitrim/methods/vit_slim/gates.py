@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.cut.observe import Gated, axes, masked
+from vitrim.cut.width import check_narrowable, widths
 from vitrim.families import describe
 from vitrim.words.errors import MethodError
 from vitrim.words.spec import NO_WINDOWS
@@ -53,7 +54,13 @@ class TokenGated(Gated):
 
 
 def gate_model(
-    model: nn.Module, *, attention: bool = True, mlp: bool = True, tokens: bool = False, prefix: bool = False
+    model: nn.Module,
+    *,
+    attention: bool = True,
+    mlp: bool = True,
+    tokens: bool = False,
+    prefix: bool = False,
+    width: bool = False,
 ) -> TokenGated:
     """Put gates on `model`: one for each head channel (queries, keys and values share it), each neuron and each patch.
 
@@ -66,6 +73,7 @@ def gate_model(
         mlp: whether neurons have gates.
         tokens: whether patches have gates.
         prefix: whether prefix tokens have gates too.
+        width: whether the channels of the residual stream have gates, at the norms that read it.
 
     Raises:
         MethodError: if no part of the model can be gated, or tokens are requested but cannot be cut.
@@ -85,6 +93,9 @@ def gate_model(
         elif axis.name == "qk" and attention and axis.groups == axes(model)[f"{block}.v"].groups:
             share[path] = f"{block}.v"
     share = {path: gate for path, gate in share.items() if gate in gates}
+    if width:
+        check_narrowable(model)
+        gates |= {path: torch.ones(size, device=like.device) for path, size in widths(model).items()}
     if not gates and not raw:
         raise MethodError("a model must have channels that can be gated, but norms tie them all or all penalties are 0")
     return TokenGated(model, gates, share, raw)
@@ -103,13 +114,17 @@ def _token_gates(model: nn.Module, prefix: bool) -> dict[str, Tensor]:
     }
 
 
-def l1_penalty(attention: float, mlp: float, token: float = 0.0) -> Callable[[nn.Module], Tensor]:
-    """Return the penalty function ``attention * sum |z_attention| + mlp * sum |z_mlp| + token * sum |tanh p|``."""
+def l1_penalty(attention: float, mlp: float, token: float = 0.0, width: float = 0.0) -> Callable[[nn.Module], Tensor]:
+    """Return the penalty function ``attention * sum |z_attention| + mlp * sum |z_mlp| + token * sum |tanh p|``.
+
+    Gates of the residual width add ``width * sum |z_width|``.
+    """
+    weights = {"hidden": mlp, "width": width}
 
     def penalty(gated: nn.Module) -> Tensor:
         assert isinstance(gated, TokenGated)
         sums = [
-            gate.abs().sum() * (mlp if path.endswith("/hidden") else attention) for path, gate in gated.gates.items()
+            gate.abs().sum() * weights.get(path.rpartition("/")[2], attention) for path, gate in gated.gates.items()
         ]
         sums += [gate.abs().sum() * token for gate in gated.squashed().values()]
         return torch.stack(sums).sum()
@@ -119,7 +134,7 @@ def l1_penalty(attention: float, mlp: float, token: float = 0.0) -> Callable[[nn
 
 @torch.no_grad()
 def gate_scores(gated: Gated, ranking: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return gates as scores by path of an axis, and the list (attention or mlp) that each is ranked in.
+    """Return gates as scores by path of an axis, and the list (attention, mlp or width) that each is ranked in.
 
     Raises:
         MethodError: if a gate is not finite.
@@ -132,12 +147,25 @@ def gate_scores(gated: Gated, ranking: str) -> tuple[dict[str, Tensor], dict[str
         name = path if axis.name == "hidden" else f"{block}.v"
         if not gated.has_gate(name) or (axis.name == "qk" and axis.groups != known[name].groups):
             continue
-        gate = gated.gate(name).detach().double().cpu()
-        if not bool(torch.isfinite(gate).all()):
-            raise MethodError(f"{path}: gates must be finite, but some are not; lower method.train.lr or gate_lr")
+        gate = _finite(gated.gate(name), path).double().cpu()
         scores[path] = gate.abs() if ranking == "absolute" else gate
         kinds[path] = "mlp" if axis.name == "hidden" else "attention"
+    for path in widths(gated.model):
+        if gated.has_gate(path):
+            gate = _finite(gated.gate(path), path).double().cpu()
+            scores[path], kinds[path] = gate.abs() if ranking == "absolute" else gate, "width"
     return scores, kinds
+
+
+def _finite(gate: Tensor, path: str) -> Tensor:
+    """Return a gate.
+
+    Raises:
+        MethodError: if it is not finite.
+    """
+    if not bool(torch.isfinite(gate).all()):
+        raise MethodError(f"{path}: gates must be finite, but some are not; lower method.train.lr or gate_lr")
+    return gate.detach()
 
 
 @torch.no_grad()
@@ -149,7 +177,6 @@ def token_scores(gated: TokenGated, ranking: str) -> dict[str, Tensor]:
     """
     scores = {}
     for path, gate in gated.squashed().items():
-        if not bool(torch.isfinite(gate).all()):
-            raise MethodError(f"{path}: gates must be finite, but some are not; lower method.train.lr or gate_lr")
+        gate = _finite(gate, path)
         scores[path] = (gate.abs() if ranking == "absolute" else gate).double().cpu()
     return scores

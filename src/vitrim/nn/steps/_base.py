@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.nn.attention import Heard
+from vitrim.nn.axis import Member
 from vitrim.nn.stream import Stream
 from vitrim.words.spec import Stage
 from vitrim.words.steps import Tokens
@@ -25,6 +26,10 @@ class StepModule(nn.Module):
     def initial(self, name: str, like: Tensor) -> Tensor:
         """Return the initial value of the parameter `name`, with the type and device of `like`."""
         raise NotImplementedError
+
+    def stream(self) -> tuple[Member, ...]:
+        """Return the slices of its parameters that the channels of the residual stream index, relative to the block."""
+        return ()
 
     def place(self, arriving: Tokens, grid: tuple[int, int]) -> None:
         """Adapt to another image size.
@@ -47,6 +52,10 @@ class StepModule(nn.Module):
 
         Logits get no mask where all keys would be raised alike, because a softmax does not change by that.
         """
+
+    def why_slow(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Return why the step runs in many operators where a fused kernel exists; None if it does not or cannot."""
+        return None
 
     def enter(self, x: Tensor) -> Tensor:
         """Map the tokens at the block's input, ``(B, N, D)``, to those that attention runs on."""

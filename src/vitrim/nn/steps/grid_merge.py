@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitrim.nn.axis import Member
 from vitrim.nn.steps._constant_sizes import ConstantSizes
 from vitrim.words.errors import DataError
 from vitrim.words.spec import Stage
@@ -50,6 +51,16 @@ class GridMerged(ConstantSizes):
     def initial(self, name: str, like: Tensor) -> Tensor:
         """See `StepModule.initial`; the step starts as the mean."""
         return torch.zeros(getattr(self, name).shape, dtype=like.dtype, device=like.device)
+
+    def stream(self) -> tuple[Member, ...]:
+        """See `StepModule.stream`; a linear merge reads the channels of both neighbors."""
+        if self.spec.form == "mean":
+            return ()
+        found = [Member(parameter="step.bias", dim=0, offset=0), Member(parameter="step.delta", dim=1, offset=0)]
+        if self.spec.form == "linear":
+            found.append(Member(parameter="step.delta", dim=1, offset=len(self.bias)))
+            found.append(Member(parameter="step.delta", dim=0, offset=0))
+        return tuple(found)
 
     def enter(self, x: Tensor) -> Tensor:
         """Map ``(B, P + H W, D)`` to ``(B, P + H ceil(W / 2), D)`` or ``(B, P + ceil(H / 2) W, D)``.

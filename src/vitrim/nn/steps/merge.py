@@ -3,12 +3,15 @@
 B images, N arriving tokens, n tokens that stay, P prefix tokens, D width.
 """
 
+import importlib.util
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vitrim.nn.attention import Heard
-from vitrim.nn.feed import precise
+from vitrim.nn.feed import precise, wide
 from vitrim.nn.steps._base import StepModule
 from vitrim.nn.stream import Stream
 from vitrim.words.errors import DataError
@@ -17,6 +20,9 @@ from vitrim.words.steps import Tokens
 from vitrim.words.steps.merge import Merge
 
 __all__ = ["Merged", "make"]
+
+Fused = Callable[[Tensor, Tensor, Tensor | None, int, int], tuple[Tensor, Tensor]]
+"""See `vitrim.nn.kernels.merge.merged`."""
 
 
 class Merged(StepModule):
@@ -36,6 +42,10 @@ class Merged(StepModule):
     def __init__(self, prefix: int, count: int) -> None:
         super().__init__()
         self.prefix, self.count = prefix, count
+        self.fused: Fused | None = None
+        """The fused kernel, in the form that the model runs in on CUDA; None runs PyTorch's operators."""
+        self.fused_on = ""
+        """Kind of the devices on which the kernel runs."""
 
     def after_attention(self, x: Tensor | Stream, heard: Heard | None) -> Stream:
         """Map N tokens to n; keys are compared, or the residual stream if the block has no attention.
@@ -43,46 +53,78 @@ class Merged(StepModule):
         Raises:
             DataError: if there are fewer patches than twice the number to merge.
         """
-        stream = x
-        if not isinstance(stream, Stream):
-            sizes = torch.ones(*stream.shape[:2], 1, dtype=torch.float32, device=stream.device)
-            stream = Stream(stream, sizes, stream.shape[1] - self.prefix)
-        tokens = stream.x.shape[1]
-        if 2 * self.count > tokens - self.prefix:
+        tokens, sizes, patches = x if isinstance(x, Stream) else (x, None, x.shape[1] - self.prefix)
+        if 2 * self.count > tokens.shape[1] - self.prefix:
             raise DataError(
                 f"a block that merges {self.count} patches must be given {2 * self.count} or more, but got "
-                f"{tokens - self.prefix}; give larger images"
+                f"{tokens.shape[1] - self.prefix}; give larger images"
             )
-        gone, into, kept = self._pairs((stream.x if heard is None else heard.k)[:, self.prefix :], tokens)
-        wide = precise(stream.x)
-        sizes = stream.sizes.to(wide)
-        heavy, counts = (stream.x * sizes).to(wide).flatten(0, 1), stream.sizes.flatten(0, 1)
-        heavy = heavy.scatter_add(0, into[:, None].expand(-1, heavy.shape[1]), heavy.index_select(0, gone))
-        counts = counts.scatter_add(0, into[:, None], counts.index_select(0, gone))
-        left, sizes = (torch.unflatten(t.index_select(0, kept), 0, (stream.x.shape[0], -1)) for t in (heavy, counts))
-        return Stream((left / sizes.to(wide)).to(stream.x.dtype), sizes, stream.patches)
+        alike = (tokens if heard is None else heard.k)[:, self.prefix :]
+        if self.fused is not None and tokens.device.type == self.fused_on and not _recorded(tokens):
+            return Stream(*self.fused(tokens, alike, sizes, self.prefix, self.count), patches)
+        gone, into, stay = self._pairs(alike, tokens.shape[1])
+        kind = precise(tokens)
+        if sizes is None:
+            counts = torch.ones(*tokens.shape[:2], 1, dtype=torch.float32, device=tokens.device)
+            heavy = tokens.to(kind)
+        else:
+            counts, heavy = sizes, (tokens * sizes).to(kind)
+        heavy, counts = (self._merged(t, gone, into, stay) for t in (heavy, counts))
+        return Stream((heavy / counts.to(kind)).to(tokens.dtype), counts, patches)
+
+    def _merged(self, x: Tensor, gone: Tensor, into: Tensor, stay: Tensor) -> Tensor:
+        """Add the tokens `gone` to those they are merged into; return prefix tokens, first set and second set."""
+        rows = x.flatten(0, 1)
+        added = rows.scatter_add(0, into[:, None].expand(-1, rows.shape[1]), rows.index_select(0, gone)).view_as(x)
+        first = torch.unflatten(rows.index_select(0, stay), 0, (x.shape[0], -1))
+        return torch.cat([x[:, : self.prefix], first, added[:, self.prefix + 1 :: 2]], dim=1)
 
     def _pairs(self, alike: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Choose the pairs to merge, as indices into the tokens of all images, ``(B N)``.
+
+        Patches are compared in float32 or finer, because most cosines are alike in half precision. Of equal ones the
+        first is chosen, in the second set and in the first.
 
         Args:
             alike: features by which patches are compared, ``(B, N - P, channels)``.
             tokens: N.
 
         Returns:
-            The tokens that are merged into others, the tokens that they are merged into, and all tokens that are left.
+            The tokens that are merged into others, the tokens that they are merged into, and the tokens of the first
+            set that are left.
         """
-        alike = F.normalize(alike, dim=-1)
+        alike = F.normalize(wide(alike), dim=-1)
         best, partner = (alike[:, ::2] @ alike[:, 1::2].mT).max(dim=-1)
-        order = best.sort(dim=-1, descending=True).indices  # a stable sort cannot be exported to ONNX
+        # A stable sort cannot be exported to ONNX, whose own sort is stable.
+        stable = {} if torch.compiler.is_exporting() else {"stable": True}
+        order = best.sort(dim=-1, descending=True, **stable).indices
         gone, stay = order[:, : self.count], order[:, self.count :].sort(dim=-1).values
-        start = torch.arange(alike.shape[0], device=alike.device)[:, None] * tokens
-        first = start + self.prefix
-        into = first + 2 * partner.gather(1, gone) + 1
-        prefix = torch.arange(self.prefix, device=alike.device)
-        second = torch.arange(1, tokens - self.prefix, 2, device=alike.device)
-        kept = torch.cat([start + prefix, first + 2 * stay, first + second], dim=1)
-        return (first + 2 * gone).flatten(), into.flatten(), kept.flatten()
+        first, rows = self.prefix, alike.shape[0] * tokens
+        start = torch.arange(first, first + rows, tokens, device=alike.device)[:, None]
+        into = torch.add(start + 1, partner.gather(1, gone), alpha=2)
+        return torch.add(start, gone, alpha=2).flatten(), into.flatten(), torch.add(start, stay, alpha=2).flatten()
+
+    def fix_(self, dtype: torch.dtype, device: torch.device) -> None:
+        """See `StepModule.fix_`; on CUDA the step then runs as a fused kernel, if Triton is there."""
+        if device.type == "cuda" and self.why_slow(dtype, device) is None:
+            from vitrim.nn.kernels.merge import merged
+
+            self.fused, self.fused_on = merged, device.type
+
+    def why_slow(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        """See `StepModule.why_slow`."""
+        if device.type != "cuda":
+            return None
+        if importlib.util.find_spec("triton") is None:
+            return "merging runs in PyTorch's operators, for Triton is not installed; run pip install triton"
+        if dtype == torch.float64:
+            return "merging runs in PyTorch's operators, for its kernel takes no float64"
+        return None
+
+
+def _recorded(x: Tensor) -> bool:
+    """Return whether gradients are computed, which the fused kernel has not."""
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 def make(step: Merge, stage: Stage, arriving: Tokens) -> Merged:

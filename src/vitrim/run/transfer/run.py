@@ -39,7 +39,6 @@ from vitrim.words.costs import cost_of
 from vitrim.words.errors import DataError, RunError
 from vitrim.words.plain import dump, read_json, write_json, write_text, writing
 from vitrim.words.private import hide_passwords
-from vitrim.words.spec import Host
 
 __all__ = ["Transferred", "transfer"]
 
@@ -201,6 +200,7 @@ def _measure(job: _Job, model: nn.Module) -> dict[str, Any]:
         with writing(job.folder / "pictures" / f"{place:06d}.png") as part:
             sheet.save(part, format="PNG", optimize=True)
     write_json(job.folder / "classes.json", by_class(scores, job.test.names, palette))
+    backbone: Any = model.backbone
     spec = describe(model)
     cost = cost_of(spec)
     measured = {
@@ -217,7 +217,7 @@ def _measure(job: _Job, model: nn.Module) -> dict[str, Any]:
         "image": f"{spec.image[0]} x {spec.image[1]}",
         "mode": job.recipe.test.mode,
         "macs": cost.macs,
-        "macs_head": spec.host.macs - Host(**spec.host.arguments["host"]).macs,
+        "macs_head": spec.host.macs - describe(backbone).host.macs,
         "params": cost.params,
         "seconds": store.given(job.folder / "model.safetensors").get("seconds"),
         **_time(job, model),

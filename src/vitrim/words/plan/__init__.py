@@ -15,13 +15,12 @@ from pydantic import Field
 from vitrim.words.errors import PlanError
 from vitrim.words.formats import FORMAT, check_format, parse_spec
 from vitrim.words.plain import Node, dump, load, read_json, write_json
+from vitrim.words.plan.kept import Kept, check_kept, composed, narrowed
 from vitrim.words.plan.tokens import check_head, check_stage, with_steps
 from vitrim.words.spec import Attention, Block, Conv, Form, Skip, Spec
 from vitrim.words.steps import Step
 
-__all__ = ["BlockPlan", "Plan", "StagePlan", "read_made_from", "read_plan", "write_plan"]
-
-Kept = tuple[int, ...]
+__all__ = ["BlockPlan", "Kept", "Plan", "StagePlan", "read_made_from", "read_plan", "write_plan"]
 
 
 class BlockPlan(Node):
@@ -198,9 +197,17 @@ class BlockPlan(Node):
 
 
 class StagePlan(Node):
-    """The blocks of one stage."""
+    """The blocks of one stage, and the channels of its residual stream.
+
+    Attributes:
+        blocks: the decision for each block.
+        width: kept channels of the residual stream, at least one; None keeps all. Everything that reads or writes the
+            stream follows: all branches, norms, embeddings, positions and the head. Norms run over what is kept, so the
+            child equals the parent with the other channels masked and left out of the norms' statistics.
+    """
 
     blocks: tuple[BlockPlan, ...]
+    width: Kept | None = None
 
 
 class Plan(Node):
@@ -214,8 +221,13 @@ class Plan(Node):
         return cls(stages=tuple(StagePlan(blocks=(BlockPlan(),) * len(stage.blocks)) for stage in spec.stages))
 
     @classmethod
-    def of(cls, spec: Spec, blocks: Sequence[BlockPlan]) -> Self:
+    def of(cls, spec: Spec, blocks: Sequence[BlockPlan], widths: Sequence[Kept | None] | None = None) -> Self:
         """Return the plan with the given decisions, one for each block of `spec`, in order over all stages.
+
+        Args:
+            spec: the model to cut.
+            blocks: the decisions.
+            widths: kept channels of the residual stream of each stage; None keeps all.
 
         Raises:
             PlanError: if the number of decisions is not the number of blocks.
@@ -225,7 +237,17 @@ class Plan(Node):
                 f"a plan must decide for each of {len(spec.blocks())} blocks, but decides for {len(blocks)}"
             )
         rest = iter(blocks)
-        return cls(stages=tuple(StagePlan(blocks=tuple(next(rest) for _ in s.blocks)) for s in spec.stages))
+        kept = [None] * len(spec.stages) if widths is None else widths
+        return cls(
+            stages=tuple(
+                StagePlan(blocks=tuple(next(rest) for _ in stage.blocks), width=width)
+                for stage, width in zip(spec.stages, kept, strict=True)
+            )
+        )
+
+    def widths(self) -> list[Kept | None]:
+        """Return the kept channels of the residual stream of each stage; None keeps all."""
+        return [stage.width for stage in self.stages]
 
     def blocks(self) -> list[BlockPlan]:
         """Return every decision, in order over all stages."""
@@ -258,10 +280,13 @@ class Plan(Node):
                 for j, (plan, block) in enumerate(zip(mine.blocks, stage.blocks, strict=True))
             )
             blocks = with_steps(blocks, mine.blocks, stage, f"stages.{i}.blocks")
-            stages.append(stage.model_copy(update={"blocks": blocks}))
+            width = narrowed(mine.width, stage.width, spec.host, f"stages.{i}.width")
+            stages.append(stage.model_copy(update={"blocks": blocks, "width": width}))
             check_stage(stages[-1], spec, f"stages.{i}.blocks")
         check_head(stages, spec)
-        return spec.model_copy(update={"stages": tuple(stages)})
+        before, after = ([stage.width for stage in own] for own in (spec.stages, stages))
+        host = spec.host if before == after else spec.host.narrowed(before, after)
+        return spec.model_copy(update={"stages": tuple(stages), "host": host})
 
     def then(self, later: Self, spec: Spec) -> Self:
         """Return one plan that equals this one followed by `later`.
@@ -282,22 +307,8 @@ class Plan(Node):
                     zip(mine.blocks, next_.blocks, stage.blocks, final.stages[i].blocks, strict=True)
                 )
             )
-            stages.append(StagePlan(blocks=blocks))
+            stages.append(StagePlan(blocks=blocks, width=composed(mine.width, next_.width, f"stages.{i}.width")))
         return self.model_copy(update={"stages": tuple(stages)})
-
-
-def check_kept(indices: Kept, size: int, at: str) -> None:
-    """Raise if `indices` are not strictly increasing within ``[0, size)``.
-
-    Raises:
-        PlanError: if so; the message names the path and the indices.
-    """
-    previous = -1
-    for index in indices:
-        if not previous < index < size:
-            shown = indices if len(indices) <= 8 else (*indices[:8], "...")
-            raise PlanError(f"{at}: kept indices must rise within [0, {size}), but got {shown}")
-        previous = index
 
 
 def _reads(mixer: Attention | Conv | Skip) -> bool:
