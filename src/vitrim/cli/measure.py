@@ -159,10 +159,9 @@ def _pair(
     as_stored: bool,
 ) -> None:
     from vitrim import measure
-    from vitrim.deploy import store
-    from vitrim.deploy.parent import open_parent
+    from vitrim.deploy.parent import has_weights, open_parent
 
-    nets = [open_parent(name, random_weights=not store.is_stored(name)) for name in (model, reference) if name]
+    nets = [open_parent(name, random_weights=not has_weights(name)) for name in (model, reference) if name]
     taken = measure.latency(
         *nets, batch=batch, threads=threads, dtype=dtype, device=place, seconds=seconds, as_stored=as_stored
     )
@@ -193,10 +192,9 @@ def _many(
     as_stored: bool,
     out: Path | None,
 ) -> None:
-    from vitrim.deploy import store
     from vitrim.deploy.bench import bench as measured
     from vitrim.deploy.bench import write
-    from vitrim.deploy.parent import open_parent
+    from vitrim.deploy.parent import has_weights, open_parent
     from vitrim.deploy.runtimes import check_runtimes
     from vitrim.report import names_apart
     from vitrim.words.plain import check_place
@@ -208,7 +206,7 @@ def _many(
     if len(set(names)) < len(names):
         raise RecipeError(f"each model must be given once, but got {', '.join(names)}; leave one out")
     nets = {
-        short: Path(name) if name.endswith(".onnx") else open_parent(name, random_weights=not store.is_stored(name))
+        short: Path(name) if name.endswith(".onnx") else open_parent(name, random_weights=not has_weights(name))
         for short, name in zip(names_apart(names), names, strict=True)
     }
     found = measured(

@@ -24,7 +24,7 @@ from vitrim.words.parsing import shown
 from vitrim.words.plain import did_you_mean, is_file, reason
 from vitrim.words.progress import progress
 
-__all__ = ["known_models", "load_weights_", "open_parent", "open_teacher", "read_weights"]
+__all__ = ["has_weights", "known_models", "load_weights_", "open_parent", "open_teacher", "read_weights"]
 
 Say = Callable[[str], None]
 
@@ -121,6 +121,16 @@ def open_teacher(
                 _tell_changes(model, name, arguments or {}, say)
             return model
         return _filled(name, Path(weights), weights_key, dict(arguments or {}), say).eval()
+
+
+def has_weights(name: str) -> bool:
+    """Return whether a name brings its own weights: that of a stored file, or of a model of transformers.
+
+    Raises:
+        RecipeError: if a ``config.json`` is not JSON.
+        StoreError: if the Hub cannot be reached.
+    """
+    return transformers_config(name) is not None or store.is_stored(name)
 
 
 def _check_name(name: str) -> None:

@@ -297,7 +297,7 @@ def _sheet(path: Path) -> dict[str, Any]:
     if text is None:
         raise StoreError(
             f"{path}: the file must hold a model that vitrim stored, but holds weights alone; "
-            "name the timm model and pass this file as --weights"
+            "name the timm model and pass this file as --weights, or open its folder if transformers saved it"
         )
     sheet = parse_json(text, StoreError, str(path))
     check_format(sheet.get("format") if isinstance(sheet, dict) else None, str(path), StoreError)

@@ -339,7 +339,9 @@ def build(spec: Spec) -> nn.Module:
             make_block(stage, block, arriving)
             for (_, stage, block), arriving in zip(spec.blocks(), spec.arrivals(), strict=True)
         ]
-    return family.host(shell.to(place), blocks)
+    # transformers 4 builds without data by a patch of PyTorch's modules, and not on the meta device
+    empty = any(parameter.is_meta for parameter in shell.parameters())
+    return family.host(shell if empty else shell.to(place), blocks)
 
 
 for _name in _own():
