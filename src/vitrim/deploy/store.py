@@ -324,13 +324,14 @@ def _read(path: Path) -> nn.Module:
     wrong = why_not_like(state, model.state_dict())
     if wrong is not None:
         raise WeightsError(f"{path}: {wrong}")
-    computed = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in state)
+    missing = [buffer for name, buffer in model.named_buffers() if name not in state]
+    computed = sum(buffer.nbytes for buffer in missing)
     if computed > MOST_COMPUTED:
         raise StoreError(
             f"{path}: what a model computes from its sizes must take at most {MOST_COMPUTED:,} bytes, but takes "
             f"{computed:,}; the file was changed by hand"
         )
-    if computed:
+    if missing:
         model = build(spec)  # some buffers are computed, not stored, so the model must be built with data
     model.load_state_dict(state, assign=True)
     return model.eval()
