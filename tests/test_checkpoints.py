@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tests.tolerance import SINGLE
 from vitrim.cli.shared import model_table
 from vitrim.deploy.checkpoint import read_checkpoint
-from vitrim.deploy.parent import open_parent, open_teacher, read_weights
+from vitrim.deploy.parent import _check_not_weights, open_parent, open_teacher, read_weights
 from vitrim.words.errors import RecipeError, WeightsError
 
 TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -798,6 +798,14 @@ def test_contents_and_not_suffixes_tell(tmp_path):
     model = vit()
     save_file(model.state_dict(), tmp_path / "pytorch_model.bin")
     assert apart(open_teacher("test_vit", weights=str(tmp_path / "pytorch_model.bin"), arguments=TINY), model) == 0
+
+
+def test_the_length_of_a_header_is_no_sign_of_a_pickle(tmp_path):
+    """The first byte of a safetensors file may be that of a pickle: it is the length of the header."""
+    file = tmp_path / "model.safetensors"
+    for length in (0x80, 0x0403_4B50):
+        file.write_bytes(length.to_bytes(8, "little") + b"{")
+        _check_not_weights(str(file))
 
 
 def test_weights_in_the_place_of_a_name(tmp_path):

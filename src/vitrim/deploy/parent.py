@@ -161,8 +161,9 @@ def _check_not_weights(name: str) -> None:
     if not is_file(name):
         return
     with Path(name).open("rb") as file:
-        head = file.read(4)
-    if head.startswith((b"PK\x03\x04", b"\x80")):
+        head = file.read(9)
+    # safetensors begin with the length of their header, 8 bytes of any value, and "{".
+    if head[8:] != b"{" and head.startswith((b"PK\x03\x04", b"\x80")):
         raise RecipeError(
             f"{name}: a model must be a timm name or a file that vitrim stored, but this is a weights file; name the "
             f"timm model, and give --weights {name}"
