@@ -12,6 +12,7 @@ HANGS = 1800
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 
 if not torch.cuda.is_available():
     # Read where a kernel is defined: without a GPU, Triton's interpreter runs them.
@@ -25,6 +26,20 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(request, monkeypatch):
+    """Tests without the mark `gpu` are about results in float32 to the last bits: they run on the CPU everywhere."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the device of the first test
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(autouse=True)

@@ -234,9 +234,9 @@ def test_what_is_rarely_drawn_is_not_cached():
     assert loader._cache is None
 
 
-@pytest.mark.parametrize("bound", [2**30, 0])
+@pytest.mark.parametrize("bound", [1.0, 0.0])
 def test_workers_and_processes_draw_what_one_process_draws(bound, monkeypatch):
-    monkeypatch.setattr("vitrim.data.loader._CACHE_BYTES", bound)
+    monkeypatch.setattr("vitrim.data.loader.CACHE", bound)
     dataset = Draws(DRAWS["torch"])
     alone = train_loader(dataset, SMALL, NONE, batch=8, seed=1)
     helped = train_loader(dataset, SMALL, NONE, batch=8, seed=1, workers=2)
@@ -260,7 +260,9 @@ def test_what_draws_nothing_is_read_once():
     for epoch in range(5):
         shown(loader, epoch)
     assert loader._cache is not None
-    assert len(reads) <= 8 + 8
+    assert (
+        len(reads) <= 8 + 8 + 8
+    )  # to see whether they differ, to keep them, and to see whether they still are the same
 
 
 def test_measuring_draws_the_same_each_time():

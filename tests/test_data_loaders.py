@@ -122,7 +122,7 @@ def test_repeats_show_fewer_pictures_more_often(kind):
 
 @pytest.mark.parametrize("kind", ["light", "full"])
 def test_workers_change_nothing(kind, monkeypatch):
-    monkeypatch.setattr("vitrim.data.loader._CACHE_BYTES", 0)
+    monkeypatch.setattr("vitrim.data.loader.CACHE", 0)
     images = noise(8, 16)
     augment = Augment(kind=kind, repeats=2)
     alone = train_loader(images, SMALL, augment, batch=4, seed=1)
@@ -132,7 +132,7 @@ def test_workers_change_nothing(kind, monkeypatch):
 
 def test_the_cache_changes_nothing(monkeypatch):
     cached = batches(train_loader(noise(), SMALL, Augment(), batch=4, seed=1))
-    monkeypatch.setattr("vitrim.data.loader._CACHE_BYTES", 0)
+    monkeypatch.setattr("vitrim.data.loader.CACHE", 0)
     same(cached, batches(train_loader(noise(), SMALL, Augment(), batch=4, seed=1)))
 
 

@@ -543,11 +543,11 @@ def test_memory_is_bounded():
     spec = describe(adopted("vit", "plain"))
     model = adopt(timm_model("vit", "plain", torch.float32))
     image, stream = 4 * 3 * 32 * 32, 4 * 17 * 48
-    peaks = []
+    peaks, cpu = [], [torch.profiler.ProfilerActivity.CPU]
     for count in (40, 80):
         x = [part.float() for part in images(spec, count).split(10)]
         worth = importances(model, x, seed=0)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as watched:
+        with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as watched:
             compensated(model, narrow(spec), x, worth, alpha=0.3)
         events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
         sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]

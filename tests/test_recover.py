@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from tests.tolerance import EXACT
-from vitrim.cut.compensate.closed_form import Moments, query_key_maps, refit, removal_order, root, value_map
+from vitrim.cut.compensate.closed_form import (
+    Moments,
+    directions,
+    query_key_maps,
+    refit,
+    removal_order,
+    root,
+    value_map,
+)
 from vitrim.cut.spend import choose_options, power_law
 from vitrim.words.errors import BudgetError, MethodError
 
@@ -49,7 +57,7 @@ def test_refit_never_does_worse_than_its_start(strength):
 def test_removal_follows_optimal_brain_surgeon():
     """Each neuron that goes is the one whose loss is least after the others were fitted anew, checked one by one."""
     squares, weight, metric = gram(9, 3), matrix(6, 9), gram(6, 8)
-    order = removal_order(squares, weight, metric, 0.0).tolist()
+    order = removal_order(squares, weight, 0.0, half=root(metric)).tolist()
     half = root(metric) @ weight
 
     def cost(kept):
@@ -70,17 +78,17 @@ def test_removal_takes_dead_and_double_neurons_first():
     weight[:, 6] = 0
     twin = torch.eye(8, dtype=torch.float64)
     twin[3, 2], twin[3, 3] = 1.0, 0.0  # neuron 3 says what neuron 2 says
-    order = removal_order(twin @ squares @ twin.mT, weight, torch.eye(5, dtype=torch.float64), 1e-9).tolist()
+    order = removal_order(twin @ squares @ twin.mT, weight, 1e-9, half=torch.eye(5, dtype=torch.float64)).tolist()
     assert set(order[:2]) in ({6, 2}, {6, 3})
 
 
 def test_low_rank_at_full_rank_is_identity():
     q, k = gram(8, 0), gram(8, 4)
-    a, b = query_key_maps(q, k, 8)
+    a, b = query_key_maps(directions(q, k), k, 8)
     assert torch.allclose(a @ b.mT, torch.eye(8, dtype=torch.float64), rtol=0, atol=LOW_RANK)
     assert torch.allclose(b.mT @ b, torch.eye(8, dtype=torch.float64), rtol=0, atol=LOW_RANK)
     weight = matrix(6, 8)
-    back, columns = value_map(gram(8, 2), weight, gram(6, 9), 8)
+    back, columns = value_map(gram(8, 2), weight, root(gram(6, 9)))
     assert torch.allclose(columns @ back.mT, weight, rtol=0, atol=LOW_RANK)
 
 
@@ -88,13 +96,13 @@ def test_low_rank_at_full_rank_is_identity():
 def test_low_rank_is_the_best_there_is(width):
     """Against the truncated singular value decomposition of the weighted product."""
     q, k = gram(8, 0), gram(8, 4)
-    a, b = query_key_maps(q, k, width)
+    a, b = query_key_maps(directions(q, k), k, width)
     left, right = root(q), root(k)
     values = torch.linalg.svdvals(left @ right)
     lost = (left @ (torch.eye(8, dtype=torch.float64) - a @ b.mT) @ right).square().sum()
     assert float(lost) == pytest.approx(float(values[width:].square().sum()), rel=1e-6)
     weight, metric = matrix(6, 8), gram(6, 9)
-    back, columns = value_map(q, weight, metric, width)
+    back, columns = (part[:, :width] for part in value_map(q, weight, root(metric)))
     lost = (left @ (weight - columns @ back.mT).mT @ root(metric)).square().sum()
     values = torch.linalg.svdvals(left @ weight.mT @ root(metric))
     assert float(lost) == pytest.approx(float(values[width:].square().sum()), rel=1e-6, abs=1e-9)
@@ -158,3 +166,29 @@ def test_power_law_goes_through_its_points():
     assert power_law(shares, losses, 0.125) == pytest.approx(0.0025)  # the square goes on
     assert power_law(shares, losses, 0.0) == 0.0
     assert power_law((0.25, 0.5), (0.01, 0.04), 1.0) == pytest.approx(0.16)
+
+
+def test_removal_in_chunks_is_removal_one_by_one():
+    """Against the plain recursion, in which weights and the whole inverse are updated after each removal."""
+    squares, weight, half = gram(150, 3, 400), matrix(6, 150), root(gram(6, 8))
+    inverse = torch.linalg.inv(squares + 1e-2 * squares.diagonal().mean() * torch.eye(150, dtype=torch.float64))
+    rows, left, order = (half @ weight).mT.clone(), torch.ones(150, dtype=torch.bool), []
+    for _ in range(150):
+        costs = torch.where(left, rows.square().sum(1) / inverse.diagonal().clamp_min(1e-300), torch.inf)
+        gone = int(costs.argmin())
+        column, pivot = inverse[:, gone].clone(), inverse[gone, gone].clamp_min(1e-300).clone()
+        rows = rows - (column / pivot)[:, None] * rows[gone]
+        inverse = inverse - torch.outer(column, column) / pivot
+        left[gone] = False
+        order.append(gone)
+    assert removal_order(squares, weight, 1e-2, half=half).tolist() == order
+
+
+def test_maps_of_several_heads_at_once_are_those_of_each():
+    q, k, weight = torch.stack([gram(8, 0), gram(8, 4)]), torch.stack([gram(8, 2), gram(8, 6)]), matrix(2, 12, 8)
+    half = root(gram(12, 9))
+    both, maps = directions(q, k), value_map(q, weight, half)
+    for head in range(2):
+        assert torch.allclose(both[head], directions(q[head], k[head]), rtol=0, atol=LOW_RANK)
+        for mine, one in zip(maps, value_map(q[head], weight[head], half), strict=True):
+            assert torch.allclose(mine[head], one, rtol=0, atol=LOW_RANK)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import vitrim
 from tests.conftest import HANGS
 from vitrim.run import job
+from vitrim.run.machine import on_machine
 from vitrim.run.pipeline import Result, compress, run
 from vitrim.run.recipe import Recipe, read_recipe
 from vitrim.words import plain
@@ -332,7 +333,9 @@ def test_a_run_folder(tmp_path):
     check(result)
     assert {path.name for path in out.iterdir()} == FILES
     assert read_json(out / "measured.json") == result.measured
-    assert read_recipe(out / "recipe.toml").resolved() == asked(train=SHORT).resolved()
+    known = read_recipe(out / "recipe.toml").resolved()
+    assert known == on_machine(asked(train=SHORT).resolved())
+    assert "auto" not in (known.train.precision, known.train.workers, known.train.channels_last)
     parent, plan = read_plan(out / "plan.json")
     assert (parent, plan) == (vitrim.describe(result.parent), result.plan)
     assert same(load_file(out / "model.safetensors"), state_of(result.model))

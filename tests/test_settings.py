@@ -49,7 +49,8 @@ OTHER = dump(
     Train(
         epochs=7, minutes=3, batch=48, accumulate=2, lr=3e-4, lr_batch=32, weight_decay=0.02, betas=(0.8, 0.99),
         warmup_epochs=0.5, warmup_lr=1e-7, min_lr=2e-7, schedule="poly", power=0.7, clip=2.0, mixup=0.3, cutmix=0.4,
-        smoothing=0.05, ema=0.9, precision="bf16", drop_path=0.2, workers=1, checkpoint_every=5, keep=2, log_every=3,
+        smoothing=0.05, ema=0.9, precision="bf16", tf32=False, compile=True,
+        channels_last=True, checkpointing=True, drop_path=0.2, workers=1, checkpoint_every=5, keep=2, log_every=3,
         augment={"kind": "none", "hflip": 0.25, "shift": 0.1, "rotate": 3, "scale": 0.5, "auto": "", "jitter": 0.1,
                  "erase": 0.1, "repeats": 2},
         distill={"kind": "token", "alpha": 0.7, "temperature": 3},

@@ -127,7 +127,7 @@ def bench(
     """Time models in turns and compare each with the first; models given by timm name get random weights."""
     import torch
 
-    from vitrim.run.job import device_of
+    from vitrim.run.machine import device_of
 
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in kinds:

@@ -72,7 +72,7 @@ class Scored(Ladders[Widths]):
         by: Literal["score", "density"] = "density",
     ) -> None:
         self.scores, self.choice, self.by = scores, choice, by
-        self.ranked = {path: values.detach().double().cpu().numpy() for path, values in scores.items()}
+        self.ranked = {path: values.detach().cpu().double().numpy() for path, values in scores.items()}
 
     def spent(self, spec: Spec, budget: Budget) -> Plan:
         """See `Options.spent`; if residual streams have scores, their widths are chosen, too."""
@@ -116,7 +116,7 @@ def quantiles(scores: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[st
     ranked: dict[str, Tensor] = {}
     for kind in sorted(set(kinds.values())):
         paths = [path for path in scores if kinds[path] == kind]
-        flat = np.concatenate([scores[path].double().cpu().numpy() for path in paths])
+        flat = np.concatenate([scores[path].cpu().double().numpy() for path in paths])
         places = np.empty(len(flat))
         places[np.argsort(flat, kind="stable")] = (np.arange(len(flat)) + 0.5) / len(flat)
         start = 0
@@ -137,7 +137,7 @@ def _checked(spec: Spec, scores: Mapping[str, Tensor]) -> dict[str, list[Array]]
             groups[f"{path}.hidden"] = (block.hidden,)
     split: dict[str, list[Array]] = {}
     for path, values in scores.items():
-        array: Array = values.detach().double().cpu().numpy().reshape(-1)
+        array: Array = values.detach().cpu().double().numpy().reshape(-1)
         if path not in groups or len(array) != sum(groups[path]):
             raise MethodError(f"{path}: scores must fit an axis of the model, but got {len(array)} values")
         if not np.isfinite(array).all():

@@ -65,7 +65,7 @@ def fill_with_width(
         )
     streams = _checked(spec, scores)
     others = {path: values for path, values in scores.items() if path not in streams}
-    ranked = {path: values.detach().double().cpu().numpy().reshape(-1) for path, values in others.items()}
+    ranked = {path: values.detach().cpu().double().numpy().reshape(-1) for path, values in others.items()}
     top = spec.stages[0].width
     tried: dict[int, tuple[float, Plan] | BudgetError | None] = {}
 
@@ -94,7 +94,7 @@ def _checked(spec: Spec, scores: Mapping[str, Tensor]) -> dict[str, Array]:
     sizes = {f"stages.{index}.width": stage.width for index, stage in enumerate(spec.stages)}
     found: dict[str, Array] = {}
     for path in sizes:
-        values: Any = scores[path].detach().double().cpu().numpy().reshape(-1) if path in scores else np.zeros(0)
+        values: Any = scores[path].detach().cpu().double().numpy().reshape(-1) if path in scores else np.zeros(0)
         if len(values) != sizes[path]:
             raise MethodError(
                 f"{path}: scores must fit the {sizes[path]} channels of the stream, but got {len(values)}"

@@ -56,7 +56,7 @@ def top(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     """
     if not scores:
         return {}
-    flat = torch.cat([values.detach().double().cpu().flatten() for values in scores.values()])
+    flat = torch.cat([values.detach().cpu().double().flatten() for values in scores.values()])
     if not bool(torch.isfinite(flat).all()):
         raise MethodError("scores must be finite, but some are NaN or infinite; check weights and learning rate")
     keep = torch.zeros(len(flat), dtype=torch.bool)
@@ -106,7 +106,7 @@ def give_back(
         spent: function that returns the share of the budget that a choice uses.
     """
     names, sizes = list(scores), [values.numel() for values in scores.values()]
-    flat = torch.cat([values.detach().double().cpu().flatten() for values in scores.values()])
+    flat = torch.cat([values.detach().cpu().double().flatten() for values in scores.values()])
     kept = torch.cat(list(keep.values()))
 
     def named(chosen: Tensor) -> dict[str, Tensor]:

@@ -46,6 +46,8 @@ class Images(Dataset[tuple[Image.Image, int]]):
         order: how the classes are numbered: `plain` or `natural` order of their folders, `map`, `imagenet`, or empty
             if the source itself numbers them.
         fixed: whether an image is the same each time it is read; if not, reading it may draw random numbers.
+        cache: share of the free memory of a device that prepared images may take while a model is trained on them, in
+            `[0, 1]`; None for the default of `vitrim.data.train_loader`.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Images(Dataset[tuple[Image.Image, int]]):
         left_out: tuple[str, ...] = (),
         order: str = "",
         fixed: bool = False,
+        cache: float | None = None,
     ) -> None:
         """Wrap a reader.
 
@@ -76,6 +79,7 @@ class Images(Dataset[tuple[Image.Image, int]]):
             left_out: phrases that describe what is not read.
             order: how the classes are numbered.
             fixed: whether `read` always returns the same image for an index.
+            cache: see above.
 
         Raises:
             DataError: there is no image, or a label is below -1 or not below `classes`.
@@ -91,6 +95,7 @@ class Images(Dataset[tuple[Image.Image, int]]):
         self.left_out = left_out
         self.order = order
         self.fixed = fixed
+        self.cache = cache
         if len(self._index) == 0:
             raise DataError(f"{source}: a source must have at least one image, but has none")
         if self.labels.min() < -1:
@@ -114,6 +119,10 @@ class Images(Dataset[tuple[Image.Image, int]]):
     def pick(self, index: Sequence[int] | NDArray[Any]) -> "Images":
         """Return the images at these indices, `(P',)`, in this order."""
         return self._with(index=self._index[np.asarray(index, dtype=np.int64)])
+
+    def cached(self, share: float) -> "Images":
+        """Return the same images, of which training may keep as many on its device as fit into `share`, see `cache`."""
+        return self._with(cache=share)
 
     def unlabeled(self) -> "Images":
         """Return the same images without labels."""
@@ -161,6 +170,7 @@ class Images(Dataset[tuple[Image.Image, int]]):
             "left_out": self.left_out,
             "order": self.order,
             "fixed": self.fixed,
+            "cache": self.cache,
         }
         return Images(self._read, **(same | changes))
 

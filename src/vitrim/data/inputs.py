@@ -3,6 +3,8 @@
 B images, C channels, (h, w) height and width of the input.
 """
 
+import multiprocessing
+import os
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -19,10 +21,26 @@ from vitrim.nn.layers import input_channels
 from vitrim.words.errors import DataError
 from vitrim.words.plain import Node, load
 
-__all__ = ["Input", "Loader", "eval_loader", "to_bytes", "to_tensor"]
+__all__ = ["Input", "Loader", "Workers", "eval_loader", "to_bytes", "to_tensor", "workers_for"]
 
 Batch = tuple[Tensor, Tensor]
+Workers = int | Literal["auto"]
 _OWN = 6
+
+_MOST_WORKERS = 16
+
+
+def workers_for(device: torch.device) -> int:
+    """Return the number of worker processes that fit the machine while a model runs on `device`.
+
+    One for each core that this process may use but one, at most 16, if the device is not the CPU. Readers of images
+    reach a worker by a fork, so there are none where processes start otherwise.
+    """
+    start = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    if device.type == "cpu" or start != "fork":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(cores - 1, _MOST_WORKERS))
 
 
 class Input(Node):
@@ -179,7 +197,9 @@ class Loader:
     Iterating yields float32 `(B, C, h, w)` and int64 labels `(B,)`, -1 for no label; the last batch may be short.
     """
 
-    def __init__(self, dataset: Dataset[Any], input: Input, batch: int, workers: int) -> None:
+    def __init__(
+        self, dataset: Dataset[Any], input: Input, batch: int, workers: int, device: torch.device | None = None
+    ) -> None:
         self.dataset = dataset
         self.input = input
         self.classes = dataset.classes if isinstance(dataset, Images) else 0
@@ -188,8 +208,10 @@ class Loader:
             Fetch(dataset, to_tensor(input)),
             batch_size=batch,
             num_workers=workers,
+            persistent_workers=workers > 0,
             collate_fn=collate,
             generator=torch.Generator(),
+            pin_memory=device is not None and device.type == "cuda",
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -200,18 +222,29 @@ class Loader:
         return len(self._loader)
 
 
-def eval_loader(dataset: Dataset[Any], input: Input, *, batch: int = 64, workers: int = 0) -> Loader:
-    """Return a loader for evaluation: fixed order, no randomness.
+def eval_loader(
+    dataset: Dataset[Any],
+    input: Input,
+    *,
+    batch: int = 64,
+    workers: Workers = 0,
+    device: torch.device | None = None,
+) -> Loader:
+    """Return a loader for evaluation: fixed order, no randomness; batches are on the CPU.
 
     Args:
         dataset: map-style dataset of `(picture, label)`, see `vitrim.data.pictures.as_picture`.
         input: what the model takes.
         batch: number of images per batch, `>= 1`.
-        workers: number of worker processes that decode; 0 decodes in this process.
+        workers: number of worker processes that decode, which live as long as the loader; 0 decodes in this process;
+            `auto`: see `workers_for`.
+        device: where the model runs; batches for a CUDA device are in pinned memory, so that copying them there does
+            not make the host wait.
 
     Raises:
         DataError: `batch` is below 1, or (while iterating) a picture is damaged.
     """
     if batch < 1:
         raise DataError(f"batch must be at least 1, but is {batch}")
-    return Loader(dataset, input, batch, workers)
+    count = workers_for(device or torch.device("cpu")) if workers == "auto" else workers
+    return Loader(dataset, input, batch, count, device)

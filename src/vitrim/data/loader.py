@@ -21,16 +21,18 @@ from vitrim.data.images import Images
 from vitrim.data.inputs import Batch, Input, collate, to_bytes, unwrap
 from vitrim.data.noise import Drawn, numbers, reading
 from vitrim.data.pictures import pair_of
+from vitrim.nn.device import free_bytes
 from vitrim.words.errors import DataError
 
 __all__ = ["TrainLoader", "train_loader"]
 
-# Prepared pictures are kept in memory up to this size, as uint8. CIFAR-10 takes 0.14 GiB; ImageNet at 224 pixels would
-# take 180 GiB.
-_CACHE_BYTES = 2**30
+CACHE = 0.25
+"""Share of the free memory of a device that prepared pictures may take, for datasets without a `cache` of their own."""
+
 _ORDER, _MOVE, _OWN = 1, 2, 7
-# Number of pictures that are read twice before any is cached, because a dataset may have its own random generator.
-_TWICE = 4
+# Number of pictures that are read twice before any is cached, and again after all are, because a dataset may have its
+# own random generator: one that mirrors every second picture escapes both with a probability of 2^-20.
+_TWICE, _AGAIN = 4, 16
 
 
 def share(batch: NDArray[np.int64], part: int, parts: int) -> NDArray[np.int64]:
@@ -86,6 +88,18 @@ class _Watched(Dataset[tuple[Tensor, int] | DataError]):
             return problem
 
 
+class _Order:
+    """The batches of the next epoch, for a loader whose workers live on; set before each pass."""
+
+    keys: list[list[Any]]
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return iter(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
 class _Plain:
     """The evaluation transform without normalization, with the call signature of `Full`."""
 
@@ -135,8 +149,9 @@ class TrainLoader:
         self._check(batch)
         self._cache: tuple[Tensor, Tensor] | None = None
         self._keyed = self._by_key()
-        bytes_needed = self.count * input.channels * input.size[0] * input.size[1]
-        self._caching = self._keyed is None and bytes_needed <= _CACHE_BYTES
+        self._caching = self._keyed is None
+        self._bare: _Keyed | None = None
+        self._reader: tuple[Dataset[Any], DataLoader[Any], _Order] | None = None
 
     def _by_key(self) -> Dataset[Any] | None:
         """Return items by `(epoch, number)` if they are augmented one by one; None if whole batches are augmented."""
@@ -190,14 +205,20 @@ class TrainLoader:
         ]
 
     def _fetched(self, dataset: Dataset[Any], keys: list[list[Any]]) -> Iterator[Batch]:
-        loader: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_sampler=keys,
-            num_workers=self.workers,
-            collate_fn=collate,
-            generator=torch.Generator(),
-            pin_memory=self.device.type == "cuda",
-        )
+        if self._reader is None or self._reader[0] is not dataset:
+            order = _Order()
+            loader: DataLoader[Any] = DataLoader(
+                dataset,
+                batch_sampler=order,
+                num_workers=self.workers,
+                persistent_workers=self.workers > 0,
+                collate_fn=collate,
+                generator=torch.Generator(),
+                pin_memory=self.device.type == "cuda",
+            )
+            self._reader = dataset, loader, order
+        _, loader, order = self._reader
+        order.keys = keys
         for pictures, labels in unwrap(loader):
             yield pictures.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
@@ -212,36 +233,58 @@ class TrainLoader:
         if self._caching and self._cache is None:
             self._cache = self._filled()
             self._caching = self._cache is not None
+            self._reader = None
         if self._cache is None:
-            keyed = _Keyed(self.dataset, _Plain(self.input), self.count, self.seed)
-            yield from self._fetched(keyed, [[(epoch, int(i)) for i in each] for each in shares])
+            if self._bare is None:
+                self._bare = _Keyed(self.dataset, _Plain(self.input), self.count, self.seed)
+            yield from self._fetched(self._bare, [[(epoch, int(i)) for i in each] for each in shares])
             return
         pictures, labels = self._cache
         for each in shares:
-            places = torch.from_numpy(each % self.count).to(self.device)
+            places = torch.from_numpy(each % self.count).to(self.device, non_blocking=True)
             yield pictures[places], labels[places]
 
     def _filled(self) -> tuple[Tensor, Tensor] | None:
-        """Return all pictures and labels, or None if the dataset draws random numbers and must be reread each epoch."""
+        """Return all pictures and labels on the device; None if they do not fit, or differ from call to call."""
         watched = _Watched(self.dataset, to_bytes(self.input))
-        if self._differs(watched):
+        first = self._alike(watched)
+        if first is None or not self._fits(first):
             return None
+        # One allocation: joining batches at the end would hold every picture twice.
+        pictures = torch.empty(self.count, *first.shape, dtype=first.dtype, device=self.device)
+        labels = torch.empty(self.count, dtype=torch.int64, device=self.device)
         every = np.array_split(np.arange(self.count), max(1, self.count // 256))
-        pictures, labels = [], []
-        for some, twice in self._fetched(watched, [each.tolist() for each in every]):
-            if bool((twice % 2).any()):
+        for each, (some, twice) in zip(every, self._fetched(watched, [one.tolist() for one in every]), strict=True):
+            if some.dtype != first.dtype or bool((twice % 2).any()):
                 return None
-            pictures.append(some)
-            labels.append(twice // 2)
-        return torch.cat(pictures), torch.cat(labels)
+            pictures[each[0] : each[-1] + 1], labels[each[0] : each[-1] + 1] = some, twice // 2
+        return (pictures, labels) if self._still(watched, pictures) else None
 
-    def _differs(self, watched: _Watched) -> bool:
-        """Whether any of the first pictures differs when read again, because the dataset has its own generator."""
+    def _fits(self, first: Tensor) -> bool:
+        """Whether all pictures fit into the allowed share of the device's free memory, in the type that they have."""
+        share = getattr(self.dataset, "cache", None)
+        share = CACHE if share is None else share
+        return self.count * first.numel() * first.element_size() <= share * free_bytes(self.device)
+
+    def _alike(self, watched: _Watched) -> Tensor | None:
+        """Return the first picture; None if one of the first differs when read again, or is damaged."""
+        found = None
         for index in range(min(_TWICE, self.count)):
             one, two = watched[index], watched[index]
-            if not isinstance(one, DataError) and not isinstance(two, DataError) and not torch.equal(one[0], two[0]):
-                return True
-        return False
+            if isinstance(one, DataError) or isinstance(two, DataError) or not torch.equal(one[0], two[0]):
+                return None
+            found = one[0] if found is None else found
+        return found
+
+    def _still(self, watched: _Watched, pictures: Tensor) -> bool:
+        """Whether some pictures, over the whole dataset, are still what was cached."""
+        if getattr(self.dataset, "fixed", False) is True:
+            return True
+        for index in np.linspace(0, self.count - 1, min(_AGAIN, self.count)).round().astype(int).tolist():
+            one = watched[index]
+            if isinstance(one, DataError) or not torch.equal(one[0], pictures[index].cpu()):
+                return False
+        return True
 
     @property
     def labelled(self) -> bool:
@@ -269,7 +312,8 @@ def train_loader(
 
     The order and augmentation of a picture, and the random numbers that the dataset draws for it, depend only on
     `(seed, epoch, picture)`. They do not depend on the number of workers or processes, nor on earlier draws. Small
-    datasets that draw no random numbers are kept in memory after the first epoch.
+    datasets whose pictures are the same in every call are kept on the device, as bytes (or as floats, if the dataset
+    gives those), if they fit into a share of its free memory (`Images.cache`, else a quarter).
 
     Args:
         dataset: map-style dataset of `(picture, label)`, see `vitrim.data.pictures.as_picture`; may draw random

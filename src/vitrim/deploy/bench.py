@@ -21,6 +21,7 @@ from vitrim.deploy.runtimes import READS_ONNX, Ready, check_runtimes, peak_bytes
 from vitrim.families import describe
 from vitrim.measure.model import image_of
 from vitrim.measure.turns import at_least, name_of, percentiles, place_of, threading, turns, waiting
+from vitrim.nn.device import fitting
 from vitrim.nn.steps import StepModule
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import ExportError, RecipeError, RunError
@@ -140,6 +141,7 @@ def bench(
     Raises:
         ExportError: if a runtime is unknown, not installed, or does not give eager's logits.
         RecipeError: if a setting is out of its range.
+        RunError: if a batch does not fit into memory.
     """
     check_runtimes(runtimes)
     for name, values in (("models", list(models)), ("batches", batches), ("runtimes", runtimes)):
@@ -160,10 +162,11 @@ def bench(
         versions: dict[str, str] = {}
         least = 0
         for batch in batches:
-            opened = list(_opened(entries, runtimes, batch, dtype, place, say))
-            say(f"timing {len(opened)} in turns, batch of {batch}")
-            calls = [_pass(found, images) for _, found, images in opened]
-            samples = turns(calls, wait=waiting(place), seconds=seconds, runs=runs).samples
+            with fitting("batch", batch, place, "time smaller ones"):
+                opened = list(_opened(entries, runtimes, batch, dtype, place, say))
+                say(f"timing {len(opened)} in turns, batch of {batch}")
+                calls = [_pass(found, images) for _, found, images in opened]
+                samples = turns(calls, wait=waiting(place), seconds=seconds, runs=runs).samples
             least = min(least or len(samples[0]), len(samples[0]))
             versions |= {found.runtime: found.version for _, found, _ in opened}
             peaks = [_peak(entry, found.runtime, batch, place) if memory else None for entry, found, _ in opened]

@@ -15,6 +15,7 @@ from torch import nn
 
 from vitrim.measure.model import Image, compiled_copy, home_of, image_of, running
 from vitrim.measure.turns import at_least, name_of, percentiles, place_of, threading, turns, waiting
+from vitrim.nn.device import fitting
 from vitrim.nn.modes import evaluating
 from vitrim.nn.weights import why_not_held
 from vitrim.words.errors import RecipeError, WeightsError
@@ -124,6 +125,7 @@ def latency(
 
     Raises:
         RecipeError: if a setting is out of its range, or the image size is not given and the model does not have one.
+        RunError: if the batch does not fit into memory.
         WeightsError: if a model is on the meta device.
     """
     at_least("batch", batch, 1)
@@ -144,7 +146,8 @@ def latency(
     if compiled:
         models = [compiled_copy(m) for m in models]
     inputs = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(place, kind)
-    with evaluating(*models), torch.inference_mode(), threading(threads):
+    memory = fitting("batch", batch, place, "time a smaller one")
+    with evaluating(*models), torch.inference_mode(), threading(threads), memory:
         calls = [functools.partial(m, inputs) for m in models]
         taken = turns(calls, wait=waiting(place), seconds=seconds, runs=runs, warmup=warmup)
         return Latency.of(

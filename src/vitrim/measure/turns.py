@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vitrim.nn.device import why_not_here
 from vitrim.words.errors import RecipeError
 from vitrim.words.progress import progress
 
@@ -178,14 +179,13 @@ def place_of(device: torch.device | str) -> torch.device:
     Raises:
         RecipeError: if this machine has no such device, or the device cannot compute (``meta``).
     """
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-        if place.type != "meta":
-            return torch.device("cuda", torch.cuda.current_device()) if str(place) == "cuda" else place
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError):
-        pass
-    raise RecipeError(f"device must be one of this machine's, but got '{device}'; use cpu, or leave it out")
+    problem = why_not_here(device)
+    if problem is not None:
+        raise RecipeError(
+            f"device must be one of this machine's, but got '{device}': {problem}; use cpu, or leave it out"
+        )
+    place = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if str(place) == "cuda" else place
 
 
 def name_of(device: torch.device) -> str:

@@ -57,7 +57,7 @@ def _score(block: Block, axis: Axis) -> Tensor:
     for member in axis.members:
         weight = block.get_parameter(member.parameter)
         if weight.dim() == 2:
-            rows = weight.narrow(member.dim, member.offset, axis.size).double().cpu()
+            rows = weight.narrow(member.dim, member.offset, axis.size).cpu().double()
             total += rows.norm(dim=1 - member.dim).clamp_min(1e-300).log()
     return total
 
@@ -68,7 +68,7 @@ def _stream_score(model: nn.Module, path: str, size: int) -> Tensor:
     total = torch.zeros(size, dtype=torch.float64)
     for block in (block for name, block in blocks_of(model) if name.startswith(path.removesuffix("width"))):
         for member in block.stream():
-            own = block.get_parameter(member.parameter).double().cpu()
+            own = block.get_parameter(member.parameter).cpu().double()
             if own.dim() > 1 or member.parameter in ("norm1.weight", "norm2.weight"):
                 slices = own.narrow(member.dim, member.offset, size).movedim(member.dim, 0).reshape(size, -1)
                 total += slices.norm(dim=1).clamp_min(1e-300).log()

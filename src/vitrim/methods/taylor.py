@@ -31,8 +31,9 @@ from vitrim.cut.width import by_channel, check_narrowable, hearing, widths
 from vitrim.data import eval_loader
 from vitrim.families import describe
 from vitrim.methods import Data, ScoreMethod
-from vitrim.nn.feed import fed, wide
+from vitrim.nn.feed import fed, summing, wide
 from vitrim.nn.modes import evaluating
+from vitrim.nn.weights import home_of
 from vitrim.words.errors import MethodError
 from vitrim.words.progress import counted, progress
 
@@ -99,15 +100,16 @@ def taylor_scores(
     if width:
         check_narrowable(model)
         streams = widths(model)
-    scores = {path: torch.zeros(axis.size, dtype=torch.float64) for path, axis in axes(model).items()}
-    scores |= {path: torch.zeros(size, dtype=torch.float64) for path, size in streams.items()}
+    device = home_of(model)[0]
+    sizes = {path: axis.size for path, axis in axes(model).items()} | streams
+    scores = {path: torch.zeros(size, dtype=summing(device), device=device) for path, size in sizes.items()}
     draw = torch.Generator().manual_seed(seed)
     seen, classes = 0, describe(model).classes
     with evaluating(model, frozen=True):
         for x, y in batches:
             seen += len(x)
             _add(model, classes, fed(x, model), y, target, draw, scores)
-    return {path: score / seen for path, score in scores.items()}
+    return {path: score.cpu().double() / seen for path, score in scores.items()}
 
 
 def _add(
@@ -149,7 +151,7 @@ def _add(
         change = by_channel(out.detach() * gradient, norm, len(scores[path]))
         changes[path] = changes[path] + change if path in changes else change
     for path, change in changes.items():
-        scores[path].add_(change.double().square().sum(dim=0).cpu(), alpha=0.5)
+        scores[path].add_(change.to(scores[path].dtype).square().sum(dim=0), alpha=0.5)
 
 
 def _loss(outputs: Tensor, y: Tensor, target: str, values: bool, draw: torch.Generator) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-__all__ = ["fed", "precise", "wide"]
+__all__ = ["exact", "fed", "precise", "summing", "wide"]
 
 
 def fed(images: Tensor, model: nn.Module) -> Tensor:
@@ -30,3 +30,13 @@ def precise(x: Tensor) -> torch.dtype:
 def wide(x: Tensor) -> Tensor:
     """`x` in float32 where its type is shorter: products summed over tokens lose or overflow in half precision."""
     return x.to(precise(x))
+
+
+def summing(device: torch.device) -> torch.dtype:
+    """Return the type for sums over whole data sets on `device`: float64, or float32 on Apple's, which has no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def exact(x: Tensor) -> Tensor:
+    """`x` in float64, on its own device, or on the CPU if that device has no float64."""
+    return (x.cpu() if x.device.type == "mps" else x).double()

@@ -1,4 +1,4 @@
-"""Context managers that restore training flags, ``requires_grad`` and the random state."""
+"""Context managers that restore training flags, ``requires_grad``, the device and the random state."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-__all__ = ["evaluating", "modes_kept", "random_state_kept"]
+from vitrim.nn.weights import home_of
+
+__all__ = ["evaluating", "modes_kept", "moved_to", "random_state_kept"]
 
 
 @contextlib.contextmanager
@@ -18,6 +20,19 @@ def modes_kept(*models: nn.Module | None) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextlib.contextmanager
+def moved_to(device: torch.device, *models: nn.Module | None) -> Iterator[None]:
+    """Move models to `device`, in place, and back to where each was at the end."""
+    homes = [(model, home_of(model)[0]) for model in models if model is not None]
+    try:
+        for model, _ in homes:
+            model.to(device)
+        yield
+    finally:
+        for model, home in homes:
+            model.to(home)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from vitrim import __version__
 from vitrim.cut.outputs import as_classes
 from vitrim.data import Images, eval_loader
 from vitrim.families import describe
+from vitrim.measure.turns import place_of
+from vitrim.nn.weights import home_of
 from vitrim.run.images import line_of
 from vitrim.run.job import Job
 from vitrim.run.latency_budget import time_child
@@ -81,9 +83,11 @@ def _accuracy(job: Job, child: nn.Module) -> dict[str, Any]:
         return unknown
     what = "test" if images is job.splits.test else "held-out" if images is job.splits.validation else "calibration"
     job.say(f"evaluating parent and child on {len(images)} {what} images")
-    loader = eval_loader(images, job.input)
-    theirs = reference_logits(job.parent, loader)
-    after = evaluate(child, loader, reference=theirs)
+    settings, device = job.recipe.train, home_of(child)[0]
+    loader = eval_loader(images, job.input, workers=settings.workers, device=device)
+    how: dict[str, Any] = {"precision": settings.precision, "tf32": settings.tf32}
+    theirs = reference_logits(job.parent, loader, **how)
+    after = evaluate(child, loader, reference=theirs, **how)
     found = unknown | {
         "agreement": after.agreement,
         "agreement_error": standard_error(after.agreement, after.count),
@@ -120,7 +124,7 @@ def _top1(logits: Tensor, images: Images) -> float:
 def _time(job: Job, child: nn.Module) -> dict[str, Any]:
     settings = job.recipe.measure
     if not settings.latency:
-        return dict.fromkeys(_TIMES) | {"device": str(next(child.parameters()).device)}
+        return dict.fromkeys(_TIMES) | {"device": str(place_of(home_of(child)[0]))}
     job.say("timing parent and child in turns")
     taken = time_child(child, job.parent, settings)
     return {

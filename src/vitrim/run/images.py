@@ -1,6 +1,7 @@
 """Open the images of a run, and log and record what was read."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def open_splits(
         if part is not None:
             check_classes(part, classes)
     say(line_of(parts))
-    return parts
+    return parts if parts.test is parts.train else replace(parts, train=parts.train.cached(data.cache))
 
 
 def _parts(parts: Splits) -> tuple[Images | None, ...]:

@@ -25,6 +25,7 @@ from vitrim.methods import Method
 from vitrim.run.images import FILE, about, check_record, known_order, open_splits
 from vitrim.run.latency_budget import table_for
 from vitrim.run.lock import FILE as LOCK
+from vitrim.run.machine import device_of, on_machine
 from vitrim.run.recipe import ModelRecipe, Recipe
 from vitrim.run.track import Tracked
 from vitrim.words.budget import Budget
@@ -33,7 +34,7 @@ from vitrim.words.plain import dump, load, read_toml, reason, write_text
 from vitrim.words.private import hide_passwords
 from vitrim.words.spec import Spec
 
-__all__ = ["Job", "check_folder", "device_of", "full_disk", "leaving_nothing", "logger", "prepare"]
+__all__ = ["Job", "check_folder", "full_disk", "leaving_nothing", "logger", "prepare"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +157,7 @@ def check_folder(folder: Path | None, recipe: Any, method: Method | None = None)
         if written.get("task") != dump(recipe).get("task"):
             raise RunError(f"{folder}: the folder must be new or hold the same recipe, but holds another kind of run")
         stored = load(type(recipe), written, RecipeError, at=str(known))
-        before = stored.resolved() if method is None else stored.resolved_as(recipe, method, folder)
+        before = on_machine(stored.resolved() if method is None else stored.resolved_as(recipe, method, folder))
         # Passwords are not written, and workers do not change the result.
         differing = [at for at in _differences(*map(hide_passwords, map(dump, (before, recipe)))) if at not in _FREE]
         if differing:
@@ -335,21 +336,6 @@ def _teacher(recipe: Recipe, parent: nn.Module, spec: Spec, input: Input, say: C
             "choose another"
         )
     return teacher
-
-
-def device_of(name: str) -> torch.device:
-    """Return the device called `name`; ``auto`` is the first CUDA device, or the CPU if there is none.
-
-    Raises:
-        RecipeError: if this machine has no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise RecipeError(f"device must be one of this machine's, but got '{name}'; use cpu or auto") from None
-    return torch.device(name)
 
 
 def _splits(

@@ -69,7 +69,12 @@ def table_for(model: nn.Module, settings: Measure, *, say: Callable[[str], None]
     path = folder / "latency" / f"{key}.json"
     if path.is_file():
         say(f"reading the table of times {path}")
-        return load(TimeTable, read_json(path, BudgetError), BudgetError, at=str(path))
+        known = load(TimeTable, read_json(path, BudgetError), BudgetError, at=str(path))
+        if known.machine != machine:
+            raise BudgetError(
+                f"{path}: the table of times must be of {machine}, but was made on {known.machine}; remove the file"
+            )
+        return known
     say(f"making a table of times on {machine}")
     table = make_table(model, seconds=settings.seconds, **given)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vitrim import report
@@ -24,13 +25,14 @@ from vitrim.deploy import store
 from vitrim.deploy.transformers import as_timm
 from vitrim.families import adopt, describe
 from vitrim.methods import Data, Found, Method
-from vitrim.nn.weights import check_weights, fingerprint
+from vitrim.nn.weights import check_weights, fingerprint, home_of
 from vitrim.run.child import measure_child
 from vitrim.run.found import check_budget, only_trial
 from vitrim.run.images import about, write_record
 from vitrim.run.job import Job, check_folder, full_disk, leaving_nothing, logger, prepare
 from vitrim.run.latency_budget import meet, time_child
 from vitrim.run.lock import holding
+from vitrim.run.machine import on_machine
 from vitrim.run.presets import laid_under
 from vitrim.run.presets import preset as read_preset
 from vitrim.run.recipe import Recipe, merged, write_recipe
@@ -55,10 +57,10 @@ class Result:
     """The result of a run.
 
     Attributes:
-        model: the child, in evaluation mode.
+        model: the child, in evaluation mode, on the device of the model that was given (the CPU for a name).
         plan: the plan by which the child was cut from the parent.
         measured: flat record of ``measured.json``; ``top1`` in percent, None if it could not be measured.
-        parent: the parent, adopted, in evaluation mode.
+        parent: the parent, adopted, in evaluation mode, on the same device.
         folder: the run folder, or None.
     """
 
@@ -84,6 +86,7 @@ def compress(
     train: Mapping[str, Any] | None = None,
     measure: Mapping[str, Any] | None = None,
     recipe: Mapping[str, Any] | None = None,
+    device: str | None = None,
     out: str | Path | None = None,
     verbose: bool = True,
     track: str | Sequence[str] = (),
@@ -108,6 +111,8 @@ def compress(
         train: further settings of training, see `vitrim.train.Train`.
         measure: how to measure, see `vitrim.run.recipe.Measure`.
         recipe: any other setting of `vitrim.run.recipe.Recipe`, such as ``{"data": {"mean": [0.5, 0.5, 0.5]}}``.
+        device: where the work is done: ``cpu``, ``cuda`` or ``mps``; None is the recipe's, by default the first CUDA
+            device, or the CPU if there is none.
         out: a run folder to write; a run that was stopped there continues.
         verbose: whether to print a line at the start of each stage, and to show the progress: as bars on a terminal
             and in a notebook, elsewhere as a line each minute.
@@ -132,7 +137,7 @@ def compress(
         "train": {"epochs": epochs, **(train or {})},
         "measure": dict(measure or {}),
         "seed": seed,
-    }
+    } | ({} if device is None else {"device": device})
     asked = merged(asked, recipe or {})
     if held is not None and asked["method"]:
         raise RecipeError("settings must be those of the instance, but recipe holds a method too; leave it out")
@@ -196,7 +201,8 @@ def _run(
     track: Sequence[str] = (),
 ) -> Result:
     check_trackers(track, folder)
-    recipe = recipe.resolved(held)
+    recipe = on_machine(recipe.resolved(held), folder)
+    home = torch.device("cpu") if parent is None else home_of(parent)[0]
     method = recipe.found_method() if held is None else held
     with full_disk(folder):
         check_folder(folder, recipe, method)
@@ -213,7 +219,7 @@ def _run(
                 measured = measure_child(job, child, seconds)
                 tracked.measured(measured)
             _finish(job)
-    return Result(model=child.eval(), plan=plan, measured=measured, parent=job.parent, folder=folder)
+    return Result(model=child.eval().to(home), plan=plan, measured=measured, parent=job.parent.to(home), folder=folder)
 
 
 def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module, float, Start | None]:
@@ -352,6 +358,7 @@ def _train(job: Job, child: nn.Module, seconds: float, begun: Start | None) -> t
             validation=job.splits.validation,
             stage="train",
             start=begun,
+            device=home_of(job.parent)[0],
         )
         child = fitted.ema if fitted.ema is not None else fitted.model
         before = fitted.seconds

@@ -67,6 +67,8 @@ class DataRecipe(Node):
         validation: number of training images to hold out, or their share if below 1. Searches compare candidates on
             them, and accuracy on them is logged and drawn after each epoch. None for as many as the method asks for,
             which is 0 for most.
+        cache: share of the device's free memory that prepared training images may take, in [0, 1]; 0 reads them again
+            in each epoch. Images that differ from call to call are never kept, nor are crops (``augment.kind=full``).
         mean, std: normalisation, where the model's own config is wrong.
     """
 
@@ -78,6 +80,7 @@ class DataRecipe(Node):
     skip_damaged: bool = False
     calibration: PositiveInt = 256
     validation: float | None = Field(default=None, ge=0)
+    cache: float = Field(default=0.25, ge=0, le=1)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 

@@ -5,14 +5,18 @@ B images of a batch, P pictures in total, K classes.
 
 import time
 from collections.abc import Iterable, Sized
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrim.cut.outputs import as_classes, gives_values
-from vitrim.nn.feed import fed
+from vitrim.nn.device import fitting
+from vitrim.nn.feed import fed, summing
 from vitrim.nn.modes import evaluating
+from vitrim.nn.weights import home_of
+from vitrim.train.machine import Precision, autocast, tf32_allowed
 from vitrim.words.errors import DataError, WeightsError
 from vitrim.words.plain import Node
 from vitrim.words.progress import progress
@@ -45,25 +49,75 @@ class Evaluated(Node):
     distance: float | None = None
 
 
-def reference_logits(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+def reference_logits(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    precision: Precision = "fp32",
+    tf32: bool = False,
+) -> Tensor:
     """Return the logits of a model over a loader, as a reference for evaluating other models.
 
     Args:
         model: returns logits `(B, K)`.
         loader: batches in a fixed order, see `vitrim.data.eval_loader`.
+        precision: see `evaluate`.
+        tf32: see `evaluate`.
 
     Returns:
         Logits on the CPU, `(P, K)`.
 
     Raises:
+        RunError: a batch does not fit into memory.
         WeightsError: a logit is not finite.
     """
     found = []
-    with evaluating(model), progress("reference", _length(loader)) as advance:
+    device = home_of(model)[0]
+    with evaluating(model), tf32_allowed(device, tf32), progress("reference", _length(loader)) as advance:
         for pictures, _ in loader:
-            found.append(_forward(model, pictures).cpu())
+            found.append(_forward(model, pictures, device, precision))
             advance(1)
-    return torch.cat(found)
+    logits = torch.cat(found).cpu()
+    if not bool(torch.isfinite(logits).all()):
+        raise WeightsError(_DAMAGED)
+    return logits
+
+
+@dataclass
+class _Sums:
+    """Sums over the pictures so far, on the device, so that the host need not wait for it after each batch.
+
+    Attributes:
+        hits: top-1, top-5, agreement, and logits that are not finite, int64.
+        loss: summed cross-entropy.
+        apart: summed squared difference from the reference, and squares of the reference.
+    """
+
+    hits: Tensor
+    loss: Tensor
+    apart: Tensor
+
+    @classmethod
+    def on(cls, device: torch.device) -> "_Sums":
+        return cls(
+            torch.zeros(4, dtype=torch.int64, device=device),
+            torch.zeros((), dtype=summing(device), device=device),
+            torch.zeros(2, dtype=summing(device), device=device),
+        )
+
+    def add(self, logits: Tensor, labels: Tensor | None, theirs: Tensor | None) -> None:
+        """Add one batch; `labels` are None where the outputs are not classes."""
+        self.hits[3] += (~torch.isfinite(logits)).sum()
+        if labels is not None:
+            best = as_classes(logits).topk(min(5, as_classes(logits).shape[-1]), dim=-1).indices == labels[:, None]
+            self.hits[:2] += torch.stack([best[:, 0].sum(), best.sum()])
+            wide = as_classes(logits).to(self.loss.dtype)
+            self.loss += F.cross_entropy(wide, labels.clamp_min(0), reduction="sum")
+        if theirs is not None:
+            mine, other = logits.to(self.apart.dtype), theirs.to(self.apart.dtype)
+            self.apart += torch.stack([(mine - other).square().sum(), other.square().sum()])
+            if labels is not None:
+                self.hits[2] += (as_classes(theirs).argmax(-1) == as_classes(logits).argmax(-1)).sum()
 
 
 def evaluate(
@@ -72,8 +126,10 @@ def evaluate(
     *,
     reference: nn.Module | Tensor | None = None,
     classes: int | None = None,
+    precision: Precision = "fp32",
+    tf32: bool = False,
 ) -> Evaluated:
-    """Evaluate a model; its train or eval modes are restored.
+    """Evaluate a model, on its device; its train or eval modes are restored.
 
     Args:
         model: returns logits `(B, K)` in eval mode. With one output and labels, the output is the logit of the second
@@ -81,46 +137,49 @@ def evaluate(
         loader: batches of pictures `(B, C, h, w)` and labels `(B,)`, -1 for no label, in a fixed order.
         reference: another model, or the result of `reference_logits` for this loader.
         classes: number of classes of the data, which K must equal; None accepts any K.
+        precision: ``fp32`` computes in the type of the weights; ``bf16`` and ``fp16`` by autocast.
+        tf32: whether products in float32 may use TF32 on CUDA.
 
     Raises:
         DataError: K differs, a label is not below K, there is no picture, or the reference has another number of
             pictures.
+        RunError: a batch does not fit into memory.
         WeightsError: a logit is not finite.
     """
     other = reference if isinstance(reference, nn.Module) else None
     start = time.perf_counter()
-    hits = torch.zeros(4, dtype=torch.float64)
-    count = 0
+    device = home_of(model)[0]
+    sums, count = _Sums.on(device), 0
     headless = getattr(model, "num_classes", None) == 0
     unlabelled, width = headless, 0
-    apart = torch.zeros(2, dtype=torch.float64)
-    with evaluating(model, other), progress("evaluate", _length(loader)) as advance:
+    if isinstance(reference, Tensor):
+        reference = reference.to(device)
+    with evaluating(model, other), tf32_allowed(device, tf32), progress("evaluate", _length(loader)) as advance:
         for pictures, labels in loader:
-            logits = _forward(model, pictures)
+            logits = _forward(model, pictures, device, precision)
             width = logits.shape[-1]
             if not headless:
                 _check_batch(logits, labels, classes)
                 unlabelled |= bool((labels < 0).any())
-                hits[:3] += _score(as_classes(logits), labels)
-            theirs = _theirs(other, reference, pictures, count, len(labels))
-            if theirs is not None:
-                mine, theirs = logits.cpu(), theirs.cpu()
-                if not headless:
-                    hits[3] += (as_classes(theirs).argmax(-1) == as_classes(mine).argmax(-1)).sum()
-                apart += torch.stack([(mine - theirs).double().square().sum(), theirs.double().square().sum()])
+            theirs = _theirs(other, reference, pictures, count, device, precision)
+            sums.add(logits, None if headless else labels.to(device, non_blocking=True), theirs)
             count += len(labels)
             advance(1)
     if count == 0:
         raise DataError("evaluation must have at least one image, but the loader gave none")
     if isinstance(reference, Tensor) and len(reference) != count:
         raise DataError(f"the reference must be of the {count} images of the loader, but has {len(reference)}")
-    top1, top5, loss, agreement = (hits / count).tolist()
+    *hits, damaged = sums.hits.tolist()
+    if damaged:
+        raise WeightsError(_DAMAGED)
+    top1, top5, agreement = (hit / count for hit in hits)
     values = gives_values(0 if headless else width, labeled=not unlabelled)
+    apart = sums.apart.cpu().double()
     distance = float((apart[0] / apart[1].clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
     return Evaluated(
         top1=None if unlabelled else 100 * top1,
         top5=None if unlabelled or width == 1 else 100 * top5,
-        loss=None if unlabelled else loss,
+        loss=None if unlabelled else float(sums.loss) / count,
         agreement=None if reference is None or values else 100 * agreement,
         count=count,
         seconds=time.perf_counter() - start,
@@ -128,11 +187,13 @@ def evaluate(
     )
 
 
+_DAMAGED = "logits must be finite, but are not; the model's weights are damaged"
+
+
 @torch.inference_mode()
-def _forward(model: nn.Module, pictures: Tensor) -> Tensor:
-    logits: Tensor = model(fed(pictures, model))
-    if not torch.isfinite(logits).all():
-        raise WeightsError("logits must be finite, but are not; the model's weights are damaged")
+def _forward(model: nn.Module, pictures: Tensor, device: torch.device, precision: str) -> Tensor:
+    with fitting("a batch", len(pictures), device, "give smaller ones"), autocast(device, precision):
+        logits: Tensor = model(fed(pictures, model))
     return logits
 
 
@@ -148,21 +209,18 @@ def _check_batch(logits: Tensor, labels: Tensor, classes: int | None) -> None:
         raise DataError(f"labels must be below the {width} classes of the model, but {int(labels.max())} came")
 
 
-def _score(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the number of top-1 hits and top-5 hits, and the summed loss, `(3,)` on the CPU."""
-    labels = labels.to(logits.device)
-    best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
-    loss = F.cross_entropy(logits.double(), labels.clamp_min(0), reduction="sum")
-    return torch.stack([best[:, 0].sum(), best.sum(), loss]).double().cpu()
-
-
 def _theirs(
-    other: nn.Module | None, reference: nn.Module | Tensor | None, pictures: Tensor, start: int, size: int
+    other: nn.Module | None,
+    reference: nn.Module | Tensor | None,
+    pictures: Tensor,
+    start: int,
+    device: torch.device,
+    precision: str,
 ) -> Tensor | None:
     if other is not None:
-        return _forward(other, pictures)
+        return _forward(other, pictures, home_of(other)[0], precision).to(device)
     if not isinstance(reference, Tensor):
         return None
-    if start + size > len(reference):
+    if start + len(pictures) > len(reference):
         raise DataError(f"the reference must be of every image of the loader, but ends at {len(reference)}")
-    return reference[start : start + size]
+    return reference[start : start + len(pictures)]

@@ -18,13 +18,15 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from vitrim.data import Images, Input, Scenes, TrainLoader, check_classes, train_loader
-from vitrim.nn.modes import evaluating, modes_kept
-from vitrim.nn.weights import check_weights, fingerprint
+from vitrim.nn.modes import evaluating, modes_kept, moved_to
+from vitrim.nn.weights import check_weights, fingerprint, home_of
 from vitrim.train.checkpoint import MADE_FROM, Progressed, compare, newest, read, unpack
 from vitrim.train.distill import Objective, two_heads
 from vitrim.train.guard import drop_path
 from vitrim.train.loop import AfterStep, Log, Loop, Penalty
+from vitrim.train.machine import in_layout, settled, tf32_allowed
 from vitrim.train.optim import Groups, optimizer
+from vitrim.train.recompute import recomputed
 from vitrim.train.settings import Train
 from vitrim.train.start import Start, averages_of
 from vitrim.train.widen import narrow_, widen_
@@ -35,7 +37,7 @@ from vitrim.words.progress import progress
 __all__ = ["Fitted", "Task", "fit", "steps_of"]
 
 # Settings that may change when a run is resumed, because they do not affect the result.
-_FREE = {"checkpoint_every", "keep", "log_every", "workers"}
+_FREE = {"checkpoint_every", "checkpointing", "keep", "log_every", "workers"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +59,13 @@ class Fitted:
     """Result of training.
 
     Attributes:
-        model: the model that was passed in, trained, with its original train or eval modes.
-        ema: a copy with the averaged weights, in eval mode; None if `settings.ema` is None.
+        model: the model that was passed in, trained, with its original train or eval modes, on the device that it was
+            on before.
+        ema: a copy with the averaged weights, in eval mode, on the same device; None if `settings.ema` is None.
         steps: number of optimizer steps, over all resumed parts.
         seconds: duration of these steps, over all resumed parts.
         history: the records of the epochs.
-        averages: the optimizer's state of each parameter, by name.
+        averages: the optimizer's state of each parameter, by name, on the model's device.
     """
 
     model: nn.Module
@@ -91,17 +94,18 @@ def fit(
     start: Start | None = None,
     until: float = 1.0,
     task: Task | None = None,
+    device: torch.device | None = None,
 ) -> Fitted:
     """Train a model in place.
 
     The loss of a step is the mean task loss over its `settings.batch` images plus the penalty. It does not depend on
     the number of processes and parts. With a folder, the run writes checkpoints and resumes from the newest one. The
     result equals that of an uninterrupted run, bit for bit on a CPU. Buffers that are not in `state_dict` are not
-    saved. A model in float16 or bfloat16 is trained in float32 and rounded to its own type at the end.
+    saved. A model in float16 or bfloat16 is trained in float32 and rounded to its own type at the end. Model and
+    teacher are on the device that they were on before when this returns or raises.
 
     Args:
-        model: a classifier, `(B, C, h, w)` to `(B, K)`, or to the input of the task's objective; moved to the device
-            that Accelerate selects.
+        model: a classifier, `(B, C, h, w)` to `(B, K)`, or to the input of the task's objective.
         dataset: map-style dataset of `(picture, label)`; if the labels are -1, only the teacher's outputs are learned.
         settings: settings of the training loop.
         input: what the model takes.
@@ -120,6 +124,8 @@ def fit(
         start: state to continue from; the learning rate continues from there to the end of its cycle.
         until: fraction of the learning rate cycle at which this training ends, above `start.done`, at most 1.
         task: loader and objective; None is classification of whole pictures.
+        device: where to train. None is the model's own device, or if that is the CPU, the one that Accelerate selects;
+            of several processes, each trains on the one that Accelerate gives it.
 
     Returns:
         The trained model, the averaged weights if requested, and the history.
@@ -128,19 +134,27 @@ def fit(
         DataError: the data does not fit the model, or a picture is damaged.
         MethodError: an extra group is malformed.
         RecipeError: the settings do not fit the model or teacher.
-        RunError: a checkpoint belongs to another run, is damaged, or cannot be written.
+        RunError: a checkpoint belongs to another run, is damaged, or cannot be written; or a part of a batch does not
+            fit into memory.
         TrainError: a loss or gradient is not finite.
         WeightsError: a weight of the given model is not finite, or has a type that cannot be trained.
     """
-    accelerator = _accelerator(settings)
+    home = home_of(model)[0]
+    accelerator = Accelerator()
+    place = _place(accelerator, device or (None if home.type == "cpu" else home))
+    settings = settled(_as_launched(settings, accelerator), place)
     check_weights(model)
     generator = torch.get_rng_state()
     types = widen_(model)
+    loop: Loop | None = None
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(modes_kept(model, teacher))
+            stack.enter_context(moved_to(place, model, teacher))
             task = task or Task()
-            loop = _prepare(model, dataset, settings, accelerator, input, seed, teacher, groups, stage, stack, task)
+            loop = _prepare(
+                model, dataset, settings, accelerator, place, input, seed, teacher, groups, stage, stack, task
+            )
             loop = dataclasses.replace(
                 loop, penalty=penalty, folder=folder, log=log, validation=validation, after_step=after_step
             )
@@ -148,19 +162,32 @@ def fit(
             if folder is not None:
                 loop = dataclasses.replace(loop, run=loop.run | {MADE_FROM: _made_from(model, loop, dataset)})
                 loop = _resume(loop, folder)
-            loop.wrapped = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
+            loop.wrapped = _wrapped(loop, stack)
             advance = stack.enter_context(progress(stage, loop.steps, accelerator.is_main_process))
             loop.go(advance)
+            averages = averages_of(model, loop.optimizer, home)
     finally:
         # The steps seed torch's global generator; the caller's state is restored.
         torch.set_rng_state(generator)
         narrow_(model, types)
-    ema = loop.ema.module if loop.ema is not None else None
+    ema = loop.ema.module.to(home) if loop.ema is not None else None
     if ema is not None:
         narrow_(ema, types)
-    return Fitted(
-        model, ema, loop.state.step, loop.state.seconds, tuple(loop.state.history), averages_of(model, loop.optimizer)
-    )
+    return Fitted(model, ema, loop.state.step, loop.state.seconds, tuple(loop.state.history), averages)
+
+
+def _wrapped(loop: Loop, stack: contextlib.ExitStack) -> nn.Module:
+    """Return the model whose forward is called: with shared gradients, checkpoints and a compiler if asked for."""
+    settings, model = loop.settings, loop.model
+    stack.enter_context(tf32_allowed(loop.device, settings.tf32))
+    for each in (model, loop.objective.teacher):
+        stack.enter_context(in_layout(each, settings.channels_last is True))
+    if settings.checkpointing:
+        stack.enter_context(recomputed(model))
+    wrapped: nn.Module = loop.accelerator.prepare_model(model) if loop.accelerator.num_processes > 1 else model
+    if settings.compile:
+        wrapped = torch.compile(wrapped, dynamic=False)  # type: ignore[assignment]
+    return wrapped
 
 
 def steps_of(dataset: Dataset[Any], settings: Train, input: Input) -> int:
@@ -189,19 +216,27 @@ def _within_cycle(loop: Loop, start: Start | None, until: float) -> Loop:
     return dataclasses.replace(loop, run=run, cycle=cycle, before=round(cycle * done))
 
 
-def _accelerator(settings: Train) -> Accelerator:
-    accelerator = Accelerator()
+def _place(accelerator: Accelerator, wanted: torch.device | None) -> torch.device:
+    """Return the device to train on."""
     known = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
     if accelerator.distributed_type not in known:
         raise RunError(
             f"training must run under plain data parallelism, but accelerate is set to {accelerator.distributed_type}"
         )
+    theirs: torch.device = accelerator.device
+    return theirs if wanted is None or accelerator.num_processes > 1 else wanted
+
+
+def _as_launched(settings: Train, accelerator: Accelerator) -> Train:
+    """Return the settings with the precision that accelerate was launched with, if it was and they leave it open."""
     launched = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    if launched not in ("fp32", settings.precision):
+    if launched == "fp32":
+        return settings
+    if settings.precision not in ("auto", launched):
         raise RecipeError(
             f"train.precision must be {launched} as accelerate was launched with, but is {settings.precision}"
         )
-    return accelerator
+    return settings.model_copy(update={"precision": launched})
 
 
 def _prepare(
@@ -209,6 +244,7 @@ def _prepare(
     dataset: Dataset[Any],
     settings: Train,
     accelerator: Accelerator,
+    device: torch.device,
     input: Input,
     seed: int,
     teacher: nn.Module | None,
@@ -217,8 +253,7 @@ def _prepare(
     stack: contextlib.ExitStack,
     task: Task,
 ) -> Loop:
-    device = accelerator.device
-    model.to(device)
+    assert settings.workers != "auto"
     loader = task.loader(
         dataset,
         input,
@@ -239,7 +274,7 @@ def _prepare(
         check_classes(dataset, classes)
     objective.judge(0 if headless else classes)
     if objective.teacher is not None:
-        objective.teacher.to(device).eval()
+        objective.teacher.eval()
         if _classes(objective.teacher, input) != classes:
             theirs = _classes(objective.teacher, input)
             raise RecipeError(f"the teacher must have the {classes} classes of the model, but has {theirs}")
@@ -259,6 +294,7 @@ def _prepare(
         scaler=torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16"),
         ema=ema,
         accelerator=accelerator,
+        device=device,
         classes=classes,
         input=input,
         seed=seed,

@@ -10,6 +10,7 @@ an uninterrupted one.
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,12 +23,15 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from vitrim.data import Input, TrainLoader, eval_loader, seeded
+from vitrim.data import Input, Loader, TrainLoader, eval_loader, seeded
 from vitrim.data.noise import numbers
+from vitrim.nn.device import fitting
+from vitrim.nn.feed import summing
 from vitrim.train.checkpoint import Progressed, newest, pack, write
 from vitrim.train.distill import Objective
 from vitrim.train.evaluate import evaluate
 from vitrim.train.guard import Interrupts
+from vitrim.train.machine import autocast, compiling
 from vitrim.train.optim import learning_rate, set_learning_rate
 from vitrim.train.settings import Train
 from vitrim.words.errors import TrainError
@@ -41,7 +45,6 @@ Penalty = Callable[[nn.Module], Tensor]
 AfterStep = Callable[[nn.Module, int], None]
 
 _MIX, _DROP = 3, 4
-_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Stop(Exception):
@@ -64,7 +67,8 @@ class Loop:
         optimizer: see `vitrim.train.optim.optimizer`.
         scaler: loss scaler for fp16, disabled otherwise.
         ema: averaged weights, or None.
-        accelerator: device and processes.
+        accelerator: processes.
+        device: where the steps are taken.
         classes: K.
         input: input of the model, for the validation pictures.
         seed: seed of all random numbers.
@@ -90,6 +94,7 @@ class Loop:
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
     accelerator: Accelerator
+    device: torch.device
     classes: int
     input: Input
     seed: int
@@ -106,7 +111,6 @@ class Loop:
     before: int = 0
 
     def __post_init__(self) -> None:
-        self.device = self.accelerator.device
         self.dtype = next(self.model.parameters()).dtype
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.warmup = round(self.settings.warmup_epochs * len(self.loader))
@@ -115,12 +119,13 @@ class Loop:
         self.epoch_sums = self._sums(self.state.epoch)
         self.whole = True
         self.saved = self.state.step
-        self.pending: tuple[Tensor, Tensor, int] | None = None
+        self.pending: tuple[Tensor, torch.cuda.Event | None, int] | None = None
         self.rate = 0.0
+        self.validating: Loader | None = None
+        self.layout = torch.channels_last if self.settings.channels_last is True else torch.contiguous_format
 
     def _sums(self, values: list[float]) -> Tensor:
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        return torch.tensor(values, dtype=dtype, device=self.device)
+        return torch.tensor(values, dtype=summing(self.device), device=self.device)
 
     def _mixup(self) -> Mixup | None:
         if not self.settings.mixes:
@@ -165,7 +170,11 @@ class Loop:
         parts = self.loader.epoch(epoch, first)
         for _ in range(min(len(self.loader) - first, self.steps - self.state.step)):
             start = time.perf_counter()
-            self._step(parts)
+            with (
+                fitting(f"{self.table}.batch", self.part, self.device, self._smaller()),
+                compiling(self.settings.compile),
+            ):
+                self._step(parts)
             self.state.seconds += time.perf_counter() - start
             if self._late():
                 self.steps = self.state.step
@@ -197,7 +206,8 @@ class Loop:
         self.rate = self._rate(step)
         set_learning_rate(self.optimizer, self.rate)
         self.optimizer.zero_grad(set_to_none=True)
-        sums = self._sums([0.0, 0.0, 1.0])
+        sums = torch.zeros_like(self.window)
+        sums[2] = 1
         for part in range(self.settings.accumulate):
             pictures, labels = next(parts)
             last = part == self.settings.accumulate - 1
@@ -223,7 +233,7 @@ class Loop:
         """Add the gradients of one part, and return its contribution to task loss and penalty, `(2,)`."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         count = len(labels)
-        pictures = pictures.to(self.dtype)
+        pictures = pictures.to(self.dtype, memory_format=self.layout)
         labels = labels if self.objective.labelled else labels.clamp_min(0)
         if self.mixup is not None:
             # Every part and process uses the same random numbers, because shares keep mixup's pairs together, see
@@ -232,7 +242,7 @@ class Loop:
                 pictures, labels = self.mixup(pictures, labels)
         key = numbers(self.seed, step, part * world + rank, _DROP)
         torch.manual_seed(int(key.integers(2**63)))
-        with torch.autocast(self.device.type, _AUTOCAST[self.settings.precision], self.settings.precision != "fp32"):
+        with autocast(self.device, self.settings.precision):
             teacher = self.objective.ask(pictures)
             outputs = self.wrapped(pictures)
         # Gradients are averaged over processes, so a part is weighted by `world` times its share of the batch.
@@ -256,28 +266,52 @@ class Loop:
     def _guard(self, loss: Tensor, norm: Tensor, step: int) -> None:
         """Raise if the loss or the gradient norm is not finite.
 
-        On a CPU this is checked before the step is taken. On another device it is checked one step later, so that the
-        host does not wait for the device.
+        On a CPU this is checked before the step is taken. On another device it is checked one step later, on a copy
+        that was sent to the host meanwhile, so that the host does not wait for the device.
         """
         if self.device.type != "cpu":
             self._check_pending()
-        self.pending = loss, norm, step
+        both = torch.stack([loss, norm.to(loss.dtype)])
+        both = both.to("cpu", non_blocking=self.device.type != "mps")
+        sent = None
+        if self.device.type == "cuda":
+            sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            sent.record()
+        self.pending = both, sent, step
         if self.device.type == "cpu":
             self._check_pending()
 
     def _check_pending(self) -> None:
         if self.pending is None:
             return
-        (loss, norm, step), self.pending = self.pending, None
-        table = "train" if self.stage == "train" else "method.train"
+        (both, sent, step), self.pending = self.pending, None
+        if sent is not None:
+            sent.synchronize()
         # Gradients in fp16 may overflow occasionally; the loss scaler skips such a step.
-        kinds = {"loss": loss} if self.scaler.is_enabled() else {"loss": loss, "gradient": norm}
-        for kind, value in kinds.items():
-            if not torch.isfinite(value):
+        kinds = ("loss",) if self.scaler.is_enabled() else ("loss", "gradient")
+        for kind, value in zip(kinds, both.tolist(), strict=False):
+            if not math.isfinite(value):
                 raise TrainError(
-                    f"{self.stage}: the {kind} must be finite, but is {value.item():g} at step {step}; "
-                    f"lower {table}.lr, set {table}.clip or lengthen the warm-up; {self._kept()}"
+                    f"{self.stage}: the {kind} must be finite, but is {value:g} at step {step}; "
+                    f"lower {self.table}.lr, set {self.table}.clip or lengthen the warm-up; {self._kept()}"
                 )
+
+    @property
+    def table(self) -> str:
+        """The table of a recipe that holds these settings."""
+        return "train" if self.stage == "train" else "method.train"
+
+    @property
+    def part(self) -> int:
+        """The number of images of one part of a step on one process."""
+        processes: int = self.accelerator.num_processes
+        return max(1, self.settings.batch // (self.settings.accumulate * processes))
+
+    def _smaller(self) -> str:
+        ways = [f"raise {self.table}.accumulate above {self.settings.accumulate}", f"lower {self.table}.batch"]
+        if not self.settings.checkpointing:
+            ways.append(f"set {self.table}.checkpointing")
+        return ", or ".join(ways)
 
     def _kept(self) -> str:
         found = newest(self.folder, self.stage) if self.folder is not None else None
@@ -320,12 +354,16 @@ class Loop:
     def _measure(self, last: bool) -> dict[str, float | None]:
         if self.validation is None:
             return {}
-        # Twice the images of a part need no more memory than training, because no gradients are stored.
-        part = self.settings.batch // (self.settings.accumulate * self.accelerator.num_processes)
-        loader = eval_loader(self.validation, self.input, batch=max(1, 2 * part), workers=self.settings.workers)
-        found = {"top1": evaluate(self.model, self._typed(loader)).top1}
+        if self.validating is None:
+            # Twice the images of a part need no more memory than training, because no gradients are stored.
+            workers = self.settings.workers
+            self.validating = eval_loader(
+                self.validation, self.input, batch=2 * self.part, workers=workers, device=self.device
+            )
+        how: dict[str, Any] = {"precision": self.settings.precision, "tf32": self.settings.tf32}
+        found = {"top1": evaluate(self.model, self._typed(self.validating), **how).top1}
         if last and self.ema is not None:
-            found["top1_ema"] = evaluate(self.ema.module, self._typed(loader)).top1
+            found["top1_ema"] = evaluate(self.ema.module, self._typed(self.validating), **how).top1
         return found
 
     def _typed(self, loader: Any) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from vitrim.data import Augment
 from vitrim.words.plain import Node
@@ -54,11 +54,19 @@ class Train(Node):
         cutmix: alpha of cutmix, `>= 0`; 0 for none. With both, each step uses one of them at random.
         smoothing: label smoothing in `[0, 1)`.
         ema: decay of the averaged weights in `[0, 1)`, reached after a warm-up; None for no averaging.
-        precision: `fp32`, or autocast to `bf16` or `fp16` (with loss scaling); the weights keep their type.
+        precision: `fp32`, or autocast to `bf16` or `fp16` (with loss scaling); the weights keep their type. `auto` is
+            bf16 on a CUDA device that has it, else fp32.
+        tf32: whether products that stay in float32 may use TF32 on CUDA, which rounds their inputs to 10 bits.
+        compile: whether the model's training steps run through `torch.compile`; needs a C++ compiler, and a minute to
+            start.
+        channels_last: whether convolutions run with channels last; `auto` is yes on CUDA.
+        checkpointing: whether activations inside a block are computed again in the backward pass, and not stored; a
+            step takes about a third longer and much less memory.
         drop_path: stochastic depth of the last block in `[0, 1)`, rising linearly from 0; None keeps the model's own.
         augment: augmentation of training pictures.
         distill: settings of distillation; no effect without a teacher.
-        workers: number of worker processes that decode and augment, `>= 0`.
+        workers: number of worker processes that decode and augment, `>= 0`; they live until the end. `auto` is one for
+            each core but one, at most 16, on a GPU; 0 on a CPU, whose cores compute.
         checkpoint_every: steps between checkpoints, `>= 0`; 0 writes them only at the end of each epoch.
         keep: number of checkpoints to keep, `>= 1`.
         log_every: steps between log records, `>= 1`.
@@ -82,11 +90,15 @@ class Train(Node):
     cutmix: float = Field(default=0, ge=0)
     smoothing: float = Field(default=0, ge=0, lt=1)
     ema: float | None = Field(default=None, ge=0, lt=1)
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    tf32: bool = True
+    compile: bool = False
+    channels_last: bool | Literal["auto"] = "auto"
+    checkpointing: bool = False
     drop_path: float | None = Field(default=None, ge=0, lt=1)
     augment: Augment = Augment()
     distill: Distill = Distill()
-    workers: int = Field(default=0, ge=0)
+    workers: NonNegativeInt | Literal["auto"] = "auto"
     checkpoint_every: int = Field(default=0, ge=0)
     keep: int = Field(default=1, ge=1)
     log_every: int = Field(default=10, ge=1)

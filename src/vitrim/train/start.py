@@ -85,10 +85,12 @@ class Start:
             ema.load_state_dict(dict(self.ema))
 
 
-def averages_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Return the optimizer's state of each parameter of `model`, by name."""
+def averages_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> dict[str, dict[str, Tensor]]:
+    """Return the optimizer's state of each parameter of `model`, by name, on `device`."""
     return {
-        name: dict(optimizer.state[parameter])
+        name: {key: value.to(device) for key, value in optimizer.state[parameter].items()}
         for name, parameter in model.named_parameters()
         if optimizer.state.get(parameter)
     }

@@ -9,12 +9,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vitrim.cut.compensate.closed_form import Moments, least_squares_queries, query_key_maps, refit, value_map
+from vitrim.cut.compensate.closed_form import (
+    Moments,
+    directions,
+    least_squares_queries,
+    query_key_maps,
+    refit,
+    value_map,
+)
 from vitrim.cut.compensate.heads import Heads
 from vitrim.cut.compensate.hear import attended
 from vitrim.cut.compensate.place import BlockChoice, Kept, Place, Widths, part, unscaled
 from vitrim.nn import Attention
-from vitrim.nn.feed import wide
+from vitrim.nn.feed import exact, wide
 from vitrim.nn.stream import tokens_of
 from vitrim.words.errors import MethodError
 from vitrim.words.spec import Attention as AttentionSpec
@@ -57,7 +64,7 @@ class AttentionCut:
             heads = self._queries_and_keys(heads, qk, alive)
             moments = self._moments(heads, alive)
         widths = tuple(len(rows) for rows in heads.q)
-        heads, kept = self._values(heads, choice.v, alive, moments)
+        heads, kept = self._values(heads, choice.v, alive, moments, moved=qk is not None)
         mixer = self.node.model_copy(update={"qk": widths, "v": tuple(len(rows) for rows in heads.v)})
         fields: Fields = {"qk": self._with_dead_heads(alive, qk, widths), "v": kept}
         return mixer, fields, heads.state() | self._biases(alive)
@@ -102,6 +109,7 @@ class AttentionCut:
         """Return the moments of the heads `alive` only."""
         starts = _starts(self.node.v)
         index = torch.cat([torch.arange(starts[head], starts[head] + self.node.v[head]) for head in alive])
+        index = index.to(moments.squares.device)
         return moments.of(index)
 
     def _living(self, choice: BlockChoice) -> Kept:
@@ -130,8 +138,9 @@ class AttentionCut:
     def squares(self) -> tuple[list[Tensor], list[Tensor]]:
         """Moments of queries, and of keys around the mean key of their image, ``(K, K)`` for each head."""
         place, widths = self.place, self.module.qk
-        queries = [torch.zeros(k, k, dtype=torch.float64) for k in widths]
-        keys = [torch.zeros(k, k, dtype=torch.float64) for k in widths]
+        home = self.worth.metric
+        queries = [home.new_zeros(k, k) for k in widths]
+        keys = [home.new_zeros(k, k) for k in widths]
         for number, batch in enumerate(place.streams):
             weights = part(self.worth, place.streams, number)
             heard = attended(place.block, batch, weights)
@@ -146,34 +155,60 @@ class AttentionCut:
         return queries, keys
 
     def _queries_and_keys(self, heads: Heads, widths: int | tuple[Kept, ...], alive: Kept) -> Heads:
-        queries, keys = self.squares
+        _, keys = self.squares
         new_q, new_k = [], []
         for number, head in enumerate(alive):
             at, size = f"{self.place.path}.heads.{head}.qk", self.node.qk[head]
             if isinstance(widths, int):
-                a, b = query_key_maps(queries[head], keys[head], min(widths, size), at)
+                a, b = query_key_maps(self.directions[head], keys[head], min(widths, size), at)
             else:
-                b = torch.eye(size, dtype=torch.float64)[:, list(widths[head])]
+                b = _identity(keys[head])[:, list(widths[head])]
                 a = least_squares_queries(keys[head], b, at)
             new_q.append(a.mT @ heads.q[number])
             new_k.append(b.mT @ heads.k[number])
         return Heads(new_q, new_k, heads.v, heads.proj, heads.bias, heads.biased)
 
-    def _values(self, heads: Heads, widths: Widths, alive: Kept, moments: Moments) -> tuple[Heads, tuple[Kept, ...]]:
-        """Reduce the value channels and fit the projection to the targets."""
+    @functools.cached_property
+    def directions(self) -> list[Tensor]:
+        """Directions of queries and keys of each head, the same for all widths."""
+        queries, keys = self.squares
+        if len(set(self.module.qk)) == 1:
+            return list(directions(torch.stack(queries), torch.stack(keys)))
+        return [directions(q, k) for q, k in zip(queries, keys, strict=True)]
+
+    @functools.cached_property
+    def value_maps(self) -> list[tuple[Tensor, Tensor]]:
+        """Maps of the values of each head with the parent's queries and keys, for all widths."""
+        return self._maps(self.heads, self.moments)
+
+    def _maps(self, heads: Heads, moments: Moments) -> list[tuple[Tensor, Tensor]]:
+        sizes, gram = [len(rows) for rows in heads.v], moments.positive_gram
+        own = [gram[i : i + size, i : i + size] for i, size in zip(_starts(sizes), sizes, strict=True)]
+        half, at = self.worth.half, f"{self.place.path}.v"
+        if len(set(sizes)) == 1:
+            a, b = value_map(torch.stack(own), torch.stack(heads.proj), half, at, moments.noise)
+            return list(zip(a, b, strict=True))
+        return [value_map(one, columns, half, at, moments.noise) for one, columns in zip(own, heads.proj, strict=True)]
+
+    def _values(
+        self, heads: Heads, widths: Widths, alive: Kept, moments: Moments, moved: bool
+    ) -> tuple[Heads, tuple[Kept, ...]]:
+        """Reduce the value channels and fit the projection to the targets; `moved`: whether queries were cut before."""
         sizes = [len(rows) for rows in heads.v]
         gram, tied = moments.positive_gram, self.place.block.form.mixed_norm is not None
         maps, columns = [], []
+        bases: list[tuple[Tensor, Tensor]] = []
+        if isinstance(widths, int) and not tied:
+            bases = self._maps(heads, moments) if moved else [self.value_maps[head] for head in alive]
         for number, (begin, size) in enumerate(zip(_starts(sizes), sizes, strict=True)):
-            own, whole = gram[begin : begin + size, begin : begin + size], torch.eye(size, dtype=torch.float64)
+            whole = _identity(gram[begin : begin + size, begin : begin + size])
             if widths is None or tied:
                 maps.append(whole)
                 columns.append(heads.proj[number])
             elif isinstance(widths, int):
-                at = f"{self.place.path}.heads.{alive[number]}.v"
-                a, b = value_map(own, heads.proj[number], self.worth.metric, min(widths, size), at, moments.noise)
-                maps.append(a)
-                columns.append(b)
+                width = min(widths, size)
+                maps.append(bases[number][0][:, :width])
+                columns.append(bases[number][1][:, :width])
             else:
                 maps.append(whole[:, list(widths[alive[number]])])
                 columns.append(heads.proj[number][:, list(widths[alive[number]])])
@@ -198,9 +233,13 @@ def _starts(sizes: Sequence[int]) -> list[int]:
     return [sum(sizes[:i]) for i in range(len(sizes))]
 
 
+def _identity(like: Tensor) -> Tensor:
+    return torch.eye(len(like), dtype=like.dtype, device=like.device)
+
+
 def _square(x: Tensor, weights: Tensor, at: str) -> Tensor:
     flat = wide(x.flatten(0, 1))
-    found = (flat.mT @ (weights.reshape(-1, 1).to(flat.dtype) * flat)).cpu().double()
+    found = exact(flat.mT @ (weights.reshape(-1, 1).to(flat.dtype) * flat))
     if not bool(torch.isfinite(found).all()):
         raise MethodError(
             f"{at}.qk: activations must be finite on the calibration images, but some are NaN or infinite; "

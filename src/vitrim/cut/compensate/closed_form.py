@@ -18,16 +18,25 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from vitrim.nn.feed import wide
+from vitrim.nn.feed import exact, wide
 from vitrim.words.errors import MethodError
 
-__all__ = ["Moments", "least_squares_queries", "query_key_maps", "refit", "removal_order", "root", "value_map"]
+__all__ = [
+    "Moments",
+    "directions",
+    "least_squares_queries",
+    "query_key_maps",
+    "refit",
+    "removal_order",
+    "root",
+    "value_map",
+]
 
 _TINY = 1e-12
 """Added to the diagonal of Gram matrices before inversion, as a share of their mean diagonal."""
 
-_CHUNK = 32
-"""Number of removals between two updates of the full inverse; the resulting order does not depend on it."""
+_CHUNK = 64
+"""Number of removals between two updates of the full matrices; the resulting order does not depend on it."""
 
 
 @dataclass(eq=False)
@@ -75,19 +84,21 @@ class Moments:
         w = weights.reshape(-1, 1).to(f.dtype)
         self.noise = torch.finfo(f.dtype).eps
         if self.origin is None or self.target_origin is None:
-            self.origin, self.target_origin = (x.mean(0).cpu().double() * self.centred for x in (f, t))
+            self.origin, self.target_origin = (exact(x.mean(0)) * self.centred for x in (f, t))
         f, t = f - self.origin.to(f), t - self.target_origin.to(t)
-        # Products of a batch have the model's type, or float32 if that is shorter. Sums over batches are float64, and
-        # on the CPU because some devices have no float64.
+        # Products of a batch have the model's type, or float32 if that is shorter. Sums over batches are float64.
         heavy = w * f
         parts = (heavy.sum(0), f.mT @ heavy, (w * t).sum(0), t.mT @ heavy)
-        sums = [part.cpu().double() for part in parts]
-        if not all(bool(torch.isfinite(part).all()) for part in sums):
+        sums = [exact(part) for part in parts]
+        sound = torch.stack([torch.isfinite(part).all() for part in sums]).all()
+        # One transfer for both, because each makes the host wait for the device.
+        finite, weight = torch.stack([sound.double(), exact(w).sum().to(sound.device)]).tolist()
+        if not finite:
             raise MethodError(
                 f"{self.at}: activations must be finite on the calibration images, but some are NaN or infinite; "
                 "check weights and normalization"
             )
-        self.weight += float(w.double().sum()) if w.device.type != "mps" else float(w.sum())
+        self.weight += weight
         self.features, self.squares = self.features + sums[0], self.squares + sums[1]
         self.targets, self.products = self.targets + sums[2], self.products + sums[3]
 
@@ -140,22 +151,25 @@ class Moments:
 
 
 def damped(gram: Tensor, strength: float, at: str) -> Tensor:
-    """Return `gram` with `strength` times its mean diagonal added to the diagonal.
+    """Return Gram matrices with `strength` times the mean diagonal of each added to its diagonal.
 
     Raises:
         MethodError: if no feature varies, because then there is nothing to fit; the message names the path.
     """
-    scale = float(gram.diagonal().mean())
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     # Moments are centered before they are multiplied, so that whatever varies gives a positive number, however small.
-    if not scale > torch.finfo(gram.dtype).tiny:
+    if not bool((scale > torch.finfo(gram.dtype).tiny).all()):
         raise MethodError(
             f"{at}: activations must vary over the calibration images, but all are constant; "
             "skip the branch, or give other images"
         )
-    return gram + strength * scale * torch.eye(len(gram), dtype=gram.dtype)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return gram + strength * scale[..., None, None] * eye
 
 
-def refit(gram: Tensor, cross: Tensor, start: Tensor, strength: float, at: str = "weights") -> Tensor:
+def refit(
+    gram: Tensor, cross: Tensor, start: Tensor, strength: float, at: str = "weights", *, passes: int = 1
+) -> Tensor:
     """Return the weights with the least squared error on the target, regularized towards `start`.
 
     They minimize ``mean |t - W f|^2 + strength * mean(diag gram) * |W - start|^2`` over centered targets and features.
@@ -167,18 +181,22 @@ def refit(gram: Tensor, cross: Tensor, start: Tensor, strength: float, at: str =
         start: ``(D, C)``.
         strength: at least 0.
         at: path of the layer, for messages.
+        passes: how often to repeat it, each time from the weights found before, which weakens the regularization; the
+            matrix is factored once.
 
     Returns:
         ``(D, C)``.
     """
-    missing = cross - start @ gram
-    return start + _divided(missing, damped(gram, max(strength, _TINY), at))
+    factors = torch.linalg.lu_factor(damped(gram, max(strength, _TINY), at))
+    for _ in range(passes):
+        start = start + torch.linalg.lu_solve(*factors, cross - start @ gram, left=False)
+    return start
 
 
 def root(matrix: Tensor) -> Tensor:
-    """Return the symmetric square root of a positive semidefinite matrix; negative eigenvalues are taken as zero."""
+    """Return symmetric square roots of positive semidefinite matrices; negative eigenvalues are taken as zero."""
     values, vectors = torch.linalg.eigh(matrix)
-    half: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
+    half: Tensor = (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mT
     return half
 
 
@@ -188,66 +206,109 @@ def _divided(left: Tensor, right: Tensor) -> Tensor:
     return found
 
 
-def removal_order(gram: Tensor, weight: Tensor, metric: Tensor, strength: float, at: str = "hidden") -> Tensor:
+def removal_order(gram: Tensor, weight: Tensor, strength: float, at: str = "hidden", *, half: Tensor) -> Tensor:
     """Return the order in which to remove neurons.
 
     The next neuron is always the one whose removal costs least after the remaining neurons have compensated for it.
     After each removal, the weights and the inverse of the Gram matrix are updated for the remaining neurons (Optimal
     Brain Surgeon), so the next choice takes the compensation into account.
 
+    Of the weights w, the costs need only the products w_i' metric w_j. A removal changes them by a matrix of rank 2, as
+    it changes the inverse by one of rank 1. So a step touches O(M) numbers and not O(M D), and the matrices are brought
+    up to date once in a while, by matrix products.
+
     Args:
         gram: ``(M, M)``.
         weight: weight of the layer after the neurons, ``(D, M)``.
-        metric: ``(D, D)``.
         strength: damping, as in `refit`.
         at: path of the layer, for messages.
+        half: square root of the metric, ``(D, D)``, see `root`.
 
     Returns:
         Indices of all M neurons, in order of removal.
     """
     inverse = torch.linalg.inv(damped(gram, max(strength, _TINY), at))
-    rows = (root(metric) @ weight).mT.contiguous()
-    size = len(gram)
-    diagonal, alive = inverse.diagonal().clone(), torch.ones(size, dtype=torch.bool)
-    order = torch.zeros(size, dtype=torch.long)
-    lazy = torch.zeros(0, size, dtype=gram.dtype)
-    for step in range(size):
-        costs = rows.square().sum(1) / diagonal.clamp_min(1e-300)
-        gone = int(torch.where(alive, costs, torch.inf).argmin())
-        column = inverse[:, gone] - lazy.mT @ lazy[:, gone]
-        pivot = float(column[gone].clamp_min(1e-300))
-        rows = rows - (column / pivot)[:, None] * rows[gone]
-        scaled = column / pivot**0.5
-        lazy = torch.cat([lazy, scaled[None]])
-        diagonal = diagonal - scaled.square()
-        alive[gone], order[step] = False, gone
-        if len(lazy) == _CHUNK:
-            inverse, lazy = inverse - lazy.mT @ lazy, lazy[:0]
-    return order
+    rows = (half @ weight).mT
+    products = rows @ rows.mT
+    names = torch.arange(len(gram), device=gram.device)
+    order = []
+    while len(names):
+        count = min(_CHUNK, len(names))
+        gone, inverse, products = _removed(inverse, products, count)
+        order.append(names[gone])
+        stay = torch.ones(len(names), dtype=torch.bool, device=gram.device)
+        stay[gone] = False
+        names, inverse, products = names[stay], inverse[stay][:, stay], products[stay][:, stay]
+    return torch.cat(order).cpu()
 
 
-def query_key_maps(queries: Tensor, keys: Tensor, width: int, at: str = "qk") -> tuple[Tensor, Tensor]:
-    """Approximate the products of one head's queries and keys with rank k.
+def _removed(inverse: Tensor, products: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Remove the `count` cheapest neurons one after another.
+
+    Returns:
+        Their indices, on the device, which the host never waits for; and both matrices after the removals, in which
+        the entries of removed neurons have no meaning.
+    """
+    size = len(inverse)
+    diagonal, norms = inverse.diagonal().clone(), products.diagonal().clone()
+    alive = torch.ones_like(diagonal, dtype=torch.bool)
+    gone = torch.zeros(count, dtype=torch.long, device=inverse.device)
+    # Updates since the matrices were last up to date: inverse - a' a, and products - b' c - c' b.
+    a, b, c = (inverse.new_zeros(count, size) for _ in range(3))
+    for step in range(count):
+        costs = norms.clamp_min(0) / diagonal.clamp_min(1e-300)
+        index = torch.where(alive, costs, torch.inf).argmin(keepdim=True)
+        done = slice(0, step)
+        column = (inverse.index_select(1, index) - a[done].mT @ a[done].index_select(1, index)).squeeze(1)
+        both = b[done].mT @ c[done].index_select(1, index) + c[done].mT @ b[done].index_select(1, index)
+        likeness = (products.index_select(1, index) - both).squeeze(1)
+        pivot = column.index_select(0, index).clamp_min(1e-300)
+        a[step], b[step] = column / pivot.sqrt(), column / pivot
+        c[step] = likeness - b[step] * (likeness.index_select(0, index) / 2)
+        diagonal = diagonal - a[step].square()
+        norms = norms - 2 * b[step] * c[step]
+        alive.index_fill_(0, index, False)
+        gone[step] = index.squeeze(0)
+    both = b.mT @ c
+    return gone, inverse - a.mT @ a, products - both - both.mT
+
+
+def directions(queries: Tensor, keys: Tensor) -> Tensor:
+    """Return the directions that matter for the products of a head's queries and keys, the best first.
 
     With moments Q of the queries and K of the keys, the best rank-k approximation of all products is given by the
-    singular vectors of ``Q^(1/2) K^(1/2)``. New keys are the old ones in an orthonormal basis of the kept directions,
-    which preserves distances between keys in this subspace (token merging compares keys). New queries are then the
-    least-squares solution.
+    singular vectors of ``Q^(1/2) K^(1/2)``, whatever k.
 
     Args:
-        queries: ``(K, K)``, not centered: sum of w q q'.
-        keys: ``(K, K)``: sum of c (k - m)(k - m)', where c is the attention that a key receives and m is the mean key
-            of its image, because a softmax does not change if all keys are shifted.
+        queries: ``(..., K, K)``, not centered: sum of w q q'.
+        keys: ``(..., K, K)``: sum of c (k - m)(k - m)', where c is the attention that a key receives and m is the mean
+            key of its image, because a softmax does not change if all keys are shifted.
+
+    Returns:
+        ``(..., K, K)``; directions are columns.
+    """
+    left, right = root(queries), root(keys)
+    found: Tensor = left @ torch.linalg.svd(left @ right)[0]
+    return found
+
+
+def query_key_maps(best: Tensor, keys: Tensor, width: int, at: str = "qk") -> tuple[Tensor, Tensor]:
+    """Approximate the products of one head's queries and keys with rank k.
+
+    New keys are the old ones in an orthonormal basis of the kept directions, which preserves distances between keys in
+    this subspace (token merging compares keys). New queries are then the least-squares solution.
+
+    Args:
+        best: the result of `directions`, ``(K, K)``.
+        keys: as there, ``(K, K)``.
         width: k, from 1 to K.
         at: path of the head, for messages.
 
     Returns:
         Maps of queries and of keys, each ``(K, k)``; new ones are ``map' old``.
     """
-    left, right = root(queries), root(keys)
-    kept = torch.linalg.svd(left @ right)[0][:, :width]
     # Directions without energy give columns of zeros; the QR decomposition completes them to an orthonormal basis.
-    basis = torch.linalg.qr(left @ kept)[0]
+    basis = torch.linalg.qr(best[:, :width])[0]
     return least_squares_queries(keys, basis, at), basis
 
 
@@ -265,27 +326,26 @@ def least_squares_queries(keys: Tensor, basis: Tensor, at: str = "qk") -> Tensor
     return _divided(safe @ basis, basis.mT @ safe @ basis)
 
 
-def value_map(
-    gram: Tensor, weight: Tensor, metric: Tensor, width: int, at: str = "v", noise: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Approximate the product of one head's values and its columns of the projection with rank k.
+def value_map(gram: Tensor, weight: Tensor, half: Tensor, at: str = "v", noise: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Rank the directions of one head's values by what its output and its columns of the projection lose without them.
 
     Args:
-        gram: Gram matrix of the head's outputs, ``(K, K)``.
-        weight: the head's columns of the projection, ``(D, K)``.
-        metric: ``(D, D)``.
-        width: k, from 1 to K.
-        at: path of the head, for messages.
+        gram: Gram matrix of the head's outputs, ``(..., K, K)``.
+        weight: the head's columns of the projection, ``(..., D, K)``.
+        half: square root of the metric, ``(D, D)``, see `root`.
+        at: path of the heads, for messages.
         noise: relative error of `gram`; directions with less energy are not scaled up further.
 
     Returns:
-        A map of values ``(K, k)``, where new values are ``map' old``, and the new columns of the projection ``(D, k)``.
+        A map of values ``(..., K, K)``, where new values are ``map' old``, and the new columns of the projection,
+        ``(..., D, K)``. The first k columns of both are the best approximation of rank k.
     """
     safe = damped(gram, _TINY, at)
     values, vectors = torch.linalg.eigh(safe)
     # Rounding can make eigenvalues negative if activations hardly vary.
-    values = values.clamp_min(max(_TINY, noise) * float(values.max()))
-    half = (vectors * values.sqrt()) @ vectors.mT
-    kept = torch.linalg.svd(half @ weight.mT @ root(metric))[0][:, :width]
-    back = (vectors / values.sqrt()) @ (vectors.mT @ kept)
-    return back, weight @ half @ kept
+    values = torch.maximum(values, max(_TINY, noise) * values.amax(-1, keepdim=True))[..., None, :]
+    own = (vectors * values.sqrt()) @ vectors.mT
+    # With fewer outputs than channels, all directions are asked for.
+    best = torch.linalg.svd(own @ weight.mT @ half, full_matrices=weight.shape[-2] < weight.shape[-1])[0]
+    back = (vectors / values.sqrt()) @ (vectors.mT @ best)
+    return back, weight @ own @ best

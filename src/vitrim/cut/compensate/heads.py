@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vitrim.nn import Attention
+from vitrim.nn.feed import exact
 
 __all__ = ["Heads"]
 
@@ -34,19 +35,19 @@ class Heads:
     @classmethod
     def of(cls, attention: Attention) -> "Heads":
         """Split the weights of `attention`."""
-        rows = attention.qkv.weight.detach().cpu().double()
+        rows = exact(attention.qkv.weight.detach())
         biased = attention.qkv.bias is not None
         if biased:
-            rows = torch.cat([rows, attention.qkv.bias.detach().cpu().double()[:, None]], dim=1)
+            rows = torch.cat([rows, exact(attention.qkv.bias.detach())[:, None]], dim=1)
         q, k, v = torch.split(rows, list(attention.sizes))
-        columns = attention.proj.weight.detach().cpu().double()
+        columns = exact(attention.proj.weight.detach())
         bias = attention.proj.bias
         return cls(
             list(torch.split(q, list(attention.qk))),
             list(torch.split(k, list(attention.qk))),
             list(torch.split(v, list(attention.v))),
             list(torch.split(columns, list(attention.v), dim=1)),
-            None if bias is None else bias.detach().cpu().double(),
+            None if bias is None else exact(bias.detach()),
             biased,
         )
 

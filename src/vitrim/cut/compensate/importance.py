@@ -4,16 +4,18 @@ B images, N tokens, D width.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from vitrim.cut.compensate.closed_form import root
 from vitrim.cut.outputs import gives_values, own_loss
 from vitrim.families import blocks_of, describe
 from vitrim.nn import Attention, Block, Mlp
-from vitrim.nn.feed import fed, wide
+from vitrim.nn.feed import exact, fed, wide
 from vitrim.nn.modes import evaluating
 
 __all__ = ["Importance", "importances", "last_layers"]
@@ -37,6 +39,11 @@ class Importance:
 
     weights: Tensor
     metric: Tensor
+
+    @functools.cached_property
+    def half(self) -> Tensor:
+        """Square root of the metric, ``(D, D)``, which all cuts of the layer use."""
+        return root(self.metric)
 
 
 def last_layers(block: Block) -> dict[str, nn.Linear]:
@@ -96,9 +103,9 @@ def _hook(
 ) -> Callable[[nn.Module, object, Tensor], None]:
     def heard(gradient: Tensor) -> None:
         gradient = wide(gradient)
-        squares.setdefault(path, []).append(gradient.square().sum(-1).float().cpu())
+        squares.setdefault(path, []).append(gradient.square().sum(-1).float())
         flat = gradient.reshape(-1, gradient.shape[-1])
-        more = (flat.mT @ flat).cpu().double()
+        more = exact(flat.mT @ flat)
         metrics[path] = metrics[path] + more if path in metrics else more
 
     def hook(_module: nn.Module, _inputs: object, out: Tensor) -> None:
@@ -108,7 +115,7 @@ def _hook(
 
 
 def _importance(parts: list[Tensor], metric: Tensor) -> Importance:
-    squares = torch.cat([part.flatten(1) for part in parts]).double()
+    squares = exact(torch.cat([part.flatten(1) for part in parts]))
     weights = squares.clamp_min(0).sqrt()
     mean = float(weights.mean())
     scale = float(metric.diagonal().mean())
@@ -116,6 +123,6 @@ def _importance(parts: list[Tensor], metric: Tensor) -> Importance:
     # all tokens and all directions count alike.
     if not (mean > 0 and scale > _VANISHED):
         weights, mean = torch.ones_like(weights), 1.0
-        metric = torch.eye(len(metric), dtype=metric.dtype)
+        metric = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
     weights = weights / mean
     return Importance((weights + _FLOOR).float(), metric)

@@ -12,6 +12,7 @@ from vitrim.cut.compensate.closed_form import Moments, refit, removal_order
 from vitrim.cut.compensate.hear import hidden
 from vitrim.cut.compensate.place import Kept, Place, part, unscaled
 from vitrim.nn import Block, Mlp
+from vitrim.nn.feed import exact
 
 __all__ = ["NeuronCut"]
 
@@ -32,7 +33,7 @@ class NeuronCut:
         self.place, self.half, self.last = place, half, last
         self.name, self.at = f"mlp.{mlp.last}", f"{place.path}.hidden"
         self.worth = place.worth[f"{place.path}.mlp"]
-        self.weight = last.weight.detach().cpu().double()
+        self.weight = exact(last.weight.detach())
 
     def cut(self, width: int | Kept) -> tuple[Kept, dict[str, Tensor]]:
         """Return the kept neurons, and new parameters by name, relative to the block.
@@ -48,8 +49,7 @@ class NeuronCut:
         index = torch.tensor(kept, dtype=torch.long)
         moments = self.moments.of(index)
         weight = self.weight[:, index]
-        for _ in range(2):
-            weight = refit(moments.gram, moments.cross, weight, self.place.strength, self.at)
+        weight = refit(moments.gram, moments.cross, weight, self.place.strength, self.at, passes=2)
         state = {f"{self.name}.weight": weight}
         if biased:
             state[f"{self.name}.bias"] = moments.target - weight @ moments.mean
@@ -58,7 +58,7 @@ class NeuronCut:
     @functools.cached_property
     def order(self) -> Tensor:
         """All neurons, in order of removal."""
-        return removal_order(self.moments.gram, self.weight, self.worth.metric, self.place.strength, self.at)
+        return removal_order(self.moments.gram, self.weight, self.place.strength, self.at, half=self.worth.half)
 
     @functools.cached_property
     def moments(self) -> Moments:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vitrim.cut.compensate.importance import Importance
 from vitrim.nn import Block, computed, make_block
+from vitrim.nn.feed import exact
 from vitrim.nn.stream import Residual, tokens_of
 from vitrim.words.spec import Stage
 from vitrim.words.steps import Tokens
@@ -87,7 +88,7 @@ class Place:
     def after_scale(self, mean: Tensor, name: str) -> Tensor:
         """Return the constant that a branch with constant output `mean` adds to the stream."""
         gamma = self.scale(name)
-        return mean if gamma is None else mean * gamma.cpu().double()
+        return mean if gamma is None else mean * exact(gamma)
 
 
 def part(worth: Importance, batches: Sequence[Residual], number: int) -> Tensor:

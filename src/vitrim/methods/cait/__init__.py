@@ -44,6 +44,7 @@ from vitrim.families import describe
 from vitrim.methods import Data, Found
 from vitrim.methods.cait.masks import Channels, Merge, free_axes, merge_plan, ramped, thirds
 from vitrim.methods.cait.slots import Rules, allocate_slots, plan_of
+from vitrim.nn.weights import home_of
 from vitrim.train import RATES, Distill, Fitted, Start, Train, fit, steps_of
 from vitrim.words.budget import SLACK, Budget
 from vitrim.words.errors import BudgetError, MethodError
@@ -195,6 +196,7 @@ class Method(Node):
                 stage="search",
                 after_step=after_step,
                 until=self.cut,
+                device=home_of(model)[0],
             )
         elif channels.paths:
             raise MethodError("cait must train to score channels, but method.train.epochs is 0; raise it")
@@ -323,8 +325,8 @@ def _left(channels: Channels) -> dict[str, Any]:
     """Count the gates of ``resrep`` that are cut but not yet zero; the cut is exact only if there are none."""
     if channels.scorer != "resrep":
         return {}
-    cut = [channels.scores()[path][channels.mask(path).cpu() == 0] for path in channels.paths]
-    return {"gates_not_gone": sum(int((gates > GONE).sum()) for gates in cut)}
+    scores, masks = channels.scores(), channels.masks()
+    return {"gates_not_gone": sum(int((scores[path][masks[path] == 0] > GONE).sum()) for path in channels.paths)}
 
 
 def _cut_averages(

@@ -120,7 +120,14 @@ class Channels(Gated):
 
     def masks(self) -> dict[str, Tensor]:
         """Return all masks by path, on the CPU."""
-        return {path: self.mask(path).cpu() for path in self.paths}
+        if not self.paths:
+            return {}
+        return self._split(torch.cat([self.mask(path) for path in self.paths]).cpu())
+
+    def _split(self, joined: Tensor) -> dict[str, Tensor]:
+        """Return the parts of a tensor that joins one for each axis: one transfer to or from a device for all."""
+        sizes = [len(self.mask(path)) for path in self.paths]
+        return dict(zip(self.paths, torch.split(joined, sizes), strict=True))
 
     @torch.no_grad()
     def learn(self) -> None:
@@ -153,24 +160,28 @@ class Channels(Gated):
         Raises:
             MethodError: before the first step, or if a score is not finite.
         """
-        if not int(self.count):
+        count = int(self.count)
+        if not count:
             raise MethodError(
                 "channels must be scored by training steps, but none was taken; raise method.train.epochs"
             )
-        found = {}
-        for path in self.paths:
-            gate, seen = (self.get_buffer(f"{name}/{key_of(path)}") for name in ("gate", "seen"))
-            # In float64, because squares of small gradients underflow in shorter types.
-            score = seen.double() / (1 - self.average ** int(self.count)) if self.scorer == "taylor" else gate.abs()
-            found[path] = torch.where(self.mask(path).bool(), score.double(), hysteresis * score.double()).cpu()
-        return found
+        if not self.paths:
+            return {}
+        name = "seen" if self.scorer == "taylor" else "gate"
+        joined = [torch.cat([self.get_buffer(f"{kind}/{key_of(p)}") for p in self.paths]) for kind in (name, "mask")]
+        # In float64, because squares of small gradients underflow in shorter types.
+        score, mask = torch.stack(joined).cpu().double()
+        score = score / (1 - self.average**count) if self.scorer == "taylor" else score.abs()
+        return self._split(torch.where(mask.bool(), score, hysteresis * score))
 
     @torch.no_grad()
     def keep(self, masks: Mapping[str, Tensor]) -> None:
         """Set the masks, and count the channels that are unmasked again."""
-        for path, new in masks.items():
+        if not masks:
+            return
+        joined = torch.cat(list(masks.values())).to(self.mask(self.paths[0]))
+        for path, new in zip(masks, torch.split(joined, [len(mask) for mask in masks.values()]), strict=True):
             mask = self.mask(path)
-            new = new.to(mask)
             self.revived += ((new > 0) & (mask == 0)).sum()
             mask.copy_(new)
             if self.scorer == "taylor":

@@ -122,7 +122,7 @@ Ranked = tuple[list[Tensor], list[Tensor]]
 
 
 def _ranked(scores: Tensor, widths: tuple[int, ...], same: bool, at: str) -> Ranked:
-    values = scores.detach().double().cpu().flatten()
+    values = scores.detach().cpu().double().flatten()
     if len(values) != sum(widths):
         raise MethodError(f"{at}: scores must fit an axis of {sum(widths)} channels, but got {len(values)}")
     if not bool(torch.isfinite(values).all()):

@@ -46,9 +46,10 @@ from vitrim.methods.mdc.decode import PRESETS, Bounds, Frame, Rounding, natural,
 from vitrim.methods.mdc.scores import Settings, score
 from vitrim.methods.mdc.share import Chooser, Shared
 from vitrim.methods.mdc.study import kept, open_study, reachable
-from vitrim.nn.weights import fingerprint
+from vitrim.nn.weights import fingerprint, home_of
 from vitrim.train import Distill, Train, evaluate, fit, reference_logits
 from vitrim.train.evaluate import Evaluated
+from vitrim.train.machine import settled
 from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError
 from vitrim.words.plain import Node, dump
@@ -217,7 +218,7 @@ class Method(Node):
 
         def made() -> dict[str, Any]:
             count = len(images) if isinstance(images, Sized) else self.batch
-            batches = eval_loader(images, data.input, batch=_even(count, self.batch))
+            batches = self._loader(model, images, data, _even(count, self.batch))
             with progress("scores", len(batches)) as advance:
                 found = score(model, counted(batches, advance), settings)
             values: dict[str, Any] = {f"ranking.{path}": best.tolist() for path, best in found.ranking.items()}
@@ -255,6 +256,7 @@ class Method(Node):
             log=log,
             stage="share",
             after_step=shared.taken,
+            device=home_of(model)[0],
         )
         return shared.model.train(model.training)
 
@@ -265,20 +267,28 @@ class Method(Node):
             raise MethodError(
                 "mdc must compare policies on held-out training images, but there are none; set data.validation above 0"
             )
-        loader: Any = eval_loader(images, data.input)
+        loader: Any = self._loader(dense, images, data)
         if isinstance(images, Sized) and len(images) * math.prod(data.input.size) * 12 <= _HELD:
             loader = list(loader)
-        reference = reference_logits(dense, loader) if self.measure in ("auto", "agreement") else None
+        how: dict[str, Any] = {"precision": self._precision(dense), "tf32": self.train.tf32}
+        reference = reference_logits(dense, loader, **how) if self.measure in ("auto", "agreement") else None
 
         def objective(policy: Policies) -> tuple[float, dict[str, Any]]:
             with chooser.chosen(parent, policy):
-                found = evaluate(parent, loader, reference=reference)
+                found = evaluate(parent, loader, reference=reference, **how)
             value = self._value(found)
             if value is None:
                 raise MethodError(f"measure={self.measure} must have labels, but some are missing; use agreement")
             return value, dict(chooser.told(policy))
 
         return objective
+
+    def _loader(self, model: nn.Module, images: Any, data: Data, batch: int = 64) -> Any:
+        """Return a loader of images for `model`, with the workers of `train`."""
+        return eval_loader(images, data.input, batch=batch, workers=self.train.workers, device=home_of(model)[0])
+
+    def _precision(self, model: nn.Module) -> Any:
+        return settled(self.train, home_of(model)[0]).precision
 
     def _value(self, found: Evaluated) -> float | None:
         if self.measure == "loss":

@@ -20,7 +20,7 @@ from vitrim.cut.observe import axes, listening
 from vitrim.families import blocks_of, describe
 from vitrim.methods.mdc import hsic
 from vitrim.nn import Axis
-from vitrim.nn.feed import fed
+from vitrim.nn.feed import fed, summing
 from vitrim.nn.modes import evaluating
 from vitrim.words.errors import MethodError
 
@@ -87,8 +87,14 @@ class _Sums:
 
     @staticmethod
     def add(into: dict[str, Tensor], path: str, value: Tensor) -> None:
-        """Add a value in float64 on the CPU, so that the order of batches does not affect the sum."""
-        into[path] = into.get(path, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
+        """Add a value in float64 on its device, so that the host need not wait for it."""
+        value = value.to(summing(value.device))
+        into[path] = into[path] + value if path in into else value
+
+    def on_host(self) -> "_Sums":
+        """Return the sums in float64 on the CPU."""
+        kinds = (self.dependence, self.size, self.energy)
+        return _Sums(*({path: value.cpu().double() for path, value in kind.items()} for kind in kinds))
 
 
 @torch.no_grad()
@@ -110,13 +116,13 @@ def score(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], settings: 
     """
     known, sums = axes(model), _Sums()
     labels_seen: set[int] = set()
-    count, varied = 0, False
+    count, seen = 0, _Seen()
     with evaluating(model):
         for x, y in batches:
             x = fed(x, model)
-            outputs = _outputs(model, x, y, settings, labels_seen)
+            outputs = _outputs(model, x, y, settings, labels_seen, seen)
             against = hsic.target(hsic.linear(outputs), settings.kind)
-            varied |= bool(against.any())
+            seen.varied.append(against.any())
             observers = _observers(known, outputs, against, settings, sums)
             with listening(model, observers):
                 model(x)
@@ -125,24 +131,37 @@ def score(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], settings: 
         raise MethodError("dependence must be estimated on at least 4 images, but got none; give more")
     if settings.target == "labels" and len(labels_seen) < 2:
         raise MethodError("labels must be of two classes at least, but all are of one; use target=output")
-    if not varied:
+    seen.check()
+    if not bool(torch.stack(seen.varied).any()):
         raise MethodError(
             "outputs must vary from image to image for anything to depend on, but all are equal; check the weights, or "
             "give other images"
         )
-    return _ranked(model, known, sums, settings)
+    return _ranked(model, known, sums.on_host(), settings)
 
 
-def _outputs(model: nn.Module, x: Tensor, y: Tensor, settings: Settings, seen: set[int]) -> Tensor:
+@dataclass
+class _Seen:
+    """What is known of the outputs of each batch, on the device: whether they are finite, and differ."""
+
+    finite: list[Tensor] = field(default_factory=list)
+    varied: list[Tensor] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raise if outputs are not finite."""
+        if not bool(torch.stack(self.finite).all()):
+            raise MethodError("outputs must be finite while scoring, but some are not; check weights and normalization")
+
+
+def _outputs(model: nn.Module, x: Tensor, y: Tensor, settings: Settings, labels: set[int], seen: _Seen) -> Tensor:
     logits = model(x).float() if next(model.parameters()).dtype.itemsize < 4 else model(x)
-    if not bool(torch.isfinite(logits).all()):
-        raise MethodError("outputs must be finite while scoring, but some are not; check weights and normalization")
+    seen.finite.append(torch.isfinite(logits).all())
     if settings.target == "output":
         return logits.softmax(dim=-1)  # type: ignore[no-any-return]
     if bool((y < 0).any()):
         raise MethodError("mdc with target=labels must have labels, but some are missing; use target=output")
-    seen.update(y.tolist())
-    return F.one_hot(y.to(logits.device), logits.shape[-1]).to(logits.dtype)
+    labels.update(y.tolist())
+    return F.one_hot(y, logits.shape[-1]).to(logits)
 
 
 def _observers(
@@ -225,7 +244,7 @@ def _ranked(model: nn.Module, known: Mapping[str, Axis], sums: _Sums, settings: 
 def _columns(block: nn.Module, axis: Axis) -> Tensor:
     """Return the squared norm of the weights that read each channel."""
     member = next(member for member in axis.members if member.dim == 1)
-    return block.get_parameter(member.parameter).detach().double().square().sum(dim=0).cpu()
+    return block.get_parameter(member.parameter).detach().cpu().double().square().sum(dim=0)
 
 
 def _normalised(cross: Tensor) -> Tensor:

@@ -115,9 +115,10 @@ class Chooser:
 
 
 def _mask(widths: tuple[int, ...], kept: list[int], like: Tensor) -> Tensor:
-    mask = torch.zeros(len(widths), dtype=like.dtype, device=like.device)
+    # Made on the CPU: repeating as often as a tensor on a GPU says makes the host wait for it.
+    mask = torch.zeros(len(widths))
     mask[kept] = 1
-    return mask.repeat_interleave(torch.tensor(widths, device=like.device))
+    return mask.repeat_interleave(torch.tensor(widths)).to(like, non_blocking=True)
 
 
 class Shared(nn.Module):
@@ -137,10 +138,14 @@ class Shared(nn.Module):
         super().__init__()
         self.model, self.chooser, self.seed = model, chooser, seed
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
+        # The number of the step on the host; None until it is known, for a checkpoint may have been loaded.
+        self._step: int | None = None
 
     def forward(self, x: Tensor) -> Any:
         """Return the logits of this step's policy."""
-        rng = np.random.default_rng([self.seed, int(self.step)])
+        if self._step is None:
+            self._step = int(self.step)
+        rng = np.random.default_rng([self.seed, self._step])
         space = self.chooser.frame.space
         drawn = sample(space, 1, rng)
         policy = drawn[0] if len(drawn) else space.upper
@@ -149,4 +154,5 @@ class Shared(nn.Module):
 
     def taken(self, _: nn.Module, step: int) -> None:
         """Count a finished step."""
-        self.step.fill_(step + 1)
+        self._step = step + 1
+        self.step.fill_(self._step)

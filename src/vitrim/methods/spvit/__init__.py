@@ -37,6 +37,7 @@ from vitrim.methods.spvit import gates
 from vitrim.methods.spvit.planning import as_evaluated, check_reach, decide, grafts, planned, told
 from vitrim.methods.spvit.published import check_budget, published
 from vitrim.methods.spvit.search import Counting, Layout, SinglePath, layout, prices, times
+from vitrim.nn.weights import home_of
 from vitrim.train import Distill, Stop, Train, fit, steps_of
 from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError
@@ -169,6 +170,7 @@ class Method(Node):
             validation=data.validation,
             stage="search",
             after_step=self._stopper(spec, how, budget, data),
+            device=home_of(model)[0],
         )
         single.model.train(model.training)
 

@@ -171,7 +171,7 @@ def _ladders(
     if path in how.mixtures and isinstance(block.mixer, Attention):
         choices = np.array([_cost(block, stage, how, path, level, budget) for level in range(4)], dtype=np.float64)
         # Limit each logit to those of the gates before it.
-        logits = single.step(path).double().cpu().cummin(dim=0).values.tolist()
+        logits = single.step(path).cpu().double().cummin(dim=0).values.tolist()
         yield GateLadder(
             path=path,
             keys=_checked([(logits[gate], place) for gate, place in ((2, 0.25), (1, 0.5), (0, 0.75))]),
@@ -179,7 +179,7 @@ def _ladders(
             saves=[choices[level] - choices[level - 1] for level in (3, 2, 1)],
         )
     if single.has_gate(f"{path}.hidden"):
-        logits = single.gate(f"{path}.hidden").double().cpu().tolist()
+        logits = single.gate(f"{path}.hidden").cpu().double().tolist()
         one, two = (block_cost(block.model_copy(update={"hidden": n}), stage) for n in (1, 2))
         whole, bare = (budget.block(block.model_copy(update={"hidden": n}), stage).latency for n in (len(logits), None))
         each = np.array([two[0] - one[0], two[1] - one[1], (whole - bare) / len(logits)])
@@ -250,7 +250,7 @@ def told(
 
 
 def _entropy(beside: Paths) -> float | None:
-    share = votes(beside.mix.double(), beside.mixture.temperature)
+    share = votes(beside.mix.cpu().double(), beside.mixture.temperature)
     if len(share) == 1:
         return None
     return round(float(-(share * share.clamp_min(1e-300).log()).sum(dim=0).mean()) / math.log(len(share)), 4)

@@ -17,6 +17,7 @@ from vitrim.families import blocks_of, describe
 from vitrim.methods.spvit import gates
 from vitrim.methods.spvit.paths import Paths
 from vitrim.nn import Attention, Block, WindowBlock
+from vitrim.nn.feed import summing
 from vitrim.words.budget import Budget
 from vitrim.words.costs import block_cost, conv_macs, cost_of, mlp_macs
 from vitrim.words.errors import MethodError
@@ -257,12 +258,14 @@ class Prices:
 
     def total(self, single: SinglePath) -> Tensor:
         """Return the cost under deterministic gates, float64, differentiable with respect to their logits."""
-        total = torch.tensor(float(self.constant), dtype=torch.float64, device=next(single.parameters()).device)
+        device = next(single.parameters()).device
+        kind = summing(device)
+        total = torch.tensor(float(self.constant), dtype=kind, device=device)
         for path, adds in self.steps.items():
-            open_ = gates.opened(gates.budgeted(single.step(path)).double())
+            open_ = gates.opened(gates.budgeted(single.step(path)).to(kind))
             total = total + (open_ * open_.new_tensor(adds)).sum()
         for path, adds_one in self.neurons.items():
-            total = total + adds_one * gates.budgeted(single.gate(path)).double().sum()
+            total = total + adds_one * gates.budgeted(single.gate(path)).to(kind).sum()
         return total
 
 

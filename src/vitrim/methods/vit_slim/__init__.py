@@ -58,6 +58,7 @@ from vitrim.data import Augment
 from vitrim.families import describe
 from vitrim.methods import Data, Found
 from vitrim.methods.vit_slim.gates import TokenGated, gate_model, gate_scores, l1_penalty, token_scores
+from vitrim.nn.weights import home_of
 from vitrim.train import Distill, Train, fit
 from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError, PlanError
@@ -183,6 +184,7 @@ class Method(Node):
             log=log,
             validation=data.validation,
             stage="search",
+            device=home_of(model)[0],
         )
         gates, parent = (copy.deepcopy(gated), gated.fold_()) if self.export == "fold" else (gated, gated.model)
         parent.train(model.training)

@@ -147,12 +147,12 @@ def gate_scores(gated: Gated, ranking: str) -> tuple[dict[str, Tensor], dict[str
         name = path if axis.name == "hidden" else f"{block}.v"
         if not gated.has_gate(name) or (axis.name == "qk" and axis.groups != known[name].groups):
             continue
-        gate = _finite(gated.gate(name), path).double().cpu()
+        gate = _finite(gated.gate(name), path).cpu().double()
         scores[path] = gate.abs() if ranking == "absolute" else gate
         kinds[path] = "mlp" if axis.name == "hidden" else "attention"
     for path in widths(gated.model):
         if gated.has_gate(path):
-            gate = _finite(gated.gate(path), path).double().cpu()
+            gate = _finite(gated.gate(path), path).cpu().double()
             scores[path], kinds[path] = gate.abs() if ranking == "absolute" else gate, "width"
     return scores, kinds
 
@@ -178,5 +178,5 @@ def token_scores(gated: TokenGated, ranking: str) -> dict[str, Tensor]:
     scores = {}
     for path, gate in gated.squashed().items():
         gate = _finite(gate, path)
-        scores[path] = (gate.abs() if ranking == "absolute" else gate).double().cpu()
+        scores[path] = (gate.abs() if ranking == "absolute" else gate).cpu().double()
     return scores

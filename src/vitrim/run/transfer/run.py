@@ -27,8 +27,10 @@ from vitrim.deploy.parent import open_parent
 from vitrim.families import describe
 from vitrim.families._segmentor import segmentor
 from vitrim.measure import latency
-from vitrim.run.job import check_folder, device_of, full_disk, leaving_nothing, logger
+from vitrim.nn.weights import home_of
+from vitrim.run.job import check_folder, full_disk, leaving_nothing, logger
 from vitrim.run.lock import holding
+from vitrim.run.machine import device_of, on_machine
 from vitrim.run.recipe import write_recipe
 from vitrim.run.transfer.objective import PixelObjective
 from vitrim.run.transfer.picture import colours, side_by_side
@@ -89,6 +91,7 @@ def transfer(
     Raises:
         VitrimError: one sentence on what must hold, what came, and the way out.
     """
+    recipe = on_machine(recipe, folder)
     with full_disk(folder):
         check_folder(folder, recipe)
         with leaving_nothing(folder), holding(folder):
@@ -172,6 +175,7 @@ def _train(job: _Job) -> nn.Module:
             folder=job.folder / "training",
             log=logger(job.folder / "log.jsonl"),
             stage="train",
+            device=home_of(model)[0],
             task=Task(loader=functools.partial(_loader, job), objective=PixelObjective),
         )
         model, seconds = fitted.ema if fitted.ema is not None else fitted.model, fitted.seconds

@@ -1,0 +1,101 @@
+"""Settings that fit the machine: what ``auto`` stands for on a device, and how a pass is computed there."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from vitrim.data.inputs import workers_for
+from vitrim.train.settings import Train
+from vitrim.words.errors import RecipeError, RunError
+from vitrim.words.plain import reason
+
+__all__ = ["Precision", "autocast", "compiling", "in_layout", "settled", "tf32_allowed", "why_not_precision"]
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def settled(settings: Train, device: torch.device) -> Train:
+    """Return the settings with every ``auto`` replaced by what fits `device`.
+
+    ``precision``: bf16 on a CUDA device that has it, else fp32. ``workers``: see `vitrim.data.inputs.workers_for`.
+    ``channels_last``: on CUDA.
+
+    Raises:
+        RecipeError: the device lacks the precision that is asked for.
+    """
+    missing = why_not_precision(settings.precision, device)
+    if missing is not None:
+        raise RecipeError(f"train.precision must be one that the device has, but {missing}; use fp32, or auto")
+    found: dict[str, Any] = {}
+    if settings.precision == "auto":
+        best = device.type == "cuda" and why_not_precision("bf16", device) is None
+        found["precision"] = "bf16" if best else "fp32"
+    if settings.workers == "auto":
+        found["workers"] = workers_for(device)
+    if settings.channels_last == "auto":
+        found["channels_last"] = device.type == "cuda"
+    return settings.model_copy(update=found) if found else settings
+
+
+def why_not_precision(precision: str, device: torch.device) -> str | None:
+    """Return one phrase on why `device` cannot compute in `precision`; None if it can."""
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return f"{torch.cuda.get_device_name(device)} has no bf16"
+    return None
+
+
+@contextlib.contextmanager
+def tf32_allowed(device: torch.device, allowed: bool) -> Iterator[None]:
+    """Let products in float32 round their inputs to 10 bits on CUDA (TF32); the process's setting is restored."""
+    if not allowed or device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which layers compute in `precision` on `device`; weights keep their type."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, TYPES[precision])
+
+
+@contextlib.contextmanager
+def compiling(asked: bool) -> Iterator[None]:
+    """Turn what PyTorch's compiler raises inside a `with` block into one sentence.
+
+    Raises:
+        RunError: there is no C++ compiler or no Triton, or an operator cannot be compiled.
+    """
+    try:
+        yield
+    except Exception as problem:
+        if not asked or not type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        cause = getattr(problem, "inner_exception", problem)
+        raise RunError(
+            f"train.compile must be able to compile this model here, but says: {reason(cause)}; leave it out"
+        ) from problem
+
+
+@contextlib.contextmanager
+def in_layout(model: nn.Module | None, channels_last: bool) -> Iterator[None]:
+    """Store the weights of convolutions with channels last inside a `with` block, and as before at the end."""
+    if model is None or not channels_last:
+        yield
+        return
+    model.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        model.to(memory_format=torch.contiguous_format)
