@@ -24,8 +24,8 @@ from vitrim.run.pipeline import compress
 from vitrim.words.errors import AdoptError, RecipeError, VitrimError, WeightsError
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.xdist_group("transformers")  # one import of it, which takes seconds
+transformers = pytest.importorskip("transformers")  # no other file imports it, for that takes seconds
+UNKNOWN = "ignore:.*there is no preprocessor_config"
 
 DOUBLE = 1e-10
 SIZES = {
@@ -203,6 +203,7 @@ def test_a_folder_gives_the_same_logits(name, folders):
     assert timm.data.resolve_model_data_config(opened)["mean"] == (0.4, 0.5, 0.6)
 
 
+@pytest.mark.filterwarnings(UNKNOWN)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_in_memory_gives_the_same_logits_in_float64(name):
     model = make(*MODELS[name][:2], **MODELS[name][2]).double()
@@ -244,6 +245,23 @@ def test_weights_in_several_files(folders, tmp_path):
     index = {"weight_map": {"vit.layernorm.weight": "../w.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "must name the files beside it" in refused(str(tmp_path), WeightsError)
+
+
+def test_a_repository_on_the_hub(folders, monkeypatch):
+    model, folder = folders("vit")
+    asked = []
+
+    def fetch(name, file):
+        asked.append((name, file))
+        return folder / file if (folder / file).is_file() else None
+
+    monkeypatch.setattr("vitrim.deploy.transformers.files.fetch", fetch)
+    opened = open_parent("hf-hub:owner/ants@v1")
+    x = images(opened)
+    with torch.no_grad():
+        assert apart(opened(x), answer(model, x)) < SINGLE
+    assert {name for name, _ in asked} == {"hf-hub:owner/ants@v1"}
+    assert asked[0][1] == "config.json"
 
 
 def test_what_is_said(folders, copied):
@@ -390,6 +408,7 @@ def test_windows_that_would_be_padded(copied):
     assert "use_absolute_embeddings must be false" in refused(edit(folder, use_absolute_embeddings=True))
 
 
+@pytest.mark.filterwarnings(UNKNOWN)
 def test_a_model_in_memory_that_is_more_than_its_weights():
     model = make(*MODELS["vit"][:2], **MODELS["vit"][2])
     hook = model.classifier.register_forward_hook(lambda _, __, out: out + 1)
@@ -547,7 +566,8 @@ def test_the_card_of_the_parent_states_its_licence(copied, tmp_path):
 
 def test_compress_takes_a_model_in_memory(folders):
     model, folder = folders("vit")
-    found = compress(model, method="magnitude", budget="macs=0.7", measure={"latency": False})
+    with pytest.warns(UserWarning, match="images are normalised with mean 0.5, 0.5, 0.5 and std"):
+        found = compress(model, method="magnitude", budget="macs=0.7", measure={"latency": False})
     assert found.measured["model"].startswith("(ViTForImageClassification in memory, ")
     assert found.model.pretrained_cfg["label_names"] == tuple(NAMES)
     reloaded = transformers.ViTForImageClassification.from_pretrained(folder)

@@ -4,6 +4,7 @@ The files are enough, transformers need not be installed. What is taken: ViT, De
 Swin, BEiT and Data2Vec, and the vision towers of CLIP and SigLIP.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from vitrim.deploy.remote import cached
-from vitrim.deploy.transformers.convert import Given, convert
+from vitrim.deploy.transformers.convert import Given, convert, unknown_input
 from vitrim.deploy.transformers.files import config_of, licence_of, processor_in, processor_of, weights_of
 from vitrim.deploy.transformers.structure import read_structure
 from vitrim.deploy.transformers.wrapper import WRAPPER, open_wrapped
@@ -89,7 +90,7 @@ def as_timm(model: nn.Module, say: Say = lambda _: None) -> nn.Module:
 
     The result has the type and device of `model`, which is left as it was; any other model is returned as it is. How
     images are prepared is read from the processor beside the files that the model was loaded from, if they are on this
-    machine.
+    machine; a warning says what is assumed otherwise.
 
     Args:
         model: any model.
@@ -118,6 +119,8 @@ def as_timm(model: nn.Module, say: Say = lambda _: None) -> nn.Module:
     )
     with random_state_kept(home_of(model)[0]):
         made: Any = convert(given, say)
+    if given.processor is None:
+        warnings.warn(f"{given.source}: {unknown_input(str(config['model_type']))}", stacklevel=2)
     _check_same(made, whole)
     return made  # type: ignore[no-any-return]
 

@@ -22,7 +22,7 @@ from vitrim.deploy.transformers.structure import Structure, build, read_structur
 from vitrim.words.errors import RecipeError, WeightsError
 from vitrim.words.plain import reason
 
-__all__ = ["Given", "convert", "labels_of"]
+__all__ = ["Given", "convert", "labels_of", "unknown_input"]
 
 _ARGUMENTS = ("img_size", "num_classes", "in_chans")
 
@@ -170,12 +170,7 @@ def _channels(found: Structure, given: Given) -> int:
 def _input(found: Structure, given: Given, image: tuple[int, int]) -> tuple[dict[str, Any], str]:
     """Return how images are prepared, and a line on what is assumed without a processor."""
     if given.processor is None:
-        known = assumed(found.model_type)
-        mean, std = (", ".join(f"{value:g}" for value in known[key]) for key in ("mean", "std"))
-        return known, (
-            f"there is no preprocessor_config.json, so images are normalised with mean {mean} and std {std}; set "
-            "data.mean and data.std for others"
-        )
+        return assumed(found.model_type), unknown_input(found.model_type)
     try:
         return read_input(given.processor, image, f"{given.source}/preprocessor_config.json"), ""
     except (TypeError, ValueError) as problem:
@@ -184,6 +179,15 @@ def _input(found: Structure, given: Given, image: tuple[int, int]) -> tuple[dict
         raise RecipeError(
             f"{given.source}/preprocessor_config.json: must be that of an image processor, but {reason(problem)}"
         ) from None
+
+
+def unknown_input(model_type: str) -> str:
+    """Return what is assumed of images for a model without a processor, to end a sentence."""
+    mean, std = (", ".join(f"{value:g}" for value in assumed(model_type)[key]) for key in ("mean", "std"))
+    return (
+        f"there is no preprocessor_config.json, so images are normalised with mean {mean} and std {std}; set data.mean "
+        "and data.std for others"
+    )
 
 
 # -- head and labels
