@@ -1,7 +1,6 @@
 """Models of Hugging Face transformers: taken as they are, with the same logits, and given back to transformers."""
 
 import json
-import os
 import shutil
 import sys
 from typing import Any
@@ -23,7 +22,6 @@ from vitrim.families import adopt
 from vitrim.run.pipeline import compress
 from vitrim.words.errors import AdoptError, RecipeError, VitrimError, WeightsError
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")  # no other file imports it, for that takes seconds
 UNKNOWN = "ignore:.*there is no preprocessor_config"
 
@@ -530,6 +528,18 @@ def test_a_model_without_names_of_classes_saves_what_reloads(tmp_path):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(features(pixel_values=x).last_hidden_state, child.forward_features(x))
+
+
+def test_what_timm_alone_opens_needs_no_vitrim_in_transformers(tmp_path):
+    torch.manual_seed(0)
+    net = timm.create_model("test_vit", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=4)
+    file = store.save(adopt(net.eval()), tmp_path / "m.safetensors")
+    push.push(file, "o/n", licence="mit", folder=tmp_path / "out")
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert type(model.timm_model.blocks[0]).__module__ == "timm.models.vision_transformer"
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert apart(model(pixel_values=x).logits, store.load(file)(x)) < SINGLE
 
 
 def test_a_wrapped_model_of_timm(tmp_path):
