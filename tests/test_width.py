@@ -23,6 +23,7 @@ from vitrim.families import adopt, blocks_of, describe
 from vitrim.measure import counted
 from vitrim.methods.taylor import taylor_scores
 from vitrim.nn.segment import Head
+from vitrim.report.blocks import sheet
 from vitrim.words.budget import Budget
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import BudgetError, DataError, MethodError, PlanError
@@ -360,6 +361,14 @@ def test_grid_merges_follow_the_width():
             with keeping(model, kept_widths(only)):
                 wanted = model(images(describe(model)))
             assert apart(surgery.apply(model, only)(images(describe(model))), wanted) < EXACT, kind
+
+
+def test_a_plan_is_explained_with_its_width():
+    spec = describe(adopted("swin", "windows"))
+    rows = sheet(spec, narrow(spec))
+    assert rows[-1].heads == "residual width 16 of 24, 33 of 48"
+    assert sum(row.macs for row in rows) == cost_of(narrow(spec).child(spec)).macs
+    assert sheet(spec, Plan.keep(spec))[-1].heads == ""
 
 
 def test_sizes_can_still_be_changed():

@@ -173,8 +173,12 @@ def convolution(fate: Fate) -> str:
 
 
 def _host_row(parent: Spec, plan: Plan) -> Row:
-    (macs_before, params_before), (macs, params) = (_host_cost(spec) for spec in (parent, plan.child(parent)))
-    return Row(HOST, "", "", "", "", macs_before, macs, _share(macs, macs_before), params_before, params)
+    child = plan.child(parent)
+    (macs_before, params_before), (macs, params) = (_host_cost(spec) for spec in (parent, child))
+    stages = zip(plan.widths(), child.stages, parent.stages, strict=True)
+    streams = [f"{after.width} of {before.width}" for kept, after, before in stages if kept is not None]
+    width = f"residual width {', '.join(streams)}" if streams else ""
+    return Row(HOST, width, "", "", "", macs_before, macs, _share(macs, macs_before), params_before, params)
 
 
 def _host_cost(spec: Spec) -> tuple[int, int]:
