@@ -96,6 +96,25 @@ def test_the_step_of_a_device_is_measured(multiple, wanted):
     assert between_multiples(100) == ()
 
 
+@pytest.mark.parametrize("by", ["score", "density"])
+def test_whole_branches_go_before_thin_widths(by):
+    """On a machine where most of a branch is what no width touches, thinning everything would leave no macs."""
+    spec = describe(small_vit())
+    times = proportional(spec).stages[0]
+    fixed = {
+        "attention": [[[0.7 * t[-1][-1] + 0.3 * k for k in h] for h in t] for t in times.attention],
+        "mlp": [[0.7 * t[-1] + 0.3 * m for m in t] for t in times.mlp],
+        "bare": [0.7 * t[-1] for t in times.mlp],
+    }
+    table = proportional(spec).model_copy(update={"stages": (StageTimes(**dict(times) | fixed),)})
+    draw = torch.Generator().manual_seed(0)
+    scores = {path: torch.rand(axis.size, generator=draw) for path, axis in axes(small_vit()).items()}
+    child = fill(spec, scores, Budget(latency=0.5, table=table), by=by).child(spec)
+    gone = sum((not getattr(block.mixer, "v", ())) + (not block.hidden) for _, _, block in child.blocks())
+    assert gone >= 2
+    assert cost_of(child).macs >= 0.35 * cost_of(spec).macs
+
+
 @pytest.mark.parametrize("choice", ["free", "even"])
 def test_plans_by_time_keep_to_the_step(choice):
     model = small_vit()

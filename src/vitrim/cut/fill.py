@@ -43,7 +43,8 @@ def fill(
         budget: upper bounds on the cost of the child.
         choice: which widths are allowed.
         by: order of rungs. ``density``: by lost score for each saved share of the budget, for scores that are additive
-            (an estimate of the loss). ``score``: by the mean score only, for ranks.
+            (an estimate of the loss). ``score``: by the mean score only, for ranks; where time is bounded, as
+            ``density``.
 
     Returns:
         A plan whose child is within `budget`. In each head and MLP the channels with the highest scores are kept.
@@ -147,11 +148,15 @@ def _checked(spec: Spec, scores: Mapping[str, Tensor]) -> dict[str, list[Array]]
 
 
 def _row(ladders: Sequence[Widths], need: Array, by: str) -> list[tuple[int, int]]:
-    """Return all rungs as (ladder, rung), the least valuable first; a rung always comes after the one above it."""
+    """Return all rungs as (ladder, rung), the least valuable first; a rung always comes after the one above it.
+
+    Where time is bounded, ranks are added up as scores are: a thinner branch may save no time, a whole branch does.
+    """
+    timed = need[Price._fields.index("latency")] > 0
     weights = np.maximum(need, 0) / max(float(np.maximum(need, 0).max()), 1.0)
     keys: list[tuple[float, int, int]] = []
     for number, ladder in enumerate(ladders):
-        if by == "density":
+        if by == "density" or timed:
             lost = [value * _channels(ladder, rung) for rung, value in enumerate(ladder.values)]
             worth = _pooled(lost, [max(float(np.dot(weights, saves)), 0.0) for saves in ladder.saves])
         else:
