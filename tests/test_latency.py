@@ -390,7 +390,7 @@ def test_a_noisy_machine_is_refused_with_its_spread():
 def test_a_run_meets_its_time(monkeypatch, tmp_path):
     model = small_vit()
     spec = describe(model)
-    table = proportional(spec)
+    table = proportional(spec).model_copy(update={"machine": latency_budget.machine_of(model)})
     monkeypatch.setenv("VITRIM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(latency_budget, "make_table", lambda model, **given: table)
 
@@ -407,6 +407,12 @@ def test_a_run_meets_its_time(monkeypatch, tmp_path):
     (tables,) = (tmp_path / "cache" / "latency").iterdir()
     monkeypatch.setattr(latency_budget, "make_table", lambda model, **given: pytest.fail("the table is in the cache"))
     assert latency_budget.table_for(model, Measure()) == table
+    other = table.machine.model_copy(update={"device": "another card"})
+    tables.write_text(table.model_copy(update={"machine": other}).model_dump_json())
+    with pytest.raises(
+        BudgetError, match=r"json: the table of times must be of .*, but was made on another card; .*; rem"
+    ):
+        latency_budget.table_for(model, Measure())
     tables.write_text("{}")
     with pytest.raises(BudgetError, match=str(tables)):
         latency_budget.table_for(model, Measure())

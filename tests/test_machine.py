@@ -13,9 +13,11 @@ from torch import nn
 from vitrim import adopt
 from vitrim.cut.observe import listening
 from vitrim.data import Augment, Images, Input, eval_loader, inputs, train_loader
+from vitrim.measure.turns import place_of
 from vitrim.methods.vit_slim import gate_model
 from vitrim.nn.device import free_bytes
-from vitrim.run.machine import on_machine
+from vitrim.nn.feed import summing
+from vitrim.run.machine import device_of, on_machine
 from vitrim.run.recipe import Recipe, write_recipe
 from vitrim.train import Train, evaluate, fit
 from vitrim.train.machine import settled, tf32_allowed
@@ -311,3 +313,23 @@ def test_the_check_of_a_step_waits_for_the_step_before(monkeypatch):
     for step in range(3):
         fake._guard(torch.tensor(1.0, dtype=torch.float64), torch.tensor(1.0), step)
     assert order == [("sent", 0), ("waited", 0), ("sent", 2), ("waited", 2), ("sent", 4)]
+
+
+def test_a_card_without_kernels_is_refused_before_anything_is_read(monkeypatch):
+    """Such a card gives tensors, and fails at the first sum."""
+
+    def no_kernel(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    for ask in (device_of, place_of):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "zeros", no_kernel)
+            with pytest.raises(
+                RecipeError, match="must be one of this machine's, but got 'cpu': CUDA error: no kernel"
+            ):
+                ask("cpu")
+
+
+def test_apples_gpus_sum_in_the_longest_type_that_they_have():
+    assert summing(torch.device("mps")) is torch.float32
+    assert summing(CPU) is summing(CUDA) is torch.float64

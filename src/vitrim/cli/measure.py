@@ -74,7 +74,8 @@ def evaluate(
     net = net.to("cuda" if torch.cuda.is_available() else "cpu")
     input = Input.of(net, **chosen)
     images = open_test(source, data, model=net, input=input, classes=spec.classes, say=say)
-    found = evaluate_model(net, eval_loader(images, input))
+    place = next(net.parameters()).device
+    found = evaluate_model(net, eval_loader(images, input, workers="auto", device=place))
     error = standard_error(found.top1, found.count)
     cost = measure.cost(spec)
     rows = [
