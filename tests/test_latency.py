@@ -390,7 +390,7 @@ def test_a_noisy_machine_is_refused_with_its_spread():
 def test_a_run_meets_its_time(monkeypatch, tmp_path):
     model = small_vit()
     spec = describe(model)
-    table = proportional(spec).model_copy(update={"machine": latency_budget.machine_of(model)})
+    table = here(model)
     monkeypatch.setenv("VITRIM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(latency_budget, "make_table", lambda model, **given: table)
 
@@ -435,10 +435,16 @@ def test_a_runtime_that_is_not_there_is_refused_before_anything_is_measured(monk
         vitrim.compress(small_vit(), method="random", budget="latency=0.6", measure={"runtime": "openvino"})
 
 
+def here(model, **given):
+    """A made-up table of the machine that was asked for."""
+    given.pop("seconds", None)
+    return proportional(describe(model)).model_copy(update={"machine": machine_of(model, **given)})
+
+
 def test_tables_of_other_settings_are_other_files(monkeypatch, tmp_path):
     model = small_vit()
     monkeypatch.setenv("VITRIM_CACHE", str(tmp_path))
-    monkeypatch.setattr(latency_budget, "make_table", lambda model, **given: proportional(describe(model)))
+    monkeypatch.setattr(latency_budget, "make_table", here)
     for settings in ({}, {"batch": 1}, {"threads": 7}, {"dtype": "bfloat16"}, {"runtime": "compile"}):
         latency_budget.table_for(model, Measure(**settings))
     latency_budget.table_for(small_vit(global_pool="avg"), Measure())
@@ -449,9 +455,9 @@ def test_tables_of_other_settings_are_other_files(monkeypatch, tmp_path):
 def test_a_table_of_another_version_is_another_file(monkeypatch, tmp_path):
     model, made = small_vit(), []
 
-    def make(model, **_):
+    def make(model, **given):
         made.append(model)
-        return proportional(describe(model))
+        return here(model, **given)
 
     monkeypatch.setenv("VITRIM_CACHE", str(tmp_path))
     monkeypatch.setattr(latency_budget, "make_table", make)
