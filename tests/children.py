@@ -97,6 +97,8 @@ def _skips(spec: Spec) -> Plan:
 
 def _conv(spec: Spec, kernel: int, state: str, prefix: str) -> Plan:
     def decide(i, stage, block):
+        if state == "linear":
+            return BlockPlan(mixer=Conv(kernel=kernel, width=stage.width // 2 + 1, prefix=prefix, act="none"))
         width = min(block.mixer.v) - 1
         mixture = Mixture(heads=len(block.mixer.v), temperature=1.0) if state == "mixed" else None
         conv = Conv(kernel=kernel, width=width, prefix=prefix, mixture=mixture, norm=state != "folded")
@@ -164,6 +166,9 @@ KINDS: dict[str, Callable[[Spec], Plan]] = {
         for state in ("mixed", "normed", "folded")
         for prefix in ("norm", "zero")
     },
+    **{f"conv{kernel}-linear-mean": functools.partial(_conv, kernel=kernel, state="linear", prefix="mean")
+       for kernel in (1, 3)},
+    "conv3-normed-mean": functools.partial(_conv, kernel=3, state="normed", prefix="mean"),
     "dropped": functools.partial(_dropped, exact=False),
     "dropped-exact": functools.partial(_dropped, exact=True),
     **{

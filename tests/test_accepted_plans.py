@@ -28,6 +28,7 @@ from vitrim.words.steps import kinds
 OTHERS = {
     "conv1",
     "conv3",
+    "linear",
     "mixture",
     "skip",
     "skip_norm",

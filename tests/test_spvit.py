@@ -677,11 +677,12 @@ class TestRefusals:
         spec = describe(model)
         keep = [BlockPlan()] * 2
         conv = ConvSpec(kernel=3, width=16)
+        mixed = conv.model_copy(update={"mixture": Mixture(heads=3, temperature=1.0), "norm": True})
         kept = tuple(tuple(range(n)) for n in (16, 8, 16))
         for decision, told in (
             (BlockPlan(mixer=conv, tokens=Drop(kept=(1, 2))), "must have patches that fill a grid"),
-            (BlockPlan(mixer=conv.model_copy(update={"width": 5})), "as wide as every value head"),
-            (BlockPlan(mixer=conv, v=kept), "as wide as every value head"),
+            (BlockPlan(mixer=mixed.model_copy(update={"width": 5})), "as wide as every value head"),
+            (BlockPlan(mixer=mixed, v=kept), "as wide as every value head"),
             (BlockPlan(mixer=conv, qk=kept), "no queries and keys"),
             (BlockPlan(mlp=Skip(leaves="norm")), "must leave nothing"),
         ):

@@ -205,7 +205,7 @@ def _kept(old: Block, spec: BlockSpec, plan: BlockPlan, width: Width) -> dict[st
         was = plan.attention(old.spec.mixer, old.form, "") if isinstance(old.spec.mixer, Attention) else old.spec.mixer
         have = {name[5:]: value for name, value in source.items() if name.startswith("attn.")}
         source = {name: value for name, value in source.items() if not name.startswith("attn.")}
-        source |= {f"attn.{name}": value for name, value in state_of(mixer, was, have).items()}
+        source |= {f"attn.{name}": value for name, value in state_of(mixer, was, have, old.prefix).items()}
     return source
 
 

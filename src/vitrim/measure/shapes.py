@@ -103,7 +103,8 @@ def other_parts(stage: Stage, mixer: Attention) -> Iterator[Part]:
     whole = all(block.tokens is None for block in stage.blocks)
     if stage.form.mixed_norm is None:
         for kernel in (1, 3):
-            yield f"conv{kernel}", (Block(mixer=Conv(kernel=kernel, width=width), hidden=None), here)
+            for inner in {width, stage.width}:
+                yield f"conv{kernel}.{inner}", (Block(mixer=Conv(kernel=kernel, width=inner), hidden=None), here)
     if stage.window is not None or not whole or here.patches < 4:
         return
     dense = ([width] * count, [width] * count)
@@ -127,9 +128,11 @@ def factors_of(times: StageTimes, stage: Stage, mixer: Attention, found: Mapping
         return times.attends_evenly(rows, count, total / count)
 
     dense = expected(stage.tokens, count * width)
-    told: dict[str, Any] = {
-        "conv": FrozenDict({str(kernel): found[f"conv{kernel}"] for kernel in (1, 3) if f"conv{kernel}" in found})
-    }
+    told: dict[str, Any] = {}
+    inner = tuple(sorted({width, stage.width}))
+    if f"conv1.{inner[0]}" in found:
+        told["conv_widths"] = inner
+        told["conv"] = FrozenDict({str(k): tuple(found[f"conv{k}.{n}"] for n in inner) for k in (1, 3)})
     if "unequal" in found:
         told["unequal"] = max(1.0, found["unequal"] / expected(stage.tokens, count * (half + width) / 2))
     if "uneven" in found:

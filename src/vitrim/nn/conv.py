@@ -9,6 +9,10 @@ projection, and its output layer is a mixture of the output projection. Every sl
 
 Differences from the authors' code: the grid need not be square, any number of prefix tokens is allowed, and folding
 gives two plain layers (theirs keeps the batch norm, and for Swin reads the slots in DeiT's order).
+
+Ours: the bottleneck may have any width, the activation may be left out, and prefix tokens may get a stored constant.
+Such convolutions are fitted to an attention (`vitrim.cut.compensate.ConvCut`); without a fit, surgery makes them of the
+product of its value and output projections, as if each token attended to itself or equally to its neighborhood.
 """
 
 from collections.abc import Mapping
@@ -75,38 +79,89 @@ def mixed_back(
     return None if bias is None else total @ bias.view(len(share), -1), back
 
 
-def state_of(conv: ConvSpec, was: AttentionSpec | ConvSpec, have: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def state_of(
+    conv: ConvSpec, was: AttentionSpec | ConvSpec, have: Mapping[str, Tensor], prefix: int = 0
+) -> dict[str, Tensor]:
     """Return the parameters and buffers of a convolution, made from those of the mixer that it replaces.
 
-    From an attention: the value and output projections unchanged, equal mixture weights for all heads, and a batch norm
-    that is the identity. From a convolution: the same function in evaluation, with its mixture and then its batch norm
-    folded into plain tensors.
+    From an attention whose heads have the convolution's width, with a ReLU (as published): the value and output
+    projections unchanged, equal mixture weights for all heads, and a batch norm that is the identity. From any other
+    attention: the product of both projections in low rank, and the same batch norm. From a convolution: the same
+    function in evaluation, with its mixture and then its batch norm folded into plain tensors.
 
     Args:
         conv: the convolution to make.
-        was: the replaced mixer: an attention whose heads all have width d, or a convolution in an earlier state.
+        was: the replaced mixer: an attention with at least one head, or a convolution in an earlier state.
         have: the parameters and buffers of `was`, by name.
+        prefix: number of prefix tokens. Their constants are the attention's output for an input of zeros.
     """
+    first = {name: value for name, value in have.items() if name == "mean"}
     if isinstance(was, AttentionSpec):
+        value = {name[4:]: part[-sum(was.v) :] for name, part in have.items() if name.startswith("qkv.")}
+        first = _constants(have, value, prefix) if conv.prefix == "mean" and prefix else {}
+        if conv.act == "none" or set(was.v) != {conv.width}:
+            return _product(have, value, conv) | first
         mixture = conv.mixture or Mixture(heads=len(was.v), temperature=1.0)
-        have = _of_attention(have, sum(was.v), mixture.heads, conv.width)
+        have = _of_attention(have, value, mixture.heads, conv.width)
         was = conv.model_copy(update={"mixture": mixture, "norm": True})
     state = {name: value for name, value in have.items() if name.startswith(("v.", "conv.", "bn.", "proj.", "mix"))}
     if was.mixture is not None and conv.mixture is None:
         state = _merged(state, was, was.mixture)
     if was.norm and not conv.norm:
         state = _without_norm(state)
-    return state
+    return state | first
 
 
-def _of_attention(have: Mapping[str, Tensor], channels: int, heads: int, width: int) -> dict[str, Tensor]:
+def _of_attention(
+    have: Mapping[str, Tensor], values: Mapping[str, Tensor], heads: int, width: int
+) -> dict[str, Tensor]:
     state = {name: value for name, value in have.items() if name.startswith("proj.")}
-    state |= {f"v.{name[4:]}": value[-channels:] for name, value in have.items() if name.startswith("qkv.")}
+    state |= {f"v.{name}": value for name, value in values.items()}
     like = have["qkv.weight"]
     state["mix"] = like.new_ones(heads, 9)
+    return state | _same_norm(like, width)
+
+
+def _same_norm(like: Tensor, width: int) -> dict[str, Tensor]:
+    """Return the state of a batch norm that changes nothing."""
     one, zero = like.new_ones(width), like.new_zeros(width)
-    state |= {"bn.weight": one, "bn.bias": zero, "bn.running_mean": zero, "bn.running_var": one}
+    state = {"bn.weight": one, "bn.bias": zero, "bn.running_mean": zero, "bn.running_var": one}
     return state | {"bn.num_batches_tracked": torch.zeros((), dtype=torch.long, device=like.device)}
+
+
+def _constants(have: Mapping[str, Tensor], values: Mapping[str, Tensor], prefix: int) -> dict[str, Tensor]:
+    """Return the output of an attention for an input of zeros, for each of `prefix` tokens, ``(P, D)``."""
+    out = have["proj.weight"]
+    mean = out.new_zeros(len(out)) if "bias" not in values else out @ values["bias"]
+    if "proj.bias" in have:
+        mean = mean + have["proj.bias"]
+    return {"mean": mean.expand(prefix, -1)}
+
+
+def _product(have: Mapping[str, Tensor], values: Mapping[str, Tensor], conv: ConvSpec) -> dict[str, Tensor]:
+    """Return a convolution of plain tensors: the product of both projections of an attention in rank `conv.width`.
+
+    All nine taps of a 3 x 3 kernel are equal. A width above the rank of the product gets channels of zeros.
+    """
+    like = have["proj.weight"]
+    exact = torch.float64 if like.device.type != "mps" else torch.float32
+    out = like.to(exact)
+    left, sizes, right = torch.linalg.svd(out @ values["weight"].to(exact), full_matrices=False)
+    more, kept = max(0, conv.width - len(sizes)), slice(conv.width)
+    half = sizes[kept].sqrt()
+    inner, back = F.pad(half[:, None] * right[kept], (0, 0, 0, more)), F.pad(left[:, kept] * half, (0, more))
+    constant = out @ values["bias"].to(exact) if "bias" in values else out.new_zeros(len(out))
+    state = {"conv.bias": out.new_zeros(conv.width)}
+    if "proj.bias" in have:
+        state["proj.bias"] = have["proj.bias"] + constant
+    else:
+        state["conv.bias"] = torch.linalg.lstsq(back, constant[:, None]).solution[:, 0]
+    if conv.kernel == 3:
+        inner, back = (inner / 9)[:, :, None, None].expand(-1, -1, 3, 3), back[:, :, None, None]
+    state |= {"conv.weight": inner, "proj.weight": back}
+    return {name: value.to(like.dtype) for name, value in state.items()} | (
+        _same_norm(like, conv.width) if conv.norm else {}
+    )
 
 
 def _merged(state: Mapping[str, Tensor], was: ConvSpec, mixture: Mixture) -> dict[str, Tensor]:
@@ -136,7 +191,7 @@ class Same(nn.Module):
 
 
 class Conv(nn.Module):
-    """A convolution to the bottleneck, a ReLU, and a convolution back to the width, on the patches only.
+    """A convolution to the bottleneck, a ReLU or nothing, and a convolution back to the width, on the patches only.
 
     Args:
         width: D.
@@ -170,6 +225,8 @@ class Conv(nn.Module):
         else:
             self.conv = nn.Conv2d(width, spec.width, 3, padding=1)
             self.proj = nn.Conv2d(spec.width, width, 1, bias=form.out_bias)
+        if spec.prefix == "mean" and prefix:
+            self.mean = nn.Parameter(torch.zeros(prefix, width))
         if spec.norm:
             self.bn = nn.BatchNorm1d(spec.width, EPS) if spec.kernel == 1 else nn.BatchNorm2d(spec.width, EPS)
         self.proj_drop = nn.Dropout(rates.projection)
@@ -205,8 +262,13 @@ class Conv(nn.Module):
             out = self._map(torch.unflatten(patches, 1, self._grid(patches.shape[1]))).flatten(1, 2)
         if not self.prefix:
             return self._drop(out)
-        first = x[:, : self.prefix]
-        return self._drop(torch.cat([first if self.spec.prefix == "norm" else torch.zeros_like(first), out], dim=1))
+        return self._drop(torch.cat([self._first(x[:, : self.prefix]), out], dim=1))
+
+    def _first(self, x: Tensor) -> Tensor:
+        """Return the output for the prefix tokens `x`, ``(B, P, D)``."""
+        if self.spec.prefix == "mean":
+            return self.mean.to(x.dtype).expand_as(x)
+        return x if self.spec.prefix == "norm" else torch.zeros_like(x)
 
     def _drop(self, x: Tensor) -> Tensor:
         dropped: Tensor = self.proj_drop(x)
@@ -220,6 +282,9 @@ class Conv(nn.Module):
             )
         return self.grid
 
+    def _act(self, x: Tensor) -> Tensor:
+        return x.relu() if self.spec.act == "relu" else x
+
     def _pointwise(self, x: Tensor) -> Tensor:
         """Apply two linear layers to the last dimension."""
         if self.spec.mixture is None:
@@ -229,7 +294,7 @@ class Conv(nn.Module):
             inner = F.linear(x, kernel, bias)
         if self.spec.norm:
             inner = self.bn(inner.flatten(0, -2)).view_as(inner)
-        inner = inner.relu()
+        inner = self._act(inner)
         if self.spec.mixture is None:
             out: Tensor = self.proj(inner)
             return out
@@ -245,7 +310,7 @@ class Conv(nn.Module):
             inner = F.conv2d(x, kernel, bias, padding=1)
         if self.spec.norm:
             inner = self.bn(inner)
-        inner = inner.relu()
+        inner = self._act(inner)
         if self.spec.mixture is None:
             out: Tensor = self.proj(inner)
             return out.permute(0, 2, 3, 1)

@@ -155,6 +155,15 @@ class WindowBlock(Block):
             x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x).flatten(1, 2)))).view_as(x)
         return x
 
+    def unrolled(self, values: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return values in the order of the grid, ``(B, R, C, K)``.
+
+        Args:
+            values: shifted and padded as the windows are, ``(B, R, C, K)``.
+            grid: rows and columns without padding.
+        """
+        return torch.roll(values[:, : grid[0], : grid[1]], self.shift, (1, 2))
+
     def _mixed(self, x: Tensor) -> Tensor:
         if not isinstance(self.attn, WindowAttention):
             assert self.attn is not None
@@ -174,8 +183,8 @@ class WindowBlock(Block):
             # Padding is zero after the norm, so the keys and values of padded tokens are the biases, as in training.
             x = F.pad(x, (0, 0, 0, columns - grid[1], 0, rows - grid[0]))
         blocked = self._blocked(grid, x.device) if self.window.dynamic else self.blocked
-        mixed: Tensor = self.attn(x, blocked)[:, : grid[0], : grid[1]]
-        return torch.roll(mixed, (down, right), (1, 2)) if shifted else mixed
+        mixed: Tensor = self.attn(x, blocked)
+        return self.unrolled(mixed, grid) if shifted else mixed[:, : grid[0], : grid[1]]
 
     def _blocked(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
         if not any(self.shift):

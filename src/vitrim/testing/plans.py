@@ -140,6 +140,10 @@ def _convolutions(draw: st.DrawFn, mixer: Any, stage: Stage) -> dict[str, Any]:
         return {"mixer": mixer.model_copy(update={"mixture": state[0], "norm": state[1]})}
     if not isinstance(mixer, Attention) or not mixer.v:
         return {}
+    kernel, prefix = draw(st.sampled_from([1, 3])), draw(st.sampled_from(["norm", "zero", "mean"]))
+    if draw(st.integers(0, 2)) == 0:
+        rank = draw(st.integers(1, stage.width + 1))
+        return {"mixer": Conv(kernel=kernel, width=rank, prefix=prefix, act="none")}
     width = draw(st.integers(1, min(mixer.v)))
     heads = draw(st.sets(st.integers(0, len(mixer.v) - 1), min_size=1))
     v = [tuple(range(n - width, n)) if head in heads else () for head, n in enumerate(mixer.v)]
@@ -147,7 +151,6 @@ def _convolutions(draw: st.DrawFn, mixer: Any, stage: Stage) -> dict[str, Any]:
     if draw(st.booleans()):
         slots = draw(st.sampled_from(["columns", "centre"]))
         mixture = Mixture(heads=len(heads), temperature=draw(st.sampled_from([0.01, 1.0, 100.0])), slots=slots)
-    kernel, prefix = draw(st.sampled_from([1, 3])), draw(st.sampled_from(["norm", "zero"]))
     norm = mixture is not None or draw(st.booleans())
     return {"mixer": Conv(kernel=kernel, width=width, prefix=prefix, mixture=mixture, norm=norm), "v": tuple(v)}
 
@@ -173,7 +176,7 @@ def _some(size: int) -> st.SearchStrategy[tuple[int, ...]]:
 def kinds_in(spec: Spec) -> set[str]:
     """Names of the kinds of cuts that stand in `spec`, for a test to count that each one was drawn.
 
-    A token step is named by its `kind`; then there are ``conv1``, ``conv3``, ``mixture``, ``skip``, ``skip_norm``,
+    A token step is named by its `kind`; then there are ``conv1``, ``conv3``, ``mixture``, ``linear``, ``skip``, ``skip_norm``,
     ``dead_attention``, ``dead_mlp``, ``skipped_mlp`` and ``only_prefix``.
     """
     found: set[str] = set()
@@ -181,6 +184,7 @@ def kinds_in(spec: Spec) -> set[str]:
         mixer = block.mixer
         if isinstance(mixer, Conv):
             found |= {f"conv{mixer.kernel}"} | ({"mixture"} if mixer.mixture is not None else set())
+            found |= {"linear"} if mixer.act == "none" else set()
         elif isinstance(mixer, Skip):
             found.add("skip" if mixer.leaves == "zero" else "skip_norm")
         elif not mixer.v:

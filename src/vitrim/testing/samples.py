@@ -155,6 +155,9 @@ def _with_conv(
         return decision
     if rng.random() < 0.15:
         return decision.model_copy(update={"mixer": Skip(leaves="norm"), "qk": None, "v": None})
+    if rng.random() < 0.2:
+        linear = Conv(kernel=1 if dynamic else rng.choice((1, 3)), width=rng.randint(1, 32), prefix="mean", act="none")
+        return decision.model_copy(update={"mixer": linear, "qk": None, "v": None})
     width = rng.randint(1, min(mixer.v))
     v = [tuple(sorted(rng.sample(range(n), width))) if rng.random() < 0.8 else () for n in mixer.v]
     v[0] = v[0] or tuple(range(width))
@@ -166,7 +169,7 @@ def _with_conv(
     conv = Conv(
         kernel=1 if dynamic else rng.choice((1, 3)),
         width=width,
-        prefix=rng.choice(("norm", "zero")),
+        prefix=rng.choice(("norm", "zero", "mean")),
         mixture=mixed,
         norm=mixed is not None or (convs != "folded" and rng.random() < 0.5),
     )

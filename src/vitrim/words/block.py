@@ -149,27 +149,37 @@ class Mixture(Node):
 
 
 class Conv(Node):
-    """A bottleneck convolution on the grid of patches, from the width to `width` channels, ReLU, and back.
+    """A bottleneck convolution on the grid of patches, from the width to `width` channels, an activation, and back.
 
     It has three states. In evaluation, each computes the same function as the one before. With a `mixture`, its kernels
     are mixed from an attention's projections. Without a mixture, the kernels are plain tensors, and `norm` is true if
     there is a batch norm before the ReLU. Without both, it is two linear layers (`kernel` 1) or two convolutions (3).
 
-    `prefix` is the output of the branch for prefix tokens, which have no position on the grid: their own normed input
-    (``norm``), or zero (``zero``).
+    Attributes:
+        kernel: rows and columns of the first convolution; the second is 1 x 1.
+        width: channels between both; the rank of the map if there is no activation.
+        prefix: output of the branch for prefix tokens, which have no position on the grid: their own normed input
+            (``norm``), zero (``zero``), or a constant for each of them that is a parameter of the model (``mean``).
+        mixture: how kernels are mixed from an attention's projections; None if they are plain tensors.
+        norm: whether there is a batch norm before the activation.
+        act: ``relu``, as published, or ``none``. Without activation there is no norm and no mixture; the convolution is
+            a linear map of its neighborhood.
     """
 
     kind: Literal["conv"] = "conv"
     kernel: Literal[1, 3]
     width: Size
-    prefix: Literal["norm", "zero"] = "norm"
+    prefix: Literal["norm", "zero", "mean"] = "norm"
     mixture: Mixture | None = None
     norm: bool = False
+    act: Literal["relu", "none"] = "relu"
 
     @model_validator(mode="after")
     def _normed(self) -> Self:
         if self.mixture is not None and not self.norm:
             raise ValueError("norm must be true where kernels are mixed, but is false; fold the mixture first")
+        if self.act == "none" and (self.norm or self.mixture is not None):
+            raise ValueError("a convolution without activation must have no norm and no mixture, but has one; drop it")
         return self
 
 

@@ -126,7 +126,7 @@ def _priced(block: Block, place: _Place, arriving: Tokens | None) -> tuple[int, 
             params += offsets * len(mixer.v)
     elif isinstance(mixer, Conv):
         macs += conv_macs(patches, width, mixer.width, mixer.kernel)
-        params += _conv_params(form, norm, width, mixer)
+        params += _conv_params(form, norm, width, mixer, enters.prefix)
     elif isinstance(mixer, Skip) and mixer.leaves == "norm":
         params += norm + (width if form.layer_scale else 0)
     if hidden is not None:
@@ -151,8 +151,10 @@ def _attention_params(form: Form, norm: int, width: int, qk: int, v: int) -> int
     return params
 
 
-def _conv_params(form: Form, norm: int, width: int, conv: Conv) -> int:
+def _conv_params(form: Form, norm: int, width: int, conv: Conv, prefix: int) -> int:
     params = norm + (width if form.out_bias else 0) + (width if form.layer_scale else 0)
+    if conv.prefix == "mean":
+        params += prefix * width
     if conv.norm:
         params += 2 * conv.width
     if conv.mixture is not None:

@@ -20,7 +20,7 @@ from vitrim.words.steps import Flow, Tokens, flow_of
 
 __all__ = ["FORMAT", "Machine", "StageTimes", "TimeTable"]
 
-FORMAT = 2
+FORMAT = 3
 """Version of a stored table; increased when the meaning of its numbers changes."""
 
 TICKS = 10**9
@@ -66,7 +66,9 @@ class StageTimes(Node):
         attention: seconds by tokens, heads and channels.
         hidden: measured values of M, increasing.
         mlp: seconds by tokens and neurons.
-        conv: seconds of a convolution by its kernel, on the whole grid; on a merged grid in proportion to its patches.
+        conv_widths: measured widths of the bottleneck of a convolution, increasing.
+        conv: seconds of a convolution by its kernel, on the whole grid: one number for each of `conv_widths`, or one
+            number if there are none. On a merged grid they are in proportion to its patches.
         unequal: factor on the time of attention if values have another width than queries.
         bare: seconds of a branch that computes nothing, by tokens: its norm and its residual addition, which no width
             touches. Empty for tables that do not say.
@@ -88,6 +90,7 @@ class StageTimes(Node):
     mlp: tuple[tuple[float, ...], ...]
     bare: tuple[float, ...] = ()
     step: int = 1
+    conv_widths: tuple[int, ...] = ()
     conv: Frozen = FrozenDict()
     unequal: float = 1.0
     run: float = 0.0
@@ -113,6 +116,11 @@ class StageTimes(Node):
         """Return the seconds of attention among `rows` tokens, with heads of one width; at least those of `rests`."""
         found = _between((self.tokens, self.heads, self.channels), self.attention, (rows, heads, channels))
         return max(found, self.rests(rows))
+
+    def convolves(self, conv: Conv) -> float:
+        """Return the seconds of a convolution on the whole grid."""
+        measured = self.conv.get(str(conv.kernel), 0.0)
+        return _between((self.conv_widths,) if self.conv_widths else (), measured, (conv.width,))
 
     def feeds(self, rows: int, hidden: int) -> float:
         """Return the seconds of an MLP branch."""
@@ -172,8 +180,7 @@ class TimeTable(Node):
         if isinstance(block.mixer, Attention):
             mixed = times.attends(block.mixer, flow, flow.mixed.stands_for is not None or flow.mixed.constant_sizes)
         elif isinstance(block.mixer, Conv):
-            mixed = times.conv[str(block.mixer.kernel)] if times.conv else 0.0
-            mixed *= flow.mixed.patches / stage.patches
+            mixed = times.convolves(block.mixer) * flow.mixed.patches / stage.patches
         if block.hidden:
             fed = times.feeds(flow.rows, block.hidden)
         seconds = mixed + fed + self.branch * (bool(mixed) + bool(fed))
@@ -219,7 +226,7 @@ class TimeTable(Node):
                     "attention": tuple(tuple(tuple(t * factor for t in a) for a in b) for b in times.attention),
                     "mlp": tuple(tuple(t * factor for t in row) for row in times.mlp),
                     "bare": tuple(t * factor for t in times.bare),
-                    "conv": FrozenDict({kernel: t * factor for kernel, t in times.conv.items()}),
+                    "conv": FrozenDict({kernel: _scaled(t, factor) for kernel, t in times.conv.items()}),
                     "run": times.run * factor,
                     "steps": FrozenDict({kind: t * factor for kind, t in times.steps.items()}),
                 }
@@ -227,6 +234,10 @@ class TimeTable(Node):
             for times in self.stages
         )
         return self.model_copy(update={"stages": stages})
+
+
+def _scaled(seconds: Any, factor: float) -> Any:
+    return tuple(t * factor for t in seconds) if isinstance(seconds, tuple) else seconds * factor
 
 
 def _between(axes: Sequence[Sequence[float]], values: Any, point: Sequence[float]) -> float:

@@ -1,6 +1,7 @@
 """Compensation: record the activations of each block, cut the blocks in order, and re-fit the remaining weights."""
 
 from vitrim.cut.compensate.attention import AttentionCut
+from vitrim.cut.compensate.convs import ConvCut, images_needed
 from vitrim.cut.compensate.hear import arriving, passed, resumed
 from vitrim.cut.compensate.importance import Importance, importances
 from vitrim.cut.compensate.neurons import NeuronCut
@@ -10,6 +11,7 @@ from vitrim.cut.compensate.walk import Walk, compensated, cut_block, recovered
 __all__ = [
     "AttentionCut",
     "BlockChoice",
+    "ConvCut",
     "Importance",
     "NeuronCut",
     "Place",
@@ -17,6 +19,7 @@ __all__ = [
     "arriving",
     "compensated",
     "cut_block",
+    "images_needed",
     "importances",
     "passed",
     "recovered",

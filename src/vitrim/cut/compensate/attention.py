@@ -19,7 +19,7 @@ from vitrim.cut.compensate.closed_form import (
 )
 from vitrim.cut.compensate.heads import Heads
 from vitrim.cut.compensate.hear import attended
-from vitrim.cut.compensate.place import BlockChoice, Kept, Place, Widths, part, unscaled
+from vitrim.cut.compensate.place import BlockChoice, Kept, Place, Widths, part
 from vitrim.nn import Attention
 from vitrim.nn.feed import exact, wide
 from vitrim.nn.stream import tokens_of
@@ -81,11 +81,9 @@ class AttentionCut:
         own = [attended(place.block, batch).out for batch in place.streams]
         if place.dense is None or place.stage.window is not None:
             return own
-        scale = place.scale("ls1")
         theirs = [attended(place.block, batch).out for batch in place.dense]
         return [
-            mine
-            + place.alpha * (unscaled((tokens_of(there) - tokens_of(here))[:, : mine.shape[1]], scale) + other - mine)
+            place.toward(mine, other, (tokens_of(there) - tokens_of(here))[:, : mine.shape[1]], "ls1")
             for mine, other, here, there in zip(own, theirs, place.streams, place.dense, strict=True)
         ]
 

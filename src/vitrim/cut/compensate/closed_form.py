@@ -25,6 +25,7 @@ __all__ = [
     "Moments",
     "directions",
     "least_squares_queries",
+    "low_rank_fit",
     "query_key_maps",
     "refit",
     "removal_order",
@@ -34,6 +35,10 @@ __all__ = [
 
 _TINY = 1e-12
 """Added to the diagonal of Gram matrices before inversion, as a share of their mean diagonal."""
+
+_BLIND = 1e-3
+"""Added to the diagonal of a metric before directions are ordered by it, as a share of its mean diagonal: a few hundred
+images cannot show that an error in some direction costs nothing."""
 
 _CHUNK = 64
 """Number of removals between two updates of the full matrices; the resulting order does not depend on it."""
@@ -191,6 +196,40 @@ def refit(
     for _ in range(passes):
         start = start + torch.linalg.lu_solve(*factors, cross - start @ gram, left=False)
     return start
+
+
+def low_rank_fit(
+    gram: Tensor, cross: Tensor, metric: Tensor, width: int, strength: float, at: str = "weights"
+) -> tuple[Tensor, Tensor]:
+    """Return the linear map of rank d with the least weighted error on the target (reduced-rank regression).
+
+    With the ridge solution ``B = X (G + ridge)^-1``, the error in `metric` of a map of rank d is least for the leading
+    eigenvectors of ``metric^(1/2) B X' metric^(1/2)``.
+
+    Args:
+        gram: Gram matrix G of the features, ``(C, C)``.
+        cross: products X of targets and features, ``(D, C)``.
+        metric: ``(D, D)``.
+        width: d, at least 1. Above the rank of B, channels of zeros are added.
+        strength: strength of the ridge, as in `refit`.
+        at: path of the layer, for messages.
+
+    Returns:
+        Two maps, ``(d, C)`` and ``(D, d)``, whose product is the map. The d channels between them are uncorrelated and
+        have a variance of 1, up to the ridge.
+    """
+    full = _divided(cross, damped(gram, max(strength, _TINY), at))
+    mean = float(metric.diagonal().mean())
+    half = root(metric + _BLIND * mean * torch.eye(len(metric), dtype=metric.dtype, device=metric.device))
+    energy = half @ (full @ cross.mT) @ half
+    values, vectors = torch.linalg.eigh((energy + energy.mT) / 2)
+    values, vectors = values.flip(0)[:width], vectors.flip(1)[:, :width]
+    # The channels have the variances `values`; without energy a channel stays zero.
+    scale = torch.where(values > _TINY * values[:1].clamp_min(1e-300), values.clamp_min(1e-300).rsqrt(), 0.0)
+    inner = scale[:, None] * ((half @ vectors).mT @ full)
+    back = (cross @ inner.mT) * (scale > 0)
+    more = max(0, width - len(values))
+    return torch.nn.functional.pad(inner, (0, 0, 0, more)), torch.nn.functional.pad(back, (0, more))
 
 
 def root(matrix: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ B images, N tokens, D width, H heads, C channels of all heads together.
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from vitrim.nn import Attention, Block, Mlp
 from vitrim.nn.feed import fed
 from vitrim.nn.stream import Residual
 
-__all__ = ["Attended", "arriving", "attended", "hidden", "passed", "resumed"]
+__all__ = ["Attended", "Mixed", "arriving", "attended", "hidden", "mixed", "passed", "resumed"]
 
 
 class _Enough(Exception):
@@ -40,6 +40,19 @@ class Attended:
     mixed: Tensor
     out: Tensor
     received: Tensor | None
+
+
+class Mixed(NamedTuple):
+    """Input and output of the first branch of a block, in the order of the residual stream.
+
+    Each is ``(B, N, D)``, or ``(B, R, C, D)`` with windows, where nothing is shifted or padded.
+    """
+
+    enters: Tensor
+    """The residual stream before the norm, after a token step at the block's input."""
+    normed: Tensor
+    out: Tensor
+    """Output of the branch, before layer scale."""
 
 
 @contextlib.contextmanager
@@ -98,6 +111,24 @@ def attended(block: Block, x: Residual, weights: Tensor | None = None) -> Attend
             asked = (heard["raw"][..., firsts] * weights[..., None].to(heard["raw"].dtype)).sum()
         received = torch.autograd.grad(asked, heard["v"])[0][..., firsts]
     return Attended(heard["q"], heard["k"], heard["mixed"], heard["out"], received)
+
+
+@torch.no_grad()
+def mixed(block: Block, x: Residual) -> Mixed:
+    """Run `block` on `x` up to the output of its first branch, which must read a norm."""
+    heard: dict[str, Tensor] = {}
+
+    def normed(_module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        heard["enters"], heard["normed"] = inputs[0], out
+
+    def last(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        heard["out"] = inputs[0]
+        raise _Enough
+
+    handles = (block.norm1.register_forward_hook(normed), block.ls1.register_forward_pre_hook(last))
+    with _hooked(*handles), contextlib.suppress(_Enough):
+        block(x)
+    return Mixed(**heard)
 
 
 @torch.no_grad()

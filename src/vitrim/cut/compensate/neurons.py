@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitrim.cut.compensate.closed_form import Moments, refit, removal_order
 from vitrim.cut.compensate.hear import hidden
-from vitrim.cut.compensate.place import Kept, Place, part, unscaled
+from vitrim.cut.compensate.place import Kept, Place, part
 from vitrim.nn import Block, Mlp
 from vitrim.nn.feed import exact
 
@@ -63,14 +63,13 @@ class NeuronCut:
     @functools.cached_property
     def moments(self) -> Moments:
         """Moments of the neurons and of the target output of the last layer."""
-        place, scale = self.place, self.place.scale("ls2")
+        place = self.place
         moments = Moments(self.at, centred=self.last.bias is not None)
         for number, batch in enumerate(place.streams):
             features, out, middle = hidden(self.half, batch)
             if place.dense is not None:
                 _, theirs, there = hidden(place.block, place.dense[number])
-                gap = unscaled((there - middle).reshape(out.shape), scale)
-                out = out + place.alpha * (gap + theirs - out)
+                out = place.toward(out, theirs, (there - middle).reshape(out.shape), "ls2")
             moments.add(part(self.worth, place.streams, number), features, out)
         return moments
 

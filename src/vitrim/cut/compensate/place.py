@@ -13,7 +13,7 @@ from vitrim.cut.compensate.importance import Importance
 from vitrim.nn import Block, computed, make_block
 from vitrim.nn.feed import exact
 from vitrim.nn.stream import Residual, tokens_of
-from vitrim.words.spec import Stage
+from vitrim.words.spec import Conv, Stage
 from vitrim.words.steps import Tokens
 
 __all__ = ["BlockChoice", "Kept", "Place", "Widths", "part", "unscaled"]
@@ -31,12 +31,14 @@ class BlockChoice:
         qk: number of query/key channels of each kept head, in a new basis; or the channels that each head keeps, with
             one entry for each head of the parent; None for no change.
         v: the same for values.
+        conv: a convolution in place of attention, fitted to its output; then nothing else may be said of attention.
         hidden: number of neurons to keep, which are then chosen; or the neurons to keep; None for no change.
     """
 
     heads: Kept | None = None
     qk: Widths = None
     v: Widths = None
+    conv: Conv | None = None
     hidden: int | Kept | None = None
 
 
@@ -67,18 +69,38 @@ class Place:
     alpha: float
 
     def rebuilt(self, mixer: object, hidden: int | None, state: Mapping[str, Tensor]) -> Block:
-        """Return the block with another mixer or MLP, with the parameters of `state` and else those of the parent."""
+        """Return the block with another mixer or MLP, with the parameters of `state` and else those of the parent.
+
+        Args:
+            mixer: spec of the mixer.
+            hidden: number of neurons; None for no MLP.
+            state: parameters and stored buffers by name.
+        """
         node = self.block.spec.model_copy(update={"mixer": mixer, "hidden": hidden})
         with torch.device("meta"):
             block = make_block(self.stage, node, self.arrives)
         block.is_last = self.block.is_last
-        own = dict(self.block.named_parameters())
-        like = next(iter(own.values()))
-        for name, _ in list(block.named_parameters()):
-            value = state[name].to(like.device, like.dtype) if name in state else own[name].detach()
+        own = self.block.state_dict()
+        like = next(self.block.parameters())
+        for name, empty in block.state_dict(keep_vars=True).items():
+            kind = like.dtype if empty.is_floating_point() else empty.dtype
+            value = state[name].to(like.device, kind) if name in state else own[name]
+            if isinstance(empty, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=False)
             owner, _, leaf = name.rpartition(".")
-            setattr(block.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+            setattr(block.get_submodule(owner), leaf, value)
         return computed(block).eval()
+
+    def toward(self, own: Tensor, other: Tensor, gap: Tensor, scale: str) -> Tensor:
+        """Return the target of a re-fit: the layer's own output, moved by `alpha` to what restores the dense stream.
+
+        Args:
+            own: output of the layer on the stream as it is.
+            other: its output on the dense stream.
+            gap: the dense stream less the stream as it is, before the branch.
+            scale: name of the layer scale after the branch, ``ls1`` or ``ls2``.
+        """
+        return own + self.alpha * (unscaled(gap, self.scale(scale)) + other - own)
 
     def scale(self, name: str) -> Tensor | None:
         """Return the layer scale after a branch (``ls1`` or ``ls2``), ``(D,)``; None if there is none."""

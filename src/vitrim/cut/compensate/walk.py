@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor, nn
 
 from vitrim.cut.compensate.attention import AttentionCut
+from vitrim.cut.compensate.convs import ConvCut
 from vitrim.cut.compensate.hear import arriving, passed
 from vitrim.cut.compensate.importance import Importance, importances
 from vitrim.cut.compensate.neurons import NeuronCut
@@ -128,7 +129,9 @@ def cut_block(place: Place, choice: BlockChoice) -> tuple[Block, BlockPlan, dict
     state: dict[str, Tensor] = {}
     fields: dict[str, object] = {}
     mixer: object = node.mixer
-    if isinstance(block.attn, Attention) and (choice.heads, choice.qk, choice.v) != (None, None, None):
+    if choice.conv is not None:
+        mixer, fields, state = ConvCut(place).cut(choice.conv)
+    elif isinstance(block.attn, Attention) and (choice.heads, choice.qk, choice.v) != (None, None, None):
         mixer, kept, state = AttentionCut(place).cut(choice)
         fields |= kept
     width = node.hidden

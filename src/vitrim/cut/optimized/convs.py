@@ -28,16 +28,17 @@ class FixedConv(Conv):
             return super().forward(x, attn_mask, is_causal)  # which refuses
         prefix = self.prefix if x.dim() == 3 else 0
         if self.spec.kernel == 1:
-            out: Tensor = self.proj(self.conv(x).relu())
+            out: Tensor = self.proj(self._act(self.conv(x)))
             out = out[:, prefix:] if prefix else out
         else:
             maps = torch.unflatten(x[:, prefix:], 1, self._grid(x.shape[1] - prefix)) if x.dim() == 3 else x
-            out = self.proj(self.conv(maps.permute(0, 3, 1, 2)).relu().permute(0, 2, 3, 1))
+            out = self.proj(self._act(self.conv(maps.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
             out = out.flatten(1, 2) if x.dim() == 3 else out
         if not prefix:
             return out
-        first = x[:, :prefix] if self.spec.prefix == "norm" else self.zero.expand(x.shape[0], prefix, x.shape[2])
-        return torch.cat([first, out], dim=1)
+        if self.spec.prefix == "zero":
+            return torch.cat([self.zero.expand(x.shape[0], prefix, x.shape[2]), out], dim=1)
+        return torch.cat([self._first(x[:, :prefix]), out], dim=1)
 
 
 def plain_conv(conv: Conv, block: Block) -> Conv:

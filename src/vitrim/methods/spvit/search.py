@@ -202,14 +202,14 @@ class SinglePath(Gated):
         grid = (x.shape[1], x.shape[2])
         values = torch.unflatten(values, 1, block.window.padded(grid))
         if not self.windowed:
-            return beside.inner(_unrolled(values, block, grid))
+            return beside.inner(block.unrolled(values, grid))
         high, wide = block.window.size
         rows, columns = values.shape[1] // high, values.shape[2] // wide
         windows = values.view(len(x), rows, high, columns, wide, -1).transpose(2, 3).flatten(0, 2)
 
         def joined(part: Tensor) -> Tensor:
             placed = part.view(len(x), rows, columns, high, wide, -1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-            return _unrolled(placed, block, grid)
+            return block.unrolled(placed, grid)
 
         one, three = beside.inner(windows)
         return joined(one), joined(three)
@@ -234,11 +234,6 @@ def _attention(block: nn.Module) -> Attention:
     assert isinstance(block, Block)
     assert isinstance(block.attn, Attention)
     return block.attn
-
-
-def _unrolled(values: Tensor, block: WindowBlock, grid: tuple[int, int]) -> Tensor:
-    """Return values that are rolled and padded for windows in the order of the grid, without padding."""
-    return torch.roll(values[:, : grid[0], : grid[1]], block.shift, (1, 2))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,10 +86,12 @@ class BlockPlan(Node):
                 f"{at}.mixer: a convolution must be made of values that go straight to the output projection, but "
                 "there is a norm over all heads in between; keep attention here"
             )
-        if not widths or set(widths) != {conv.width}:
+        if not widths:
+            raise PlanError(f"{at}.mixer: a convolution must be made of value heads, but none is left; keep one in v")
+        if conv.mixture is not None and set(widths) != {conv.width}:
             raise PlanError(
-                f"{at}.mixer: a convolution must be as wide as every value head, but is {conv.width} wide for heads of "
-                f"{', '.join(map(str, widths)) or 'no'} channels; keep one width in v"
+                f"{at}.mixer: a mixture must be as wide as every value head, but is {conv.width} wide for heads of "
+                f"{', '.join(map(str, widths))} channels; keep one width in v, or leave the mixture out"
             )
         if conv.mixture is not None and conv.mixture.heads != len(widths):
             raise PlanError(
