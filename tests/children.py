@@ -166,9 +166,10 @@ KINDS: dict[str, Callable[[Spec], Plan]] = {
         for state in ("mixed", "normed", "folded")
         for prefix in ("norm", "zero")
     },
-    **{f"conv{kernel}-linear-mean": functools.partial(_conv, kernel=kernel, state="linear", prefix="mean")
-       for kernel in (1, 3)},
-    "conv3-normed-mean": functools.partial(_conv, kernel=3, state="normed", prefix="mean"),
+    **{
+        f"conv{kernel}-linear-mean": functools.partial(_conv, kernel=kernel, state="linear", prefix="mean")
+        for kernel in (1, 3)
+    },
     "dropped": functools.partial(_dropped, exact=False),
     "dropped-exact": functools.partial(_dropped, exact=True),
     **{

@@ -67,15 +67,16 @@ def test_a_linear_target_is_recovered_at_full_rank(family, preset, kernel):
     with torch.no_grad():
         for value in blocks_of(model)[0][1].attn.parameters():
             value.copy_(torch.randn(value.shape, generator=draw, dtype=torch.float64) / width**0.5)
-    place = place_of(model, [images(spec, 64)])
+    seen, fresh = images(spec, 160).split(128)
+    place, other = place_of(model, [seen]), place_of(model, [fresh])
     again = rebuilt(place, ConvCut(place, strength=0.0).cut(linear(kernel, width)))
-    x = torch.randn(place.streams[0].shape, generator=draw, dtype=torch.float64)
+    x = other.streams[0]
     with torch.no_grad():
         assert apart(again(x), place.block(x)) < FULL_RANK
 
 
 def test_it_is_the_best_map_of_its_rank():
-    """The error in the metric is what the discarded singular values of the fitted values say, and no other map's less."""
+    """The error in the metric is what the discarded singular values of the full fit say, and no map's is less."""
     draw = torch.Generator().manual_seed(0)
     x, noise = (torch.randn(200, n, generator=draw, dtype=torch.float64) for n in (12, 8))
     y = x @ torch.randn(12, 8, generator=draw, dtype=torch.float64) + noise
@@ -154,9 +155,9 @@ def test_a_walk_with_convolutions(step, tmp_path):
     x = list(images(spec, 96).split(48))
     before = {name: value.clone() for name, value in base.state_dict().items()}
     choices = [
-        BlockChoice(conv=linear(3, 24), hidden=96),
+        BlockChoice(conv=linear(3, 24)),
         BlockChoice(conv=linear(1, 24)) if step is not None else BlockChoice(),
-        BlockChoice(conv=linear(3, 16), hidden=96),
+        BlockChoice(conv=linear(3, 16), hidden=150),
     ]
     plan, grafts = compensated(base, choices, x, importances(base, x, seed=0))
     child = surgery.apply(base, plan, grafts=grafts).eval()
@@ -171,7 +172,8 @@ def test_a_walk_with_convolutions(step, tmp_path):
         assert torch.equal(store.load(tmp_path / "child.safetensors")(fresh), child(fresh))
         wanted = base(fresh)
         bare = surgery.apply(base, plan).eval()
-        assert apart(child(fresh), wanted) < 0.5 * apart(bare(fresh), wanted)
+        errors = [float((model(fresh) - wanted).square().mean()) for model in (child, bare)]
+        assert errors[0] < 0.6 * errors[1]
 
 
 def test_the_dense_stream_is_approached():

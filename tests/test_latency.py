@@ -18,7 +18,8 @@ from vitrim.measure import Latency
 from vitrim.measure.parts import fitted, half_widths, machine_of, make_table
 from vitrim.measure.shapes import between_multiples, step_of
 from vitrim.methods.spvit.planning import decide, planned
-from vitrim.methods.spvit.search import SinglePath, layout, times
+from vitrim.methods.spvit.prices import times
+from vitrim.methods.spvit.search import SinglePath, layout
 from vitrim.run import latency_budget
 from vitrim.run.recipe import Measure
 from vitrim.words.budget import Budget

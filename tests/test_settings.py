@@ -576,8 +576,9 @@ def _smaller(spec):
 class TestParts:
     """What the pages say of `accumulate` where gates are drawn and batch norms see one part."""
 
-    @pytest.mark.parametrize("parts", [1, 4])
-    def test_spvit_draws_its_gates_once_a_part(self, parts, monkeypatch):
+    @pytest.mark.parametrize(("parts", "draws"), [(1, 4), (4, 4), (1, 1), (4, 1)])
+    def test_spvit_draws_its_gates_as_often_in_any_number_of_parts(self, parts, draws, monkeypatch):
+        """With four draws a step, one part or four are four draws of four images; each part has one draw at least."""
         drawn, seen = [], []
         draw, forward = SinglePath._draw, Paths.forward
 
@@ -595,10 +596,10 @@ class TestParts:
         model = adopt(timm_model("vit", "plain", torch.float32))
         data = digits(model)
         steps = {"epochs": 0.25, "batch": 16, "accumulate": parts}  # one step of the 64 images
-        method = methods.get("spvit", {"train": {**SHORT, **steps}})
+        method = methods.get("spvit", {"train": {**SHORT, **steps}, "draws": draws})
         method.search(model, dataclasses.replace(data, validation=None), Budget.parse("macs=0.9"), seed=0)
-        assert sum(drawn) == parts
-        assert set(seen) == {16 // parts}
+        assert sum(drawn) == max(parts, draws)
+        assert set(seen) == {16 // max(parts, draws)}
 
 
 class TestShipped:

@@ -20,9 +20,10 @@ from vitrim.methods import spvit
 from vitrim.methods.spvit import gates
 from vitrim.methods.spvit import planning as _spvit_plan
 from vitrim.methods.spvit.paths import Paths
+from vitrim.methods.spvit.prices import prices
 from vitrim.methods.spvit.published import published, structures
 from vitrim.methods.spvit.released import open_released
-from vitrim.methods.spvit.search import SinglePath, layout, prices
+from vitrim.methods.spvit.search import SinglePath, layout
 from vitrim.nn.conv import Conv, mixed_back, mixed_kernel, state_of, votes
 from vitrim.run.pipeline import compress
 from vitrim.run.recipe import Recipe, merged, overrides, read_recipe
@@ -405,13 +406,16 @@ class TestGates:
         assert id(single.beside("stages.0.blocks.0").mix) in {id(p) for p in decayed["params"]}
         assert decayed["weight_decay"] == 0.05
 
-    @pytest.mark.parametrize(("epochs", "given", "rate"), [(0.5, None, 1.5), (0.5, 1e-3, 1e-3), (2, None, 3 / 8)])
-    def test_gates_move_far_enough(self, epochs, given, rate, monkeypatch):
-        """In a short search they would hardly move at the published rate: a gate starts 1.5 above closing."""
+    @pytest.mark.parametrize(
+        ("epochs", "given", "start", "rate"),
+        [(0.5, None, None, 4.0), (0.5, 1e-3, None, 1e-3), (2, None, None, 1.0), (2, None, 1.5, 3 / 8)],
+    )
+    def test_gates_move_far_enough(self, epochs, given, start, rate, monkeypatch):
+        """In a short search they would hardly move at the published rate: a gate starts 4, or 1.5, above closing."""
         seen = []
         model = adopt(timm_model("vit", "plain", torch.float32))
         monkeypatch.setattr(spvit, "fit", lambda single, *_, groups, **__: seen.append(groups(single)[0]["lr"]))
-        settings = {"train": {**SHORT, "epochs": epochs}, "gate_lr": given}
+        settings = {"train": {**SHORT, "epochs": epochs}, "gate_lr": given, "start": start}
         methods.get("spvit", settings).search(model, digits(model), Budget.parse("macs=0.5"), seed=0)
         assert seen == [pytest.approx(rate)]
 
@@ -458,7 +462,7 @@ class TestProjection:
             with torch.no_grad():
                 for logits in single.gate_parameters():
                     logits.copy_(torch.ones(logits.shape) if equal else torch.randn(logits.shape, generator=draw))
-            for text in ("macs=0.55", "macs=0.7", "params=0.6", "macs=0.7,params=0.7", "macs=1"):
+            for text in ("macs=0.55", "macs=0.7", "macs=0.95", "params=0.6", "macs=0.7,params=0.7", "macs=1"):
                 bound = Budget.parse(text)
                 plan = _spvit_plan.planned(spec, how, *_spvit_plan.decide(spec, single, how, bound))
                 cost = cost_of(folded(plan.child(spec)))
@@ -601,7 +605,7 @@ def test_released_checkpoints(family, preset, kind):
     how = layout(spec, leaves=leaves)
     plan = _spvit_plan.planned(spec, how, *_spvit_plan.as_evaluated(single))
     state, child = released_names(single, kind, plan)
-    opened = open_released(copy.deepcopy(single.model), state, leaves=leaves)
+    opened = open_released(copy.deepcopy(single.model), state)
     x = images(spec)
     with torch.no_grad():
         assert apart(opened(x), child(x)) < EXACT
@@ -719,7 +723,7 @@ def test_the_grid_follows_the_input_size():
 def test_what_training_goes_on_from(inherit):
     """The model's own weights with new mixtures and norms, or all that the search has trained."""
     model = adopt(timm_model("swin", "windows", torch.float32))
-    settings = {"train": {**SHORT, "lr": 1e-3}, "gate_lr": 0.01, "inherit": inherit}
+    settings = {"train": {**SHORT, "lr": 1e-3}, "gate_lr": 0.01, "start": 1.5, "inherit": inherit}
     found = methods.get("spvit", settings).search(model, digits(model), Budget.parse("macs=0.5"), seed=0)
     child = apply(found.parent, found.plan, grafts=found.grafts)
     convs = [(path, block.attn) for path, block in families.blocks_of(child) if isinstance(block.attn, Conv)]

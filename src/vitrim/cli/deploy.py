@@ -1,9 +1,9 @@
-"""The commands that export a model or push it to the Hub."""
+"""The commands that export a model, push it to the Hub, or convert what others released."""
 
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vitrim.deploy.quantize import Quantized
     from vitrim.run.recipe import DataRecipe
 
-__all__ = ["export", "push"]
+__all__ = ["export", "push", "released"]
 
 
 @app.command()
@@ -206,3 +206,38 @@ def push(
             sys.stdout.write((done.folder / CARD).read_text(encoding="utf-8"))
     size = ", ".join(f"{name} ({count / 1e6:.2f} MB)" for name, count in done.files.items())
     say(f"{'would push' if done.folder is not None else 'pushed'} {size} to {repository}")
+
+
+@app.command()
+def released(
+    model: Annotated[str, typer.Argument(help="The timm name of the dense model, such as deit_tiny_patch16_224.")],
+    weights: Annotated[str, typer.Argument(help="A checkpoint of SPViT's authors: searched, fine-tuned or folded.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write, .safetensors.")],
+    leaves: Annotated[
+        Literal["zero", "norm"] | None,
+        typer.Option(
+            "--leaves",
+            help="Output of a skipped attention, zero or norm. Default: zero for a searched file, else norm.",
+        ),
+    ] = None,
+    fold: Annotated[
+        bool, typer.Option("--fold", help="Fold mixtures and batch norms into plain layers, for use without training.")
+    ] = False,
+) -> None:
+    """Convert a checkpoint that SPViT's authors released to a file that vitrim opens."""
+    from vitrim.cut.surgery import fold as folded
+    from vitrim.deploy import store
+    from vitrim.deploy.parent import open_parent
+    from vitrim.families import describe
+    from vitrim.methods.spvit.released import open_released
+    from vitrim.words.costs import cost_of
+    from vitrim.words.errors import StoreError
+    from vitrim.words.plain import check_place
+
+    check_place(out, StoreError)
+    open_parent(model, random_weights=True)  # says what is wrong with the name
+    net = open_released(model, weights, leaves=leaves)
+    net = folded(net) if fold else net
+    store.save(net, out)
+    cost = cost_of(describe(net))
+    say(f"wrote {out}: {cost.macs / 1e9:.3f} G multiply-accumulates, {cost.params / 1e6:.3f} M parameters")

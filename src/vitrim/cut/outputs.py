@@ -8,13 +8,16 @@ also be the value of a regression. Features (`num_classes=0`) and such values ar
 softmax over them would have no meaning. Over one output it is constant, so every loss and gradient is exactly zero.
 """
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitrim.nn.feed import fed
 from vitrim.words.errors import MethodError
 
-__all__ = ["as_classes", "gives_values", "own_loss"]
+__all__ = ["as_classes", "divergence", "gives_values", "logits_of", "own_loss"]
 
 
 def gives_values(classes: int, labeled: bool) -> bool:
@@ -72,3 +75,22 @@ def own_loss(outputs: Tensor, *, values: bool, draw: torch.Generator) -> Tensor:
     chances = logits.detach().float().softmax(dim=-1).cpu()
     labels = torch.multinomial(chances, 1, generator=draw).squeeze(1).to(logits.device)
     return F.cross_entropy(logits, labels, reduction="sum")
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, images: Sequence[Tensor]) -> Tensor:
+    """Compute logits, ``(P, K)`` on the CPU."""
+    return torch.cat([model(fed(x, model)).float().cpu() for x in images])
+
+
+def divergence(dense: Tensor, logits: Tensor) -> float:
+    """Return the mean Kullback-Leibler divergence from the dense output, in nats.
+
+    Raises:
+        MethodError: if it is not finite.
+    """
+    ours, theirs = logits.double().log_softmax(-1), dense.double().log_softmax(-1)
+    found = float(F.kl_div(ours, theirs, reduction="batchmean", log_target=True))
+    if not found < float("inf"):
+        raise MethodError("logits must be finite on the calibration images, but some are NaN; check weights and images")
+    return found

@@ -141,7 +141,7 @@ def _convolutions(draw: st.DrawFn, mixer: Any, stage: Stage) -> dict[str, Any]:
     if not isinstance(mixer, Attention) or not mixer.v:
         return {}
     kernel, prefix = draw(st.sampled_from([1, 3])), draw(st.sampled_from(["norm", "zero", "mean"]))
-    if draw(st.integers(0, 2)) == 0:
+    if draw(st.sampled_from([False, False, False, True])):
         rank = draw(st.integers(1, stage.width + 1))
         return {"mixer": Conv(kernel=kernel, width=rank, prefix=prefix, act="none")}
     width = draw(st.integers(1, min(mixer.v)))
@@ -176,8 +176,8 @@ def _some(size: int) -> st.SearchStrategy[tuple[int, ...]]:
 def kinds_in(spec: Spec) -> set[str]:
     """Names of the kinds of cuts that stand in `spec`, for a test to count that each one was drawn.
 
-    A token step is named by its `kind`; then there are ``conv1``, ``conv3``, ``mixture``, ``linear``, ``skip``, ``skip_norm``,
-    ``dead_attention``, ``dead_mlp``, ``skipped_mlp`` and ``only_prefix``.
+    A token step is named by its `kind`; then there are ``conv1``, ``conv3``, ``mixture``, ``linear``, ``skip``,
+    ``skip_norm``, ``dead_attention``, ``dead_mlp``, ``skipped_mlp`` and ``only_prefix``.
     """
     found: set[str] = set()
     for _, _, block in spec.blocks():

@@ -1,7 +1,7 @@
 """Fit convolutions to the output of one attention, by least squares.
 
-B images, N tokens, P prefix tokens, R x C rows and columns of the grid, D width, d channels of the bottleneck, k side of
-the kernel, F = k^2 D features of a patch: the normed tokens of its neighborhood, zeros beyond the border.
+B images, N tokens, P prefix tokens, R x C rows and columns of the grid, D width, d channels of the bottleneck, k side
+of the kernel, F = k^2 D features of a patch: the normed tokens of its neighborhood, zeros beyond the border.
 
 One block at a time, a convolution without activation is the low-rank linear map of F features that is nearest to what
 the attention adds for the patches. The squared error is weighted by the importance of each token, and its directions by
@@ -66,7 +66,9 @@ class ConvCut:
 
     def __init__(self, place: Place, strength: float = RIDGE) -> None:
         block, stage = place.block, place.stage
-        grid = flow_of(block.spec.tokens, place.arrives, stage.patches).mixed.grid if stage.window is None else stage.grid
+        grid = (
+            flow_of(block.spec.tokens, place.arrives, stage.patches).mixed.grid if stage.window is None else stage.grid
+        )
         if grid is None:
             raise MethodError(
                 f"{place.path}: a convolution must have patches that fill a grid, but some were dropped or merged; "
@@ -127,9 +129,7 @@ class ConvCut:
     def _fitted(self, kernel: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return the kernel ``(d, F)`` and its bias, and the output layer ``(D, d)`` and its bias."""
         moments = self.moments(kernel)
-        inner, back = low_rank_fit(
-            moments.gram, moments.cross, self.worth.metric, width, self.strength, self.path
-        )
+        inner, back = low_rank_fit(moments.gram, moments.cross, self.worth.metric, width, self.strength, self.path)
         if self.biased:
             return inner, -inner @ moments.mean, back, moments.target
         return inner[:, :-1].contiguous(), inner[:, -1].contiguous(), back, None

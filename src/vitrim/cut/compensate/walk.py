@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor, nn
 
 from vitrim.cut.compensate.attention import AttentionCut
-from vitrim.cut.compensate.convs import ConvCut
+from vitrim.cut.compensate.convs import RIDGE, ConvCut
 from vitrim.cut.compensate.hear import arriving, passed
 from vitrim.cut.compensate.importance import Importance, importances
 from vitrim.cut.compensate.neurons import NeuronCut
@@ -41,6 +41,7 @@ def compensated(
     *,
     strength: float = 1e-2,
     alpha: float = 0.0,
+    ridge: float = RIDGE,
     advance: Callable[[float], None] = lambda _: None,
 ) -> tuple[Plan, dict[str, Tensor]]:
     """Cut and compensate.
@@ -53,7 +54,8 @@ def compensated(
         strength: strength of the ridge, as a share of the mean diagonal of a layer's Gram matrix.
         alpha: share in the target of a re-fit of the output that restores the dense model's stream; the rest is the
             layer's own output before the cut. Must be 0 with merging because the streams have different tokens. In
-            stages with windows it is used for MLPs only.
+            stages with windows it is used for MLPs and convolutions only.
+        ridge: the same strength as `strength`, for convolutions in place of attention.
         advance: called with 1 after each block.
 
     Returns:
@@ -69,7 +71,7 @@ def compensated(
         walk = Walk(model, images, worth, strength, alpha)
         place = walk.first()
         for choice in choices:
-            new, plan, state = cut_block(place, choice)
+            new, plan, state = cut_block(place, choice, ridge)
             plans.append(plan)
             grafts |= {f"{names[id(place.block)]}.{name}": value for name, value in state.items()}
             advance(1)
@@ -123,14 +125,16 @@ class Walk:
         return Place(path, block, stage, arrives, self.worth, streams, self.dense, self.strength, self.alpha)
 
 
-def cut_block(place: Place, choice: BlockChoice) -> tuple[Block, BlockPlan, dict[str, Tensor]]:
+def cut_block(
+    place: Place, choice: BlockChoice, ridge: float = RIDGE
+) -> tuple[Block, BlockPlan, dict[str, Tensor]]:
     """Return the new block, its part of the plan, and its new parameters."""
     block, node = place.block, place.block.spec
     state: dict[str, Tensor] = {}
     fields: dict[str, object] = {}
     mixer: object = node.mixer
     if choice.conv is not None:
-        mixer, fields, state = ConvCut(place).cut(choice.conv)
+        mixer, fields, state = ConvCut(place, ridge).cut(choice.conv)
     elif isinstance(block.attn, Attention) and (choice.heads, choice.qk, choice.v) != (None, None, None):
         mixer, kept, state = AttentionCut(place).cut(choice)
         fields |= kept

@@ -67,7 +67,7 @@ def fold_block_(block: Block, dtype: torch.dtype, *, norms: bool = True) -> None
     passes = isinstance(mixer, Conv) and mixer.prefix > 0 and mixer.spec.prefix == "norm"
     if isinstance(mixer, Attention | Conv) and not passes and _fold_scale_(block.ls1, mixer.proj, dtype):
         if isinstance(mixer, Conv) and mixer.prefix > 0 and mixer.spec.prefix == "mean":
-            mixer.mean = nn.Parameter(mixer.mean * block.ls1.gamma, requires_grad=False)
+            mixer.mean = nn.Parameter(mixer.mean * block.ls1.get_parameter("gamma"), requires_grad=False)
         block.ls1 = nn.Identity()
     if isinstance(mlp, Mlp) and _fold_scale_(block.ls2, mlp.get_submodule(mlp.last), dtype):
         block.ls2 = nn.Identity()

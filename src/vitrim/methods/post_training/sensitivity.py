@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vitrim.cut.compensate import (
     AttentionCut,
@@ -21,6 +20,7 @@ from vitrim.cut.compensate import (
     passed,
     resumed,
 )
+from vitrim.cut.outputs import divergence, logits_of
 from vitrim.cut.surgery import apply
 from vitrim.data import Input
 from vitrim.families import describe
@@ -59,25 +59,6 @@ def _widths(block: object) -> Iterator[int]:
         yield sum(mixer.v)
     if hidden:
         yield hidden
-
-
-@torch.no_grad()
-def logits_of(model: nn.Module, images: Sequence[Tensor]) -> Tensor:
-    """Compute logits, ``(P, K)`` on the CPU."""
-    return torch.cat([model(fed(x, model)).float().cpu() for x in images])
-
-
-def divergence(dense: Tensor, logits: Tensor) -> float:
-    """Return the mean Kullback-Leibler divergence from the dense output, in nats.
-
-    Raises:
-        MethodError: if it is not finite.
-    """
-    ours, theirs = logits.double().log_softmax(-1), dense.double().log_softmax(-1)
-    found = float(F.kl_div(ours, theirs, reduction="batchmean", log_target=True))
-    if not found < float("inf"):
-        raise MethodError("logits must be finite on the calibration images, but some are NaN; check weights and images")
-    return found
 
 
 def calibrate(

@@ -12,64 +12,97 @@ the weights, with the task loss and ``pressure * (F - target)^2``. F is the cost
 Where we differ from the authors' code, on purpose:
 
 - A budget is met. Their penalty is two-sided and soft: released structures exceed their targets by 4 to 40 %, and the
-  epoch is picked by hand. Here the search stops after the first epoch that meets the budget. Its structure is then
-  projected onto the budget: one threshold over all gates, and the rest of the budget is filled with the next best.
+  epoch is picked by hand. Here the search stops at the first step that meets the budget (every few are looked at). Its
+  structure is then projected onto the budget: one threshold over all gates, and the rest of the budget is filled with
+  the next best.
+- Where the head reads prefix tokens alone and the gates leave the last block no attention, a structure that keeps it is
+  compared, and the one nearer to the dense model is taken.
 - A skipped attention adds nothing in search and after (``skip = "zero"``). Theirs adds nothing in search and its own
   normed input afterwards; ``"norm"`` is for released weights.
 - A Swin's 3 x 3 convolution reads the whole feature map in search and after. Theirs reads single windows in search
   (``windowed``); no released Swin has such a convolution.
 - Gates of the cheaper choices are not detached if the more expensive ones are open: the gradient is zero anyway.
+- Convolutions may start from fits to their attention (``init = "closed_form"``, `vitrim.methods.spvit.fitted`), with
+  weights of their own and a constant for prefix tokens. Published ones are mixtures of the attention's projections.
 - Norms over channels, q/k norms, other grids and any number of prefix tokens are supported if they change nothing.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveFloat, model_validator
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
-from vitrim.data import Augment
+from vitrim.data import Augment, eval_loader
 from vitrim.families import describe
 from vitrim.methods import Data, Found
 from vitrim.methods.spvit import gates
-from vitrim.methods.spvit.planning import as_evaluated, check_reach, decide, grafts, planned, told
+from vitrim.methods.spvit.fitted import fits, refitted, start_
+from vitrim.methods.spvit.planning import as_evaluated, check_reach, grafts, nearest, planned, told
+from vitrim.methods.spvit.prices import Counting, prices, times
 from vitrim.methods.spvit.published import check_budget, published
-from vitrim.methods.spvit.search import Counting, Layout, SinglePath, layout, prices, times
+from vitrim.methods.spvit.search import Layout, SinglePath, layout
 from vitrim.nn.weights import home_of
 from vitrim.train import Distill, Stop, Train, fit, steps_of
 from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError
 from vitrim.words.plain import Node
+from vitrim.words.progress import progress
 from vitrim.words.spec import Spec, folded
 
 __all__ = ["Method"]
 
 _GATE_LR = 1e-3
 
+_LONG = 3000
+"""Steps from which a search has the published length of a gate's way, 1.5 at 1e-3, twice."""
+
+_AIM = 0.95
+"""Target of the penalty, as a share of the budget."""
+
+_LOOK = 5
+"""Steps between two looks at whether the budget is met."""
+
+_PROBE, _BATCH = 80, 32
+"""Number of images on which choices are measured, and images of a batch."""
+
 
 class Method(Node):
     """Learn which attentions a convolution can replace, and which neurons can be cut.
 
     Attributes:
-        train: the search's training; the published one by default. The gates are trained with it, and drawn once for
-            each part of a step on each process. Batch norms normalize over the images of one part, ``batch /
-            (accumulate * processes)`` of them. So ``accumulate = 4`` gives a different search (four draws per step,
-            batch norms over a quarter of the images), and so does another number of processes.
+        train: the search's training; the published one by default. The gates are trained with it.
+        init: what the convolutions start from. ``published``: mixtures of the attention's value and output projections,
+            with a new batch norm. ``closed_form``: least-squares fits to the attention on the calibration images; the
+            gates then start in the order of what each choice loses.
+        rank: width of the bottleneck of fitted convolutions; None for that of a head.
+        start: initial logit of the gates. None for the published 1.5, or for 4 in a search of less than 3,000 steps,
+            which is too short to repair what the drawn gates of 1.5 destroy: such a network is 8 nats from the dense
+            model, and one of 4 is 0.3 nats from it (ViT-Ti, no training).
+        draws: draws of the gates in a step, over all of its parts and processes; the published searches average 4
+            (DeiT-Ti) or 8, one for each process. Each draw has its own share of the images, and batch norms normalize
+            over that share, ``batch / draws`` images, at least two.
         gate_lr: learning rate of the gates. None for the published 1e-3, with which a gate needs 1,500 steps to close,
-            or for ``3 / steps`` in a search of less than 3,000 steps, in which gates would otherwise hardly change.
+            or for ``2 start / steps`` in a shorter search, in which gates would otherwise hardly change.
         pressure: weight of the penalty, for a cost in G; None for a weight that makes the penalty start at `first`.
         first: initial value of the penalty if no `pressure` is given; the authors advise slightly above the task loss.
-        target: cost in G that the penalty pulls toward; None for the budget's.
-        counting: how the penalty counts, see `vitrim.methods.spvit.search.Counting`; budgets always count every
+        target: cost in G that the penalty pulls toward; None for 0.95 of the budget. All published recipes aim below
+            what they keep, because the penalty balances the task loss and does not reach its target.
+        counting: how the penalty counts, see `vitrim.methods.spvit.prices.Counting`; budgets always count every
             product.
-        stop: whether to stop after the first epoch that meets the budget.
+        stop: whether to stop at the first step that meets the budget.
         temperature: of the mixture over heads; None for the published ones, 0.01, and 100 for Swin. Logits move by
             about the learning rate a step: at 0.01 each slot picks a head, at 100 all heads stay mixed alike.
         inherit: the weights that training starts from: ``dense``, the model's own weights, as published, or ``search``,
-            the weights that the search has trained, with mixtures and batch norms.
-        prefix: the output of a convolution for prefix tokens, see `vitrim.words.spec.Conv`.
+            the weights that the search has trained, with mixtures and batch norms. With fitted convolutions, ``dense``
+            fits them again, together with the neurons that stay, to the structure that was found.
+        prefix: the output of a published convolution for prefix tokens, see `vitrim.words.spec.Conv`; fitted ones give
+            them a constant.
         skip: the output of a skipped attention, see `vitrim.words.spec.Skip`.
         windowed: whether a Swin's 3 x 3 convolutions read single windows while searching, as published.
         structure: name of a released structure (``deit_ti``, ``swin_s`` …) to use instead of a search; see
@@ -100,6 +133,10 @@ class Method(Node):
         augment=Augment(kind="full"),
         distill=Distill(kind="none"),
     )
+    init: Literal["published", "closed_form"] = "published"
+    rank: PositiveInt | None = None
+    start: PositiveFloat | None = None
+    draws: PositiveInt = 4
     gate_lr: PositiveFloat | None = None
     pressure: Annotated[float, Field(ge=0)] | None = None
     first: PositiveFloat = 4.0
@@ -146,7 +183,7 @@ class Method(Node):
             PlanError: naming the path, if an attention cannot become a convolution.
         """
         spec = describe(model)
-        how = layout(spec, temperature=self.temperature, prefix=self.prefix, leaves=self.skip)
+        how = self.layout(spec)
         if self.structure is not None:
             plan = published(self.structure, spec, how)
             check_budget(self.structure, plan.child(spec), spec, budget)
@@ -154,8 +191,14 @@ class Method(Node):
         check_reach(spec, how, budget)
         if data is None or data.train is None:
             raise MethodError("spvit must train its gates, but no data was given; give data or use magnitude")
-        single = SinglePath(copy.deepcopy(model), how, self.windowed)
-        gate_lr = self.gate_lr or max(_GATE_LR, 2 * gates.START / max(1, steps_of(data.train, self.train, data.input)))
+        images, probe = _images(data)
+        steps = steps_of(data.train, self.train, data.input)
+        start = self.start or (gates.START if steps >= _LONG else gates.SURE)
+        draws = math.ceil(self.draws / (self.train.accumulate * _processes()))
+        single = SinglePath(copy.deepcopy(model), how, self.windowed, start=start, draws=draws)
+        if how.fitted:
+            self._start_(single, model, how, budget, start, images, probe, seed)
+        gate_lr = self.gate_lr or max(_GATE_LR, 2 * start / max(1, steps))
         fit(
             single,
             data.train,
@@ -169,19 +212,50 @@ class Method(Node):
             log=log,
             validation=data.validation,
             stage="search",
-            after_step=self._stopper(spec, how, budget, data),
+            after_step=self._stopper(spec, how, budget),
             device=home_of(model)[0],
         )
         single.model.train(model.training)
 
         def read(budget: Budget) -> Found:
-            levels, neurons = decide(spec, single, how, budget)
-            plan, trials = planned(spec, how, levels, neurons), told(spec, single, how, levels, neurons)
-            if self.inherit == "dense":
-                return Found(plan=plan, parent=model, trials=trials, again=read)
-            return Found(plan=plan, parent=single.model, grafts=grafts(single, levels), trials=trials, again=read)
+            levels, neurons, tried = nearest(single, spec, how, budget, model, probe)
+            plan = planned(spec, how, levels, neurons)
+            first, *rest = told(spec, single, how, levels, neurons)
+            trials = (first | tried, *rest)
+            if self.inherit == "search":
+                return Found(plan=plan, parent=single.model, grafts=grafts(single, levels), trials=trials, again=read)
+            made = refitted(model, spec, how, levels, neurons, images, seed=seed) if how.fitted else {}
+            return Found(plan=plan, parent=model, grafts=made, trials=trials, again=read)
 
         return read(budget)
+
+    def layout(self, spec: Spec) -> Layout:
+        """Return how the attentions of `spec` become convolutions under these settings."""
+        if self.init == "published":
+            return layout(spec, temperature=self.temperature, prefix=self.prefix, leaves=self.skip)
+        return layout(spec, prefix="mean", leaves=self.skip, fitted=True, rank=self.rank)
+
+    def _start_(
+        self,
+        single: SinglePath,
+        model: nn.Module,
+        how: Layout,
+        budget: Budget,
+        start: float,
+        images: Sequence[Tensor],
+        probe: Sequence[Tensor],
+        seed: int,
+    ) -> None:
+        """Give a search model its fitted convolutions, and gates that start in the order of what they lose."""
+        spec = describe(model)
+        if not images or not probe:
+            raise MethodError(
+                "spvit must fit its convolutions on images, but no calibration images were given; give "
+                "data.calibration, or use method.init=published"
+            )
+        priced = prices(spec, how, "counted") if budget.latency is None else times(spec, how, budget)
+        with progress("fits", len(spec.blocks())) as advance:
+            start_(single, fits(model, how, images, probe, seed=seed, advance=advance), priced, start)
 
     def penalty(self, spec: Spec, how: Layout, budget: Budget) -> Callable[[nn.Module], Tensor]:
         """Return the penalty ``pressure * (F - target)^2`` of a `SinglePath`, F and target in G, or in seconds."""
@@ -191,7 +265,7 @@ class Method(Node):
                      for path, _, block in spec.blocks() if f"{path}.hidden" in priced.neurons)  # fmt: skip
         parent = budget.cost(spec)
         shares = [limit / getattr(parent, name) for name, limit in budget.limits(parent).items()]
-        target = self.target if self.target is not None else min(shares) * whole / 1e9
+        target = self.target if self.target is not None else _AIM * min(shares) * whole / 1e9
         pressure = self.pressure
         if pressure is None:
             gap = whole / 1e9 - target
@@ -203,14 +277,12 @@ class Method(Node):
 
         return penalty
 
-    def _stopper(self, spec: Spec, how: Layout, budget: Budget, data: Data) -> Callable[[nn.Module, int], None]:
-        """Return a function that ends the search after the first epoch whose structure meets the budget."""
-        assert data.train is not None
-        steps = steps_of(data.train, self.train.model_copy(update={"epochs": 1}), data.input)
+    def _stopper(self, spec: Spec, how: Layout, budget: Budget) -> Callable[[nn.Module, int], None]:
+        """Return a function that ends the search at the first step, of those looked at, that meets the budget."""
         parent = budget.cost(spec)
 
         def after(single: nn.Module, step: int) -> None:
-            if not self.stop or (step + 1) % steps:
+            if not self.stop or (step + 1) % _LOOK:
                 return
             assert isinstance(single, SinglePath)
             levels, neurons = as_evaluated(single)
@@ -219,3 +291,28 @@ class Method(Node):
                 raise Stop
 
         return after
+
+
+def _processes() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _images(data: Data) -> tuple[list[Tensor], list[Tensor]]:
+    """Return batches to fit on, and batches of other images to measure on; both empty without calibration images.
+
+    Without validation images, the last fifth of the calibration images is used to measure.
+    """
+    if data.calibration is None:
+        return [], []
+    images = _read(data.calibration, data, None)
+    if data.validation is not None:
+        probe = _read(data.validation, data, _PROBE)
+    else:
+        images, probe = torch.tensor_split(images, [len(images) - max(1, len(images) // 5)])
+    return [list(torch.split(part, _BATCH)) if len(part) else [] for part in (images, probe)]  # type: ignore[return-value]
+
+
+def _read(dataset: Any, data: Data, most: int | None) -> Tensor:
+    """Return the first images of a dataset, ``(B, C, h, w)``."""
+    few = dataset if most is None or len(dataset) <= most else Subset(dataset, range(most))
+    return torch.cat([x for x, _ in eval_loader(few, data.input, batch=_BATCH)])

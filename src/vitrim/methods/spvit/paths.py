@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitrim.nn import Conv
 from vitrim.nn.conv import EPS, mixed_back, slot_order, votes
 from vitrim.words.errors import DataError
 from vitrim.words.spec import Mixture
 
-__all__ = ["Paths"]
+__all__ = ["FittedPaths", "Paths"]
 
 
 class Paths(nn.Module):
@@ -91,3 +92,31 @@ class Paths(nn.Module):
         both = self.bn(both.flatten(0, -2)).view_as(both).relu()
         back = torch.cat([one * narrow, three * wide], dim=1)
         return F.linear(both, back, None if out[1] is None else (one + three) * out[1])
+
+
+class FittedPaths(nn.Module):
+    """A 1 x 1 and a 3 x 3 bottleneck convolution with weights of their own, which start from a fit to the attention.
+
+    Args:
+        one: the 1 x 1 convolution.
+        three: the 3 x 3 convolution.
+    """
+
+    def __init__(self, one: Conv, three: Conv) -> None:
+        super().__init__()
+        self.one, self.three = one, three
+
+    def forward(self, x: Tensor, one: Tensor, three: Tensor) -> Tensor:
+        """Return the sum of the outputs of both convolutions, each times its gate.
+
+        Args:
+            x: normed tokens, ``(B, N, D)`` or ``(B, R, C, D)``.
+            one: gate of the 1 x 1 convolution, scalar.
+            three: gate of the 3 x 3 convolution, scalar.
+        """
+        both: Tensor = one * self.one(x) + three * self.three(x)
+        return both
+
+    def conv(self, level: int) -> Conv:
+        """Return the convolution that runs with the first `level` gates open, 1 or 2."""
+        return self.one if level == 1 else self.three

@@ -6,27 +6,34 @@ M hidden neurons.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vitrim.cut.outputs import divergence, logits_of
 from vitrim.cut.spend import Array, Ladder, Ladders, settle
+from vitrim.cut.surgery import apply
 from vitrim.methods.spvit import gates
-from vitrim.methods.spvit.paths import Paths
+from vitrim.methods.spvit.paths import FittedPaths, Paths
 from vitrim.methods.spvit.search import Layout, SinglePath
 from vitrim.nn.conv import votes
+from vitrim.nn.modes import evaluating
 from vitrim.words.budget import Budget, Price
-from vitrim.words.costs import block_cost, cost_of
+from vitrim.words.costs import cost_of
 from vitrim.words.errors import BudgetError, MethodError
 from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.spec import Attention, Conv, Spec, Stage, folded
 from vitrim.words.spec import Block as BlockSpec
+from vitrim.words.steps import Tokens
 
-__all__ = ["Gates", "as_evaluated", "check_reach", "decide", "grafts", "planned", "told"]
+__all__ = ["Gates", "as_evaluated", "check_reach", "decide", "grafts", "nearest", "planned", "told"]
 
 LEVELS = ("skip", "1x1", "3x3", "attention")
+
+_LAST = 1e6
+"""Added to the logits of an attention that is to close last."""
 
 
 def planned(spec: Spec, how: Layout, levels: Mapping[str, int], neurons: Mapping[str, Tensor]) -> Plan:
@@ -108,8 +115,8 @@ class Gates(Ladders[GateLadder]):
 
     strict: ClassVar[bool] = False
 
-    def __init__(self, single: SinglePath, how: Layout) -> None:
-        self.single, self.how = single, how
+    def __init__(self, single: SinglePath, how: Layout, held: frozenset[str] = frozenset()) -> None:
+        self.single, self.how, self.held = single, how, held
 
     def ladders(self, spec: Spec, budget: Budget) -> list[GateLadder]:
         """See `Ladders.ladders`.
@@ -119,8 +126,8 @@ class Gates(Ladders[GateLadder]):
         """
         return [
             ladder
-            for path, stage, block in spec.blocks()
-            for ladder in _ladders(self.single, self.how, path, stage, block, budget)
+            for (path, stage, block), here in zip(spec.blocks(), spec.arrivals(), strict=True)
+            for ladder in _ladders(self.single, self.how, path, _Block(block, stage, here, budget), path in self.held)
         ]
 
     def row(self, ladders: Sequence[GateLadder], need: Array) -> list[tuple[int, int]]:
@@ -150,8 +157,17 @@ def _folded(spec: Spec, plan: Plan) -> Plan:
 
 
 @torch.no_grad()
-def decide(spec: Spec, single: SinglePath, how: Layout, budget: Budget) -> tuple[dict[str, int], dict[str, Tensor]]:
+def decide(
+    spec: Spec, single: SinglePath, how: Layout, budget: Budget, held: frozenset[str] = frozenset()
+) -> tuple[dict[str, int], dict[str, Tensor]]:
     """Return the structure that the gates prefer within `budget`, filled with the next best units that fit.
+
+    Args:
+        spec: the parent.
+        single: the search model.
+        how: how attentions become convolutions.
+        budget: what the child may cost.
+        held: paths of blocks whose attention closes last, whatever its gates say.
 
     Returns:
         By path, the number of open gates, and which neurons are kept.
@@ -159,19 +175,68 @@ def decide(spec: Spec, single: SinglePath, how: Layout, budget: Budget) -> tuple
     Raises:
         MethodError: if a gate is not finite.
     """
-    options = Gates(single, how)
+    options = Gates(single, how, held)
     return options.structure(settle(spec, options, budget)[1])
 
 
 @torch.no_grad()
-def _ladders(
-    single: SinglePath, how: Layout, path: str, stage: Stage, block: BlockSpec, budget: Budget
-) -> Iterator[GateLadder]:
+def nearest(
+    single: SinglePath, spec: Spec, how: Layout, budget: Budget, dense: nn.Module, probe: Sequence[Tensor]
+) -> tuple[dict[str, int], dict[str, Tensor], dict[str, Any]]:
+    """Return the structure that the gates prefer, or one that lets prefix tokens read at the end, if that is nearer.
+
+    A head that reads prefix tokens alone gets nothing from the patches after the last attention: convolutions there
+    have no effect, and what the patches learn is lost. Losses of single choices hardly show that.
+
+    Args:
+        single: the search model.
+        spec: the parent's.
+        how: how attentions become convolutions.
+        budget: what the child may cost.
+        dense: the dense model.
+        probe: batches of images to compare both with the dense model on; empty to compare nothing.
+
+    Returns:
+        By path, the number of open gates; which neurons are kept; and what was compared, empty if nothing was.
+    """
+    levels, neurons = decide(spec, single, how, budget)
+    last = spec.blocks()[-1][0]
+    reads = spec.host.arguments.get("global_pool") == "token" and spec.stages[-1].prefix > 0
+    if not reads or not probe or levels.get(last, 3) == 3:
+        return levels, neurons, {}
+    held = decide(spec, single, how, budget, frozenset({last}))
+    if held[0][last] != 3:
+        return levels, neurons, {}
+    with evaluating(dense, single.model):
+        wanted = logits_of(dense, probe)
+        losses = []
+        for mine in ((levels, neurons), held):
+            child = apply(single.model, planned(spec, how, *mine), grafts=grafts(single, mine[0])).eval()
+            losses.append(divergence(wanted, logits_of(child, probe)))
+    record = {"compared": last, "divergence": losses[0], "divergence_with_attention": losses[1]}
+    return (*(held if losses[1] < losses[0] else (levels, neurons)), record)
+
+
+class _Block(NamedTuple):
+    """A block of the parent, and what prices it."""
+
+    node: BlockSpec
+    stage: Stage
+    here: Tokens
+    budget: Budget
+
+    def price(self, **fields: Any) -> Price:
+        """Return the cost of the block with other fields."""
+        return self.budget.block(self.node.model_copy(update=fields), self.stage, self.here)
+
+
+@torch.no_grad()
+def _ladders(single: SinglePath, how: Layout, path: str, block: _Block, held: bool) -> Iterator[GateLadder]:
     """Yield the ladders of a block; positions in [0, 1] decide ties."""
-    if path in how.mixtures and isinstance(block.mixer, Attention):
-        choices = np.array([_cost(block, stage, how, path, level, budget) for level in range(4)], dtype=np.float64)
+    if path in how.mixtures and isinstance(block.node.mixer, Attention):
+        choices = np.array([_cost(block, how, path, level) for level in range(4)], dtype=np.float64)
         # Limit each logit to those of the gates before it.
-        logits = single.step(path).cpu().double().cummin(dim=0).values.tolist()
+        logits = (single.step(path).cpu().double().cummin(dim=0).values + held * _LAST).tolist()
         yield GateLadder(
             path=path,
             keys=_checked([(logits[gate], place) for gate, place in ((2, 0.25), (1, 0.5), (0, 0.75))]),
@@ -180,9 +245,9 @@ def _ladders(
         )
     if single.has_gate(f"{path}.hidden"):
         logits = single.gate(f"{path}.hidden").cpu().double().tolist()
-        one, two = (block_cost(block.model_copy(update={"hidden": n}), stage) for n in (1, 2))
-        whole, bare = (budget.block(block.model_copy(update={"hidden": n}), stage).latency for n in (len(logits), None))
-        each = np.array([two[0] - one[0], two[1] - one[1], (whole - bare) / len(logits)])
+        one, two, whole, bare = (block.price(hidden=n) for n in (1, 2, len(logits), None))
+        latency = (whole.latency - bare.latency) / len(logits)
+        each = np.array([two.macs - one.macs, two.params - one.params, latency])
         order = sorted(range(len(logits)), key=logits.__getitem__)
         yield GateLadder(
             path=f"{path}.hidden",
@@ -198,13 +263,13 @@ def _checked(keys: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return keys
 
 
-def _cost(block: BlockSpec, stage: Stage, how: Layout, path: str, level: int, budget: Budget) -> Price:
+def _cost(block: _Block, how: Layout, path: str, level: int) -> Price:
     """Return the cost of an attention at `level`, after folding."""
-    assert isinstance(block.mixer, Attention)
-    mixer = how.mixer(path, block.mixer, level) or block.mixer
+    assert isinstance(block.node.mixer, Attention)
+    mixer = how.mixer(path, block.node.mixer, level) or block.node.mixer
     if mixer.kind == "conv":
         mixer = mixer.model_copy(update={"mixture": None, "norm": False})
-    return budget.block(block.model_copy(update={"mixer": mixer, "hidden": None}), stage)
+    return block.price(mixer=mixer, hidden=None)
 
 
 @torch.no_grad()
@@ -215,6 +280,9 @@ def grafts(single: SinglePath, levels: Mapping[str, int]) -> dict[str, Tensor]:
         if level not in (1, 2):
             continue
         beside, at = single.beside(path), f"{single.names[path]}.attn"
+        if isinstance(beside, FittedPaths):
+            found |= {f"{at}.{name}": value.detach() for name, value in beside.conv(level).state_dict().items()}
+            continue
         half = slice(0, beside.width) if level == 1 else slice(beside.width, None)
         found[f"{at}.mix"] = beside.mix.detach()
         for name, value in beside.bn.state_dict().items():
@@ -225,8 +293,8 @@ def grafts(single: SinglePath, levels: Mapping[str, int]) -> dict[str, Tensor]:
 @torch.no_grad()
 def told(
     spec: Spec, single: SinglePath, how: Layout, levels: Mapping[str, int], neurons: Mapping[str, Tensor]
-) -> tuple[dict[str, Any], ...]:
-    """Return a record of each block: its operation, gates, neurons, and the entropy of its mixture over heads.
+) -> list[dict[str, Any]]:
+    """Return a record of the whole structure, and one of each block: operation, gates, neurons, entropy of its mixture.
 
     ``votes`` is the entropy of a slot's weights over heads, relative to equal weights, averaged over nine slots: 1 if
     all heads have equal weight, 0 if each slot uses one head.
@@ -246,10 +314,12 @@ def told(
         keep = neurons.get(f"{path}.hidden")
         record["neurons"] = block.hidden if keep is None else int(keep.sum())
         trials.append(record)
-    return tuple(trials)
+    return trials
 
 
-def _entropy(beside: Paths) -> float | None:
+def _entropy(beside: Paths | FittedPaths) -> float | None:
+    if isinstance(beside, FittedPaths):
+        return None
     share = votes(beside.mix.cpu().double(), beside.mixture.temperature)
     if len(share) == 1:
         return None

@@ -39,7 +39,7 @@ def open_released(
     model: str | nn.Module,
     weights: str | Path | Mapping[str, Tensor],
     *,
-    leaves: Literal["zero", "norm"] = "norm",
+    leaves: Literal["zero", "norm"] | None = None,
 ) -> nn.Module:
     """Open a released search, fine-tuned or folded checkpoint; names and shapes determine which kind it is.
 
@@ -49,8 +49,8 @@ def open_released(
     Args:
         model: the dense model that it was made from, or its timm name (``deit_tiny_patch16_224``); not modified.
         weights: a file, or a state dict.
-        leaves: the output of a skipped attention. Released Swins are trained with the normed input (``norm``), searches
-            with zero (``zero``).
+        leaves: the output of a skipped attention. None for what the file was trained with: zero (``zero``) in a search,
+            the normed input (``norm``) in fine-tuned and folded files.
 
     Returns:
         An adopted model in evaluation mode, not yet folded; see `vitrim.cut.surgery.fold`.
@@ -68,16 +68,17 @@ def open_released(
     if isinstance(model, str) and head is not None:
         source_model = timm.create_model(model, num_classes=len(head))
     dense = adopt(source_model).eval()
-    spec, how = describe(dense), layout(describe(dense), leaves=leaves)
+    spec = describe(dense)
     prefixes = [name for name, module in dense.named_modules() if hasattr(module, "drop_path1")]
     parts = [
         {name.removeprefix(f"{at}."): value for name, value in state.items() if name.startswith(f"{at}.")}
         for at in prefixes
     ]
     rest = {name: value for name, value in state.items() if not name.startswith(tuple(f"{at}." for at in prefixes))}
+    searched = any(_gate(part) is not None for part in parts)
+    how = layout(spec, leaves=leaves or ("zero" if searched else "norm"))
     paths = [path for path, _, _ in spec.blocks()]
     plan = _plan(spec, how, dict(zip(paths, parts, strict=True)), source)
-    searched = any(_gate(part) is not None for part in parts)
     target = dense if searched else apply(dense, plan)
     for at, part, (_, _, block) in zip(prefixes, parts, describe(target).blocks(), strict=True):
         rest |= {f"{at}.{name}": value for name, value in _named(part, block.mixer).items()}

@@ -1,4 +1,4 @@
-"""SPViT's model during the search, and the cost of its structure.
+"""SPViT's model during the search.
 
 T tokens of an image, H heads, d channels of a head, M hidden neurons.
 """
@@ -15,20 +15,15 @@ from torch.func import functional_call
 from vitrim.cut.observe import Gated, axes, key_of
 from vitrim.families import blocks_of, describe
 from vitrim.methods.spvit import gates
-from vitrim.methods.spvit.paths import Paths
+from vitrim.methods.spvit.paths import FittedPaths, Paths
 from vitrim.nn import Attention, Block, WindowBlock
-from vitrim.nn.feed import summing
-from vitrim.words.budget import Budget
-from vitrim.words.costs import block_cost, conv_macs, cost_of, mlp_macs
+from vitrim.nn import Conv as ConvModule
 from vitrim.words.errors import MethodError
 from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.spec import Attention as AttentionSpec
 from vitrim.words.spec import Conv, Mixture, Skip, Spec
 
-__all__ = ["Counting", "Layout", "Prices", "SinglePath", "layout", "prices"]
-
-Counting = Literal["published", "counted"]
-"""``published``: the authors' rule, with one product a channel for each norm, and neurons only on patches; or ours."""
+__all__ = ["Layout", "SinglePath", "layout"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +34,15 @@ class Layout:
         mixtures: by path of a block, what its convolutions are mixed from; no other block's attention can be changed.
         prefix: see `vitrim.words.spec.Conv`.
         leaves: see `vitrim.words.spec.Skip`.
+        fitted: whether convolutions have weights of their own, fitted to the attention, in place of the mixtures.
+        rank: width of the bottleneck of fitted convolutions; None for that of a head, as published.
     """
 
     mixtures: Mapping[str, Mixture]
-    prefix: Literal["norm", "zero"]
+    prefix: Literal["norm", "zero", "mean"]
     leaves: Literal["zero", "norm"]
+    fitted: bool = False
+    rank: int | None = None
 
     def mixer(self, path: str, mixer: AttentionSpec, level: int) -> Conv | Skip | None:
         """Return the replacement of an attention with the first `level` of three gates open; None if it is kept."""
@@ -52,15 +51,22 @@ class Layout:
         if level == 0:
             return Skip(leaves=self.leaves)
         kernel: Literal[1, 3] = 1 if level == 1 else 3
-        return Conv(kernel=kernel, width=mixer.v[0], prefix=self.prefix, mixture=self.mixtures[path], norm=True)
+        mixture = None if self.fitted else self.mixtures[path]
+        return Conv(kernel=kernel, width=self.width(mixer), prefix=self.prefix, mixture=mixture, norm=True)
+
+    def width(self, mixer: AttentionSpec) -> int:
+        """Return the width of the bottleneck of the convolutions in place of an attention."""
+        return self.rank if self.fitted and self.rank is not None else mixer.v[0]
 
 
 def layout(
     spec: Spec,
     *,
     temperature: float | None = None,
-    prefix: Literal["norm", "zero"] = "norm",
+    prefix: Literal["norm", "zero", "mean"] = "norm",
     leaves: Literal["zero", "norm"] = "zero",
+    fitted: bool = False,
+    rank: int | None = None,
 ) -> Layout:
     """Return how the attentions of `spec` become convolutions; includes every attention that has a head.
 
@@ -69,6 +75,8 @@ def layout(
         temperature: of the mixture; None for the published one, 0.01, or 100 for windows.
         prefix: see `Layout`.
         leaves: see `Layout`.
+        fitted: see `Layout`.
+        rank: see `Layout`.
 
     Raises:
         PlanError: naming the path and the reason, if one cannot become a convolution.
@@ -85,7 +93,7 @@ def layout(
     }
     if not mixtures:
         raise MethodError("a model must have attention that can become convolution, but it has none left")
-    found = Layout(mixtures=mixtures, prefix=prefix, leaves=leaves)
+    found = Layout(mixtures=mixtures, prefix=prefix, leaves=leaves, fitted=fitted, rank=rank)
     # Plan the most demanding choice everywhere, because the plan raises an error with the reason if it is impossible.
     choices = [
         BlockPlan(mixer=found.mixer(path, block.mixer, 2))
@@ -100,43 +108,75 @@ def layout(
 class SinglePath(Gated):
     """A model with gates on all attentions and neurons, whose weights are shared by all choices.
 
-    In training, gates are drawn at each forward pass, once for all its images: those of one part of a step on one
-    process. In evaluation, gates are open if their logits are above 0. Gates multiply the output projections of
-    attentions and MLPs, which is the same as multiplying the outputs.
+    In training, gates are drawn `draws` times at each forward pass, once for each of as many parts of its images. In
+    evaluation, gates are open if their logits are above 0. Gates multiply the output projections of attentions and
+    MLPs, which is the same as multiplying the outputs.
 
     Args:
         model: an adopted model; trained in place together with the gates.
         how: see `Layout`.
         windowed: whether 3 x 3 convolutions of a Swin read single windows, shifted like the attention's, as published;
-            if not, they read the whole map, as in the final network.
+            if not, they read the whole map, as in the final network. Fitted convolutions always read the whole map.
+        start: initial logit of every gate.
+        draws: draws of each forward pass in training; fewer if a part would have one image alone.
     """
 
-    def __init__(self, model: nn.Module, how: Layout, windowed: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, how: Layout, windowed: bool = False, *, start: float = gates.START, draws: int = 1
+    ) -> None:
         like = next(model.parameters())
         neurons = {
-            path: torch.full((axis.size,), gates.START, dtype=like.dtype, device=like.device)
+            path: torch.full((axis.size,), start, dtype=like.dtype, device=like.device)
             for path, axis in axes(model).items()
             if axis.name == "hidden" and axis.scales
         }
         super().__init__(model, neurons)
-        self.windowed = windowed
-        self.grids = {path: stage.grid for path, stage, _ in describe(model).blocks()}
+        self.windowed, self.draws = windowed, draws
+        spec = describe(model)
+        self.grids = {
+            path: flow.mixed.grid or stage.grid
+            for (path, stage, _), flow in zip(spec.blocks(), spec.flows(), strict=True)
+        }
         names = {id(module): name for name, module in model.named_modules()}
         blocks = dict(blocks_of(model))
         self.names = {path: names[id(blocks[path])] for path in how.mixtures}
         self.steps = nn.ParameterDict(
-            {key_of(path): torch.full((3,), gates.START, dtype=like.dtype, device=like.device) for path in how.mixtures}
+            {key_of(path): torch.full((3,), start, dtype=like.dtype, device=like.device) for path in how.mixtures}
         )
         self.paths = nn.ModuleDict(
             {
-                key_of(path): Paths(_attention(blocks[path]).v[0], mixture, how.prefix).to(like)
+                key_of(path): self._fitted(spec, how, path)
+                if how.fitted
+                else Paths(_attention(blocks[path]).v[0], mixture, how.prefix)
                 for path, mixture in how.mixtures.items()
             }
-        )
+        ).to(like)
         self._drawn: dict[str, Tensor] = {}
+
+    def _fitted(self, spec: Spec, how: Layout, path: str) -> FittedPaths:
+        """Return the convolutions of a block, not yet fitted."""
+        _, stage, block = next(row for row in spec.blocks() if row[0] == path)
+        assert isinstance(block.mixer, AttentionSpec)
+        specs = [how.mixer(path, block.mixer, level) for level in (1, 2)]
+        one, three = (
+            ConvModule(stage.width, conv, stage.form, block.rates, grid=self.grids[path], prefix=stage.prefix)
+            for conv in specs
+            if isinstance(conv, Conv)
+        )
+        return FittedPaths(one, three)
 
     def forward(self, x: Tensor) -> Any:
         """Return the logits under the gates of this pass."""
+        parts = min(self.draws, len(x) // 2) if self.training else 1
+        if parts < 2:
+            return self._drawn_once(x)
+        found = [self._drawn_once(part) for part in x.tensor_split(parts)]
+        if isinstance(found[0], tuple):  # the two heads of a distilled model
+            return tuple(torch.cat(column) for column in zip(*found, strict=True))
+        return torch.cat(found)
+
+    def _drawn_once(self, x: Tensor) -> Any:
+        """Return the logits under one draw of the gates."""
         self._drawn = self._draw()
         try:
             open_ = {path: gates.weights(gates.opened(self._drawn[key_of(path)])) for path in self.names}
@@ -167,9 +207,11 @@ class SinglePath(Gated):
 
         This takes three hooks: for the attention's input, for its values, and to add the outputs before layer scale.
         """
-        block, beside = self.model.get_submodule(self.names[path]), self.paths[key_of(path)]
+        block, beside = self.model.get_submodule(self.names[path]), self.beside(path)
         assert isinstance(block, Block)
-        assert isinstance(beside, Paths)
+        if isinstance(beside, FittedPaths):
+            self._add_fitted(stack, block, beside, one, three)
+            return
         attention = _attention(block)
         bias: Tensor | None = attention.qkv.bias
         bias = None if bias is None else bias[-attention.sizes[2] :]
@@ -189,6 +231,18 @@ class SinglePath(Gated):
         for module, name in ((block.norm1, "x"), (attention.v_tap, "values")):
             handle = module.register_forward_hook(lambda _m, _i, out, name=name: heard.update({name: out}))
             stack.callback(handle.remove)
+        stack.callback(block.ls1.register_forward_pre_hook(add).remove)
+
+    def _add_fitted(
+        self, stack: contextlib.ExitStack, block: Block, beside: FittedPaths, one: Tensor, three: Tensor
+    ) -> None:
+        """Do the same for convolutions that read the attention's input."""
+        heard: list[Tensor] = []
+
+        def add(_: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+            return (given[0] + beside(heard.pop(), one, three),)
+
+        stack.callback(block.norm1.register_forward_hook(lambda _m, _i, out: heard.append(out)).remove)
         stack.callback(block.ls1.register_forward_pre_hook(add).remove)
 
     def _on_grid(self, path: str, beside: Paths, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,10 +273,10 @@ class SinglePath(Gated):
         found: nn.Parameter = self.steps[key_of(path)]
         return found
 
-    def beside(self, path: str) -> Paths:
+    def beside(self, path: str) -> Paths | FittedPaths:
         """Return the convolutions parallel to the attention at `path`."""
         found = self.paths[key_of(path)]
-        assert isinstance(found, Paths)
+        assert isinstance(found, Paths | FittedPaths)
         return found
 
     def gate_parameters(self) -> list[nn.Parameter]:
@@ -234,94 +288,3 @@ def _attention(block: nn.Module) -> Attention:
     assert isinstance(block, Block)
     assert isinstance(block.attn, Attention)
     return block.attn
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prices:
-    """Cost of a structure as a sum over gates: multiply-accumulates, or nanoseconds if time is bounded.
-
-    Attributes:
-        constant: cost of all parts without gates.
-        steps: by path of a block, the cost that each of its ordered gates adds: 1 x 1, 3 x 3 over 1 x 1, attention over
-            3 x 3.
-        neurons: by path of an axis, the cost of each neuron.
-    """
-
-    constant: int
-    steps: Mapping[str, tuple[int, int, int]]
-    neurons: Mapping[str, int]
-
-    def total(self, single: SinglePath) -> Tensor:
-        """Return the cost under deterministic gates, float64, differentiable with respect to their logits."""
-        device = next(single.parameters()).device
-        kind = summing(device)
-        total = torch.tensor(float(self.constant), dtype=kind, device=device)
-        for path, adds in self.steps.items():
-            open_ = gates.opened(gates.budgeted(single.step(path)).to(kind))
-            total = total + (open_ * open_.new_tensor(adds)).sum()
-        for path, adds_one in self.neurons.items():
-            total = total + adds_one * gates.budgeted(single.gate(path)).to(kind).sum()
-        return total
-
-
-def prices(spec: Spec, how: Layout, counting: Counting) -> Prices:
-    """Return the cost that each gate of a parent adds.
-
-    Args:
-        spec: the parent.
-        how: which attentions have gates.
-        counting: the counting rule.
-    """
-    host = cost_of(spec).macs - sum(block_cost(block, stage)[0] for _, stage, block in spec.blocks())
-    constant = host + (_norms(spec) if counting == "published" else 0)
-    steps: dict[str, tuple[int, int, int]] = {}
-    neurons: dict[str, int] = {}
-    for path, stage, block in spec.blocks():
-        mixer, ours = block_cost(block.model_copy(update={"hidden": None}), stage)[0], path in how.mixtures
-        if ours and isinstance(block.mixer, AttentionSpec):
-            one, three = (conv_macs(stage.patches, stage.width, block.mixer.v[0], kernel) for kernel in (1, 3))
-            steps[path] = (one, three - one, mixer - three)
-        else:
-            constant += mixer
-        if block.hidden and stage.form.hidden_norm is None:
-            tokens = stage.patches if counting == "published" else stage.tokens
-            neurons[f"{path}.hidden"] = mlp_macs(tokens, stage.width, 1, stage.form.factors)
-        elif block.hidden:
-            constant += mlp_macs(stage.tokens, stage.width, block.hidden, stage.form.factors)
-    return Prices(constant=constant, steps=steps, neurons=neurons)
-
-
-def times(spec: Spec, how: Layout, budget: Budget) -> Prices:
-    """Return the time that each gate of a parent adds according to the table of `budget`, in nanoseconds.
-
-    A neuron adds its share of its branch. A gate adds a negative time if its choice is faster than the one before it.
-    """
-    blocks = [budget.block(block, stage).latency for _, stage, block in spec.blocks()]
-    constant = budget.cost(spec).latency - sum(blocks)
-    steps: dict[str, tuple[int, int, int]] = {}
-    neurons: dict[str, int] = {}
-    for (path, stage, block), whole in zip(spec.blocks(), blocks, strict=True):
-        mixer = budget.block(block.model_copy(update={"hidden": None}), stage).latency
-        if path in how.mixtures and isinstance(block.mixer, AttentionSpec):
-            convs = [Conv(kernel=kernel, width=block.mixer.v[0]) for kernel in (1, 3)]
-            bare = [block.model_copy(update={"mixer": conv, "hidden": None}) for conv in convs]
-            one, three = (budget.block(node, stage).latency for node in bare)
-            steps[path] = (one, three - one, mixer - three)
-        else:
-            constant += mixer
-        if block.hidden and stage.form.hidden_norm is None:
-            neurons[f"{path}.hidden"] = (whole - mixer) // block.hidden
-        else:
-            constant += whole - mixer
-    return Prices(constant=constant, steps=steps, neurons=neurons)
-
-
-def _norms(spec: Spec) -> int:
-    """Return the authors' count for norms: two per block and token; for a Swin also those of stem, mergings and end."""
-    first, last = spec.stages[0], spec.stages[-1]
-    norms: int = sum(2 * stage.width * stage.tokens * len(stage.blocks) for stage in spec.stages)
-    if first.window is None:
-        return norms
-    merging = sum(stage.width * stage.patches for stage in spec.stages[:-1])
-    # The count at the end is four times too large for four stages, as in the original Swin's counter that they reuse.
-    return norms + first.width * first.patches + merging + (last.width * first.patches >> len(spec.stages))
