@@ -37,6 +37,7 @@ OPTIONS = {
     "pareto": "model data out test budgets weights weights-key random-weights image-size classes channels seed set",
     "export": "model out opset batch as-stored int8 data test weights weights-key random-weights image-size classes "
     "channels set",
+    "released": "model weights out leaves fold",
     "push": "model repository license folder dry-run private revision also",
     "explain": "plan",
     "report": "folders out csv latex baseline",

@@ -267,7 +267,7 @@ class TestReading:
         near = record["divergence_with_attention"] < record["divergence"]
         assert record["compared"] == last
         assert (levels[last] == 3) == near
-        for held, wanted in ((frozenset(), 0), (frozenset({last}), 3)):
+        for held, wanted in (({}, 0), ({last: 3}, 3)):
             levels, neurons = planning.decide(spec, single, how, budget, held)
             assert levels[last] == wanted
             cost = cost_of(folded(planning.planned(spec, how, levels, neurons).child(spec)))

@@ -125,9 +125,7 @@ class Walk:
         return Place(path, block, stage, arrives, self.worth, streams, self.dense, self.strength, self.alpha)
 
 
-def cut_block(
-    place: Place, choice: BlockChoice, ridge: float = RIDGE
-) -> tuple[Block, BlockPlan, dict[str, Tensor]]:
+def cut_block(place: Place, choice: BlockChoice, ridge: float = RIDGE) -> tuple[Block, BlockPlan, dict[str, Tensor]]:
     """Return the new block, its part of the plan, and its new parameters."""
     block, node = place.block, place.block.spec
     state: dict[str, Tensor] = {}

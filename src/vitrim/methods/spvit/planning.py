@@ -6,6 +6,7 @@ M hidden neurons.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from vitrim.methods.spvit.paths import FittedPaths, Paths
 from vitrim.methods.spvit.search import Layout, SinglePath
 from vitrim.nn.conv import votes
 from vitrim.nn.modes import evaluating
-from vitrim.words.budget import Budget, Price
+from vitrim.words.budget import SLACK, Budget, Price
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import BudgetError, MethodError
 from vitrim.words.plan import BlockPlan, Plan
@@ -33,7 +34,10 @@ __all__ = ["Gates", "as_evaluated", "check_reach", "decide", "grafts", "nearest"
 LEVELS = ("skip", "1x1", "3x3", "attention")
 
 _LAST = 1e6
-"""Added to the logits of an attention that is to close last."""
+"""Added to the logits of gates that are to close last."""
+
+_TRIES = 32
+"""Largest number of gates of attentions that are held open, one after another, to use up a budget."""
 
 
 def planned(spec: Spec, how: Layout, levels: Mapping[str, int], neurons: Mapping[str, Tensor]) -> Plan:
@@ -115,7 +119,7 @@ class Gates(Ladders[GateLadder]):
 
     strict: ClassVar[bool] = False
 
-    def __init__(self, single: SinglePath, how: Layout, held: frozenset[str] = frozenset()) -> None:
+    def __init__(self, single: SinglePath, how: Layout, held: Mapping[str, int] = MappingProxyType({})) -> None:
         self.single, self.how, self.held = single, how, held
 
     def ladders(self, spec: Spec, budget: Budget) -> list[GateLadder]:
@@ -127,7 +131,9 @@ class Gates(Ladders[GateLadder]):
         return [
             ladder
             for (path, stage, block), here in zip(spec.blocks(), spec.arrivals(), strict=True)
-            for ladder in _ladders(self.single, self.how, path, _Block(block, stage, here, budget), path in self.held)
+            for ladder in _ladders(
+                self.single, self.how, path, _Block(block, stage, here, budget), self.held.get(path, 0)
+            )
         ]
 
     def row(self, ladders: Sequence[GateLadder], need: Array) -> list[tuple[int, int]]:
@@ -158,16 +164,19 @@ def _folded(spec: Spec, plan: Plan) -> Plan:
 
 @torch.no_grad()
 def decide(
-    spec: Spec, single: SinglePath, how: Layout, budget: Budget, held: frozenset[str] = frozenset()
+    spec: Spec, single: SinglePath, how: Layout, budget: Budget, held: Mapping[str, int] = MappingProxyType({})
 ) -> tuple[dict[str, int], dict[str, Tensor]]:
     """Return the structure that the gates prefer within `budget`, filled with the next best units that fit.
+
+    If more than 2 % of the budget is left, because the last gates to close were large, some of these stay open, and
+    others close in their place.
 
     Args:
         spec: the parent.
         single: the search model.
         how: how attentions become convolutions.
         budget: what the child may cost.
-        held: paths of blocks whose attention closes last, whatever its gates say.
+        held: by path of a block, how many of its ordered gates close last, whatever their logits say.
 
     Returns:
         By path, the number of open gates, and which neurons are kept.
@@ -175,8 +184,28 @@ def decide(
     Raises:
         MethodError: if a gate is not finite.
     """
-    options = Gates(single, how, held)
-    return options.structure(settle(spec, options, budget)[1])
+    parent = budget.cost(spec)
+
+    def settled(held: Mapping[str, int]) -> tuple[float, tuple[dict[str, int], dict[str, Tensor]]]:
+        options = Gates(single, how, held)
+        plan, ladders = settle(spec, options, budget)
+        cost = budget.cost(plan.child(spec))
+        spent = budget.spent(cost, parent) if budget.admits(cost, parent) else 0.0
+        return spent, options.structure(ladders)
+
+    best, found = settled(held)
+    holding, (levels, _) = dict(held), found
+    for _ in range(_TRIES):
+        closed = {path: float(single.step(path)[level]) for path, level in levels.items() if level < 3}
+        if not 0 < best < 1 - SLACK or not closed:
+            break
+        path = max(closed, key=closed.__getitem__)
+        holding[path] = levels[path] + 1
+        spent, other = settled(holding)
+        levels = other[0]
+        if spent > best:
+            best, found = spent, other
+    return found
 
 
 @torch.no_grad()
@@ -204,7 +233,7 @@ def nearest(
     reads = spec.host.arguments.get("global_pool") == "token" and spec.stages[-1].prefix > 0
     if not reads or not probe or levels.get(last, 3) == 3:
         return levels, neurons, {}
-    held = decide(spec, single, how, budget, frozenset({last}))
+    held = decide(spec, single, how, budget, {last: 3})
     if held[0][last] != 3:
         return levels, neurons, {}
     with evaluating(dense, single.model):
@@ -231,12 +260,14 @@ class _Block(NamedTuple):
 
 
 @torch.no_grad()
-def _ladders(single: SinglePath, how: Layout, path: str, block: _Block, held: bool) -> Iterator[GateLadder]:
+def _ladders(single: SinglePath, how: Layout, path: str, block: _Block, held: int) -> Iterator[GateLadder]:
     """Yield the ladders of a block; positions in [0, 1] decide ties."""
     if path in how.mixtures and isinstance(block.node.mixer, Attention):
         choices = np.array([_cost(block, how, path, level) for level in range(4)], dtype=np.float64)
         # Limit each logit to those of the gates before it.
-        logits = (single.step(path).cpu().double().cummin(dim=0).values + held * _LAST).tolist()
+        falling = single.step(path).cpu().double().cummin(dim=0).values
+        falling[:held] += _LAST
+        logits = falling.tolist()
         yield GateLadder(
             path=path,
             keys=_checked([(logits[gate], place) for gate, place in ((2, 0.25), (1, 0.5), (0, 0.75))]),
