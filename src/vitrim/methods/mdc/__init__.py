@@ -41,6 +41,7 @@ from vitrim.cut.spend import Policies, Scaled, scaled, spend
 from vitrim.data import eval_loader
 from vitrim.families import describe
 from vitrim.methods import Data, Found
+from vitrim.methods._init import closed_form
 from vitrim.methods.mdc.bayes import Objective, Proposal, Trial, best_of, search, trials_of
 from vitrim.methods.mdc.decode import PRESETS, Bounds, Frame, Rounding, natural, selection_blocks
 from vitrim.methods.mdc.scores import Settings, score
@@ -80,6 +81,8 @@ class Method(Node):
         neurons_by: ``hsic``, or the published code's mix with activation size.
         heads_by: ``released``: relevance less a tenth of the mean redundancy; ``greedy``: one after another by what
             each adds to those chosen; only ``greedy`` detects copies.
+        init: ``published``: heads and neurons are ranked as `heads_by` and `neurons_by` say. ``closed_form``: by what
+            is lost if they are removed and the others compensate (`vitrim.cut.compensate.losses`).
         tokens_by: ``cls_attn``: by the class token's attention; ``hsic_attn``: at the first selection, that attention
             times the dependence of the grid position. At later selections positions are ranks without meaning.
         estimator: ``unbiased_median``, or the published code's ``biased_multi``.
@@ -110,6 +113,7 @@ class Method(Node):
     measure: Literal["auto", "top1", "agreement", "loss"] = "auto"
     neurons_by: Literal["hsic", "released"] = "hsic"
     heads_by: Literal["released", "greedy"] = "released"
+    init: Literal["published", "closed_form"] = "published"
     tokens_by: Literal["cls_attn", "hsic_attn"] = "cls_attn"
     estimator: Literal["unbiased_median", "biased_multi"] = "unbiased_median"
     target: Literal["output", "labels"] = "output"
@@ -152,7 +156,7 @@ class Method(Node):
         url = self.storage or (f"sqlite:///{folder / 'trials.db'}" if folder is not None else None)
         study = self._open(model, data, budget, seed, url)
         with reachable(url or "memory"):
-            ranking, places = self._scores(model, spec, data, study)
+            ranking, places = self._scores(model, spec, data, study, seed)
         frame = Frame(spec, ranking, budget, bounds, self.rounding)
         chooser, whole = Chooser(frame, self.fused, places), np.zeros(len(frame.space.names))
         if frame.space.spent(whole[None])[0] <= 1:
@@ -201,7 +205,9 @@ class Method(Node):
         }
         return open_study(url, self.study, identity)
 
-    def _scores(self, model: nn.Module, spec: Spec, data: Data, study: Any) -> tuple[dict[str, Tensor], Tensor | None]:
+    def _scores(
+        self, model: nn.Module, spec: Spec, data: Data, study: Any, seed: int
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return rankings, and scores of grid positions, read from the study if it contains them."""
         images = data.calibration
         assert images is not None
@@ -221,7 +227,11 @@ class Method(Node):
             batches = self._loader(model, images, data, _even(count, self.batch))
             with progress("scores", len(batches)) as advance:
                 found = score(model, counted(batches, advance), settings)
-            values: dict[str, Any] = {f"ranking.{path}": best.tolist() for path, best in found.ranking.items()}
+            ranking = dict(found.ranking)
+            if self.init == "closed_form":
+                fits = closed_form(model, data, seed)
+                ranking |= {path: one.best for path, one in fits.items() if path in ranking}
+            values: dict[str, Any] = {f"ranking.{path}": best.tolist() for path, best in ranking.items()}
             return values | {"places": None if found.places is None else found.places.tolist()}
 
         known = kept(study, made, [*wanted, "places"])

@@ -57,7 +57,15 @@ from vitrim.cut.shares import (
 from vitrim.data import Augment
 from vitrim.families import describe
 from vitrim.methods import Data, Found
-from vitrim.methods.vit_slim.gates import TokenGated, gate_model, gate_scores, l1_penalty, token_scores
+from vitrim.methods._init import closed_form
+from vitrim.methods.vit_slim.gates import (
+    TokenGated,
+    gate_model,
+    gate_scores,
+    l1_penalty,
+    set_apart,
+    token_scores,
+)
 from vitrim.nn.weights import home_of
 from vitrim.train import Distill, Train, fit
 from vitrim.words.budget import Budget
@@ -92,6 +100,9 @@ class Method(Node):
         ranking: ``signed`` cuts the most negative gate first, as published; ``absolute`` the one nearest to 0.
         export: ``fold`` multiplies the gates into the weights, ``binarize`` drops them.
         choice: which widths are allowed, see `vitrim.cut.fill.Choice`; ``free`` is the published one.
+        init: initial gates of channels. ``published``: all 1. ``closed_form``: between 0.9 and 1 in the order of what
+            each channel loses if it alone is removed and the others compensate (`vitrim.cut.compensate.losses`), with
+            the weights divided by them, so that the model is the same. For short searches.
     """
 
     needs: ClassVar[str] = "images"
@@ -127,6 +138,7 @@ class Method(Node):
     ranking: Literal["signed", "absolute"] = "signed"
     export: Literal["fold", "binarize"] = "fold"
     choice: Choice = "even"
+    init: Literal["published", "closed_form"] = "published"
 
     @property
     def plans_by_time(self) -> bool:
@@ -169,6 +181,8 @@ class Method(Node):
             prefix=self.prefix == "included",
             width=self.width_l1 > 0,
         )
+        if self.init == "closed_form":
+            set_apart(gated, {path: one.losses for path, one in closed_form(model, data, seed).items()})
         kinds = gate_scores(gated, self.ranking)[1]
         check_shares(describe(model), kinds, self._fixed(set(kinds.values())), budget, bool(gated.tokens))
         fit(

@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitrim.cut.fill import quantiles
 from vitrim.cut.observe import Gated, axes, masked
 from vitrim.cut.width import check_narrowable, widths
 from vitrim.families import describe
 from vitrim.words.errors import MethodError
 from vitrim.words.spec import NO_WINDOWS
 
-__all__ = ["START", "TokenGated", "gate_model", "gate_scores", "l1_penalty", "token_scores"]
+__all__ = ["START", "TokenGated", "gate_model", "gate_scores", "l1_penalty", "set_apart", "token_scores"]
+
+APART = 0.1
+"""Range of the initial gates of channels that start apart."""
 
 START = 3.0
 """Initial raw value of a token's gate: tanh(3) = 0.995 (the authors' code)."""
@@ -99,6 +103,39 @@ def gate_model(
     if not gates and not raw:
         raise MethodError("a model must have channels that can be gated, but norms tie them all or all penalties are 0")
     return TokenGated(model, gates, share, raw)
+
+
+def set_apart(gated: TokenGated, losses: Mapping[str, Tensor]) -> None:
+    """Start the gates of channels apart, in the order of what the channels lose; the function of the model is the same.
+
+    Within the list of attention and of MLP channels, gates start evenly between 0.9 and 1. The weights that a gate
+    multiplies are divided by it. A step of AdamW moves a gate by about its learning rate, so 0.1 is 200 steps at the
+    published one: a short search follows the losses, a long one what it learns.
+
+    Args:
+        gated: a model whose gates are all 1.
+        losses: loss of each channel, by the path of its gate; larger is more valuable.
+    """
+    starts = {path: 1 - APART * (1 - share) for path, share in _places(gated, losses).items()}
+    share = {path: gate for path, gate in _uses(gated).items() if path != gate and gate in starts}
+    Gated(gated.model, {path: 1 / start.double() for path, start in starts.items()}, share).fold_()
+    with torch.no_grad():
+        for path, start in starts.items():
+            gated.gate(path).copy_(start)
+
+
+def _places(gated: TokenGated, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the place of each channel in the ranking of its list, in (0, 1), as the gates' type."""
+    known = {path: values for path, values in losses.items() if gated.has_gate(path)}
+    places = quantiles(known, {path: str(path.endswith(".hidden")) for path in known})
+    return {path: share.to(gated.gate(path)) for path, share in places.items()}
+
+
+def _uses(gated: TokenGated) -> dict[str, str]:
+    """Return the gate that each axis uses."""
+    scores, known = gate_scores(gated, "absolute")[0], axes(gated.model)
+    scores = {path: values for path, values in scores.items() if known[path].scales}
+    return {path: path if path.endswith((".hidden", ".v")) else f"{path.rpartition('.')[0]}.v" for path in scores}
 
 
 def _token_gates(model: nn.Module, prefix: bool) -> dict[str, Tensor]:
