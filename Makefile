@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One process a core, each with one thread (tests/conftest.py).
 WORKERS := -n auto --maxprocesses 4
 
-.PHONY: demo test check docs format clean
+.PHONY: demo test check docs format lowest clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("vitrim needs Python 3.11 or newer, but got %d.%d; set PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -33,5 +33,13 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The lower end of every range of pyproject.toml, in an environment of its own (docs/versions.md).
+TESTS ?= tests
+lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e '.[dev]'
+	.venv-lowest/bin/python -m pytest -q $(WORKERS) -o filterwarnings=default $(TESTS)
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) .venv-lowest build dist src/*.egg-info

@@ -263,8 +263,18 @@ def test_wrong_requests(run, tmp_path):
     with pytest.raises(StoreError, match="must be new or empty"):
         push.push(run, "owner/small", licence="mit", folder=run)
     (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match="must be writable, but is not"):
+    with pytest.raises(StoreError, match="must be writable and have room, but not a directory"):
         push.push(run, "owner/small", licence="mit", folder=tmp_path / "file" / "out")
+
+
+def test_a_full_disk_leaves_no_half_of_a_push(run, tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(push, "write_text", full)
+    with pytest.raises(StoreError, match="must be writable and have room, but no space left on device"):
+        push.push(run, "owner/small", licence="mit", folder=tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_numbers_of_another_model_are_refused(run, tmp_path):

@@ -15,6 +15,7 @@ from torch import nn
 from vitrim.data import Augment, Images, Input
 from vitrim.train import Distill, Train, fit
 from vitrim.words.errors import DataError, MethodError, RecipeError, TrainError, WeightsError
+from vitrim.words.stopping import Terminated
 
 INPUT = Input(size=(8, 8), crop_pct=1.0)
 NONE = Augment(kind="none")
@@ -66,12 +67,12 @@ def timeless(history):
     return [{name: value for name, value in record.items() if name != "seconds"} for record in history]
 
 
-def stopped(at):
-    """Return a hook that presses ctrl-C inside step `at`."""
+def stopped(at, number=signal.SIGINT):
+    """Return a hook that presses ctrl-C inside step `at`, or sends another signal."""
 
     def hook(model, step):
         if step == at:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     return hook
 
@@ -201,14 +202,20 @@ def test_no_epochs_is_no_change():
     assert equal(model, before)
 
 
-@pytest.mark.parametrize("at", [0, 4, 5, 7])
-def test_ctrl_c_leaves_a_checkpoint_and_the_run_goes_on(tmp_path, at):
+@pytest.mark.parametrize(
+    ("at", "number", "raised"),
+    [(0, signal.SIGINT, KeyboardInterrupt), (4, signal.SIGTERM, Terminated), (5, signal.SIGINT, KeyboardInterrupt),
+     (7, signal.SIGTERM, Terminated)],
+)  # fmt: skip
+def test_a_stop_leaves_a_checkpoint_and_the_run_goes_on(tmp_path, at, number, raised):
     settings = FULL.model_copy(update={"checkpoint_every": 0})
     whole = fit(vit(), images(), settings, input=INPUT, seed=0, validation=images())
     arguments = {"input": INPUT, "seed": 0, "folder": tmp_path, "validation": images()}
-    with pytest.raises(KeyboardInterrupt):
-        fit(vit(), images(), settings, after_step=stopped(at), **arguments)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(raised):
+        fit(vit(), images(), settings, after_step=stopped(at, number), **arguments)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is before
     assert (tmp_path / f"train-{at + 1:08d}.safetensors").exists()
     resumed = fit(vit(), images(), settings, **arguments)
     assert equal(whole.model, resumed.model)

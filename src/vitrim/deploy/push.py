@@ -22,7 +22,7 @@ from vitrim.deploy.remote import upload
 from vitrim.families import describe
 from vitrim.nn.layers import input_channels
 from vitrim.words.costs import cost_of
-from vitrim.words.errors import RunError, StoreError
+from vitrim.words.errors import RunError, StoreError, VitrimError
 from vitrim.words.plain import read_json, reason, write_text
 from vitrim.words.plan import read_plan
 from vitrim.words.private import public
@@ -110,6 +110,7 @@ def _place(folder: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="vitrim-push-") as name:
             yield Path(name)
         return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
@@ -117,10 +118,25 @@ def _place(folder: Path | None) -> Iterator[Path]:
     except OSError as problem:
         if isinstance(problem, StoreError):
             raise
-        raise StoreError(
-            f"{folder}: the folder must be writable, but is not: {reason(problem)}; choose another"
-        ) from None
-    yield folder
+        raise _unwritable(folder, problem) from None
+    try:
+        yield folder
+    except BaseException as problem:
+        # Some of the files are no model: whoever finds the folder would take them for one.
+        with contextlib.suppress(OSError):
+            for path in folder.iterdir():
+                path.unlink()
+            for path in made:
+                path.rmdir()
+        if isinstance(problem, OSError) and not isinstance(problem, VitrimError):
+            raise _unwritable(folder, problem) from None
+        raise
+
+
+def _unwritable(folder: Path, problem: OSError) -> StoreError:
+    return StoreError(
+        f"{folder}: the folder must be writable and have room, but {reason(problem)}; make room or choose another"
+    )
 
 
 def _file_of(model: Path) -> Path:
