@@ -160,7 +160,6 @@ def compare(path: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
     Raises:
         RunError: a setting differs; the message names the first one and both values.
     """
-    check_made_from(was.get(MADE_FROM), now.get(MADE_FROM, {}), str(path), "use another folder")
     old, new = (_flat({name: value for name, value in run.items() if name != MADE_FROM}) for run in (was, now))
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
@@ -168,6 +167,7 @@ def compare(path: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
                 f"{path}: {name} must be {old.get(name)!r} to resume from this checkpoint, but is {new.get(name)!r}; "
                 "use another folder, or remove the checkpoint to start again"
             )
+    check_made_from(was.get(MADE_FROM), now.get(MADE_FROM, {}), str(path), "use another folder")
 
 
 MADE_FROM = "made_from"
