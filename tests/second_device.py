@@ -114,10 +114,11 @@ def _run(func, args, kwargs):
         )
     target = CARD if there else torch.device("cpu")
     if kwargs.get("device") is not None:
-        target, kwargs = torch.device(kwargs["device"]), kwargs | {"device": torch.device("cpu")}
+        target = torch.device(kwargs["device"])
+        kwargs = kwargs | {"device": torch.device("cpu") if target == CARD else target}
     if packet is aten.copy_:
         target = args[0].device
-    waits = packet in _WAITS or (there and target != CARD and not kwargs.get("non_blocking"))
+    waits = packet in _WAITS or (there and target.type == "cpu" and not kwargs.get("non_blocking"))
     if waits:
         SYNCS.append(str(func))
     if packet is aten._fused_sdp_choice:

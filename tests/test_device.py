@@ -16,6 +16,8 @@ import vitrim
 from tests.second_device import CARD, SYNCS, OnCard, second_device
 from vitrim import methods
 from vitrim.data import Images, Input, eval_loader
+from vitrim.methods.cait.masks import Channels, free_axes
+from vitrim.methods.mdc.scores import Settings, score
 from vitrim.nn.weights import home_of
 from vitrim.train import Train, evaluate, fit
 
@@ -146,3 +148,56 @@ def test_the_host_does_not_wait_for_every_step_or_batch(card):
         evaluate(model, eval_loader(noise(count), Input.of(model), batch=4), reference=torch.zeros(count, 3))
         counts.append(len(SYNCS))
     assert counts[0] == counts[1]
+
+
+def test_scores_of_mdc_are_read_once(card):
+    """What is read from the device does not grow with the number of batches."""
+    counts = []
+    for count in (16, 32):
+        model = vitrim.adopt(vit()).to(card)
+        SYNCS.clear()
+        score(model, eval_loader(noise(count), Input.of(model), batch=8), Settings())
+        counts.append(len(SYNCS))
+    assert counts[0] == counts[1]
+
+
+def test_scores_of_cait_are_read_at_once(card):
+    """One transfer for the count of steps and one for all axes; none for a step, and none for new masks."""
+    model = vitrim.adopt(vit()).to(card)
+    channels = Channels(model, free_axes(model, True, True)).train()
+    channels(torch.rand(2, 3, 16, 16).to(card)).square().sum().backward()
+    SYNCS.clear()
+    channels.learn()
+    assert not SYNCS
+    found = channels.scores()
+    assert len(SYNCS) == 2
+    wanted = {path: (values > values.median()).float() for path, values in found.items()}
+    channels.keep(wanted)
+    assert len(SYNCS) == 2
+    masks = channels.masks()
+    assert all(torch.equal(masks[path], mask) for path, mask in wanted.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in methods.names() if name != "spvit"])  # whose plan hangs on rounding
+def test_a_run_on_a_card(name):
+    model = vit()
+    found = compressed(model, name)
+    for each in (model, found.model, found.parent):
+        assert all(tensor.device.type == "cpu" for tensor in everything(each))
+    found.model.forward_intermediates(torch.randn(1, 3, 16, 16), intermediates_only=True, output_fmt="NLC")
+    assert found.measured["device"].startswith("cuda")
+
+
+@pytest.mark.gpu
+def test_training_and_evaluation_on_a_card():
+    model, input = vit(), Input.of(vit())
+    settings = Train(epochs=2, batch=8, ema=0.9, checkpointing=True)
+    found = fit(model, noise(), settings, input=input, seed=0, teacher=vit())
+    averages = [value for state in found.averages.values() for value in state.values()]
+    assert all(t.device.type == "cpu" for t in averages + everything(model) + everything(found.ema))
+    here = evaluate(model, eval_loader(noise(), input))
+    there = evaluate(model.cuda(), eval_loader(noise(), input, device=torch.device("cuda")))
+    assert there.loss == pytest.approx(here.loss, rel=1e-3)
+    half = evaluate(model, eval_loader(noise(), input), precision="bf16", tf32=True)
+    assert half.loss == pytest.approx(here.loss, rel=0.05)
