@@ -180,6 +180,12 @@ def test_a_stem_that_hides_its_channels_cannot_be_narrowed():
         methods.get("magnitude", {"width": True}).search(model, None, Budget(macs=0.5), seed=0)
 
 
+def test_a_head_that_cannot_follow_cannot_be_narrowed():
+    model = copy.deepcopy(adopted("vit", "plain"))
+    model.head = torch.nn.Sequential(torch.nn.Linear(48, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10)).double()
+    assert describe(model).host.channels == ()
+
+
 # -- scores and gates
 
 

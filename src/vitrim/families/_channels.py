@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vitrim.nn.axis import Member
+from vitrim.words.errors import AdoptError
 from vitrim.words.spec import ChannelCost
 
 __all__ = ["Channels", "Counted", "channel_costs", "channels_of", "kept_outside", "named", "narrow_"]
@@ -166,7 +167,7 @@ class Counted(NamedTuple):
 
 
 def channel_costs(
-    shell: nn.Module, stages: Sequence[Channels], counted: Callable[[nn.Module], Counted]
+    shell: nn.Module, stages: Sequence[Channels], counted: Callable[[nn.Module], Counted], whole: Counted
 ) -> tuple[ChannelCost, ...]:
     """Return what one channel of each stage costs outside the blocks.
 
@@ -177,16 +178,28 @@ def channel_costs(
         shell: a model without blocks on the meta device.
         stages: the channels of each stage; if empty, the result is, too.
         counted: function that returns the costs of such a model.
+        whole: what it returns for `shell`.
+
+    Returns:
+        One for each stage; none if a part that somebody put into the model cannot follow.
     """
     if not stages:
         return ()
+    try:
+        return _slopes(shell, stages, counted, whole)
+    except AdoptError:
+        return ()
 
+
+def _slopes(
+    shell: nn.Module, stages: Sequence[Channels], counted: Callable[[nn.Module], Counted], whole: Counted
+) -> tuple[ChannelCost, ...]:
     def cost(*grown: int) -> Counted:
         twin = copy.deepcopy(shell)
         narrow_(twin, stages, [(*range(one.width), 0) if i in grown else None for i, one in enumerate(stages)])
         return counted(twin)
 
-    whole, ones = cost(), [cost(index) for index in range(len(stages))]
+    ones = [cost(index) for index in range(len(stages))]
     pairs = []
     for index in range(len(stages) - 1):
         both = cost(index, index + 1)

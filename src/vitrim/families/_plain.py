@@ -301,7 +301,7 @@ def _counted_host(
 
     shell = bare(model, [model.blocks])
     here = counted(shell)
-    return here.macs, here.macs_per_token, channel_costs(shell, outside, counted)
+    return here.macs, here.macs_per_token, channel_costs(shell, outside, counted, here)
 
 
 def _patches(model: Any, image: tuple[int, int]) -> int:

@@ -350,6 +350,7 @@ def _host_macs(model: Any, image: tuple[int, int]) -> tuple[int, tuple[ChannelCo
 
     def both() -> tuple[int, tuple[ChannelCost, ...]]:
         shell = bare(model, runs)
-        return counted(shell).macs, channel_costs(shell, channels(model), counted)
+        here = counted(shell)
+        return here.macs, channel_costs(shell, channels(model), counted, here)
 
     return remembered(model, runs, ("swin", image), both)
