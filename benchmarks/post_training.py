@@ -138,7 +138,7 @@ def merged(bench: Bench, draw: int, share: float) -> nn.Module:
         Budget(macs=share),
         merge=True,
         exact=True,
-        kinds=Kinds(heads=False, widths=False, depth=False),
+        kinds=Kinds(operators=(), heads=False, widths=False, depth=False),
     )
     return apply(bench.model, merging(describe(bench.model), chosen.merges, chosen.exact))
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,14 +18,19 @@ from vitrim.cut.surgery import apply
 from vitrim.data import eval_loader
 from vitrim.families import adopt, describe
 from vitrim.methods.post_training import CELLS, FILE, LOOKED
+from vitrim.methods.post_training.calibration import read_calibration
 from vitrim.methods.post_training.notes import Notes
+from vitrim.methods.post_training.options import ALL, block_options
+from vitrim.methods.post_training.schedule import merging
 from vitrim.testing import digits
 from vitrim.words.budget import Budget
 from vitrim.words.costs import cost_of
-from vitrim.words.spec import Attention
+from vitrim.words.errors import MethodError
+from vitrim.words.spec import Conv
 
-SETTINGS = {"candidates": 3, "swaps": 2, "look": 16}
-KINDS = ("heads", "widths", "tokens", "depth")
+SETTINGS = {"candidates": 2, "swaps": 2, "look": 16}
+BRIEF = {"candidates": 1, "swaps": 0, "tokens": False}
+KINDS = ("operators", "heads", "widths", "tokens", "depth")
 
 
 @functools.cache
@@ -55,7 +61,7 @@ def found(known, budget="macs=0.6", folder=None, **settings):
 
 def test_measurements_choose(known):
     summary, *trials = found(known).trials
-    assert 2 <= len(trials) <= 5
+    assert 2 <= len(trials) <= 4
     assert trials[0]["what"] == "candidate"
     assert any(trial["what"] != "candidate" for trial in trials)
     best = [trial for trial in trials if trial["best"]]
@@ -72,7 +78,9 @@ def test_what_is_switched_off_is_not_cut(known, kind):
     for before, decision in zip(whole.blocks(), only.plan.blocks(), strict=True):
         block = before[2]
         mixer = decision.child(block, before[1].form, before[0]).mixer
-        assert isinstance(mixer, Attention)
+        if isinstance(mixer, Conv):
+            assert kind != "operators"
+            continue
         heads, hidden = len(mixer.v), len(block.mixer.v)
         if kind == "tokens":
             assert decision.tokens is None
@@ -106,7 +114,7 @@ def test_a_stopped_search_goes_on_with_the_same_bits(known, tmp_path, monkeypatc
 def test_a_stopped_calibration_goes_on(tmp_path):
     """Losses that were measured are not measured again."""
     notes = Notes(tmp_path / CELLS)
-    method = methods.get("post_training", {"candidates": 0})
+    method = methods.get("post_training", {"tokens": False})
     data = digits(model())
     images, probe = method.images(data)
     first = method.calibrated(model(), data, images, probe, 0, notes=notes)
@@ -139,7 +147,7 @@ def test_a_model_that_is_sure_of_its_own_images_is_cut_with_unweighted_statistic
     for worth in importances(sure, x, seed=0).values():
         assert torch.equal(worth.weights, torch.full_like(worth.weights, 1.1))
         assert torch.equal(worth.metric, torch.eye(len(worth.metric), dtype=torch.float64))
-    one = methods.get("post_training", SETTINGS).search(sure, data, Budget.parse("macs=0.7"), seed=0)
+    one = methods.get("post_training", BRIEF).search(sure, data, Budget.parse("macs=0.7"), seed=0)
     assert cost_of(one.plan.child(describe(sure))).macs <= 0.7 * cost_of(describe(sure)).macs
 
 
@@ -160,5 +168,41 @@ def test_moments_of_activations_that_vary_little_around_their_mean_in_float32():
 def test_eight_images_in_float32_are_enough():
     data = digits(model())
     few = dataclasses.replace(data, calibration=Subset(data.calibration, range(8)), validation=None)
-    one = methods.get("post_training", SETTINGS).search(model(), few, Budget.parse("macs=0.7"), seed=0)
+    one = methods.get("post_training", BRIEF).search(model(), few, Budget.parse("macs=0.7"), seed=0)
     assert cost_of(one.plan.child(describe(model()))).macs <= 0.7 * cost_of(describe(model())).macs
+
+
+# -- operators
+
+
+def test_operators_alone_take_attentions_away(known):
+    """The child runs, and its convolutions are those of the plan."""
+    one = found(known, "macs=0.85", tokens=False, heads=False, widths=False, depth=False)
+    child = apply(one.parent, one.plan, grafts=one.grafts).eval()
+    mixers = [block.mixer for _, _, block in describe(child).blocks()]
+    assert any(isinstance(mixer, Conv) for mixer in mixers)
+    assert all(mixer.prefix == "mean" and mixer.act == "none" for mixer in mixers if isinstance(mixer, Conv))
+    assert 0.98 * 0.85 <= cost_of(describe(child)).macs / cost_of(describe(model())).macs <= 0.85
+    assert {"3 x 3", "1 x 1"} & {way for trial in one.trials[1:] for way in " / ".join(trial["ways"]).split(" / ")}
+
+
+def test_no_convolution_stands_behind_merged_patches(known):
+    spec, table = describe(model()), read_calibration(Path(known))
+    small = merging(spec, (2, 2, 0), False).child(spec)
+    budget = Budget(macs=0.5)
+    able = []
+    for (path, stage, block), here in zip(small.blocks(), small.arrivals(), strict=True):
+        group = block_options(table, path, block, stage, here, budget, ALL)
+        able.append(any(choice.conv is not None for choice in group.choices))
+    assert able == [True, False, False]
+
+
+def test_wanted_operators_say_what_they_need():
+    data = digits(model())
+    few = dataclasses.replace(data, calibration=Subset(data.calibration, range(8)), validation=None)
+    wanted = methods.get("post_training", {"operators": True})
+    with pytest.raises(MethodError, match="a 3 x 3 convolution must have at least 27 images for this model, but got 7"):
+        wanted.search(model(), few, Budget.parse("macs=0.7"), seed=0)
+    sized = adopt(timm_model("vit", "dynamic", torch.float32))
+    with pytest.raises(MethodError, match="operators=true must know the grid of patches"):
+        wanted.search(sized, digits(sized), Budget.parse("macs=0.7"), seed=0)

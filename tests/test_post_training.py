@@ -259,7 +259,7 @@ def test_budget_below_reach_names_the_least():
     with pytest.raises(BudgetError, match=r"budget of macs must be at least [\d,]+ for this model, but got"):
         read_off(table, Budget.parse("macs=0.01"), merge=True, exact=True)
     with pytest.raises(BudgetError, match="must be at least"):
-        read_off(table, Budget.parse("macs=0.3"), merge=True, exact=True, kinds=Kinds(False, False, False))
+        read_off(table, Budget.parse("macs=0.3"), merge=True, exact=True, kinds=Kinds((), False, False, False))
 
 
 def test_calibration_is_paper(tmp_path):
@@ -469,7 +469,9 @@ def test_a_table_with_slow_matching_chooses_few_merges():
     for share in (0.0, 0.03):
         slow = {"steps": FrozenDict({"merge": share * times.latency(spec) / 1e9})}
         times = times.model_copy(update={"stages": tuple(stage.model_copy(update=slow) for stage in times.stages)})
-        found = read_off(table, Budget(latency=0.75, table=times), merge=True, widths=False, exact=True)
+        found = read_off(
+            table, Budget(latency=0.75, table=times), merge=True, exact=True, kinds=Kinds((), False, False, False)
+        )
         chosen.append(sum(map(bool, found.merges)))
     assert chosen[1] <= 4 < chosen[0]
 

@@ -271,7 +271,7 @@ def _calibration(root: Path) -> Path:
 def _read_calibration(path: Path, out: Path) -> None:
     found = read_calibration(path)
     found.check(adopted("vit", "plain").float(), found.input, str(path))
-    read_off(found, Budget.parse("macs=0.6"), merge=True, widths=True, exact=False)
+    read_off(found, Budget.parse("macs=0.6"), merge=True, exact=False)
 
 
 # -- logs and what lies beside them

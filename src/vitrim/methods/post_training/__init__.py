@@ -29,6 +29,7 @@ from vitrim.methods.post_training.budgets import Reading, Tabled, check_reach
 from vitrim.methods.post_training.calibration import Calibration, read_calibration, write_calibration
 from vitrim.methods.post_training.look import Bench, clock_of, look, record_of, won
 from vitrim.methods.post_training.notes import Notes
+from vitrim.methods.post_training.operators import images_for, kernels_for
 from vitrim.methods.post_training.options import Kinds
 from vitrim.methods.post_training.schedule import Kind, merging, schedules
 from vitrim.methods.post_training.sensitivity import calibrate, needed
@@ -57,6 +58,8 @@ class Method(Node):
             averaged, the same in every image, and a grid stays a grid; ``none``: no patches are merged. The last two
             are for dense prediction and for static graphs. ``auto``: bipartite if the model supports it (not in
             windows).
+        operators: whether a convolution, fitted to its output, may stand in place of an attention. None: where the grid
+            is known and there are enough calibration images for the fits; True raises an error elsewhere.
         tokens: whether patches may be merged; False is the same as ``merge = "none"``.
         heads: whether whole heads may be cut, as long as one of a block is left.
         widths: whether channels of heads, and neurons, may be cut.
@@ -82,6 +85,7 @@ class Method(Node):
     sentence: ClassVar[str] = "merges patches and narrows layers, compensated in closed form; no labels, no training"
 
     merge: Literal["auto", "bipartite", "grid", "none"] = "auto"
+    operators: bool | None = None
     tokens: bool = True
     heads: bool = True
     widths: bool = True
@@ -117,7 +121,7 @@ class Method(Node):
         merge = self._merges(spec)
         exact = self._exact(merge)
         images, probe = self.images(data)
-        check_reach(spec, schedules(spec, merge, exact), exact, budget, self.kinds)
+        check_reach(spec, schedules(spec, merge, exact), exact, budget, self.kinds(spec, sum(map(len, images))))
         calibration = self._calibration(model, data, images, probe, seed, folder)
 
         def read(budget: Budget) -> Found:
@@ -131,16 +135,20 @@ class Method(Node):
     def options(self, model: nn.Module, data: Data | None, *, seed: int) -> Tabled:
         """See `vitrim.methods.Method.options`."""
         images, probe = self.images(_given(data))
-        return self._tabled(self._calibration(model, _given(data), images, probe, seed, None))
+        return self._tabled(self._calibration(model, _given(data), images, probe, seed, None), images)
 
-    @property
-    def kinds(self) -> Kinds:
-        """Return the kinds of cuts that may be chosen besides tokens."""
-        return Kinds(heads=self.heads, widths=self.widths, depth=self.depth)
+    def kinds(self, spec: Spec, images: int) -> Kinds:
+        """Return the kinds of cuts that may be chosen besides tokens.
 
-    def _tabled(self, calibration: Calibration) -> Tabled:
-        merge = self._merges(calibration.spec)
-        return Tabled(calibration, merge=merge != "none", exact=self._exact(merge), kinds=self.kinds)
+        Raises:
+            MethodError: if convolutions are wanted that cannot be fitted.
+        """
+        kernels = kernels_for(spec, images, self.operators)
+        return Kinds(operators=kernels, heads=self.heads, widths=self.widths, depth=self.depth)
+
+    def _tabled(self, calibration: Calibration, images: Sequence[Tensor]) -> Tabled:
+        merge, kinds = self._merges(calibration.spec), self.kinds(calibration.spec, sum(map(len, images)))
+        return Tabled(calibration, merge=merge != "none", exact=self._exact(merge), kinds=kinds)
 
     def _read(
         self,
@@ -154,7 +162,7 @@ class Method(Node):
     ) -> Found:
         """Return the plan that a calibration gives for `budget`, with the weights that compensate for it."""
         spec, start = describe(model), time.perf_counter()
-        tabled = self._tabled(calibration)
+        tabled = self._tabled(calibration, images)
         trials, best = self._looked(model, tabled, budget, images, probe, seed, folder)
         bench = Bench(model, images, probe, seed=seed, strength=self.strength, alpha=self.alpha)
         with progress("compensation", len(best.choices)) as advance:
@@ -190,7 +198,7 @@ class Method(Node):
         if not self.candidates:
             return [], tabled.best(budget, 1)[0]
         spec = tabled.calibration.spec
-        few, _ = _divided(images, max(self.look, needed(spec)))
+        few, _ = _divided(images, max(self.look, needed(spec), images_for(spec, tabled.kinds.operators)))
         clock = None if budget.table is None else clock_of(model, budget.table.machine)
         bench = Bench(model, few, probe, seed=seed, strength=self.strength, alpha=self.alpha, clock=clock)
         with progress("candidates", self.candidates + self.swaps) as advance:
@@ -299,6 +307,7 @@ class Method(Node):
                 merge=self._merges(spec),
                 exact=self._exact(self._merges(spec)),
                 advance=advance,
+                operators=self.operators,
                 notes=notes or Notes(None),
             )
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from vitrim.cut.compensate import BlockChoice
 from vitrim.cut.spend import Options, choose_options
 from vitrim.methods.post_training.calibration import Calibration
+from vitrim.methods.post_training.operators import convolutions, why_not_convolve
 from vitrim.methods.post_training.options import ALL, Group, Kinds, block_options, chosen, ways
 from vitrim.methods.post_training.schedule import merging
 from vitrim.words.budget import SLACK, Budget, Price
 from vitrim.words.errors import BudgetError
 from vitrim.words.plan import Plan
-from vitrim.words.spec import Attention, Block, Spec
+from vitrim.words.spec import Attention, Block, Spec, Stage
+from vitrim.words.steps import Tokens
 
 __all__ = ["Reading", "Tabled", "check_reach", "least", "plan_of", "priced", "read_off", "spent_up"]
 
@@ -47,6 +49,10 @@ def least(spec: Spec, merges: Sequence[Sequence[int]], exact: bool, budget: Budg
     for counts in merges:
         small = merging(spec, counts, exact).child(spec)
         found.append(budget.cost(_with(small, [_least(block, kinds) for _, _, block in small.blocks()])))
+        if kinds.operators:
+            here = zip(small.blocks(), small.arrivals(), strict=True)
+            nodes = [_convolving(block, stage, arriving, kinds) for (_, stage, block), arriving in here]
+            found.append(budget.cost(_with(small, nodes)))
     return Price(*map(min, zip(*found, strict=True)))
 
 
@@ -62,6 +68,14 @@ def _least(block: Block, kinds: Kinds) -> Block:
         hidden=1 if kinds.widths and block.hidden else None,
     )
     return chosen(block, choice)
+
+
+def _convolving(block: Block, stage: Stage, arriving: Tokens, kinds: Kinds) -> Block:
+    """Return the smallest block with its smallest convolution, if it can have one."""
+    small, convs = _least(block, kinds), convolutions(stage.width, min(kinds.operators), stage.form)
+    if not convs or why_not_convolve(block, stage, arriving) is not None:
+        return small
+    return small.model_copy(update={"mixer": convs[-1]})
 
 
 def _with(spec: Spec, blocks: Sequence[Block]) -> Spec:
@@ -193,7 +207,9 @@ def plan_of(spec: Spec, reading: Reading) -> Plan:
     ):
         update: dict[str, object] = {}
         mixer = block.mixer
-        if isinstance(mixer, Attention) and (choice.heads, choice.qk, choice.v) != (None, None, None):
+        if choice.conv is not None:
+            update["mixer"] = choice.conv
+        elif isinstance(mixer, Attention) and (choice.heads, choice.qk, choice.v) != (None, None, None):
             alive = range(len(mixer.v)) if choice.heads is None else choice.heads
             for name, width in (("qk", choice.qk), ("v", choice.v)):
                 sizes = getattr(mixer, name)

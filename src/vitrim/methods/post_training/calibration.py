@@ -181,7 +181,7 @@ def why_not_losses(found: Calibration) -> str | None:
     for name, losses in found.losses.items():
         path, _, kind = name.rpartition(".")
         shares = found.shares[name]
-        if path not in blocks or kind not in ("qk", "v", "heads", "hidden", "block"):
+        if path not in blocks or kind not in ("qk", "v", "heads", "conv3", "conv1", "hidden", "block"):
             return f"losses must be of cuts of the model, but some are of {shown(name)}"
         if not losses or len(losses) != len(shares):
             return f"{name}: each loss must have a share, but there are {len(losses)} losses and {len(shares)} shares"

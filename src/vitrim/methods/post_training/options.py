@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from vitrim.cut.compensate import BlockChoice
 from vitrim.cut.spend import power_law
 from vitrim.methods.post_training.calibration import Calibration
+from vitrim.methods.post_training.operators import convolutions, share_of, why_not_convolve
 from vitrim.words.budget import Budget, Price
 from vitrim.words.costs import block_cost
-from vitrim.words.spec import Attention, Block, Stage
+from vitrim.words.spec import Attention, Block, Conv, Stage
 from vitrim.words.steps import Tokens
 
 __all__ = ["ALL", "Group", "Kinds", "block_options", "chosen", "ways"]
@@ -34,11 +35,13 @@ class Kinds:
     """Which kinds of cuts may be chosen.
 
     Attributes:
+        operators: kernels of the convolutions that may stand in place of an attention.
         heads: whole heads, as long as one is left.
         widths: channels of heads, and neurons.
         depth: attention or MLP of a block becomes a constant, or both.
     """
 
+    operators: tuple[int, ...] = (3, 1)
     heads: bool = True
     widths: bool = True
     depth: bool = True
@@ -46,7 +49,7 @@ class Kinds:
     @property
     def any(self) -> bool:
         """Return whether there is any choice besides tokens."""
-        return self.heads or self.widths or self.depth
+        return bool(self.operators) or self.heads or self.widths or self.depth
 
 
 ALL = Kinds()
@@ -116,6 +119,12 @@ def block_options(
 
     first, counts = _attention(calibration, path, block, kinds)
     first.costs.extend(map(relative, _heads_priced(counts, block, stage, arriving, budget)))
+    if kinds.operators and why_not_convolve(block, stage, arriving) is None:
+        for conv, loss in _convolutions(calibration, path, stage, kinds.operators):
+            choice = BlockChoice(conv=conv)
+            first.choices.append(choice)
+            first.losses.append(loss)
+            first.costs.append(relative(budget.block(chosen(block, choice), stage, arriving)))
     second, widths = _neurons(calibration, path, block, kinds)
     second.costs.extend(map(relative, _neurons_priced(widths, block, stage, arriving, budget)))
     gone = calibration.losses.get(f"{path}.block") if kinds.depth else None
@@ -149,10 +158,12 @@ def _joined(attention: BlockChoice, mlp: BlockChoice) -> BlockChoice:
 
 
 def ways(choice: BlockChoice) -> tuple[str, str]:
-    """Return in words how attention and MLP are cut: ``whole``, ``fewer heads``, ``narrow`` or ``constant``."""
+    """Return in words how attention and MLP are cut: ``whole``, ``narrow``, ``constant``, ``3 x 3`` or others."""
     mixer = "whole" if (choice.heads, choice.qk, choice.v) == (None, None, None) else "narrow"
     if choice.heads is not None:
         mixer = "fewer heads" if choice.heads else "constant"
+    if choice.conv is not None:
+        mixer = f"{choice.conv.kernel} x {choice.conv.kernel}"
     mlp = "whole" if choice.hidden is None else "narrow" if choice.hidden else "constant"
     return mixer, mlp
 
@@ -160,7 +171,9 @@ def ways(choice: BlockChoice) -> tuple[str, str]:
 def chosen(block: Block, choice: BlockChoice) -> Block:
     """Return the block with the chosen widths."""
     mixer, hidden = block.mixer, block.hidden
-    if isinstance(mixer, Attention):
+    if choice.conv is not None:
+        mixer = choice.conv
+    elif isinstance(mixer, Attention):
         kept = range(len(mixer.v)) if choice.heads is None else choice.heads
         qk = tuple(choice.qk if isinstance(choice.qk, int) else mixer.qk[head] for head in kept)
         v = tuple(choice.v if isinstance(choice.v, int) else mixer.v[head] for head in kept)
@@ -203,6 +216,18 @@ def _attention(calibration: Calibration, path: str, block: Block, kinds: Kinds) 
         group.losses.append(together)
         counts.append((0, 0, 0))
     return group, counts
+
+
+def _convolutions(
+    calibration: Calibration, path: str, stage: Stage, kernels: Sequence[int]
+) -> Iterator[tuple[Conv, float]]:
+    """Yield the convolutions that were measured in place of an attention, and their losses."""
+    for kernel in kernels:
+        name = f"{path}.conv{kernel}"
+        losses = dict(zip(calibration.shares.get(name, ()), calibration.losses.get(name, ()), strict=True))
+        for conv in convolutions(stage.width, kernel, stage.form):
+            if share_of(conv, stage.width) in losses:
+                yield conv, losses[share_of(conv, stage.width)]
 
 
 def _heads_loss(alone: Sequence[float], together: float, gone: int) -> float:

@@ -3,6 +3,7 @@
 B images, L blocks, H heads, K channels of a head, M hidden neurons, N tokens.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from vitrim.cut.compensate import (
     AttentionCut,
     BlockChoice,
+    ConvCut,
     NeuronCut,
     Place,
     Walk,
@@ -26,6 +28,7 @@ from vitrim.data import Input
 from vitrim.families import describe
 from vitrim.methods.post_training.calibration import Calibration
 from vitrim.methods.post_training.notes import Notes
+from vitrim.methods.post_training.operators import convolutions, kernels_for, share_of, why_not_convolve
 from vitrim.methods.post_training.schedule import Kind, last_exact, merging, schedules
 from vitrim.nn import Attention, Block
 from vitrim.nn.feed import fed
@@ -35,7 +38,7 @@ from vitrim.nn.weights import fingerprint
 from vitrim.words.errors import MethodError
 from vitrim.words.plan import Plan
 from vitrim.words.spec import Attention as AttentionSpec
-from vitrim.words.spec import Spec
+from vitrim.words.spec import Conv, Spec
 
 __all__ = ["calibrate", "divergence", "logits_of", "needed"]
 
@@ -71,6 +74,7 @@ def calibrate(
     strength: float,
     merge: Kind,
     exact: bool,
+    operators: bool | None = None,
     notes: Notes | None = None,
     advance: Callable[[float], None] = lambda _: None,
 ) -> Calibration:
@@ -85,6 +89,8 @@ def calibrate(
         strength: strength of the ridge.
         merge: kind of merging whose schedules are measured, see `schedules`.
         exact: whether the last block computes only prefix tokens if it can.
+        operators: whether convolutions are measured in place of attentions; None if the images suffice for their fits
+            and the grid is known.
         notes: losses that are known already; None if none are.
         advance: called with 1 after each block, and with 1 in all for the schedules.
     """
@@ -95,6 +101,7 @@ def calibrate(
             f"calibration must have at least {needed(spec)} images for this model, but got {few}; give more with "
             "data.calibration"
         )
+    kernels = kernels_for(spec, few, operators)
     leaving = last_exact(spec, exact)
     base = apply(model, leaving) if leaving != Plan.keep(spec) else model
     dense = logits_of(base, probe)
@@ -106,7 +113,7 @@ def calibrate(
         walk = Walk(base, images, worth, strength, 0.0)
         place, entering = walk.first(), arriving(base, walk.blocks, 0, probe, None)
         for index in range(len(walk.rows)):
-            table = _Row(base, walk.blocks, place, entering, probe, dense)
+            table = _Row(base, walk.blocks, place, entering, probe, dense, kernels)
             for cell, removed, measured in table.cells():
                 name = f"{place.path}.{cell}"
                 shares[name], losses[name] = removed, tuple(notes.of(name, measured))
@@ -151,7 +158,9 @@ class _Row:
         entering: Sequence[Residual],
         probe: Sequence[Tensor],
         dense: Tensor,
+        kernels: Sequence[int],
     ) -> None:
+        self.kernels = kernels
         self.model, self.blocks, self.place = model, blocks, place
         self.after = [id(block) for block in blocks].index(id(place.block)) + 1
         self.entering, self.probe, self.dense = entering, probe, dense
@@ -170,6 +179,8 @@ class _Row:
             alone = [tuple(h for h in heads if h != gone) for gone in heads] if not form.mixed_norm else []
             sets = [BlockChoice(heads=kept) for kept in (*(kept for kept in alone if kept), ())]
             yield self._cell("heads", (1.0,) * len(sets), cut, sets)
+            if why_not_convolve(block.spec, self.place.stage, self.place.arrives) is None:
+                yield from self._convolutions()
         hidden = block.spec.hidden
         if hidden:
             neurons = NeuronCut(self.place, block)
@@ -180,6 +191,21 @@ class _Row:
 
     def _cell(self, name: str, shares: tuple[float, ...], cut: AttentionCut, choices: Sequence[BlockChoice]) -> Cell:
         return name, shares, lambda: [self._attention(cut, choice) for choice in choices]
+
+    def _convolutions(self) -> Iterator[Cell]:
+        cut, width = ConvCut(self.place), self.place.stage.width
+        for kernel in self.kernels:
+            convs = convolutions(width, kernel, self.place.stage.form)
+            if convs:
+                shares = tuple(share_of(conv, width) for conv in convs)
+                yield f"conv{kernel}", shares, functools.partial(self._convolved, cut, convs)
+
+    def _convolved(self, cut: ConvCut, convs: Sequence[Conv]) -> list[float]:
+        found = []
+        for conv in convs:
+            mixer, _, state = cut.cut(conv)
+            found.append(self._loss(self.place.rebuilt(mixer, self.place.block.spec.hidden, state)))
+        return found
 
     def _attention(self, cut: AttentionCut, choice: BlockChoice) -> float:
         mixer, _, state = cut.cut(choice)

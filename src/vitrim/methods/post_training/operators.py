@@ -1,0 +1,92 @@
+"""Which convolutions may stand in place of an attention.
+
+D width, r rank.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from vitrim.cut.compensate import images_needed
+from vitrim.words.block import Conv, Form
+from vitrim.words.errors import MethodError
+from vitrim.words.spec import Attention, Block, Spec, Stage
+from vitrim.words.steps import Tokens, flow_of
+
+__all__ = ["convolutions", "images_for", "kernels_for", "share_of", "why_not_convolve"]
+
+_RANKS = {3: (1 / 3, 1 / 6), 1: (2 / 3, 1 / 3)}
+"""Ranks by kernel, as shares of D. A 3 x 3 convolution of rank D / 3 has 0.55 of the multiply-accumulates of the
+attention of a ViT-Ti at 224 pixels, a 1 x 1 one 0.11."""
+
+_STEP = 8
+
+
+def convolutions(width: int, kernel: int, form: Form) -> list[Conv]:
+    """Return the convolutions of a kernel that are measured, the widest first; none where heads share a norm."""
+    if form.mixed_norm is not None:
+        return []
+    ranks = sorted({max(_STEP, round(share * width / _STEP) * _STEP) for share in _RANKS[kernel]}, reverse=True)
+    return [Conv(kernel=kernel, width=rank, prefix="mean", act="none") for rank in ranks if rank < width]
+
+
+def share_of(conv: Conv, width: int) -> float:
+    """Return the share of the rank that a convolution lacks, by which its loss stands in a calibration."""
+    return 1 - conv.width / width
+
+
+def why_not_convolve(block: Block, stage: Stage, arriving: Tokens) -> str | None:
+    """Return why a block cannot convolve; None if it can."""
+    if not isinstance(block.mixer, Attention) or not block.mixer.v:
+        return "a convolution is made of an attention, but the block has none"
+    if block.only_prefix:
+        return "a convolution must have patches, but the block computes only prefix tokens"
+    if stage.window is None and flow_of(block.tokens, arriving, stage.patches).mixed.grid is None:
+        return "a convolution must have patches that fill a grid, but some were dropped or merged"
+    if block.tokens is not None and block.tokens.needs_attention:
+        return "tokens are chosen by the attention of their block, which must stay"
+    return None
+
+
+def kernels_for(spec: Spec, images: int, wanted: bool | None) -> tuple[int, ...]:
+    """Return the kernels whose fits the images suffice for, and whose grid is known.
+
+    Args:
+        spec: the model.
+        images: number of images for statistics.
+        wanted: False for no kernel; True raises an error where a kernel of None would be left out.
+
+    Raises:
+        MethodError: if convolutions are wanted, but there are too few images, or the grid is not known.
+    """
+    if wanted is False:
+        return ()
+    found = []
+    for kernel in _RANKS:
+        wrong = next(_wrong(spec, images, kernel), None)
+        if wrong is None:
+            found.append(kernel)
+        elif wanted:
+            raise MethodError(wrong)
+    return tuple(found)
+
+
+def images_for(spec: Spec, kernels: Sequence[int]) -> int:
+    """Return the number of images that the fits of these kernels need; 0 without kernels."""
+    return max(
+        (images_needed(stage.width, stage.patches, kernel) for stage in spec.stages for kernel in kernels), default=0
+    )
+
+
+def _wrong(spec: Spec, images: int, kernel: int) -> Iterator[str]:
+    if spec.host.arguments.get("dynamic_img_size") or any(
+        stage.window is not None and stage.window.dynamic for stage in spec.stages
+    ):
+        yield (
+            "operators=true must know the grid of patches, but images of any size are allowed (dynamic_img_size); "
+            "build the model without it, or use operators=false"
+        )
+    needed = images_for(spec, (kernel,))
+    if images < needed:
+        yield (
+            f"the fit of a {kernel} x {kernel} convolution must have at least {needed} images for this model, but got "
+            f"{images}; give more with data.calibration, or use operators=false"
+        )
