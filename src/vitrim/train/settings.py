@@ -37,8 +37,9 @@ class Train(Node):
         batch: images of one optimizer step, over all processes and accumulated parts, `>= 1`.
         accumulate: number of parts into which a process splits its share of a step, `>= 1`; saves memory. The loss is
             still the mean over the whole batch. But each part of each process draws its own dropout and drop path, and
-            a batch norm computes its statistics over one part. So for a model with batch norms or random gates
-            (`spvit`), the part size ``batch / (accumulate * processes)`` also affects the result.
+            a batch norm computes its statistics over one part. So for a model with batch norms, the part size
+            ``batch / (accumulate * processes)`` also affects the result. The search of `spvit` draws its gates a fixed
+            number of times a step (`draws`), whatever the number of parts.
         lr: learning rate after warm-up, > 0; see `lr_batch`.
         lr_batch: batch size to which `lr` refers, `>= 1`: the rate after warm-up is ``lr * batch / lr_batch``. None
             uses `lr` unchanged for any batch size.
