@@ -13,8 +13,10 @@ from tests.test_cli import ARGUMENTS, CLASSES, TINY
 from vitrim import cli
 from vitrim.deploy import store
 from vitrim.families import describe
+from vitrim.run import curve
 from vitrim.run.recipe import read_recipe
 from vitrim.train import Train
+from vitrim.words.errors import DataError
 from vitrim.words.plain import read_json
 
 QUICK = ("--set", ARGUMENTS, "--set", "device=cpu", "--set", "data.calibration=24", "--set", "data.validation=8")
@@ -106,6 +108,48 @@ def test_one_calibration_many_budgets(call, files, tmp_path):
     assert code == 2
     assert "leave one of them out" in error
     assert not (tmp_path / "two").exists()
+
+
+def test_a_budget_that_fails_keeps_the_others(call, files, tmp_path, monkeypatch):
+    out = tmp_path / "curve"
+    quick = (*QUICK, "--set", "measure.latency=false")
+    budgets = [part for budget in ("macs=0.8", "macs=0.7", "macs=0.6") for part in ("--budgets", budget)]
+    real = curve.run
+
+    def run(recipe, folder, **how):
+        if recipe.budget == "macs=0.7":
+            raise DataError("image 7 must decode, but does not")
+        return real(recipe, folder, **how)
+
+    monkeypatch.setattr(curve, "run", run)
+    code, text, error = call("pareto", *source(files), "--out", out, *budgets, *quick)
+    assert code == 2
+    assert "macs=0.8" in text
+    assert "macs=0.6" in text
+    told = " ".join(error.split())
+    assert "macs=0.7 did not: image 7 must decode, but does not; the calibration and the other budgets are kept" in told
+    assert (out / "macs=0.6" / "measured.json").is_file()
+    assert "macs=0.6" in (out / "report.html").read_text()
+    before = (out / "calibration.safetensors").read_bytes()
+    monkeypatch.setattr(curve, "run", real)
+    code, text, error = call("pareto", *source(files), "--out", out, *budgets, *quick)
+    assert code == 0, error
+    assert "macs=0.7" in text
+    assert (out / "calibration.safetensors").read_bytes() == before
+
+    # However it ends, what is finished is drawn.
+    def crash(recipe, folder, **how):
+        if recipe.budget == "macs=0.6":
+            raise MemoryError
+        return real(recipe, folder, **how)
+
+    (out / "report.html").unlink()
+    monkeypatch.setattr(curve, "run", crash)
+    with pytest.raises(MemoryError):
+        curve.pareto(
+            read_recipe(out / "macs=0.8" / "recipe.toml").model_dump(mode="json"), out, ("macs=0.8", "macs=0.6")
+        )
+    assert (out / "report.html").is_file()
 
 
 def test_minutes_train_without_labels_and_end(call, files, tmp_path):

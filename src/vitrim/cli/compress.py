@@ -41,7 +41,7 @@ def compress(
         str | None,
         typer.Option(
             "--method",
-            help="A name from `vitrim methods`, or a .py file. Default: taylor, or post_training with --calibration.",
+            help="A name from `vitrim methods`, or a .py file. Default: post_training, then --minutes where they help.",
         ),
     ] = None,
     budget: Annotated[
@@ -58,11 +58,20 @@ def compress(
     epochs: Annotated[float, typer.Option("--epochs", help="Epochs to train the smaller model; 0 does not train.")] = 0,
     minutes: Annotated[
         float | None,
-        typer.Option("--minutes", help="Minutes to distill the smaller model from its parent, without labels."),
+        typer.Option(
+            "--minutes",
+            min=0,
+            help="Minutes to distill the smaller model from its parent, without labels. Default: 4 with the default "
+            "method for budgets up to 0.5, else 0.",
+        ),
     ] = None,
     recover: Annotated[
-        str, typer.Option("--recover", help="none, or ridge: compensate for the cut in closed form.")
-    ] = "none",
+        str,
+        typer.Option(
+            "--recover",
+            help="ridge: compensate for the cut in closed form; none; auto: ridge if nothing is trained afterwards.",
+        ),
+    ] = "auto",
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -75,10 +84,15 @@ def compress(
     set_: Settings = None,
 ) -> None:
     """Make a model smaller and write a run folder."""
+    from vitrim.run.defaults import minutes_for
     from vitrim.run.pipeline import run
     from vitrim.run.recipe import Recipe, merged, overrides
     from vitrim.run.track import names_of
 
+    alone = method is None and data is not None and not epochs and not preset
+    if minutes is None and alone and not any(pair.startswith(("train.", "method.name=")) for pair in set_ or []):
+        minutes = minutes_for(budget)
+    minutes = minutes or None
     asked = {
         "model": model_table(model, weights, weights_key, random_weights, image_size, classes, channels),
         "data": {"train": data, "test": test},
@@ -94,8 +108,10 @@ def compress(
 
 
 def _method(name: str | None, calibration: Path | None) -> dict[str, str]:
+    from vitrim.run.defaults import METHOD
+
     if calibration is None:
-        return {"name": name or "taylor"}
+        return {"name": name or METHOD}
     if name not in (None, "post_training"):
         raise RecipeError(f"a calibration must be read by post_training, but --method is {name}; leave one of them out")
     return {"name": "post_training", "calibration": str(calibration)}

@@ -19,6 +19,7 @@ from vitrim.cli.shared import (
     show_table,
     warn,
 )
+from vitrim.words.errors import RunError
 
 
 @app.command()
@@ -65,6 +66,13 @@ def pareto(
     for result in found.results:
         for text in warnings(result.measured):
             warn(f"{result.measured['budget']}: {text}")
+    if found.failed:
+        budget, why = found.failed[0]
+        more = f", and {len(found.failed) - 1} more" if len(found.failed) > 1 else ""
+        raise RunError(
+            f"every budget must end well, but {budget} did not{more}: {why}; the calibration and the other budgets are "
+            f"kept in {out}"
+        )
     say(f"models, figure and report are in {out}; further budgets: --calibration {found.calibration}")
 
 

@@ -70,6 +70,9 @@ class Method(Protocol):
     - ``plans_by_time = True`` says that the search prices specs by `Budget.cost` alone, and so by measured times too.
       For the others a budget of latency is turned into one of macs, see `vitrim.run.latency_budget`.
     - ``asks`` says in place of `needs` what an instance needs, where that depends on its settings.
+    - ``passes(spec, calibration, validation)`` says how many forward passes of an image the search takes, beside its
+      training, given the model's spec and the numbers of calibration and validation images; for the estimate of time
+      at the start of a run.
     - ``choice`` says which widths are allowed, and a budget that these cannot reach is refused before the search.
     - ``least_images`` is the least number of images in one part of a training step that its children can take.
     - ``held_out`` is the number of training images, or their share if below 1, that its search compares candidates on.

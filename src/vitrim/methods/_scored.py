@@ -16,6 +16,7 @@ from vitrim.families import describe
 from vitrim.methods._contract import Data, Found
 from vitrim.words.budget import Budget
 from vitrim.words.plain import Node
+from vitrim.words.spec import Spec
 
 __all__ = ["ScoreMethod"]
 
@@ -41,6 +42,10 @@ class ScoreMethod(Node):
     def plans_by_time(self) -> bool:
         """Return whether plans are made by measured times; a table of times knows one residual width."""
         return not getattr(self, "width", False)
+
+    def passes(self, spec: Spec, calibration: int, validation: int) -> float:
+        """See `vitrim.methods.Method`; a forward and a backward pass of each calibration image, if it needs images."""
+        return 0.0 if self.needs == "nothing" else 3.0 * calibration
 
     @abstractmethod
     def scores(self, model: nn.Module, data: Data | None, *, seed: int) -> Mapping[str, Tensor]:

@@ -13,7 +13,7 @@ from vitrim.run.job import full_disk, leaving_nothing, prepare
 from vitrim.run.lock import holding
 from vitrim.run.pipeline import Result, run
 from vitrim.run.recipe import Recipe, merged
-from vitrim.words.errors import DataError, RunError
+from vitrim.words.errors import DataError, RunError, VitrimError
 from vitrim.words.plain import load, write_text
 
 __all__ = ["BUDGETS", "Pareto", "pareto"]
@@ -27,12 +27,14 @@ class Pareto:
     """The result of `pareto`.
 
     Attributes:
-        results: one for each budget.
+        results: one for each budget that ended well.
+        failed: each budget that did not, with the reason.
         calibration: the calibration file, from which models for further budgets can be cut.
         folder: the folder that contains all files.
     """
 
     results: tuple[Result, ...]
+    failed: tuple[tuple[str, str], ...]
     calibration: Path
     folder: Path
 
@@ -48,7 +50,8 @@ def pareto(
 
     Writes ``calibration.safetensors``, a run folder for each budget, ``pareto.svg`` (top-1 against MACs and latency;
     agreement with the dense model if there are no labels) and ``report.html``. Existing files are kept, so the same
-    call continues a stopped one, and a call with further budgets adds them in seconds each.
+    call continues a stopped one, and a call with further budgets adds them in seconds each. A budget that fails does
+    not stop the others; figure and report are written of those that are finished, however the call ends.
 
     Args:
         asked: tables of a `vitrim.run.recipe.Recipe`; method and budget are set here.
@@ -57,7 +60,7 @@ def pareto(
         say: called with a line of text at the start of each stage.
 
     Raises:
-        VitrimError: one sentence on what must hold, what came, and the way out.
+        VitrimError: one sentence on what must hold, what came, and the way out; also if every budget fails.
     """
     if not budgets:
         raise RunError("budgets must be given, but there are none; give --budgets macs=0.7")
@@ -66,16 +69,31 @@ def pareto(
     path = folder / FILE
     with full_disk(folder), leaving_nothing(folder), holding(folder):
         _calibrated(recipes[0], path, say)
-        results = []
-        for recipe in recipes:
-            method = {**recipe.method, "calibration": str(path)}
-            say(f"-- {recipe.budget}")
-            one = recipe.model_copy(update={"method": method})
-            results.append(run(one, folder / recipe.budget.replace(",", "_"), say=say))
-        found = [result.folder for result in results if result.folder is not None]
+        results: list[Result] = []
+        failed: list[tuple[str, VitrimError]] = []
+        try:
+            for recipe in recipes:
+                say(f"-- {recipe.budget}")
+                one = recipe.model_copy(update={"method": {**recipe.method, "calibration": str(path)}})
+                try:
+                    results.append(run(one, folder / recipe.budget.replace(",", "_"), say=say))
+                except VitrimError as problem:
+                    say(f"{recipe.budget} failed: {problem}")
+                    failed.append((recipe.budget, problem))
+        finally:
+            _drawn(results, folder)
+    if not results:
+        raise failed[0][1]
+    told = tuple((budget, str(problem)) for budget, problem in failed)
+    return Pareto(results=tuple(results), failed=told, calibration=path, folder=folder)
+
+
+def _drawn(results: Sequence[Result], folder: Path) -> None:
+    """Write figure and report of the budgets that are finished."""
+    found = [result.folder for result in results if result.folder is not None]
+    if found:
         write_text(folder / "pareto.svg", report.curve([result.measured for result in results]))
         write_text(folder / "report.html", report.html(found))
-    return Pareto(results=tuple(results), calibration=path, folder=folder)
 
 
 def _calibrated(recipe: Recipe, path: Path, say: Callable[[str], None]) -> None:

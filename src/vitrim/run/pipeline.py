@@ -15,19 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vitrim import report
-from vitrim.cut.compensate import recovered
 from vitrim.cut.surgery import apply, fold
-from vitrim.data import eval_loader
 from vitrim.deploy import store
 from vitrim.deploy.transformers import as_timm
 from vitrim.families import adopt, describe
 from vitrim.methods import Data, Found, Method
 from vitrim.nn.weights import check_weights, fingerprint, home_of
 from vitrim.run.child import measure_child
-from vitrim.run.found import check_budget, only_trial
+from vitrim.run.defaults import METHOD, distilled, forecast, minutes_for
+from vitrim.run.found import check_budget, only_trial, recovered_by
 from vitrim.run.images import about, write_record
 from vitrim.run.job import Job, check_folder, full_disk, leaving_nothing, logger, prepare
 from vitrim.run.latency_budget import meet, time_child
@@ -40,11 +39,11 @@ from vitrim.run.track import check_trackers, names_of, tracking
 from vitrim.train import Start, fit
 from vitrim.train.checkpoint import check_made_from
 from vitrim.words.budget import Budget
-from vitrim.words.errors import BudgetError, MethodError, RecipeError, RunError
+from vitrim.words.errors import BudgetError, RecipeError, RunError
 from vitrim.words.plain import dump, load, write_text
 from vitrim.words.plan import Plan, read_made_from, read_plan, write_plan
 from vitrim.words.private import hide_passwords
-from vitrim.words.progress import progress, quiet, tell
+from vitrim.words.progress import quiet, tell
 
 __all__ = ["Result", "compress", "run"]
 
@@ -75,14 +74,14 @@ def compress(
     model: nn.Module | str,
     data: Any = None,
     *,
-    method: str | Path | Method = "taylor",
+    method: str | Path | Method | None = None,
     budget: str | Budget = "macs=0.5",
     epochs: float = 0,
     seed: int = 0,
     test: Any = None,
     preset: str | Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
-    recover: str = "none",
+    recover: str = "auto",
     train: Mapping[str, Any] | None = None,
     measure: Mapping[str, Any] | None = None,
     recipe: Mapping[str, Any] | None = None,
@@ -99,7 +98,9 @@ def compress(
         data: images to search and train on: a source string (``digits``, a folder, a tar, ``torch/cifar10`` …), a
             dataset of (PIL image or ``(3, height, width)`` tensor, label), a loader of batches, or None for methods
             that need none.
-        method: name of a method, see `vitrim methods`; the path of a Python file that defines one; or an instance.
+        method: name of a method, see `vitrim methods`; the path of a Python file that defines one; or an instance. None
+            for ``post_training``, followed, with a source by name, by some minutes of distillation without labels
+            where that helps and no other training is asked for, see `vitrim.run.defaults`.
         budget: the limit on the child's cost: ``macs=0.5``, ``macs=2.3G``, ``params=12M``, or several joined by commas;
             or a `Budget` of the same bounds, without a table, because a run measures its own.
         epochs: epochs to train the child with its parent as teacher; 0 does not train.
@@ -107,7 +108,7 @@ def compress(
         test: images to measure on, in the same forms; no search uses them.
         preset: one or several presets that come with the package (`vitrim recipes`); all other arguments override them.
         settings: the method's own settings; an instance has them already.
-        recover: ``ridge`` compensates for the cut in closed form, see `vitrim.run.recipe.Recipe`.
+        recover: whether to compensate for the cut in closed form, see `vitrim.run.recipe.Recipe`.
         train: further settings of training, see `vitrim.train.Train`.
         measure: how to measure, see `vitrim.run.recipe.Measure`.
         recipe: any other setting of `vitrim.run.recipe.Recipe`, such as ``{"data": {"mean": [0.5, 0.5, 0.5]}}``.
@@ -124,14 +125,14 @@ def compress(
     Raises:
         VitrimError: one sentence on what must hold, what came, and the way out.
     """
-    held = None if isinstance(method, str | Path) else method
+    held = None if method is None or isinstance(method, str | Path) else method
     if held is not None and settings:
         raise RecipeError("settings must be those of the instance, but settings are given too; leave them out")
     sources = [str(source) if isinstance(source, str | Path) else None for source in (data, test)]
     asked = {
         "model": {"name": model if isinstance(model, str) else _name_in_memory(model)},
         "data": {"train": sources[0], "test": sources[1]},
-        "method": {"name": str(method), **(settings or {})} if held is None else {},
+        "method": {"name": str(method or METHOD), **(settings or {})} if held is None else {},
         "budget": _budget_text(budget),
         "recover": recover,
         "train": {"epochs": epochs, **(train or {})},
@@ -143,6 +144,8 @@ def compress(
         raise RecipeError("settings must be those of the instance, but recipe holds a method too; leave it out")
     names = [preset] if isinstance(preset, str) else preset
     whole = laid_under(asked, {f"preset {name}": read_preset(name) for name in names})
+    if method is None and sources[0] and whole["train"] == {"epochs": 0} and whole["method"]["name"] == METHOD:
+        whole = distilled(whole, minutes_for(whole["budget"]))
     resolved = load(Recipe, whole, RecipeError, at="compress")
     parent = None if isinstance(model, str) else adopt(as_timm(model))
     with contextlib.nullcontext() if verbose else quiet():
@@ -212,6 +215,8 @@ def _run(
                 write_recipe(folder / "recipe.toml", recipe)
             if folder is not None:
                 write_record(folder, about(job.splits))
+            if not job.has("measured.json"):
+                say(forecast(job, method))
             with tracking(track, recipe, folder) as tracked:
                 job = replace(job, tracked=tracked)
                 plan, child, seconds, begun = _cut(job, method)
@@ -287,7 +292,7 @@ def _found(job: Job, method: Method, data: Data | None) -> tuple[Found, nn.Modul
         )
 
     def cut(found: Found) -> nn.Module:
-        return apply(found.parent, found.plan, grafts=_recovered(job, found, data))
+        return apply(found.parent, found.plan, grafts=recovered_by(job, found))
 
     if job.budget.latency is None:
         found = search(job.budget)
@@ -296,7 +301,7 @@ def _found(job: Job, method: Method, data: Data | None) -> tuple[Found, nn.Modul
         job.parent,
         job.budget,
         search,
-        cut,
+        lambda found: apply(found.parent, found.plan, grafts=found.grafts),  # weights do not change the time
         lambda child: time_child(fold(child.eval()), job.parent, job.recipe.measure),
         plans_by_time=getattr(method, "plans_by_time", False),
         say=job.say,
@@ -304,30 +309,13 @@ def _found(job: Job, method: Method, data: Data | None) -> tuple[Found, nn.Modul
     record = {"stage": "latency", "predicted": met.predicted, "measured": met.ratio, "children": met.measured}
     if log is not None:
         log(record)
-    return replace(met.found, trials=(*met.found.trials, record)), met.child
+    return replace(met.found, trials=(*met.found.trials, record)), cut(met.found)
 
 
 def _begun(job: Job) -> Start | None:
     """Return the state that a search stored for the training to continue from, or None."""
     folder = job.file("search")
     return Start.load(folder / BEGUN) if folder is not None and (folder / BEGUN).is_file() else None
-
-
-def _recovered(job: Job, found: Found, data: Data | None) -> Mapping[str, Tensor]:
-    """Return the grafts of the child, with the weights that `recover` computes for sliced layers."""
-    if job.recipe.recover == "none":
-        return found.grafts
-    if data is None or data.calibration is None:
-        raise MethodError("recover=ridge must have images, but no data was given; give --data SRC or leave it out")
-    if found.grafts:
-        raise MethodError(
-            "recover=ridge must find weights that are slices of the parent's, but "
-            f"{job.recipe.method['name']} makes its own; leave it out"
-        )
-    job.say("compensating in closed form")
-    images = [x for x, _ in eval_loader(data.calibration, data.input, batch=32)]
-    with progress("compensation", len(found.plan.blocks())) as advance:
-        return recovered(found.parent, found.plan, images, seed=job.recipe.seed, advance=advance)
 
 
 def _stored(job: Job, path: Path) -> tuple[nn.Module, float]:

@@ -126,7 +126,9 @@ class Recipe(Node):
             source code; a run resumes only with the same source.
         budget: upper bounds on the child's cost, as text (`vitrim.words.budget.Budget.parse`).
         recover: ``ridge`` corrects the remaining weights in closed form (ridge regression on the calibration images)
-            after the cut and before any training, with every method; ``none`` leaves the weights as they are.
+            after the cut and before any training, with every method; ``none`` leaves the weights as they are; ``auto``
+            is ``ridge`` where it applies and helps: the child is not trained, there are images, the method does not set
+            the weights of the child itself, and its outputs come nearer to the parent's.
         teacher: the model that search and training distill from; None for the parent. Any timm model with the parent's
             image size and classes, even one that vitrim cannot cut.
         train: how the child is trained; ``epochs = 0``, the default, means no training. Where a method continues the
@@ -141,7 +143,7 @@ class Recipe(Node):
     data: DataRecipe = DataRecipe()
     method: dict[str, Any]
     budget: str
-    recover: Literal["none", "ridge"] = "none"
+    recover: Literal["auto", "none", "ridge"] = "auto"
     teacher: ModelRecipe | None = None
     train: Train = Train(epochs=0)
     measure: Measure = Measure()

@@ -131,6 +131,10 @@ class Method(Node):
         """Return the share of the training images that policies are compared on; 0 if nothing is searched."""
         return 0.0 if self.preset is not None or self.proposal == "even" else 0.1
 
+    def passes(self, spec: Spec, calibration: int, validation: int) -> float:
+        """See `vitrim.methods.Method`: scores, and a measurement of each policy on the held-out images."""
+        return 3.0 * calibration + (self.trials * validation if self.held_out else 0.0)
+
     @model_validator(mode="after")
     def _searched(self) -> Self:
         if not self.heads and not self.neurons and self.tokens == 0:
