@@ -592,7 +592,7 @@ def run_record(name: str, family: str, data: Path, folder: Path) -> Record:
     try:
         result = vitrim.compress(
             small(family), str(data), method=method, budget=budget, settings=settings, measure={"latency": False},
-            recipe=recipe, out=folder, seed=1, **more,
+            recipe=recipe, out=folder, seed=1, verbose=False, **{"recover": "none", **more},
         )  # fmt: skip
     except (vitrim.VitrimError, ValueError) as problem:
         return {"run": f"refused: {type(problem).__name__}"}

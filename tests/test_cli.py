@@ -102,6 +102,8 @@ def compress(call, files, tmp_path):
     def run(*more, model="test_vit", weights=None, data=None, out=None) -> tuple[int, str, str]:
         given = ["--weights", weights or files / "weights.safetensors", "--set", ARGUMENTS]
         source = ["--data", data or files / "images"]
+        if "--method" not in more:
+            source += ["--method", "taylor"]
         return call("compress", model, *given, *source, "--out", out or tmp_path / "run", *QUICK, *more)
 
     return run

@@ -17,7 +17,7 @@ from vitrim.run.defaults import METHOD, MINUTES, minutes_for
 from vitrim.run.pipeline import compress
 from vitrim.run.recipe import read_recipe
 from vitrim.train import DISTILLED
-from vitrim.words.errors import MethodError
+from vitrim.words.errors import DataError, MethodError
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 4}
 QUICK = {"measure": {"latency": False}, "verbose": False}
@@ -116,6 +116,7 @@ class TestDefaultMethod:
             (["--method", "taylor"], None),
             (["--set", "train.epochs=1"], None),
             (["--preset", "finetune"], None),
+            (["--calibration", "known.safetensors"], None),
         ],
     )
     def test_what_the_command_line_asks_for(self, more, minutes, tmp_path, monkeypatch):
@@ -145,6 +146,17 @@ class TestDefaultMethod:
         recipe = read_recipe(tmp_path / "run" / "recipe.toml")
         assert (recipe.method["name"], recipe.train.minutes, recipe.train.distill.alpha) == (METHOD, 0.003, 1)
         assert found.measured["macs_ratio"] <= 0.5
+
+    def test_few_images_are_enough(self, capsys):
+        more = {"data": {"calibration": 24}, "device": "cpu"}
+        found = compress(tiny(), images(40), budget="macs=0.6", recipe=more, measure={"latency": False})
+        assert found.measured["macs_ratio"] <= 0.6
+        error = capsys.readouterr().err
+        assert "too few images to hold out the 80 that post_training asks for; a fifth is held out" in error
+        assert "8 for validation" in error
+        more = {"data": {"calibration": 24, "validation": 50}, "device": "cpu"}
+        with pytest.raises(DataError, match="must leave images to train on, but takes 50 of 40"):
+            compress(tiny(), images(40), budget="macs=0.6", recipe=more, **QUICK)
 
     def test_the_time_is_told_at_the_start(self, capsys):
         compress(

@@ -194,7 +194,13 @@ def test_data_in_every_form(kind, tmp_path):
         "generator": iter(DataLoader(images, batch_size=8)),
     }[kind]
     result = compress(
-        tiny(), data, budget="macs=0.6", epochs=0.1, train={"batch": 16, "augment": {"kind": "none"}}, measure=QUIET
+        tiny(),
+        data,
+        method="taylor",
+        budget="macs=0.6",
+        epochs=0.1,
+        train={"batch": 16, "augment": {"kind": "none"}},
+        measure=QUIET,
     )
     check(result)
     assert (result.measured["top1"] is not None) == (kind in ("digits", "source"))
@@ -202,7 +208,7 @@ def test_data_in_every_form(kind, tmp_path):
 
 
 def test_a_test_set_in_memory_may_hold_fewer_classes():
-    result = compress(tiny(), tensors(20, 4), budget="macs=0.6", test=tensors(9, 3), measure=QUIET)
+    result = compress(tiny(), tensors(20, 4), method="taylor", budget="macs=0.6", test=tensors(9, 3), measure=QUIET)
     assert result.measured["test_images"] == 9
     assert result.measured["top1"] is not None
 
@@ -266,7 +272,8 @@ def test_wrong_requests(kind, told, given, tmp_path):
     before = state_of(model)
     out = tmp_path / "deep" / "run"
     with pytest.raises(kind) as caught:
-        compress(model, **({"data": tensors(16), "budget": "macs=0.6", "measure": QUIET, "out": out} | given))
+        asked = {"data": tensors(16), "method": "taylor", "budget": "macs=0.6", "measure": QUIET, "out": out}
+        compress(model, **(asked | given))
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, VitrimError)

@@ -16,6 +16,7 @@ from vitrim.report.folder import read_runs
 from vitrim.report.groups import group_numbers
 from vitrim.run import sweep as sweeping
 from vitrim.run.grid import controls, grid, values_of
+from vitrim.run.lock import holding
 from vitrim.run.recipe import overrides
 from vitrim.run.sweep import sweep
 from vitrim.words.errors import MethodError, RecipeError, RunError
@@ -112,6 +113,8 @@ class TestSweep:
             found = sweep(BASE, ["seed=0,1"], tmp_path)
         assert [one.state for one in found.runs] == ["elsewhere", "done"]
         assert not (tmp_path / "random_macs=0.6_seed=0").exists()
+        with holding(tmp_path / "random_macs=0.6_seed=0"):  # as `vitrim run` does
+            assert [one.state for one in sweep(BASE, ["seed=0,1"], tmp_path).runs] == ["elsewhere", "done"]
         assert [one.state for one in sweep(BASE, ["seed=0,1"], tmp_path).runs] == ["done", "done"]
 
     def test_a_failure_stops_no_other_run(self, tmp_path, monkeypatch):

@@ -76,6 +76,7 @@ def make(name, model, source, known, fitting, share, seed):
         method=name,
         budget=f"macs={share}",
         seed=seed,
+        recover="none",  # as the peers
         measure={"latency": False},
         recipe={"data": given},
     )

@@ -89,7 +89,7 @@ def compress(
     from vitrim.run.recipe import Recipe, merged, overrides
     from vitrim.run.track import names_of
 
-    alone = method is None and data is not None and not epochs and not preset
+    alone = method is None and calibration is None and data is not None and not epochs and not preset
     if minutes is None and alone and not any(pair.startswith(("train.", "method.name=")) for pair in set_ or []):
         minutes = minutes_for(budget)
     minutes = minutes or None

@@ -11,7 +11,7 @@ from vitrim.data.images import Images
 from vitrim.data.source import Source, find_source, test_images
 from vitrim.words.errors import DataError
 
-__all__ = ["Splits", "split"]
+__all__ = ["Splits", "TooFewError", "split"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,6 +29,10 @@ class Splits:
     calibration: Images | None
     validation: Images | None
     test: Images | None
+
+
+class TooFewError(DataError):
+    """There are not more images than are to be held out."""
 
 
 def split(
@@ -139,7 +143,7 @@ def _balanced(labels: NDArray[np.int64], seed: int, last: bool = False) -> NDArr
 def _held_out(images: Images, seed: int, validation: float) -> NDArray[np.int64]:
     wanted = round(validation * len(images)) if validation < 1 else int(validation)
     if wanted >= len(images):
-        raise DataError(
+        raise TooFewError(
             f"{images.source}: validation must leave images to train on, but takes {wanted} of {len(images)}"
         )
     left = np.bincount(images.labels + 1)

@@ -16,6 +16,7 @@ from vitrim.cut.fill import fill
 from vitrim.cut.observe import axes
 from vitrim.cut.outputs import gives_values
 from vitrim.data import Input, Splits, images_of
+from vitrim.data.splits import TooFewError
 from vitrim.deploy import store
 from vitrim.deploy.parent import open_parent, open_teacher
 from vitrim.deploy.runtimes import check_runtimes
@@ -221,7 +222,7 @@ def prepare(
     _check_parts(recipe, method)
     chosen = {key: value for key in ("mean", "std") if (value := getattr(recipe.data, key)) is not None}
     input = Input.of(parent, **chosen)
-    splits = _splits(recipe, data, parent, spec, input, folder, say)
+    splits = _splits(recipe, method, data, parent, spec, input, folder, say)
     _check_outputs(recipe, method, spec, splits)
     return Job(
         recipe=recipe,
@@ -338,8 +339,13 @@ def _teacher(recipe: Recipe, parent: nn.Module, spec: Spec, input: Input, say: C
     return teacher
 
 
+_FIFTH = 0.2
+"""Share of the images that is held out where there are fewer than a method asks to hold out."""
+
+
 def _splits(
     recipe: Recipe,
+    method: Method,
     data: tuple[Any, Any],
     parent: nn.Module,
     spec: Spec,
@@ -350,9 +356,22 @@ def _splits(
     train, test = (images_of(source, spec.classes) for source in data)
     if train is not None or test is not None:
         say(f"reading {recipe.data.train or 'images'}")
-    parts = open_splits(
-        recipe.data, train, test, model=parent, input=input, classes=spec.classes, seed=recipe.seed,
-        order=known_order(folder), say=say,
-    )  # fmt: skip
+
+    def opened(validation: float | None) -> Splits | None:
+        return open_splits(
+            recipe.data, train, test, model=parent, input=input, classes=spec.classes, seed=recipe.seed,
+            validation=validation, order=known_order(folder), say=say,
+        )  # fmt: skip
+
+    try:
+        parts = opened(None)
+    except TooFewError:
+        held = getattr(method, "held_out", 0)
+        if held <= 1 or recipe.data.validation != held:
+            raise
+        say(
+            f"there are too few images to hold out the {held:g} that {recipe.method['name']} asks for; a fifth is held out"
+        )
+        parts = opened(_FIFTH)
     check_record(folder, about(parts))
     return parts

@@ -12,11 +12,15 @@ from filelock import FileLock, Timeout
 
 from vitrim.words.errors import RunError
 
-__all__ = ["FILE", "holding"]
+__all__ = ["FILE", "HeldError", "holding"]
 
 FILE = ".lock"
 """The file in a run folder that is locked while a run writes there. The system releases the lock of a process that was
 killed, whatever the file says."""
+
+
+class HeldError(RunError):
+    """Another process holds a run folder."""
 
 
 @contextlib.contextmanager
@@ -26,7 +30,7 @@ def holding(folder: Path | None) -> Iterator[None]:
     Of several processes of one run, the first holds it for all.
 
     Raises:
-        RunError: naming the process that holds it.
+        HeldError: naming the process that holds it.
         OSError: if the folder cannot be written to.
     """
     if folder is None or os.environ.get("RANK", "0") != "0":
@@ -38,7 +42,7 @@ def holding(folder: Path | None) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise RunError(
+        raise HeldError(
             f"{folder}: one run at a time may write to a folder, but {_holder(path)} does; wait for it, or choose "
             "another --out"
         ) from None

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from vitrim import report
 from vitrim.run.grid import Planned, controls, grid
+from vitrim.run.lock import HeldError
 from vitrim.run.pipeline import run
 from vitrim.run.recipe import Recipe
 from vitrim.run.track import check_trackers
@@ -173,6 +174,8 @@ def _work(name: str, recipe: Recipe, folder: Path, track: Sequence[str], say: Ca
         try:
             say(f"-- {name}")
             run(recipe, folder, say=lambda line: say(f"{name}: {line}"), track=track)
+        except HeldError:  # such as `vitrim run` in that folder
+            return ended(state="elsewhere")
         except VitrimError as problem:
             return ended(state="failed", why=str(problem))
         except Exception as problem:
