@@ -271,8 +271,8 @@ def test_wrong_requests(kind, told, given, tmp_path):
     model = tiny()
     before = state_of(model)
     out = tmp_path / "deep" / "run"
+    asked = {"data": tensors(16), "method": "taylor", "budget": "macs=0.6", "measure": QUIET, "out": out}
     with pytest.raises(kind) as caught:
-        asked = {"data": tensors(16), "method": "taylor", "budget": "macs=0.6", "measure": QUIET, "out": out}
         compress(model, **(asked | given))
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -369,9 +369,8 @@ def _splits(
         held = getattr(method, "held_out", 0)
         if held <= 1 or recipe.data.validation != held:
             raise
-        say(
-            f"there are too few images to hold out the {held:g} that {recipe.method['name']} asks for; a fifth is held out"
-        )
+        name = recipe.method["name"]
+        say(f"there are too few images to hold out the {held:g} that {name} asks for; a fifth is held out")
         parts = opened(_FIFTH)
     check_record(folder, about(parts))
     return parts
