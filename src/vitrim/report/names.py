@@ -97,7 +97,7 @@ def _leaves(table: Mapping[str, Any], at: tuple[str, ...] = ()) -> Iterator[tupl
     for key, value in table.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, (*at, key))
-        elif (*at, key)[0] not in _APART and (*at, key) not in _OWN:
+        elif (*at, key)[0] not in _APART and (*at, key) not in _OWN and key != "workers":
             yield (*at, key), value if isinstance(value, str) else json.dumps(value, default=str)
 
 

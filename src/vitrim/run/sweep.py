@@ -8,7 +8,6 @@ support file locks (local disks and NFS from version 4 on do).
 """
 
 import contextlib
-import json
 import multiprocessing
 import os
 import traceback
@@ -130,16 +129,22 @@ def _places(planned: Sequence[Planned], folder: Path) -> dict[str, Path]:
     if folder.is_file() or (folder / "recipe.toml").is_file():
         what = "a file" if folder.is_file() else "a run folder"
         raise RunError(f"{folder}: a sweep must have a folder of its own, but this is {what}; choose another --out")
-    known: dict[str, Path] = {}
+    known: list[tuple[dict[str, Any], Path]] = []
     for path in sorted(folder.glob("*/recipe.toml")):
         # A recipe of another version or of a method that is gone is none of this sweep's.
         with contextlib.suppress(VitrimError):
-            known[_text(load(Recipe, read_toml(path)))] = path.parent
-    return {one.name: known.get(_text(one.recipe), folder / one.name) for one in planned}
+            known.append((dump(load(Recipe, read_toml(path))), path.parent))
+    return {
+        one.name: next((path for stored, path in known if _matches(dump(one.recipe), stored)), folder / one.name)
+        for one in planned
+    }
 
 
-def _text(recipe: Recipe) -> str:
-    return json.dumps(dump(recipe), sort_keys=True)
+def _matches(asked: Any, stored: Any) -> bool:
+    """Return whether a run's recipe is the one that is asked for, with ``auto`` as its machine decided."""
+    if isinstance(asked, Mapping) and isinstance(stored, Mapping):
+        return asked.keys() == stored.keys() and all(_matches(asked[name], stored[name]) for name in asked)
+    return asked in ("auto", stored)
 
 
 @contextlib.contextmanager
