@@ -7,6 +7,9 @@ fused AdamW, precision and layout; neither clips gradients. The bare loop does w
 checks, no records, no schedule. A sample is the time of some steps after two that do not count. The ratio is the median
 over pairs of samples taken one after the other, the first of a pair in turns.
 
+On a CPU the ratio of the processor time of the same samples is given, too (`ratio_processor`): other work on the
+machine changes it less.
+
 On a GPU the model is ViT-Ti at 224 pixels with batches of 512, on a CPU a small ViT at 64 pixels with batches of 32.
 """
 
@@ -52,25 +55,37 @@ def pictures(case: dict[str, Any]) -> Images:
     return Images(lambda i: Image.fromarray(pixels[i]), np.arange(count) % 10, classes=10, source="noise", fixed=True)
 
 
-def ours(case: dict[str, Any], images: Images, device: torch.device, settings: Train) -> float:
-    """Seconds for one step of `fit`."""
+Times = tuple[float, float]
+"""Seconds of a clock and of the processor."""
+
+
+def clocks() -> Times:
+    return time.perf_counter(), time.process_time()
+
+
+def ours(case: dict[str, Any], images: Images, device: torch.device, settings: Train) -> Times:
+    """Return the time of one step of `fit`."""
     wait, times, last = waiting(device), [], WARMUP + case["steps"] - 1
 
     def after_step(_: nn.Module, step: int) -> None:
         if step in (WARMUP - 1, last):
             wait()
-            times.append(time.perf_counter())
+            times.append(clocks())
         if step == last:
             raise Stop
 
     model = made(case)
     input = Input.of(model, crop_pct=1.0)
     fit(model, images, settings, input=input, seed=0, after_step=after_step, device=device)
-    return (times[1] - times[0]) / case["steps"]
+    return per_step(times[0], times[1], case)
 
 
-def bare(case: dict[str, Any], images: Images, device: torch.device, settings: Train) -> float:
-    """Seconds for one step of a plain loop."""
+def per_step(start: Times, end: Times, case: dict[str, Any]) -> Times:
+    return (end[0] - start[0]) / case["steps"], (end[1] - start[1]) / case["steps"]
+
+
+def bare(case: dict[str, Any], images: Images, device: torch.device, settings: Train) -> Times:
+    """Return the time of one step of a plain loop."""
     wait, model = waiting(device), made(case).to(device).train()
     if settings.channels_last is True:
         model.to(memory_format=torch.channels_last)
@@ -79,12 +94,12 @@ def bare(case: dict[str, Any], images: Images, device: torch.device, settings: T
     mean, std = (torch.tensor([0.5] * 3, device=device).view(1, 3, 1, 1) for _ in range(2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     layout = torch.channels_last if settings.channels_last is True else torch.contiguous_format
-    start = 0.0
+    start = (0.0, 0.0)
     with tf32_allowed(device, settings.tf32):
         for step in range(WARMUP + case["steps"]):
             if step == WARMUP:
                 wait()
-                start = time.perf_counter()
+                start = clocks()
             if step % 2 == 0:
                 order = torch.randperm(len(x)).to(device)
             some = order[(step % 2) * case["batch"] : (step % 2 + 1) * case["batch"]]
@@ -95,7 +110,7 @@ def bare(case: dict[str, Any], images: Images, device: torch.device, settings: T
             F.cross_entropy(logits.float(), y[some]).backward()
             optimizer.step()
         wait()
-    return (time.perf_counter() - start) / case["steps"]
+    return per_step(start, clocks(), case)
 
 
 def compared(case: dict[str, Any], device: torch.device, pairs: int) -> dict[str, Any]:
@@ -109,22 +124,27 @@ def compared(case: dict[str, Any], device: torch.device, pairs: int) -> dict[str
         epochs=1000, batch=case["batch"], clip=None, augment=Augment(kind="none"), distill=Distill(kind="none")
     )
     settings, images = settled(asked, device), pictures(case)
-    loops: dict[str, Callable[..., float]] = {"ours": ours, "bare": bare}
-    taken: dict[str, list[float]] = {name: [] for name in loops}
+    loops: dict[str, Callable[..., Times]] = {"ours": ours, "bare": bare}
+    taken: dict[str, list[Times]] = {name: [] for name in loops}
     for pair in range(pairs):
         for name in sorted(loops, reverse=bool(pair % 2)):
             taken[name].append(loops[name](case, images, device, settings))
-    ratios = [b / a for a, b in zip(taken["ours"], taken["bare"], strict=True)]
+    ratios, processor = (
+        [b[clock] / a[clock] for a, b in zip(taken["ours"], taken["bare"], strict=True)] for clock in (0, 1)
+    )
     return {
         "model": case["model"]["model_name"],
         "size": case["size"],
         "batch": case["batch"],
         "precision": settings.precision,
-        "images_per_second": case["batch"] / statistics.median(taken["ours"]),
-        "bare_images_per_second": case["batch"] / statistics.median(taken["bare"]),
+        "images_per_second": case["batch"] / statistics.median(wall for wall, _ in taken["ours"]),
+        "bare_images_per_second": case["batch"] / statistics.median(wall for wall, _ in taken["bare"]),
         "ratio": statistics.median(ratios),
         "ratio_low": min(ratios),
         "ratio_high": max(ratios),
+        "ratio_processor": statistics.median(processor) if device.type == "cpu" else None,
+        "ratio_processor_low": min(processor) if device.type == "cpu" else None,
+        "ratio_processor_high": max(processor) if device.type == "cpu" else None,
         "pairs": pairs,
         "steps": case["steps"],
         "device": name_of(device),
