@@ -325,4 +325,5 @@ class Conv(nn.Module):
     def stream(self) -> tuple[Member, ...]:
         """Return the slices of parameters that the channels of the residual stream index, relative to the block."""
         first = "conv" if self.spec.mixture is None else "v"
-        return (*columns(f"attn.{first}", getattr(self, first)), *rows("attn.proj", self.proj))
+        constants = [Member(parameter="attn.mean", dim=1, offset=0)] if hasattr(self, "mean") else []
+        return (*columns(f"attn.{first}", getattr(self, first)), *rows("attn.proj", self.proj), *constants)

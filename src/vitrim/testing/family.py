@@ -172,23 +172,21 @@ def nothing_is_identity(sample: Sample) -> Iterator[str]:
 
 @torch.no_grad()
 def plans_compose(sample: Sample) -> Iterator[str]:
-    """Two plans one after the other are one plan, bit for bit; kernels mixed at another width may round otherwise."""
+    """Two plans one after the other are one plan, bit for bit.
+
+    Plans that make convolutions cut no residual width here: a convolution is made from the channels that are there.
+    """
     for seed in range(8):
         for more in ({"drops": "mixed"}, {"convs": "mixed"}) if seed in SEEDS else ({"convs": "mixed"},):
-            wide = {"widths": seed % 2 == 1}
+            wide = {"widths": seed % 2 == 1 and "drops" in more}
             first = random_plan(sample.spec, seed, **more, **wide)  # type: ignore[arg-type]
             second = random_plan(first.child(sample.spec), seed + 100, **more, **wide)  # type: ignore[arg-type]
             steps = surgery.apply(surgery.apply(sample.parent, first), second)
             once = surgery.apply(sample.parent, first.then(second, sample.spec))
             if describe(steps) != describe(once):
                 yield f"plans {seed} with {more}: two cuts must give the spec of one, but give another"
-            rule, found, wanted = (
-                f"plans {seed} with {more}: two cuts must be one",
-                steps(sample.images),
-                once(sample.images),
-            )
-            rounds = "convs" in more and any(first.widths() + second.widths())
-            yield from _far(rule, found, wanted) if rounds else _other(rule, found, wanted)
+            rule = f"plans {seed} with {more}: two cuts must be one"
+            yield from _other(rule, steps(sample.images), once(sample.images))
 
 
 def paper_is_paper(sample: Sample) -> Iterator[str]:
