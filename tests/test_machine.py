@@ -13,9 +13,11 @@ from torch import nn
 from vitrim import adopt
 from vitrim.cut.observe import listening
 from vitrim.data import Augment, Images, Input, eval_loader, inputs, train_loader
+from vitrim.deploy import bench as benching
+from vitrim.measure import clock, latency
 from vitrim.measure.turns import place_of
 from vitrim.methods.vit_slim import gate_model
-from vitrim.nn.device import free_bytes
+from vitrim.nn.device import free_bytes, why_not_type
 from vitrim.nn.feed import summing
 from vitrim.run.machine import device_of, on_machine
 from vitrim.run.recipe import Recipe, write_recipe
@@ -67,12 +69,19 @@ class TestAuto:
         assert (found.precision, found.workers, found.channels_last) == (wanted, 7, True)
 
     @pytest.mark.parametrize("has_bf16", [False], indirect=True)
-    def test_a_precision_that_the_card_lacks(self, has_bf16):
+    def test_a_precision_that_the_card_lacks(self, has_bf16, monkeypatch):
         with pytest.raises(
             RecipeError, match=r"must be one that the device has, but an old card has no bf16; use fp32"
         ):
             settled(Train(precision="bf16"), CUDA)
         assert settled(Train(precision="fp16"), CUDA).precision == "fp16"
+        for module, call in (
+            (clock, lambda: latency(vit(), dtype=torch.bfloat16, device="cuda")),
+            (benching, lambda: benching.bench({"x": adopt(vit())}, dtype=torch.bfloat16, device="cuda")),
+        ):
+            monkeypatch.setattr(module, "place_of", torch.device)
+            with pytest.raises(RecipeError, match="dtype must be one that the device has, but an old card has no bf16"):
+                call()
 
     @pytest.mark.parametrize(
         ("cores", "start", "wanted"), [(1, "fork", 0), (8, "fork", 7), (64, "fork", 16), (8, "spawn", 0)]
@@ -333,3 +342,5 @@ def test_a_card_without_kernels_is_refused_before_anything_is_read(monkeypatch):
 def test_apples_gpus_sum_in_the_longest_type_that_they_have():
     assert summing(torch.device("mps")) is torch.float32
     assert summing(CPU) is summing(CUDA) is torch.float64
+    assert why_not_type(torch.float64, torch.device("mps")) == "mps has no float64"
+    assert why_not_type(torch.float64, CPU) is None

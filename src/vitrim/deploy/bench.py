@@ -21,7 +21,7 @@ from vitrim.deploy.runtimes import READS_ONNX, Ready, check_runtimes, peak_bytes
 from vitrim.families import describe
 from vitrim.measure.model import image_of
 from vitrim.measure.turns import at_least, name_of, percentiles, place_of, threading, turns, waiting
-from vitrim.nn.device import fitting
+from vitrim.nn.device import fitting, why_not_type
 from vitrim.nn.steps import StepModule
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import ExportError, RecipeError, RunError
@@ -152,6 +152,9 @@ def bench(
     if threads is not None:
         at_least("threads", threads, 1)
     place = place_of(device)
+    missing = why_not_type(dtype, place)
+    if missing is not None:
+        raise RecipeError(f"dtype must be one that the device has, but {missing}; use another")
     with _entries(models, as_stored) as entries, threading(threads):
         for entry in entries:
             if not any(entry.runs_in(runtime) for runtime in runtimes):

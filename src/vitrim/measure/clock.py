@@ -15,7 +15,7 @@ from torch import nn
 
 from vitrim.measure.model import Image, compiled_copy, home_of, image_of, running
 from vitrim.measure.turns import at_least, name_of, percentiles, place_of, threading, turns, waiting
-from vitrim.nn.device import fitting
+from vitrim.nn.device import fitting, why_not_type
 from vitrim.nn.modes import evaluating
 from vitrim.nn.weights import why_not_held
 from vitrim.words.errors import RecipeError, WeightsError
@@ -140,6 +140,9 @@ def latency(
     home, kind = home_of(model)
     place = place_of(device) if device is not None else home
     kind = dtype if dtype is not None else kind
+    missing = why_not_type(kind, place)
+    if missing is not None:
+        raise RecipeError(f"dtype must be one that the device has, but {missing}; use another")
     shape = image_of(model, image)
     given = (model,) if reference is None else (model, reference)
     models = [running(m, place, kind, as_stored=as_stored) for m in given]

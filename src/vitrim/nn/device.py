@@ -10,7 +10,7 @@ import torch
 from vitrim.words.errors import RunError
 from vitrim.words.plain import reason
 
-__all__ = ["fitting", "free_bytes", "why_not_here"]
+__all__ = ["fitting", "free_bytes", "why_not_here", "why_not_type"]
 
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
 """Bytes that a container may use, and uses (cgroup v2); the machine may have more."""
@@ -31,6 +31,15 @@ def why_not_here(device: torch.device | str) -> str | None:
     except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as problem:
         return reason(problem)
     return "it does not add 1 to 0"
+
+
+def why_not_type(kind: torch.dtype, device: torch.device) -> str | None:
+    """Return one phrase on why `device` cannot compute in `kind`; None if it can."""
+    if device.type == "cuda" and kind == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return f"{torch.cuda.get_device_name(device)} has no bf16"
+    if device.type == "mps" and kind == torch.float64:
+        return "mps has no float64"
+    return None
 
 
 def free_bytes(device: torch.device) -> int:

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from vitrim.data.inputs import workers_for
+from vitrim.nn.device import why_not_type
 from vitrim.train.settings import Train
 from vitrim.words.errors import RecipeError, RunError
 from vitrim.words.plain import reason
 
-__all__ = ["Precision", "autocast", "compiling", "in_layout", "settled", "tf32_allowed", "why_not_precision"]
+__all__ = ["Precision", "autocast", "compiling", "in_layout", "settled", "tf32_allowed"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -28,25 +29,18 @@ def settled(settings: Train, device: torch.device) -> Train:
     Raises:
         RecipeError: the device lacks the precision that is asked for.
     """
-    missing = why_not_precision(settings.precision, device)
+    missing = None if settings.precision == "auto" else why_not_type(TYPES[settings.precision], device)
     if missing is not None:
         raise RecipeError(f"train.precision must be one that the device has, but {missing}; use fp32, or auto")
     found: dict[str, Any] = {}
     if settings.precision == "auto":
-        best = device.type == "cuda" and why_not_precision("bf16", device) is None
+        best = device.type == "cuda" and why_not_type(torch.bfloat16, device) is None
         found["precision"] = "bf16" if best else "fp32"
     if settings.workers == "auto":
         found["workers"] = workers_for(device)
     if settings.channels_last == "auto":
         found["channels_last"] = device.type == "cuda"
     return settings.model_copy(update=found) if found else settings
-
-
-def why_not_precision(precision: str, device: torch.device) -> str | None:
-    """Return one phrase on why `device` cannot compute in `precision`; None if it can."""
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return f"{torch.cuda.get_device_name(device)} has no bf16"
-    return None
 
 
 @contextlib.contextmanager
