@@ -279,7 +279,7 @@ def test_settings_reach_the_recipe(compress, tmp_path):
     assert written["data"]["mean"] == [0.5, 0.5, 0.5]
     assert written["train"]["clip"] == "none"
     assert written["train"]["distill"]["kind"] == "none"
-    assert written["method"] == {"name": "random", "choice": "free"}
+    assert written["method"] == {"name": "random", "choice": "free", "width": False}
     assert written["seed"] == 7
 
 

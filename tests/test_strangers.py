@@ -322,7 +322,7 @@ class Bare(Node):
 
 def test_an_instance_of_vitrim_is_named(here):
     result = shrink(magnitude.Method(choice="free"), out="run")
-    assert read_toml(Path("run/recipe.toml"))["method"] == {"name": "magnitude", "choice": "free"}
+    assert read_toml(Path("run/recipe.toml"))["method"] == {"name": "magnitude", "choice": "free", "width": False}
     assert result.plan == shrink("magnitude", settings={"choice": "free"}, out="run").plan
     again = run(read_recipe_of("run"), Path("again"))
     assert again.plan == result.plan
