@@ -22,6 +22,7 @@ from vitrim.methods.post_training.calibration import read_calibration
 from vitrim.methods.post_training.notes import Notes
 from vitrim.methods.post_training.options import ALL, block_options
 from vitrim.methods.post_training.schedule import merging
+from vitrim.report.tables import tried
 from vitrim.testing import digits
 from vitrim.words.budget import Budget
 from vitrim.words.costs import cost_of
@@ -206,3 +207,19 @@ def test_wanted_operators_say_what_they_need():
     sized = adopt(timm_model("vit", "dynamic", torch.float32))
     with pytest.raises(MethodError, match="operators=true must know the grid of patches"):
         wanted.search(sized, digits(sized), Budget.parse("macs=0.7"), seed=0)
+
+
+# -- the report
+
+
+def test_the_report_tells_what_was_tried_and_what_was_taken(known):
+    trials = found(known).trials
+    table = tried(trials)
+    assert len(table.rows) == len(trials) - 1
+    taken = [row for row in table.rows if row[-1] == "taken"]
+    assert len(taken) == 1
+    assert float(taken[0][2]) == min(float(row[2]) for row in table.rows)
+    assert "time of dense" not in table.head
+    timed = tried([trial | {"ratio": 0.5} for trial in trials])
+    assert "time of dense" in timed.head
+    assert tried([{"trial": 0, "macs": 5, "loss": 0.1}]) is None

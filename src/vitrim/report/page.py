@@ -207,11 +207,9 @@ def _course(run: Run) -> list[str]:
     parts = []
     if plot := _plots().curves(run.log):
         parts += ["<h3>Course of search and training</h3>", _figure(plot)]
-    if plot := _plots().trials(run.trials):
-        parts += ["<h3>Trials</h3>", _figure(plot)]
-    if table := tables.tried(run.trials):
-        parts += ["<h3>Trials</h3>", _table(table, "small")]
-    return parts
+    plot, table = _plots().trials(run.trials), tables.tried(run.trials)
+    shown = [*([_figure(plot)] if plot else ()), *([_table(table, "small")] if table else ())]
+    return [*parts, *(["<h3>Trials</h3>", *shown] if shown else ())]
 
 
 def _plots(name: str = "curves") -> ModuleType:

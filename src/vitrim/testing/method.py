@@ -73,13 +73,13 @@ def check_method(
 
 
 def short(method: Method) -> Method:
-    """The same method with a search short enough for a test: its settings `train`, `trials` and `initial` are cut.
+    """The same method with a search short enough for a test: how long it trains and how much it tries are cut.
 
-    Settings of these names that a method has are those of the methods of vitrim: a `vitrim.train.Train`, a number of
-    candidates, and how many of them are drawn at random.
+    The settings are `train`, a `vitrim.train.Train`; `trials` and `initial`, numbers of policies; and `candidates`,
+    `swaps` and `look`, numbers of measured choices and of images. What a method of these names has must mean the same.
     """
     node: Any = method
-    cut = {"train": SHORT, "trials": 4, "initial": 3}
+    cut = {"train": SHORT, "trials": 4, "initial": 3, "candidates": 2, "swaps": 1, "look": 16}
     fields = {key: value for key, value in cut.items() if key in type(node).model_fields}
     same: Method = type(node).model_validate({**dump(node), **fields})
     return same
