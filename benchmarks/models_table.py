@@ -1,12 +1,11 @@
-"""Write docs/models.md: what `vitrim.adopt` says to every timm name whose class a family takes in.
+"""Write docs/models.md: what `vitrim.adopt` says to every name that timm knows, by family.
 
-Models are built without data, so the whole table takes about 30 seconds. That an adopted name gives equal logits is
-what tests/test_door.py and tests/test_swin.py prove; the first also holds this table against its own results.
+Models whose class a family hosts are built without data; the others are told by their files. That an adopted name
+gives equal logits is what tests/test_door.py and tests/test_swin.py prove; they also hold this table against their own
+results.
 """
 
-import inspect
-import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,8 @@ import timm
 import torch
 
 from vitrim import families
-from vitrim.families import describe
+from vitrim.deploy.hub import ARCHITECTURE
+from vitrim.deploy.parent import refusal_by_file, unfilled, why_not_cut
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import AdoptError
 
@@ -22,15 +22,33 @@ PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 
 HEAD = """# Models at the door
 
-`vitrim.adopt` on every timm name whose class is `VisionTransformer` or a Swin (T2T-ViT's names are registered with timm
-by `import vitrim.families`): {adopted} of {all} are adopted, the others are refused with path and reason. No name
-is adopted with other logits: `tests/test_door.py` and `tests/test_swin.py` run them all, shrunk, with random weights.
-Multiply-accumulates and parameters are those of the whole model at the image size
-given, by our arithmetic, which that test holds against PyTorch's own counter.
+`vitrim.adopt` on every name that timm knows, T2T-ViT's among them, which `import vitrim.families` registers: of {all}
+names, {adopted} are adopted. No name is adopted with other logits: `tests/test_door.py` and `tests/test_swin.py` run
+all of them, shrunk and two blocks deep, with random weights. `vitrim models PATTERN` prints the same verdicts.
+
+Multiply-accumulates and parameters are those of the whole model at the image size given, by our arithmetic, which those
+tests hold against PyTorch's own counter.
 
 Made with timm {timm}, torch {torch} by `python benchmarks/models_table.py`.
 
-Refused are {reasons}.
+| family | names | adopted | refused |
+|---|---:|---:|---:|
+{counts}
+"""
+
+ELSE = """
+## No family
+
+The other {count} names of timm. What is near begins with the given names.
+
+| models | names | why not | near |
+|---|---:|---|---|
+"""
+
+SECTION = """
+## `{family}`
+
+{adopted} of {all} names.
 
 | name | blocks | status | image | macs (G) | params (M) |
 |---|---|---|---:|---:|---:|
@@ -38,7 +56,7 @@ Refused are {reasons}.
 
 
 class Row(NamedTuple):
-    """One line of the table."""
+    """One line of a family's table."""
 
     name: str
     blocks: str
@@ -48,22 +66,8 @@ class Row(NamedTuple):
     params: str
 
 
-def names() -> list[str]:
-    hosts = tuple(host for name in families.names() for host in families.get(name).HOSTS)
-    return [name for name in timm.list_models() if _knows(sys.modules[timm.model_entrypoint(name).__module__], hosts)]
-
-
-def _knows(module: Any, hosts: tuple[type, ...]) -> bool:
-    return any(inspect.isclass(v) and issubclass(v, hosts) for v in vars(module).values())
-
-
-def row(name: str) -> Row | None:
-    with torch.device("meta"):
-        model: Any = timm.create_model(name)
-    owner = families.name_of(model)
-    if owner is None:
-        return None
-    runs = model.blocks if hasattr(model, "blocks") else model.stages if hasattr(model, "stages") else model.layers
+def row(name: str, model: Any) -> Row:
+    runs = model.blocks if hasattr(model, "blocks") else model.layers
     block = runs[0].blocks[0] if hasattr(runs[0], "blocks") else runs[0]
     kinds = [type(part).__name__ for part in (block, getattr(block, "attn", None), getattr(block, "mlp", None)) if part]
     if hasattr(getattr(model, "patch_embed", None), "backbone"):
@@ -71,36 +75,60 @@ def row(name: str) -> Row | None:
     image = "x".join(map(str, model.patch_embed.img_size))
     params = sum(p.numel() for p in model.parameters())
     try:
-        cost = cost_of(describe(model))
-    except AdoptError as refusal:
-        return Row(name, ", ".join(kinds), f"refused: {refusal}", image, "", f"{params / 1e6:.2f}")
+        cost = cost_of(families.describe(model))
+    except AdoptError:
+        return Row(name, ", ".join(kinds), f"refused: {why_not_cut(name)}", image, "", f"{params / 1e6:.2f}")
     if cost.params != params:
         raise SystemExit(f"{name}: priced {cost.params:,} parameters, but has {params:,}")
     return Row(name, ", ".join(kinds), "adopted", image, f"{cost.macs / 1e9:.3f}", f"{params / 1e6:.2f}")
 
 
-def _odd(blocks: str) -> str:
-    """The part of a refused block that is not timm's plain one."""
-    return next(part for part in blocks.split(", ") if part not in ("Block", "Attention", "Mlp"))
-
-
-def page(rows: list[Row]) -> str:
-    refused = Counter(_odd(each.blocks) for each in rows if each.status != "adopted")
-    head = HEAD.format(
-        adopted=len(rows) - refused.total(),
-        all=len(rows),
+def page(rows: dict[str, list[Row]], others: Counter[tuple[str, str, str]]) -> str:
+    adopted = {family: sum(each.status == "adopted" for each in mine) for family, mine in rows.items()}
+    counts = [
+        f"| [`{family}`](#{family}) | {len(mine)} | {adopted[family]} | {len(mine) - adopted[family]} |"
+        for family, mine in sorted(rows.items())
+    ]
+    rest, whole = others.total(), others.total() + sum(map(len, rows.values()))
+    counts.append(f"| [none](#no-family) | {rest} | 0 | {rest} |")
+    counts.append(f"| all | {whole} | {sum(adopted.values())} | {whole - sum(adopted.values())} |")
+    text = HEAD.format(
+        all=f"{whole:,}",
+        adopted=sum(adopted.values()),
         timm=timm.__version__,
         torch=torch.__version__.split("+")[0],
-        reasons=", ".join(f"`{kind}` ({count})" for kind, count in refused.most_common()),
+        counts="\n".join(counts),
     )
-    lines = [f"| `{each.name}` | {' | '.join(each[1:])} |" for each in rows]
-    return head + "\n".join(lines) + "\n"
+    for family, mine in sorted(rows.items()):
+        text += SECTION.format(family=family, adopted=adopted[family], all=len(mine))
+        text += "".join(f"| `{each.name}` | {' | '.join(each[1:])} |\n" for each in mine)
+    text += ELSE.format(count=rest)
+    return text + "".join(f"| {what} | {n} | {why} | {near} |\n" for (what, why, near), n in sorted(others.items()))
 
 
 def main() -> None:
-    found = [row(name) for name in names()]
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page([each for each in found if each is not None]), encoding="utf-8")
+    rows: defaultdict[str, list[Row]] = defaultdict(list)
+    others: Counter[tuple[str, str, str]] = Counter()
+    for name in timm.list_models(exclude_filters=ARCHITECTURE):  # which names no structure
+        refused = refusal_by_file(name)
+        model = None if refused is not None else unfilled(name)
+        family = None if model is None else families.name_of(model)
+        if family is not None:
+            rows[family].append(row(name, model))
+        elif refused is not None:
+            near = " or ".join(f"`{start}*`" for start in refused.near)
+            others[f"{refused.what}: {_examples(name)}", refused.why, near] += 1
+        else:
+            raise SystemExit(f"{name}: no family hosts {type(model).__name__}, and no reason is listed for its file")
+    PAGE.write_text(page(rows, others), encoding="utf-8")
+
+
+def _examples(name: str) -> str:
+    """The first names of the same file of timm's."""
+    home = timm.model_entrypoint(name).__module__
+    file = home.rpartition(".")[2]
+    mine = sorted(other for other in timm.list_models(module=file))
+    return ", ".join(f"`{one}`" for one in mine)
 
 
 if __name__ == "__main__":

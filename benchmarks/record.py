@@ -212,7 +212,9 @@ def attends(block: Mapping[str, Any]) -> bool:
 
 def heads(draw: Draw, stage: Mapping[str, Any], block: Mapping[str, Any], dead: Sequence[int] = ()) -> dict[str, Any]:
     """Random channels of each head, none of those in `dead`; whole heads where a norm ties their channels."""
-    tied_qk, tied_v = (stage["form"][name] is not None for name in ("head_norm", "mixed_norm"))
+    form = stage["form"]
+    tied_qk, tied_v = (form[name] is not None for name in ("head_norm", "mixed_norm"))
+    tied_qk = tied_qk or form.get("cosine", False) or (form.get("positions") or {}).get("kind") == "rotary"
     if not attends(block):
         return {}
     qk, v = [], []

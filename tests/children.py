@@ -41,7 +41,7 @@ def _widths(spec: Spec, cut: Callable[[int, int], int]) -> Plan:
     def decide(i, stage, block):
         form, mixer, fields = stage.form, block.mixer, {}
         keep = [tuple(range(cut(k, h))) for h, k in enumerate(mixer.v)]
-        if form.head_norm is None:
+        if not form.ties_qk:
             fields["qk"] = tuple(keep)
         if form.mixed_norm is None:
             fields["v"] = tuple(keep)

@@ -344,7 +344,7 @@ def test_models(call):
     code, out, error = call("models", "vit_tiny_patch16_224")
     assert (code, error) == (0, "")
     assert out.splitlines()[-1].split() == ["vit_tiny_patch16_224", "1.2537", "G", "5.717", "M", "yes"]
-    refused(call("models", "resnet*"), "a pattern must fit a name of a known family")
+    refused(call("models", "resnetx*"), "a pattern must fit a name that timm knows")
 
 
 # What cannot be done.

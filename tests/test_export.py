@@ -15,7 +15,15 @@ from vitrim.words.costs import cost_of
 from vitrim.words.errors import ExportError, StoreError
 from vitrim.words.plan import BlockPlan, Plan
 
-CASES = [("vit", "registers"), ("t2t", "performer"), ("swin", "windows")]
+CASES = [
+    ("vit", "registers"),
+    ("t2t", "performer"),
+    ("swin", "windows"),
+    ("eva", "dinov3"),
+    ("beit", "own"),
+    ("relpos", "network"),
+    ("swin_v2", "windows"),
+]
 
 
 def child(family, preset, seed=3):

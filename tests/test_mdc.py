@@ -22,6 +22,7 @@ from vitrim.testing import digits
 from vitrim.words.budget import Budget
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import BudgetError, MethodError, RunError
+from vitrim.words.spec import why_not_mixed
 from vitrim.words.steps.top_k import TopK
 
 WAYS = ("unbiased_median", "biased_multi")
@@ -213,7 +214,7 @@ def test_masked_is_cut(family, preset):
     """Masks and token steps on the dense model give what the cut one gives, at random policies."""
     model = adopted(family, preset)
     spec = describe(model)
-    tokens = 0.6 if spec.stages[0].window is None else 0.0
+    tokens = 0.6 if why_not_mixed(spec.stages[0]) is None else 0.0
     frame = Frame(spec, natural(spec), Budget.parse("macs=1"), Bounds(heads=0.7, neurons=0.9, tokens=tokens))
     chooser = Chooser(frame)
     x = images(spec)

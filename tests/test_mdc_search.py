@@ -27,6 +27,7 @@ from vitrim.methods.mdc.study import open_study
 from vitrim.words.budget import Budget
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import BudgetError, MethodError, RunError
+from vitrim.words.spec import why_not_mixed
 
 HALF = Bounds(heads=0.5, neurons=0.5, tokens=0.5)
 
@@ -81,7 +82,7 @@ class TestPolicies:
         """The arithmetic of the search and that of the report are one, on every preset and at random policies."""
         model = adopted(family, preset)
         spec = describe(model)
-        tokens = 0.5 if spec.stages[0].window is None else 0.0
+        tokens = 0.5 if why_not_mixed(spec.stages[0]) is None else 0.0
         made = Frame(
             spec, natural(spec), Budget.parse("macs=1,params=1"), Bounds(heads=0.9, neurons=0.9, tokens=tokens)
         )

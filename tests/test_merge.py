@@ -20,11 +20,11 @@ from vitrim.words.costs import cost_of
 from vitrim.words.errors import DataError, PlanError
 from vitrim.words.plain import dump, load
 from vitrim.words.plan import BlockPlan, Plan
-from vitrim.words.spec import Spec
+from vitrim.words.spec import Spec, why_not_mixed
 from vitrim.words.steps.merge import Merge
 
 WITHOUT_WINDOWS = [
-    (family, preset) for family, preset in PRESETS if describe(adopted(family, preset)).stages[0].window is None
+    (family, preset) for family, preset in PRESETS if why_not_mixed(describe(adopted(family, preset)).stages[0]) is None
 ]
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 
 import pytest
 import timm
@@ -10,9 +11,9 @@ from safetensors.torch import save_file
 
 from tests.tolerance import SINGLE
 from vitrim.deploy import store
-from vitrim.deploy.parent import known_models, load_weights_, open_parent, read_weights
+from vitrim.deploy.parent import known_models, load_weights_, open_parent, read_weights, why_not_cut
 from vitrim.families import adopt, blocks_of
-from vitrim.words.errors import RecipeError, StoreError, VitrimError, WeightsError
+from vitrim.words.errors import AdoptError, RecipeError, StoreError, VitrimError, WeightsError
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -197,6 +198,27 @@ def test_a_model_that_no_family_takes_in():
         open_parent("test_resnet", random_weights=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("hiera_tiny_224", "but this is Hiera, and its attention pools"),
+        ("naflexvit_base_patch16_gap", "but this is NaFlexViT, and its images change in size"),
+        ("swinv2_cr_tiny_224", "but this is Swin V2 in another author's form"),
+        ("samvit_base_patch16", "but this is SAM's encoder"),
+        ("vit_base_patch16_xp_224", "blocks.0: a block must be timm's plain pre-norm Block, but got ParallelScaling"),
+        ("vit_giant_patch16_sapiens2", "blocks.0.gamma_2: layer scale must be on both branches"),
+        ("resnet50", "but this is a network of convolutions"),
+    ],
+)
+def test_refusals_come_before_weights_and_name_what_is_near(name, words, monkeypatch):
+    monkeypatch.setattr("vitrim.deploy.parent._create", lambda *_, **__: pytest.fail("weights were asked for"))
+    said = refused(AdoptError, name)
+    assert said.startswith(f"{name}: {words}") or words in said
+    near = re.search(r"; near is (\S+)$", said)[1]
+    assert near != name
+    assert why_not_cut(near) is None
+
+
 def test_guests():
     found = {entry["name"]: entry for entry in known_models("vit_tiny*")}
     tiny16 = found["vit_tiny_patch16_224"]
@@ -204,7 +226,8 @@ def test_guests():
     assert (tiny16["family"], tiny16["params"], tiny16["reason"]) == ("vit", 5_717_416, None)
     assert round(tiny16["macs"] / 1e9, 4) == 1.2537
     assert all(entry["reason"] is None or entry["macs"] == 0 for entry in found.values())
-    with pytest.raises(RecipeError, match="a pattern must fit a name of a known family"):
-        list(known_models("resnet50"))
+    (resnet,) = known_models("resnet50")
+    assert (resnet["family"], resnet["macs"]) == ("", 0)
+    assert "but this is a network of convolutions, and its blocks are convolutions" in resnet["reason"]
     with pytest.raises(RecipeError, match="but got 'vit_tny"):
         list(known_models("vit_tny*"))

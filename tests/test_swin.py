@@ -10,6 +10,7 @@ import timm
 import torch
 from pydantic import ValidationError
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 
 from tests.samples import adopted, apart, images, random_plan
 from tests.tolerance import EXACT, SINGLE
@@ -30,8 +31,7 @@ from vitrim.words.spec import Spec, Stage
 
 swin = get("swin")
 
-NAMES = [name for name in timm.list_models("swin*") if not name.startswith(("swinv2", "swin_v2"))]
-SECOND = ["swinv2_tiny_window8_256", "swinv2_cr_tiny_224"]
+NAMES = [name for name in timm.list_models("swin*") if not name.startswith("swinv2_cr")]
 
 
 def small(name: str) -> torch.nn.Module:
@@ -55,7 +55,7 @@ def tiny(**arguments: object) -> torch.nn.Module:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_adopts(name: str):
     theirs = small(name)
-    assert type(theirs) is SwinTransformer
+    assert type(theirs) is (SwinTransformerV2 if name.startswith("swinv2") else SwinTransformer)
     ours = families.adopt(theirs)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert all(isinstance(block, WindowBlock) for _, block in families.blocks_of(ours))
@@ -65,24 +65,18 @@ def test_every_name_adopts(name: str):
     assert cost_of(describe(ours)) == counted(ours)
 
 
-def test_the_names_are_all_of_timms_first_swin():
-    module = timm.models.swin_transformer.__name__
-    known = {name for name in timm.list_models() if timm.model_entrypoint(name).__module__ == module}
+def test_the_names_are_all_of_timms_swins():
+    modules = {timm.models.swin_transformer.__name__, timm.models.swin_transformer_v2.__name__}
+    known = {name for name in timm.list_models() if timm.model_entrypoint(name).__module__ in modules}
     assert set(NAMES) == known
-
-
-@pytest.mark.parametrize("name", SECOND)
-def test_second_version_is_refused_by_name(name: str):
-    model = timm.create_model(name)
-    with pytest.raises(AdoptError, match=rf"\$: {type(model).__name__} is not supported: its cosine attention"):
-        describe(model)
 
 
 def test_the_list_of_models_gives_the_reason():
     rows = {row["name"]: row for row in known_models("swin*tiny*")}
     assert rows["swin_tiny_patch4_window7_224"]["reason"] is None
     assert rows["swin_tiny_patch4_window7_224"]["params"] == 28_288_354
-    assert "cosine attention" in rows["swinv2_tiny_window8_256"]["reason"]
+    assert rows["swinv2_tiny_window8_256"]["reason"] is None
+    assert "Swin V2 in another author's form" in rows["swinv2_cr_tiny_224"]["reason"]
 
 
 # Older versions of timm make masks for another grid than the one that their odd grids merge to.

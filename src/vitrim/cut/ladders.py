@@ -90,7 +90,7 @@ def _attention_ladders(
     teams = [(h,) for h in range(len(v))] if choice == "free" else [tuple(range(len(v)))]
     for team in teams:
         top_qk, top_v = max(mixer.qk[h] for h in team), max(mixer.v[h] for h in team)
-        widths = _joint_levels(top_qk, top_v, step, form.head_norm is not None, form.mixed_norm is not None)
+        widths = _joint_levels(top_qk, top_v, step, form.ties_qk, form.mixed_norm is not None)
         yield _ladder(index, "attention", team, widths, qk, v, rate)
 
 
@@ -150,12 +150,13 @@ def _attention_rate(stage: Stage, block: Block, arriving: Tokens, budget: Budget
 
     qk = _rate(stage, arriving, lambda n: one_head(n, 1))
     v = _rate(stage, arriving, lambda n: one_head(1, n))
-    head = stage.window.offsets if stage.window is not None else 0
+    head = stage.of_a_head
     whole = time(0, 0, 0)
 
     def saved(a: int, b: int, dead: int) -> Array:
         faster = whole - time(a, b, dead) if whole else 0
-        return np.array([a * qk[0] + b * v[0], a * qk[1] + b * v[1] + dead * head, faster], dtype=np.float64)
+        macs, params = (a * qk[i] + b * v[i] + dead * head[i] for i in (0, 1))
+        return np.array([macs, params, faster], dtype=np.float64)
 
     return saved
 

@@ -41,7 +41,7 @@ def _taps(model: nn.Module) -> dict[str, list[nn.Module]]:
             taps[f"{path}.{axis.name}"] = [block.get_submodule(name) for name in axis.taps]
         for name, layer in _BRANCHES.items():
             taps[f"{path}.{name}"] = [block.get_submodule(layer)]
-        taps[f"{path}.tokens"] = [block.norm1, block.norm2]
+        taps[f"{path}.tokens"] = [block.enter1, block.enter2]
         if isinstance(block.attn, Attention):
             taps[f"{path}.heads"] = [block.attn.norm]
     return taps
@@ -216,9 +216,8 @@ def _scales(
         axis, prefix = known[path], modules[id(blocks[path.rpartition(".")[0]])]
         if not axis.scales:
             raise MethodError(f"{path}: a gated axis must be free of norms, but its channels are tied by one")
-        first: dict[str, int] = {}
         for member in axis.scales:
-            if once and first.setdefault(member.parameter, member.offset) != member.offset:
+            if once and member.second:
                 continue
             runs.setdefault(f"{prefix}.{member.parameter}", (member.dim, {}))[1][member.offset] = (gate, axis.size)
     return {name: (dim, _fill(model, name, dim, pieces)) for name, (dim, pieces) in runs.items()}

@@ -142,7 +142,7 @@ def share_plan(spec: Spec, scores: Mapping[str, Tensor], kinds: Mapping[str, str
         fields: dict[str, Any] = {}
         if f"{path}.v" in keep and isinstance(block.mixer, Attention):
             fields["v"] = _by_head(keep[f"{path}.v"], block.mixer.v)
-            if f"{path}.qk" in scores and stage.form.head_norm is None:
+            if f"{path}.qk" in scores and not stage.form.ties_qk:
                 fields["qk"] = fields["v"]
         if f"{path}.hidden" in keep:
             fields["hidden"] = tuple(keep[f"{path}.hidden"].nonzero().flatten().tolist())
@@ -234,7 +234,7 @@ def _reach(spec: Spec, kinds: Mapping[str, str], shares: Mapping[str, float], to
     gone = np.zeros(2, dtype=np.int64)
     for (path, stage, block), arriving in zip(spec.blocks(), spec.arrivals(), strict=True):
         cost = np.array(block_cost(block, stage, arriving))
-        both = f"{path}.qk" in kinds and stage.form.head_norm is None
+        both = f"{path}.qk" in kinds and not stage.form.ties_qk
         for axis, size in ((f"{path}.v", _channels(block)), (f"{path}.hidden", block.hidden or 0)):
             if axis in kinds and size:
                 rate = np.array(block_cost(_wider(block, axis, both), stage, arriving)) - cost

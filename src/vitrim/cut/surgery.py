@@ -6,7 +6,7 @@ This module does not depend on the names of layers. It uses the axes of the pare
 from the child's spec, and slices each parameter along the dimensions that the axes index.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -175,7 +175,7 @@ def _cut(
     with torch.device("meta"):
         block = make_block(stage, spec, arriving)
     source = _kept(old, spec, plan, width)
-    constants = {"attn.bias": (old.attn, old.ls1), "mlp.bias": (old.mlp, old.ls2)}
+    constants = {"attn.bias": (old.attn, old.leaving1), "mlp.bias": (old.mlp, old.leaving2)}
     for name, empty in block.state_dict(keep_vars=True).items():
         if name in source:
             value = source[name]
@@ -222,13 +222,14 @@ def _trained(name: str, old: Block) -> bool:
     return any(parameter.requires_grad for parameter in branch or known.values()) or not known
 
 
-def _constant(branch: nn.Module | None, scale: nn.Module) -> Tensor:
-    """Return the constant that a branch without channels adds: its output bias after layer scale."""
+def _constant(branch: nn.Module | None, leaving: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the constant that a branch without channels adds: its output bias after layer scale and later norms."""
     if branch is None or isinstance(branch, Constant):
         raise PlanError("a branch must have channels to lose, but it has none")
     last = branch.get_submodule(branch.last)  # type: ignore[arg-type]
-    scaled: Tensor = scale(last.bias)
-    return scaled
+    bias = last.bias
+    assert isinstance(bias, Tensor)
+    return leaving(bias)
 
 
 def _graft(model: nn.Module, grafts: Mapping[str, Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Open the model that a recipe names: a timm name with weights, a Hub name, a stored file or one of transformers."""
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -15,16 +16,28 @@ from vitrim.deploy import store
 from vitrim.deploy.checkpoint import read_checkpoint
 from vitrim.deploy.choose import read_weights
 from vitrim.deploy.fit import fill_, fit, load_weights_
+from vitrim.deploy.hub import ARCHITECTURE
 from vitrim.deploy.transformers import open_transformers, transformers_config
 from vitrim.families import adopt
 from vitrim.families._parts import pretrained
+from vitrim.families._refused import Refused, is_listed, near_name, refusal_of
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import AdoptError, RecipeError, WeightsError
 from vitrim.words.parsing import shown
 from vitrim.words.plain import did_you_mean, is_file, reason
 from vitrim.words.progress import progress
 
-__all__ = ["has_weights", "known_models", "load_weights_", "open_parent", "open_teacher", "read_weights"]
+__all__ = [
+    "has_weights",
+    "known_models",
+    "load_weights_",
+    "open_parent",
+    "open_teacher",
+    "read_weights",
+    "refusal_by_file",
+    "unfilled",
+    "why_not_cut",
+]
 
 Say = Callable[[str], None]
 
@@ -60,6 +73,8 @@ def open_parent(
         WeightsError: if the weights are unreadable, not finite, or do not fit.
         AdoptError: if the model has a part that a spec cannot represent.
     """
+    if not store.is_stored(name) and not random_weights:
+        _check_family(name, dict(arguments or {}))
     opened = open_teacher(
         name,
         weights=weights,
@@ -152,6 +167,69 @@ def _check_name(name: str) -> None:
         raise RecipeError(f"a model must be a name that timm knows, but got {shown(name)}{_near(name)}")
 
 
+def _check_family(name: str, arguments: dict[str, Any]) -> None:
+    """Refuse a name of timm's that cannot be cut, before its weights are downloaded or read.
+
+    Raises:
+        AdoptError: naming what it is, why not, and the name of a model that is near.
+    """
+    if not timm.is_model(name):
+        return
+    wrong = why_not_cut(name, arguments)
+    if wrong is not None:
+        raise AdoptError(f"{name}: {wrong}")
+
+
+def why_not_cut(name: str, arguments: dict[str, Any] | None = None) -> str | None:
+    """Return why a name of timm's cannot be cut, and the name of one that is near and can be; None if it can.
+
+    Args:
+        name: a name that timm knows.
+        arguments: further keyword arguments of ``timm.create_model``.
+    """
+    refused, near = refusal_by_file(name), tuple[str, ...]()
+    if refused is not None:
+        said = f"a model must be of a family that can be cut, but this is {refused.what}, and {refused.why}"
+        near = refused.near
+    else:
+        try:
+            families.describe(unfilled(name, **(arguments or {})))
+        except AdoptError as problem:
+            said, near = str(problem), (name.split("_")[0],)
+        except (TypeError, ValueError, RuntimeError, AssertionError):
+            return None  # a problem with the arguments is reported when the model is built with data
+        else:
+            return None
+    other = near_name(name, near, lambda one: refusal_by_file(one) is None, _can)
+    return said if other is None else f"{said}; near is {other}"
+
+
+def refusal_by_file(name: str) -> Refused | None:
+    """Return why no family hosts the class of a timm name, as far as its file tells; None if the model has to be built.
+
+    This saves building a thousand models.
+    """
+    home = timm.model_entrypoint(name).__module__
+    hosts = tuple(host for family in families.names() for host in families.get(family).HOSTS)
+    known = [kind for kind in vars(sys.modules[home]).values() if inspect.isclass(kind) and issubclass(kind, hosts)]
+    # A file may also use a class that it imports, as that of hybrids does.
+    if any(kind.__module__ == home for kind in known) or (known and not is_listed(home)):
+        return None
+    return refusal_of(home)
+
+
+@functools.cache
+def _can(name: str) -> bool:
+    """Return whether a name of timm's can be cut."""
+    if refusal_by_file(name) is not None:
+        return False
+    try:
+        families.describe(unfilled(name))
+    except AdoptError:
+        return False
+    return True
+
+
 def _check_not_weights(name: str) -> None:
     """Raise an error if a file of PyTorch weights is given as a model's name.
 
@@ -227,46 +305,42 @@ def _near(name: str) -> str:
 
 
 def known_models(pattern: str = "*") -> Iterator[dict[str, Any]]:
-    """Yield every timm name that matches `pattern` and whose class a family supports, built without weights.
+    """Yield every timm name that matches `pattern`, built without weights; for ``*`` only those of a known family.
 
     Yields:
-        ``name``, ``family``, ``macs``, ``params`` and ``reason``, which is None if the model can be cut, else why not.
+        ``name``, ``family`` (empty if no family hosts its class), ``macs``, ``params`` and ``reason``, which is None if
+        the model can be cut, else why not, with a name that is near.
 
     Raises:
         RecipeError: if no name matches.
     """
-    hosts = tuple(host for name in families.names() for host in families.get(name).HOSTS)
-    names = [name for name in timm.list_models(pattern) if _knows(name, hosts)]
+    known = timm.list_models(pattern, exclude_filters=ARCHITECTURE)
+    names = [name for name in known if pattern != "*" or refusal_by_file(name) is None]
     if not names:
-        raise RecipeError(f"a pattern must fit a name of a known family, but got '{pattern}'{_near(pattern)}")
+        raise RecipeError(f"a pattern must fit a name that timm knows, but got '{pattern}'{_near(pattern)}")
     with progress("models", len(names)) as advance:
         for name in names:
-            model = _unfilled(name)
             advance(1)
-            family = families.name_of(model)
-            if family is not None:
-                yield {"name": name, "family": family, **_verdict(model)}
+            yield {"name": name, **_verdict(name)}
 
 
-def _verdict(model: nn.Module) -> dict[str, Any]:
+def _verdict(name: str) -> dict[str, Any]:
+    if refusal_by_file(name) is not None:
+        return {"family": "", "macs": 0, "params": 0, "reason": why_not_cut(name)}
+    model = unfilled(name)
+    family = families.name_of(model) or ""
     try:
         cost = cost_of(families.describe(model))
-    except AdoptError as problem:
-        return {"macs": 0, "params": 0, "reason": str(problem)}
-    return {"macs": cost.macs, "params": cost.params, "reason": None}
+    except AdoptError:
+        return {"family": family, "macs": 0, "params": 0, "reason": why_not_cut(name)}
+    return {"family": family, "macs": cost.macs, "params": cost.params, "reason": None}
 
 
-def _unfilled(name: str) -> nn.Module:
+def unfilled(name: str, **arguments: Any) -> nn.Module:
     """Build a timm model without data, or with data if this version of timm cannot build it without."""
     try:
         with torch.device("meta"):
-            model: nn.Module = timm.create_model(name)
+            model: nn.Module = timm.create_model(name, **arguments)
     except (NotImplementedError, RuntimeError):
-        model = timm.create_model(name)
+        model = timm.create_model(name, **arguments)
     return model
-
-
-def _knows(name: str, hosts: tuple[type[nn.Module], ...]) -> bool:
-    """Return whether the module of a timm name contains one of `hosts`; saves building a thousand other models."""
-    module = sys.modules[timm.model_entrypoint(name).__module__]
-    return any(inspect.isclass(value) and issubclass(value, hosts) for value in vars(module).values())

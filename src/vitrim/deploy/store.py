@@ -334,4 +334,7 @@ def _read(path: Path) -> nn.Module:
     if missing:
         model = build(spec)  # some buffers are computed, not stored, so the model must be built with data
     model.load_state_dict(state, assign=True)
+    kinds = {parameter.dtype for parameter in model.parameters()}
+    if len(kinds) == 1:
+        model.to(kinds.pop())  # buffers that are computed, such as angles, have the type of the weights
     return model.eval()

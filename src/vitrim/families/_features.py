@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import torch
 from timm.models._features import feature_take_indices
-from torch import Tensor
+from torch import Tensor, nn
 
-from vitrim.nn import Conv, unmerge
+from vitrim.nn import Attention, Conv, unmerge
 from vitrim.words.errors import DataError
 from vitrim.words.plan.tokens import why_not_pooled
-from vitrim.words.spec import Block
+from vitrim.words.spec import Block, Relative
 from vitrim.words.steps import Tokens, flow_of, why_not_tokens
 
 __all__ = ["Intermediates", "Restore", "give_methods_"]
@@ -38,10 +38,15 @@ def give_methods_(model: Any) -> None:
     if cut:
         model.forward_intermediates, model.prune_intermediate_layers = Intermediates(model), Prune(model)
         tell_reduction_(model)
-    if cut or any(isinstance(block.attn, Conv) for block in blocks):
+    if cut or any(isinstance(block.attn, Conv) or isinstance(block.form.positions, Relative) for block in blocks):
         model.set_input_size = InputSize(model)
     if cut and not _leaving(model)[-1].patches:
         model.reset_classifier = Classifier(model)
+
+
+def _lost_table(block: Any) -> bool:
+    """Return whether a block had relative positions, and has no attention any more."""
+    return isinstance(block.form.positions, Relative) and not isinstance(block.attn, Attention)
 
 
 @dataclass(eq=False)
@@ -235,7 +240,13 @@ class InputSize:
         trial.set_input_size(*arguments, **options)
         dense = (int(trial.grid_size[0]), int(trial.grid_size[1]))
         leaving = _leaving(model, dense)
-        type(model).set_input_size(model, *arguments, **options)
+        blocks = model.blocks
+        try:
+            # Where positions are relative, timm asks the attention of each block for its table.
+            model.blocks = nn.ModuleList(block for block in blocks if not _lost_table(block))
+            type(model).set_input_size(model, *arguments, **options)
+        finally:
+            model.blocks = blocks
         enters = Tokens(model.num_prefix_tokens, dense[0] * dense[1], dense)
         for block, here in zip(model.blocks, [enters, *leaving], strict=False):
             block.place(here, dense)

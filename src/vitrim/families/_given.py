@@ -10,10 +10,15 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.beit import Beit
+from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
+from vitrim.families._refused import refusal_of
 from vitrim.words.errors import AdoptError, SpecError, WeightsError
 
 __all__ = ["called", "check_class", "check_methods", "check_tensors", "check_types", "unwrapped", "with_own_head"]
@@ -50,6 +55,10 @@ def called(model: nn.Module, known: Callable[[nn.Module], bool]) -> str:
             f"{name} of Hugging Face transformers; vitrim.compress takes it, and as_timm of vitrim.deploy.transformers "
             "makes a timm model of it"
         )
+    refused = refusal_of(type(model).__module__)
+    if refused is not None:
+        near = " or ".join(f"'{start}*'" for start in refused.near)
+        return f"{name} ({refused.what}), and {refused.why}; see `vitrim models {near}`"
     return f"{name}; see `vitrim models`"
 
 
@@ -99,7 +108,7 @@ def with_own_head(model: Any) -> Any:
     Raises:
         AdoptError: if the classifier is anything else.
     """
-    if isinstance(model, SwinTransformer):
+    if isinstance(model, SwinTransformer | SwinTransformerV2):
         at, holder, last, drop = "head.fc", model.head, "fc", "drop"
         if not hasattr(holder, "global_pool"):
             count = getattr(holder, "out_features", 0)
@@ -107,7 +116,7 @@ def with_own_head(model: Any) -> Any:
                 f"head: must be timm's ClassifierHead, which pools before its layer head.fc, but got "
                 f"{type(holder).__name__}; call model.reset_classifier({count}) and fill model.head.fc"
             )
-    elif isinstance(model, VisionTransformer):
+    elif isinstance(model, VisionTransformer | Eva | Beit | VisionTransformerRelPos):
         at, holder, last, drop = "head", model, "head", "head_drop"
     else:
         return model

@@ -85,7 +85,17 @@ def blocks_by_stage(model: Any) -> list[list[nn.Module]]:
     return [list(model.blocks)]
 
 
-def describe(model: Any, family: str, host_arguments: dict[str, Any], outside: Sequence[Channels] = ()) -> Spec:
+Read = Callable[[Any, str], tuple[BlockSpec, Form]]
+"""Reads one of timm's blocks; the path is for messages. Raises `AdoptError`."""
+
+
+def describe(
+    model: Any,
+    family: str,
+    host_arguments: dict[str, Any],
+    outside: Sequence[Channels] = (),
+    read: Read | None = None,
+) -> Spec:
     """Return the spec of a model.
 
     Args:
@@ -94,6 +104,7 @@ def describe(model: Any, family: str, host_arguments: dict[str, Any], outside: S
         host_arguments: arguments that `build` of that family needs in addition to `arguments`.
         outside: the result of the family's ``channels(model)``, if it offers that; without it, the residual width
             cannot be cut.
+        read: reads a block of timm's; None for those of a ``VisionTransformer``.
 
     Raises:
         AdoptError: a block has a part that cannot be represented; the message has the path and the reason.
@@ -101,7 +112,7 @@ def describe(model: Any, family: str, host_arguments: dict[str, Any], outside: S
     blocks: list[BlockSpec] = []
     forms: list[Form] = []
     for index, block in enumerate(model.blocks):
-        spec, form = _ours(block) if isinstance(block, Block) else _read_block(block, f"blocks.{index}")
+        spec, form = _ours(block) if isinstance(block, Block) else (read or _read_block)(block, f"blocks.{index}")
         if forms and form != forms[0]:
             raise AdoptError(f"blocks.{index}: every block must have the form of block 0, but this one differs from it")
         blocks.append(spec)
@@ -154,7 +165,7 @@ def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
     """Return a copy of `model` with other blocks; hooks on the old blocks are not copied."""
     for block in blocks:
         block.is_last = block is blocks[-1]
-    run = nn.Sequential(*blocks)
+    run: nn.Module = nn.Sequential(*blocks) if isinstance(model.blocks, nn.Sequential) else nn.ModuleList(blocks)
     run.training = model.blocks.training
     shell = copy.deepcopy(model, {id(model.blocks): run})
     give_methods_(shell)
@@ -252,8 +263,9 @@ def arguments(model: Any, form: Form) -> dict[str, Any]:
     timm does not store them (before 1.0.31), and they may have changed since construction (`reset_classifier`,
     `set_input_size`). The arguments of the stem are read by the family.
     """
-    pool = model.attn_pool
-    final = next((n for n in (model.norm, model.fc_norm, model.norm_pre) if not isinstance(n, nn.Identity)), None)
+    pool: Any = getattr(model, "attn_pool", None)
+    before = getattr(model, "norm_pre", nn.Identity())
+    final = next((n for n in (model.norm, model.fc_norm, before) if not isinstance(n, nn.Identity)), None)
     known = {
         "in_chans": input_channels(model),
         "global_pool": model.global_pool,
@@ -262,8 +274,8 @@ def arguments(model: Any, form: Form) -> dict[str, Any]:
         "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
         "fc_norm": not isinstance(model.fc_norm, nn.Identity),
         "drop_rate": model.head_drop.p,
-        "pos_drop_rate": model.pos_drop.p,
-        "patch_drop_rate": getattr(model.patch_drop, "prob", 0.0),
+        "pos_drop_rate": getattr(getattr(model, "pos_drop", None), "p", 0.0),
+        "patch_drop_rate": getattr(getattr(model, "patch_drop", None), "prob", 0.0),
         "norm": (form.norm if final is None else norm_of(final, "norm")).model_dump(mode="json"),
         "activation": form.activation if getattr(pool, "mlp", None) is None else activation_name(pool.mlp.act, "pool"),
     }
@@ -293,7 +305,7 @@ def _counted_host(
 
     def counted(shell: Any) -> Counted:
         whole, more = count(shell, x), 0
-        if model.attn_pool is not None:
+        if getattr(model, "attn_pool", None) is not None:
             tokens = torch.zeros(1, 16 + model.num_prefix_tokens, shell.embed_dim, device="meta")
             more = count(shell.forward_head, torch.cat([tokens, tokens[:, :1]], dim=1))
             more -= count(shell.forward_head, tokens)

@@ -40,7 +40,7 @@ from vitrim.measure.turns import (
     turns,
     waiting,
 )
-from vitrim.nn import Stream, computed, make_block
+from vitrim.nn import Stream, computed, make_block, still
 from vitrim.nn.modes import evaluating, random_state_kept
 from vitrim.words.progress import progress
 from vitrim.words.spec import Attention, Block, Skip, Spec, Stage
@@ -170,16 +170,15 @@ def half_widths(spec: Spec) -> Spec:
     """Return the same spec with half of all neurons and half of each head's channels (or of the heads, if tied)."""
     stages = []
     for stage in spec.stages:
-        tied = stage.form.head_norm is not None or stage.form.mixed_norm is not None
+        tied = stage.form.ties_qk or stage.form.mixed_norm is not None
         blocks = []
         for block in stage.blocks:
             mixer = block.mixer
             if isinstance(mixer, Attention):
                 few = slice((len(mixer.v) + 1) // 2) if tied else slice(None)
                 cut = 1 if tied else 2
-                mixer = mixer.model_copy(
-                    update={name: tuple(-(-k // cut) for k in getattr(mixer, name)[few]) for name in ("qk", "v")}
-                )
+                heads = range(len(mixer.v))[few]
+                mixer = mixer.of(heads, *([-(-widths[h] // cut) for h in heads] for widths in (mixer.qk, mixer.v)))
             hidden = block.hidden and max(1, block.hidden // 2)
             blocks.append(block.model_copy(update={"mixer": mixer, "hidden": hidden}))
         stages.append(stage.model_copy(update={"blocks": tuple(blocks)}))
@@ -235,6 +234,7 @@ class _Bench:
         """Return a timer of one block with random weights."""
         with torch.device(self.device):
             net = computed(make_block(stage, block, arriving)).to(self.device, self.dtype).eval()
+            net.source = still(stage, block, self.device, self.dtype)
         if not self.as_stored:
             optimize_block_(net, self.device, self.dtype)
         shape = (*stage.grid, stage.width) if stage.window is not None else (arriving.total, stage.width)
@@ -258,7 +258,7 @@ def _stage(stage: Stage, bench: _Bench, rounds: int) -> StageTimes:
     if mixers:
         mixer = max(mixers, key=lambda one: len(one.v))
         heads = tuple(sorted({max(1, round(share * len(mixer.v))) for share in SHARES} | {1}))
-        tied = stage.form.head_norm is not None or stage.form.mixed_norm is not None
+        tied = stage.form.ties_qk or stage.form.mixed_norm is not None
         channels = (max(mixer.v),) if tied else widths_of(max(mixer.v), 8)
         parts |= dict(attention_parts(stage, mixer, levels, heads, channels))
         parts |= dict(other_parts(stage, mixer))

@@ -9,7 +9,7 @@ from typing import Any
 
 from vitrim.cut.optimized import WIDEST
 from vitrim.words.plain import FrozenDict
-from vitrim.words.spec import Attention, Block, Conv, Stage
+from vitrim.words.spec import Attention, Block, Conv, Stage, why_not_mixed, why_not_placed
 from vitrim.words.steps import Step, Tokens, flow_of, kinds
 from vitrim.words.table import StageTimes
 
@@ -65,7 +65,9 @@ def arriving_of(stage: Stage, share: float) -> Tokens:
     """Return the tokens of a stage with a share of the patches, which do not fill a grid unless the share is 1."""
     patches = max(1, round(share * stage.patches))
     whole = patches == stage.patches
-    return stage.enters if whole else stage.enters._replace(patches=patches, grid=None)
+    # Attention that must know the places of its tokens is given the first ones.
+    places = None if stage.form.positions is None else tuple(range(patches))
+    return stage.enters if whole else stage.enters._replace(patches=patches, grid=None, places=places)
 
 
 def attention_parts(
@@ -88,7 +90,7 @@ def _shifted(stage: Stage) -> bool:
 def other_parts(stage: Stage, mixer: Attention) -> Iterator[Part]:
     """Yield the parts outside the grid of widths: unequal and uneven heads, convolutions, token steps, sizes."""
     here, width, count = stage.enters, max(mixer.v), len(mixer.v)
-    tied = stage.form.head_norm is not None or stage.form.mixed_norm is not None
+    tied = stage.form.ties_qk or stage.form.mixed_norm is not None
 
     def attends(qk: Sequence[int], v: Sequence[int], step: Step | None = None) -> Block:
         mixed = Attention(qk=tuple(qk), v=tuple(v), scale=mixer.scale)
@@ -110,13 +112,14 @@ def other_parts(stage: Stage, mixer: Attention) -> Iterator[Part]:
     dense = ([width] * count, [width] * count)
     for name, step in _steps(stage).items():
         yield f"step.{name}", (attends(*dense, step), here)
-    yield "with_sizes", (attends(*dense), here._replace(grid=None, stands_for=here.patches))
+    if why_not_mixed(stage) is None:
+        yield "with_sizes", (attends(*dense), here._replace(grid=None, stands_for=here.patches))
 
 
 def _steps(stage: Stage) -> dict[str, Step]:
     """Return one token step of each kind that this stage can have, by its `kind`."""
     examples = (kind.example(stage.enters) for kind in kinds().values())
-    return {step.kind: step for step in examples if step is not None}
+    return {step.kind: step for step in examples if step is not None and why_not_placed(step, stage) is None}
 
 
 def factors_of(times: StageTimes, stage: Stage, mixer: Attention, found: Mapping[Any, float]) -> dict[str, Any]:
@@ -139,8 +142,9 @@ def factors_of(times: StageTimes, stage: Stage, mixer: Attention, found: Mapping
         told["run"] = max(0.0, found["uneven"] - expected(stage.tokens, half + (count - 1) * width))
     if "with_sizes" in found:
         told["with_sizes"] = max(1.0, found["with_sizes"] / dense)
-        attended = {name: flow_of(step, stage.enters, stage.patches).projected for name, step in _steps(stage).items()}
-        told["steps"] = FrozenDict(
-            {name: max(0.0, found[f"step.{name}"] - expected(n, count * width)) for name, n in attended.items()}
-        )
+    steps = {name: step for name, step in _steps(stage).items() if f"step.{name}" in found}
+    attended = {name: flow_of(step, stage.enters, stage.patches).projected for name, step in steps.items()}
+    told["steps"] = FrozenDict(
+        {name: max(0.0, found[f"step.{name}"] - expected(n, count * width)) for name, n in attended.items()}
+    )
     return told

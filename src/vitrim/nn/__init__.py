@@ -4,7 +4,7 @@ from vitrim.nn.attention import Attention
 from vitrim.nn.axis import Axis, Member, Tap
 from vitrim.nn.block import Block, Constant
 from vitrim.nn.conv import Conv
-from vitrim.nn.make import computed, fold_steps_, keep_settings, make_block
+from vitrim.nn.make import computed, fold_steps_, keep_settings, make_block, still
 from vitrim.nn.maps import unmerge
 from vitrim.nn.mlp import Mlp
 from vitrim.nn.stream import Stream
@@ -25,5 +25,6 @@ __all__ = [
     "fold_steps_",
     "keep_settings",
     "make_block",
+    "still",
     "unmerge",
 ]

@@ -14,8 +14,9 @@ from timm.layers import use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrim.nn.axis import Axis, Member, Tap, columns, rows
+from vitrim.nn.axis import Axis, Member, Tap, rows
 from vitrim.nn.layers import make_norm
+from vitrim.nn.projections import PARTS, Projections
 from vitrim.words.spec import NO_RATES, Form, Rates
 from vitrim.words.spec import Attention as AttentionSpec
 
@@ -38,7 +39,7 @@ class Heard(NamedTuple):
     """Factor on the logits."""
 
 
-class Attention(nn.Module):
+class Attention(Projections):
     """Multi-head self-attention whose heads may differ in width.
 
     Heads of one width run as one dense call. Heads of several widths run as one call for each width: padding them to
@@ -55,16 +56,15 @@ class Attention(nn.Module):
     """
 
     def __init__(self, width: int, spec: AttentionSpec, form: Form, rates: Rates = NO_RATES) -> None:
-        super().__init__()
+        super().__init__(width, (sum(spec.qk), sum(spec.qk), sum(spec.v)), form)
         self.qk, self.v, self.scale = spec.qk, spec.v, spec.scale
-        self.sizes = (sum(spec.qk), sum(spec.qk), sum(spec.v))
         self.even = len(set(spec.qk)) == 1 and len(set(spec.v)) == 1
         self.runs = _runs(spec)
-        self.tied_qk, self.tied_v = form.head_norm is not None, form.mixed_norm is not None
+        self.tied_qk, self.tied_v = form.ties_qk, form.mixed_norm is not None
         self.last = "proj"
         self.fused_attn = use_fused_attn()
 
-        self.qkv = nn.Linear(width, sum(self.sizes), bias=form.qkv_bias)
+        self.has_norms = form.head_norm is not None
         self.q_norm = make_norm(form.head_norm, form.head_norm_width) if form.head_norm else nn.Identity()
         self.k_norm = make_norm(form.head_norm, form.head_norm_width) if form.head_norm else nn.Identity()
         self.q_tap, self.k_tap, self.v_tap = Tap(), Tap(), Tap()
@@ -81,6 +81,7 @@ class Attention(nn.Module):
         n_queries: int | None = None,
         heard: list[Heard] | None = None,
         key_bias: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Mix tokens.
 
@@ -92,6 +93,7 @@ class Attention(nn.Module):
             n_queries: number of first tokens for which queries and outputs are computed; None for all tokens.
             heard: a list to which queries and keys are appended, for a token step that needs them.
             key_bias: finite numbers that are added to the logits, in place of `attn_mask`; broadcasts the same way.
+            positions: what a subclass must know about the places of tokens; nothing here.
 
         Returns:
             ``(B, N, D)``, or ``(B, n_queries, D)``.
@@ -101,7 +103,7 @@ class Attention(nn.Module):
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             return self._attend(q, k, v, mask, is_causal, may_hide_all)
 
-        return self._run(x, mask, attend, n_queries, heard)
+        return self._run(x, mask, attend, n_queries, heard, positions)
 
     def _run(
         self,
@@ -110,10 +112,12 @@ class Attention(nn.Module):
         attend: Attend,
         n_queries: int | None = None,
         heard: list[Heard] | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        q, k, v = self.qkv(x).split(self.sizes, dim=-1) if n_queries is None else self._projected(x, n_queries)
-        if self.tied_qk:
+        q, k, v = self.projected(x, n_queries)
+        if self.has_norms:
             q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
+        q, k = self._placed(q, k, positions)
         q, k, v = self.q_tap(q), self.k_tap(k), self.v_tap(v)
         if heard is not None:
             heard.append(Heard(q, k, self.qk, self.scale))
@@ -125,12 +129,12 @@ class Attention(nn.Module):
         out: Tensor = self.proj_drop(self.proj(self.norm(mixed)))
         return out
 
-    def _projected(self, x: Tensor, n_queries: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the queries of the first tokens, and the keys and values of all tokens."""
-        weight, bias, (first, second, _) = self.qkv.weight, self.qkv.bias, self.sizes
-        q = F.linear(x[:, :n_queries], weight[:first], None if bias is None else bias[:first])
-        k, v = F.linear(x, weight[first:], None if bias is None else bias[first:]).tensor_split((second,), dim=-1)
-        return q, k, v
+    def place(self, grid: tuple[int, int]) -> None:
+        """Adapt to another dense grid; here nothing depends on it."""
+
+    def _placed(self, q: Tensor, k: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return queries and keys changed by the places of their tokens; here they stay."""
+        return q, k
 
     def _normed(self, x: Tensor, norm: nn.Module) -> Tensor:
         normed: Tensor = norm(self._heads(x))
@@ -202,10 +206,8 @@ class Attention(nn.Module):
 
     def axes(self) -> tuple[Axis, ...]:
         """Return the axes of query/key channels and of value channels; names are relative to the block."""
-        q, k, v = 0, self.sizes[0], 2 * self.sizes[0]
-        rows = ["attn.qkv.weight"] + (["attn.qkv.bias"] if self.qkv.bias is not None else [])
-        qk_rows = tuple(Member(parameter=name, dim=0, offset=offset) for name in rows for offset in (q, k))
-        v_rows = tuple(Member(parameter=name, dim=0, offset=v) for name in rows)
+        q, k, v = (self.members(part) for part in PARTS)
+        qk_rows, v_rows = q + k, v
         columns = (Member(parameter="attn.proj.weight", dim=1, offset=0),)
         return (
             Axis(
@@ -228,7 +230,7 @@ class Attention(nn.Module):
 
     def stream(self) -> tuple[Member, ...]:
         """Return the slices of parameters that the channels of the residual stream index, as in `axes`."""
-        return (*columns("attn.qkv", self.qkv), *rows("attn.proj", self.proj))
+        return (*self.reading(), *rows("attn.proj", self.proj))
 
 
 def _runs(spec: AttentionSpec) -> tuple[tuple[int, ...], ...]:

@@ -24,11 +24,15 @@ class Tap(nn.Module):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """Slice of one parameter along `dim`, from `offset`, with one entry for each channel of the axis."""
+    """Slice of one parameter along `dim`, from `offset`, with one entry for each channel of the axis.
+
+    `second` marks the second of two members whose channels are multiplied with each other (queries and keys).
+    """
 
     parameter: str
     dim: int
     offset: int
+    second: bool = False
 
 
 def rows(name: str, layer: nn.Module) -> Iterator[Member]:

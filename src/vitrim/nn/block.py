@@ -4,13 +4,14 @@ B images, N tokens, P prefix tokens, D width.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 
 from vitrim.nn.attention import Attention, Heard
-from vitrim.nn.axis import Axis, Member, rows
+from vitrim.nn.axis import Axis, Member, Tap, rows
 from vitrim.nn.conv import Conv, Same
 from vitrim.nn.layers import make_norm
 from vitrim.nn.mlp import Mlp
@@ -45,6 +46,8 @@ class Constant(nn.Module):
 class Block(nn.Module):
     """A pre-norm block: ``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``.
 
+    With `Form.post_norm`, the norms follow their branches: ``x + norm1(attn(x))``, then ``x + norm2(mlp(x))``.
+
     It accepts the arguments that timm passes to its own blocks. A branch that a plan removed is None. A branch that
     lost all its channels is a `Constant`, without norm and layer scale. Attention may be replaced by a `Conv`.
 
@@ -54,6 +57,9 @@ class Block(nn.Module):
         arriving: the tokens at its input; those of the whole grid if None.
         attention: function that builds the attention from D, the mixer, the form and the rates.
     """
+
+    gamma_1: nn.Parameter | None
+    gamma_2: nn.Parameter | None
 
     def __init__(
         self,
@@ -71,12 +77,20 @@ class Block(nn.Module):
         """Number of first tokens for which queries, MLP and output are computed; None for all tokens."""
         self.is_last = False
         """Whether the model's head reads the output of this block. Set by the model family."""
+        self.source: Callable[[], Tensor | None] | None = None
+        """What the host gives to the block besides tokens, for a block that is run without its host. Set by the family.
+        """
 
         attends = isinstance(mixer, AttentionSpec) and len(mixer.v) > 0
         constant = isinstance(mixer, AttentionSpec) and not attends and form.out_bias
         same = isinstance(mixer, Skip) and mixer.leaves == "norm"
         reads = attends or same or isinstance(mixer, ConvSpec)
-        self.norm1 = make_norm(form.norm, width) if reads else nn.Identity()
+        for name in ("gamma_1", "gamma_2"):
+            scaled = form.layer_scale and form.gamma and (reads if name == "gamma_1" else bool(hidden))
+            self.register_parameter(name, nn.Parameter(torch.ones(width)) if scaled else None)
+        norm1 = make_norm(form.norm, width) if reads else nn.Identity()
+        if not form.post_norm:
+            self.norm1 = norm1
         self.attn: Attention | Conv | Constant | Same | None = None
         if attends and isinstance(mixer, AttentionSpec):
             self.attn = attention(width, mixer, form, spec.rates)
@@ -85,19 +99,63 @@ class Block(nn.Module):
             self.attn = Conv(width, mixer, form, spec.rates, grid=grid, prefix=stage.prefix)
         elif constant or same:
             self.attn = Same() if same else Constant(width)
-        self.ls1 = LayerScale(width) if reads and form.layer_scale else nn.Identity()
+        self.norm1 = norm1
+        self.before1 = Tap() if form.post_norm else None
+        self.before2 = Tap() if form.post_norm else None
+        self.ls1 = LayerScale(width) if reads and form.layer_scale and not form.gamma else nn.Identity()
         self.drop_path1 = DropPath(spec.rates.attention_path)
 
-        self.norm2 = make_norm(form.norm, width) if hidden else nn.Identity()
+        norm2 = make_norm(form.norm, width) if hidden else nn.Identity()
+        if not form.post_norm:
+            self.norm2 = norm2
         self.mlp: Mlp | Constant | None = None
         if hidden:
             self.mlp = Mlp(width, hidden, form, spec.rates)
         elif hidden == 0 and form.mlp_out_bias:
             self.mlp = Constant(width)
-        self.ls2 = LayerScale(width) if hidden and form.layer_scale else nn.Identity()
+        self.norm2 = norm2
+        self.ls2 = LayerScale(width) if hidden and form.layer_scale and not form.gamma else nn.Identity()
         self.drop_path2 = DropPath(spec.rates.mlp_path)
 
-    def forward(self, x: Residual, attn_mask: Tensor | None = None, is_causal: bool = False) -> Residual:
+    @property
+    def enter1(self) -> nn.Module:
+        """The module whose output the attention branch reads."""
+        return self.norm1 if self.before1 is None else self.before1
+
+    @property
+    def enter2(self) -> nn.Module:
+        """The module whose output the MLP reads."""
+        return self.norm2 if self.before2 is None else self.before2
+
+    def leaving1(self, x: Tensor) -> Tensor:
+        """Return what the attention branch adds, of the output of its last layer."""
+        scaled: Tensor = self.ls1(x)
+        scaled = scaled if self.gamma_1 is None else self.gamma_1 * scaled
+        return (
+            scaled if self.before1 is None or not isinstance(self.attn, Attention | Conv | Same) else self.norm1(scaled)
+        )
+
+    def leaving2(self, x: Tensor) -> Tensor:
+        """Return what the MLP adds, of the output of its last layer."""
+        scaled: Tensor = self.ls2(x)
+        scaled = scaled if self.gamma_2 is None else self.gamma_2 * scaled
+        return scaled if self.before2 is None or not isinstance(self.mlp, Mlp) else self.norm2(scaled)
+
+    def scale(self, branch: Literal[1, 2]) -> Tensor | None:
+        """Return the layer scale of attention (1) or MLP (2), ``(D,)``; None if there is none."""
+        own = self.gamma_1 if branch == 1 else self.gamma_2
+        module = getattr(self.ls1 if branch == 1 else self.ls2, "gamma", None)
+        return module if isinstance(module, Tensor) else own
+
+    def forward(
+        self,
+        x: Residual,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Tensor | None = None,
+        shared_rel_pos_bias: Tensor | None = None,
+        shared_rel_pos: Tensor | None = None,
+    ) -> Residual:
         """Map tokens ``(B, N, D)`` to ``(B, n, D)``, where n is N unless the block changes the number of tokens.
 
         If tokens represent several patches, input and output are a `Stream`, which contains the number of patches of
@@ -107,6 +165,9 @@ class Block(nn.Module):
             x: tokens.
             attn_mask: see `Attention.forward`.
             is_causal: see `Attention.forward`.
+            rope: sines and cosines of places, where attention is rotary; without them `source` is asked.
+            shared_rel_pos_bias: biases that the host shares between blocks; without them `source` is asked.
+            shared_rel_pos: the same, by the name that another of timm's hosts uses.
 
         Raises:
             DataError: if the block changes the number of tokens, and a mask is given or the number of arriving tokens
@@ -121,12 +182,15 @@ class Block(nn.Module):
             tokens, sizes, key_bias = x.x, x, x.key_bias()
         else:
             tokens, sizes, key_bias = x, None, None
+        positions = next((each for each in (rope, shared_rel_pos_bias, shared_rel_pos) if each is not None), None)
+        if positions is None and self.source is not None and self.form.positions is not None:
+            positions = self.source()
         if self.step is not None:
             tokens = self.step.enter(tokens)
         heard: list[Heard] = []
         if self.attn is not None:
-            mixed = self._mix(self.norm1(tokens), attn_mask, is_causal, key_bias, heard)
-            tokens = tokens[:, : self.n_queries] + self.drop_path1(self.ls1(mixed))
+            mixed = self._mix(self.enter1(tokens), attn_mask, is_causal, key_bias, heard, positions)
+            tokens = tokens[:, : self.n_queries] + self.drop_path1(self.leaving1(mixed))
         elif self.n_queries is not None:
             tokens = tokens[:, : self.n_queries]
         if self.n_queries is not None:
@@ -136,14 +200,20 @@ class Block(nn.Module):
             stream = self.step.after_attention(stream, heard[0] if heard else None)
         tokens, sizes = (stream.x, stream) if isinstance(stream, Stream) else (stream, None)
         if self.mlp is not None:
-            tokens = tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
+            tokens = tokens + self.drop_path2(self.leaving2(self.mlp(self.enter2(tokens))))
         if sizes is None:
             return tokens
         sizes = sizes._replace(x=tokens)
         return sizes.repeated(self.prefix) if self.is_last else sizes
 
     def _mix(
-        self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, key_bias: Tensor | None, heard: list[Heard]
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        key_bias: Tensor | None,
+        heard: list[Heard],
+        positions: Tensor | None,
     ) -> Tensor:
         """Return the output of the attention, or of its replacement, for the tokens whose output is computed."""
         assert self.attn is not None
@@ -151,12 +221,14 @@ class Block(nn.Module):
             alone: Tensor = self.attn(x[:, : self.n_queries], attn_mask=attn_mask, is_causal=is_causal)
             return alone
         if self.step is None:
-            mixed: Tensor = self.attn(x, attn_mask, is_causal, n_queries=self.n_queries, key_bias=key_bias)
+            mixed: Tensor = self.attn(
+                x, attn_mask, is_causal, n_queries=self.n_queries, key_bias=key_bias, positions=positions
+            )
             return mixed
         given, raised = self.step.keys(x)
         key_bias = key_bias if raised is None else raised
         wanted = heard if self.step.needs_attention else None
-        mixed = self.attn(given, n_queries=self.n_queries, heard=wanted, key_bias=key_bias)
+        mixed = self.attn(given, n_queries=self.n_queries, heard=wanted, key_bias=key_bias, positions=positions)
         return mixed[:, : x.shape[1]]
 
     def place(self, arriving: Tokens, grid: tuple[int, int]) -> None:
@@ -168,6 +240,8 @@ class Block(nn.Module):
         """
         if self.step is not None:
             self.step.place(arriving, grid)
+        if isinstance(self.attn, Attention):
+            self.attn.place(grid)
         if isinstance(self.attn, Conv):
             self.attn.grid = flow_of(self.spec.tokens, arriving, grid[0] * grid[1]).mixed.grid or grid
 

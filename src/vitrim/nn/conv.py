@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitrim.nn.axis import Member, columns, rows
+from vitrim.nn.projections import values_of
 from vitrim.words.errors import DataError
 from vitrim.words.spec import NO_RATES, Form, Mixture, Rates
 from vitrim.words.spec import Attention as AttentionSpec
@@ -97,7 +98,8 @@ def state_of(
     """
     first = {name: value for name, value in have.items() if name == "mean"}
     if isinstance(was, AttentionSpec):
-        value = {name[4:]: part[-sum(was.v) :] for name, part in have.items() if name.startswith("qkv.")}
+        weight, bias = values_of(have, sum(was.v))
+        value = {"weight": weight} | ({} if bias is None else {"bias": bias})
         first = _constants(have, value, prefix) if conv.prefix == "mean" and prefix else {}
         if conv.act == "none" or set(was.v) != {conv.width}:
             return _product(have, value, conv) | first
@@ -117,7 +119,7 @@ def _of_attention(
 ) -> dict[str, Tensor]:
     state = {name: value for name, value in have.items() if name.startswith("proj.")}
     state |= {f"v.{name}": value for name, value in values.items()}
-    like = have["qkv.weight"]
+    like = values["weight"]
     state["mix"] = like.new_ones(heads, 9)
     return state | _same_norm(like, width)
 

@@ -1,17 +1,26 @@
 """Build blocks from spec nodes, compute their buffers, and copy settings from other blocks."""
 
+import functools
+from collections.abc import Callable
+
+import torch
 from timm.layers import use_fused_attn
 from timm.models.swin_transformer import WindowAttention as TimmWindowAttention
-from torch import nn
+from torch import Tensor, nn
 
+from vitrim.nn.attention import Attention
 from vitrim.nn.block import Block
+from vitrim.nn.continuous import ContinuousWindowAttention
+from vitrim.nn.relative import RelativeAttention
+from vitrim.nn.rotary import RotaryAttention
 from vitrim.nn.steps import StepModule
 from vitrim.nn.window import WindowBlock
+from vitrim.words.spec import Attention as AttentionSpec
 from vitrim.words.spec import Block as BlockSpec
-from vitrim.words.spec import Stage
-from vitrim.words.steps import Tokens
+from vitrim.words.spec import Relative, Rotary, Stage
+from vitrim.words.steps import Tokens, flow_of
 
-__all__ = ["computed", "fold_steps_", "keep_settings", "make_block"]
+__all__ = ["computed", "fold_steps_", "keep_settings", "make_block", "still"]
 
 
 def make_block(stage: Stage, spec: BlockSpec, arriving: Tokens | None = None) -> Block:
@@ -22,7 +31,36 @@ def make_block(stage: Stage, spec: BlockSpec, arriving: Tokens | None = None) ->
         spec: the block.
         arriving: the tokens at its input; those of the whole grid if None.
     """
-    return WindowBlock(stage, spec) if stage.window is not None else Block(stage, spec, arriving)
+    if stage.window is not None:
+        window, attention = stage.window, None
+        if window.network is not None:
+            attention = functools.partial(ContinuousWindowAttention, window=window)
+        return WindowBlock(stage, spec, attention)
+    places = flow_of(spec.tokens, stage.enters if arriving is None else arriving, stage.patches).mixed.places
+    positions = stage.form.positions
+    build: Callable[..., Attention] = Attention
+    if isinstance(positions, Rotary):
+        build = functools.partial(RotaryAttention, prefix=stage.prefix, places=places)
+    elif isinstance(positions, Relative):
+        build = functools.partial(RelativeAttention, grid=stage.grid, prefix=stage.prefix, places=places)
+    return Block(stage, spec, arriving, build)
+
+
+def still(stage: Stage, spec: BlockSpec, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor] | None:
+    """Return a `Block.source` for a block without a host, to measure its time: angles or biases of zero.
+
+    None if the blocks of `stage` get nothing from their host.
+    """
+    positions, mixer = stage.form.positions, spec.mixer
+    if positions is None or not isinstance(mixer, AttentionSpec) or not mixer.v:
+        return None
+    shape: tuple[int, ...] = (stage.patches, 2 * mixer.qk[0])
+    if isinstance(positions, Relative):
+        shape = (stage.tokens, stage.tokens)
+        if not positions.shared:
+            return None
+    zeros = torch.zeros((len(mixer.v), *shape) if positions.by_head else shape, device=device, dtype=dtype)
+    return lambda: zeros
 
 
 def computed(block: Block) -> Block:

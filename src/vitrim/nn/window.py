@@ -9,6 +9,7 @@ Parameters have timm's names, so a dense block loads timm's weights without conv
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable
 
 import torch
 from timm.layers import resize_rel_pos_bias_table
@@ -68,9 +69,13 @@ class WindowAttention(Attention):
         attend = functools.partial(self._in_windows, grid=(x.shape[1], x.shape[2]))
         return self._run(x.flatten(1, 2), self._bias(blocked), attend).view_as(x)
 
+    def _table(self) -> Tensor:
+        """Return the bias of each offset and head, ``(offsets, H)``."""
+        return self.relative_position_bias_table
+
     def _bias(self, blocked: Tensor | None) -> Tensor:
         """Return the bias of the logits, ``(1, H, A, A)``, or ``(W, H, A, A)`` if windows differ."""
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+        bias = self._table()[self.relative_position_index].permute(2, 0, 1)
         return bias[None] if blocked is None else torch.where(blocked[:, None], bias + BLOCKED, bias)
 
     def _in_windows(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grid: tuple[int, int]) -> Tensor:
@@ -129,15 +134,16 @@ class WindowBlock(Block):
     Args:
         stage: width, grid, window and form.
         spec: mixer, hidden neurons, drop path, and whether it is shifted.
+        attention: function that builds the attention from D, the mixer, the form and the rates; a `WindowAttention`
+            of the stage's windows if None.
     """
 
     blocked: Tensor | None
 
-    def __init__(self, stage: Stage, spec: BlockSpec) -> None:
+    def __init__(self, stage: Stage, spec: BlockSpec, attention: Callable[..., Attention] | None = None) -> None:
         if stage.window is None:
             raise SpecError("window: the stage of a block with windows must have one, but has none")
-        size = stage.window.size
-        super().__init__(stage, spec, attention=functools.partial(WindowAttention, size=size))
+        super().__init__(stage, spec, attention=attention or functools.partial(WindowAttention, size=stage.window.size))
         self.register_buffer("blocked", None, persistent=False)
         self.window, self.grid = stage.window, stage.grid
         self.init_non_persistent_buffers()
@@ -150,9 +156,9 @@ class WindowBlock(Block):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Map ``(B, R, C, D)`` to ``(B, R, C, D)``."""
         if self.attn is not None:
-            x = x + self.drop_path1(self.ls1(self._mixed(self.norm1(x))))
+            x = x + self.drop_path1(self.leaving1(self._mixed(self.enter1(x))))
         if self.mlp is not None:
-            x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x).flatten(1, 2)))).view_as(x)
+            x = x + self.drop_path2(self.leaving2(self.mlp(self.enter2(x).flatten(1, 2)))).view_as(x)
         return x
 
     def unrolled(self, values: Tensor, grid: tuple[int, int]) -> Tensor:

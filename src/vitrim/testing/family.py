@@ -136,7 +136,8 @@ def mask_is_cut(sample: Sample) -> Iterator[str]:
 @torch.no_grad()
 def mask_of_tokens_is_cut(sample: Sample) -> Iterator[str]:
     """Tokens in the exact form too, on those that stay: a head that pools patches sees fewer, another function."""
-    if sample.spec.stages[0].window is not None:  # no token can be cut on windows
+    stage = sample.spec.stages[0]
+    if stage.window is not None or not stage.form.one_key_for_zeros:  # no token can be cut, or none in the exact form
         return
     for seed in SEEDS:
         plan = random_plan(sample.spec, seed, drops="exact")
@@ -259,7 +260,8 @@ def gates_through_weights_are_gates_at_taps(sample: Sample) -> Iterator[str]:
         if axis.scales
     }
     gated = Gated(parent, gates)
-    weights = [parameter for name, parameter in parent.named_parameters() if name.endswith("qkv.weight")]
+    names = ("qkv.weight", "v_proj.weight")
+    weights = [parameter for name, parameter in parent.named_parameters() if name.endswith(names)]
     taps = {path: gate.clone().requires_grad_() for path, gate in gates.items()}
     with masked(parent, taps):
         expected = parent(x)

@@ -128,7 +128,7 @@ def _mixers(draw: st.DrawFn, stage: Stage, block: Block, convolutions: bool) -> 
     qk, v = [], []
     for a, b in zip(mixer.qk, mixer.v, strict=True):
         gone = form.mixed_norm is None and draw(st.integers(0, 3)) == 0
-        qk.append(() if gone else tuple(range(a)) if form.head_norm is not None else draw(_some(a)))
+        qk.append(() if gone else tuple(range(a)) if form.ties_qk else draw(_some(a)))
         v.append(() if gone else tuple(range(b)) if form.mixed_norm is not None else draw(_some(b)))
     return {"qk": tuple(qk), "v": tuple(v)}
 

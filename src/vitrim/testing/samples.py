@@ -185,7 +185,8 @@ def _random_drops(rng: random.Random, spec: Spec, exact: bool) -> list[Drop | No
         step = None
         if rng.random() < 0.6:
             kept = sorted({anchor, *rng.sample(sorted(mine), rng.randint(1, len(mine)))})
-            step, mine = Drop(kept=tuple(kept), exact=exact or rng.random() < 0.5), set(kept)
+            one_key = (exact or rng.random() < 0.5) and spec.stages[0].form.one_key_for_zeros
+            step, mine = Drop(kept=tuple(kept), exact=one_key), set(kept)
         steps.append(step)
         here = mine
     return steps
@@ -217,7 +218,7 @@ def _random_block(rng: random.Random, form: Form, block: BlockSpec, skips: bool)
 
 
 def _random_heads(rng: random.Random, form: Form, mixer: Attention) -> dict[str, tuple[tuple[int, ...], ...]]:
-    tied_qk, tied_v = form.head_norm is not None, form.mixed_norm is not None
+    tied_qk, tied_v = form.ties_qk, form.mixed_norm is not None
     dead = not tied_v and rng.random() < 0.15
     qk, v = [], []
     for a, b in zip(mixer.qk, mixer.v, strict=True):

@@ -3,6 +3,7 @@
 D is the width of the residual stream, H the number of heads, K the channels of a head, M the hidden neurons.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, model_validator
@@ -20,7 +21,10 @@ __all__ = [
     "Mixer",
     "Mixture",
     "Norm",
+    "Positions",
     "Rates",
+    "Relative",
+    "Rotary",
     "Skip",
 ]
 
@@ -38,6 +42,54 @@ class Norm(Node):
         return width * (self.weight + self.bias)
 
 
+class Rotary(Node):
+    """Queries and keys of patches are turned by angles that depend on their places (RoPE).
+
+    Source: Su et al., "RoFormer", arXiv 2104.09864; for images, Heo et al., "Rotary Position Embedding for Vision
+    Transformer", ECCV 2024.
+
+    Channels are turned in pairs, and each pair has its own angle, so the channels of a head are cut together.
+
+    Attributes:
+        halves: whether the pairs are channels i and i + K / 2 of a head; if not, channels 2 i and 2 i + 1.
+        by_head: whether each head has its own angles, which the host keeps for all heads of the dense model.
+    """
+
+    kind: Literal["rotary"] = "rotary"
+    halves: bool = False
+    by_head: bool = False
+
+
+class Relative(Node):
+    """A learned bias for each head and each offset between two patches of the grid is added to the logits.
+
+    Of a class token, a table has three more biases: of its logits, of the logits for it, and of its logit for itself.
+    A network gives it none. Sources: Bao et al., "BEiT", arXiv 2106.08254; Liu et al., "Swin Transformer V2", arXiv
+    2111.09883.
+
+    Attributes:
+        own: whether the block has biases of its own.
+        shared: whether the host gives biases to all blocks, for all heads of the dense model.
+        network: hidden neurons of the network that gives the block's own biases; None if they are a table.
+        bounded: whether that network measures offsets in units of the grid, and its biases are bounded.
+    """
+
+    kind: Literal["relative"] = "relative"
+    own: bool = True
+    shared: bool = False
+    network: Size | None = None
+    bounded: bool = False
+
+    @property
+    def by_head(self) -> bool:
+        """Whether the host keeps something for each head of the dense model."""
+        return self.shared
+
+
+Positions = Annotated[Rotary | Relative, Field(discriminator="kind")]
+"""What attention must know about the places of its tokens."""
+
+
 class Form(Node):
     """Everything that the blocks of one stage share, except their widths.
 
@@ -45,6 +97,12 @@ class Form(Node):
     all heads together. `hidden_norm` is the norm over the hidden neurons. A norm ties the channels it runs over:
     cutting one of them would change the statistics of the others, so those channels can only be cut together with the
     whole branch. `inner_norm` runs over the width, before the first layer of the MLP. It ties no channels.
+
+    `positions` is what attention must know about places, None if only the stem adds positions to tokens. `k_bias` is
+    whether keys have a bias where queries and values have one. `qkv` and `gamma` are how timm keeps parameters:
+    queries, keys and values in one layer (``fused``) or three (``split``), layer scale in modules or as parameters of
+    the block (`gamma`). With `post_norm` the norms follow their branches: ``x + norm1(attn(x))``. With
+    `cosine`, queries and keys of a head are divided by their lengths, and each head has a learned scale.
     """
 
     norm: Norm
@@ -61,6 +119,30 @@ class Form(Node):
     head_norm_width: Count = 0
     mixed_norm: Norm | None = None
     hidden_norm: Norm | None = None
+    positions: Positions | None = None
+    k_bias: bool = True
+    qkv: Literal["fused", "split"] = "fused"
+    gamma: bool = False
+    post_norm: bool = False
+    cosine: bool = False
+
+    @model_validator(mode="after")
+    def _constants(self) -> Self:
+        if self.post_norm and not (self.out_bias and self.mlp_out_bias):
+            raise ValueError("branches before a norm must have an output bias, but one has none")
+        return self
+
+    @property
+    def ties_qk(self) -> bool:
+        """Whether the query and key channels of a head can only be cut all together."""
+        return self.head_norm is not None or self.cosine or isinstance(self.positions, Rotary)
+
+    @property
+    def one_key_for_zeros(self) -> bool:
+        """Whether a token of zeros has the same logits wherever it stands, as a key."""
+        if self.positions is None:
+            return True
+        return isinstance(self.positions, Rotary) and self.head_norm is None and not (self.qkv_bias and self.k_bias)
 
     @property
     def factors(self) -> int:
@@ -107,19 +189,34 @@ class Attention(Node):
     """Self-attention with one query/key width and one value width for each head that is left.
 
     Heads without channels are not listed. If no head is left, the branch is a constant, its output bias. `scale`
-    multiplies the logits. A cut does not change it: it stays the scale of the dense parent, for any widths.
+    multiplies the logits. A cut does not change it: it stays the scale of the dense parent, for any widths. `origin`
+    says which heads of the dense model these are, where the host keeps something for each of them (`Positions`).
     """
 
     kind: Literal["attention"] = "attention"
     qk: tuple[Size, ...] = Field(max_length=MOST_HEADS)
     v: tuple[Size, ...] = Field(max_length=MOST_HEADS)
     scale: PositiveFloat
+    origin: tuple[Count, ...] | None = Field(default=None, max_length=MOST_HEADS)
 
     @model_validator(mode="after")
     def _heads(self) -> Self:
         if len(self.qk) != len(self.v):
             raise ValueError(f"qk and v must name the same heads, but got {len(self.qk)} and {len(self.v)}")
+        if self.origin is not None and len(self.origin) != len(self.v):
+            raise ValueError(f"origin must name the same heads as v, but names {len(self.origin)} of {len(self.v)}")
         return self
+
+    def of(self, heads: Sequence[int], qk: Sequence[int], v: Sequence[int]) -> Self:
+        """Return the attention with only some heads.
+
+        Args:
+            heads: indices of the heads that stay.
+            qk: query and key channels of each of them.
+            v: value channels of each of them.
+        """
+        origin = None if self.origin is None else tuple(self.origin[head] for head in heads)
+        return self.model_copy(update={"qk": tuple(qk), "v": tuple(v), "origin": origin})
 
 
 class Mixture(Node):

@@ -66,7 +66,10 @@ class _Place(NamedTuple):
     tokens: int
     padded: int
     keys: int
-    offsets: int
+    head: tuple[int, int]
+    """Macs and parameters of a head besides its channels."""
+    shared: tuple[int, int]
+    """Macs and parameters of an attention besides its heads."""
     enters: Tokens
 
 
@@ -74,9 +77,11 @@ def _place(stage: Stage) -> _Place:
     tokens, width, form, window = stage.tokens, stage.width, stage.form, stage.window
     norm = form.norm.params(width)
     if window is None:
-        return _Place(form, norm, width, tokens, tokens, tokens, 0, stage.enters)
+        return _Place(form, norm, width, tokens, tokens, tokens, stage.of_a_head, stage.of_an_attention, stage.enters)
     rows, columns = window.padded(stage.grid)
-    return _Place(form, norm, width, tokens, rows * columns, window.area, window.offsets, stage.enters)
+    return _Place(
+        form, norm, width, tokens, rows * columns, window.area, stage.of_a_head, stage.of_an_attention, stage.enters
+    )
 
 
 def cost_of(spec: Spec) -> Cost:
@@ -109,7 +114,7 @@ def block_cost(block: Block, stage: Stage, arriving: Tokens | None = None) -> tu
 
 def _priced(block: Block, place: _Place, arriving: Tokens | None) -> tuple[int, int, Tokens | None]:
     """Return (macs, params) of a block and the tokens after it; None means the tokens of the whole grid."""
-    form, norm, width, rows, padded, keys, offsets, enters = place
+    form, norm, width, rows, padded, keys, head, shared, enters = place
     macs, params, leaving, queries, patches = 0, 0, arriving, padded, enters.patches
     mixer, hidden, step = block.mixer, block.hidden, block.tokens
     if step is not None or arriving is not None or block.only_prefix:
@@ -122,8 +127,9 @@ def _priced(block: Block, place: _Place, arriving: Tokens | None) -> tuple[int, 
         qk, v = sum(mixer.qk), sum(mixer.v)
         macs += attention_macs(padded, width, qk, v, keys, queries)
         params += _attention_params(form, norm, width, qk, v)
-        if offsets:
-            params += offsets * len(mixer.v)
+        if mixer.v:
+            macs += shared[0] + head[0] * len(mixer.v)
+            params += shared[1] + head[1] * len(mixer.v)
     elif isinstance(mixer, Conv):
         macs += conv_macs(patches, width, mixer.width, mixer.kernel)
         params += _conv_params(form, norm, width, mixer, enters.prefix)
@@ -141,7 +147,7 @@ def _attention_params(form: Form, norm: int, width: int, qk: int, v: int) -> int
         return params
     params += 2 * (qk + v) * width + norm
     if form.qkv_bias:
-        params += 2 * qk + v
+        params += (2 if form.k_bias else 1) * qk + v
     if form.layer_scale:
         params += width
     if form.head_norm is not None:

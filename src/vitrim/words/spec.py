@@ -10,10 +10,23 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from vitrim.words.block import NO_RATES, Attention, Block, Conv, Form, Mixer, Mixture, Norm, Rates, Skip
+from vitrim.words.block import (
+    NO_RATES,
+    Attention,
+    Block,
+    Conv,
+    Form,
+    Mixer,
+    Mixture,
+    Norm,
+    Rates,
+    Relative,
+    Rotary,
+    Skip,
+)
 from vitrim.words.plain import Frozen, FrozenDict, Node
 from vitrim.words.sizes import MOST_BLOCKS, MOST_STAGES, Count, Size, Total
-from vitrim.words.steps import Flow, Tokens, flow_of, why_not_tokens
+from vitrim.words.steps import Flow, Step, Tokens, flow_of, why_not_tokens
 
 __all__ = [
     "NO_RATES",
@@ -28,15 +41,25 @@ __all__ = [
     "Mixture",
     "Norm",
     "Rates",
+    "Relative",
+    "Rotary",
     "Skip",
     "Spec",
     "Stage",
     "Window",
+    "between",
     "folded",
     "why_not_any_size",
     "why_not_blocks",
+    "why_not_mixed",
     "why_not_only_prefix",
+    "why_not_placed",
 ]
+
+
+def between(grid: tuple[int, int]) -> int:
+    """Return the number of offsets between two places of a grid."""
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1)
 
 
 class Window(Node):
@@ -46,11 +69,15 @@ class Window(Node):
         size: rows and columns of a window.
         always: whether windows keep their size, and are shifted, even if the grid is smaller than a window.
         dynamic: whether the grid may change from image to image.
+        network: hidden neurons of the network that gives the biases (Swin V2); None if they are a table.
+        trained: rows and columns of the window in whose units the network measures offsets; None for `size`.
     """
 
     size: tuple[Size, Size]
     always: bool = False
     dynamic: bool = False
+    network: Size | None = None
+    trained: tuple[Size, Size] | None = None
 
     @property
     def area(self) -> int:
@@ -60,7 +87,7 @@ class Window(Node):
     @property
     def offsets(self) -> int:
         """Number of offsets between two tokens of one window, which is the number of biases of one head."""
-        return (2 * self.size[0] - 1) * (2 * self.size[1] - 1)
+        return between(self.size)
 
     def padded(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Return the grid, rounded up to whole windows."""
@@ -96,6 +123,15 @@ class Stage(Node):
         return self
 
     @model_validator(mode="after")
+    def _positions(self) -> Self:
+        if isinstance(self.form.positions, Relative) and (self.window is not None or self.prefix > 1):
+            raise ValueError(
+                f"relative positions must be of patches without windows and at most one class token, but there are "
+                f"{self.prefix} prefix tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _tokens(self) -> Self:
         wrong = why_not_blocks(self)
         if wrong is not None:
@@ -111,6 +147,30 @@ class Stage(Node):
     def tokens(self) -> int:
         """Number of tokens before the first block."""
         return self.patches + self.prefix
+
+    @property
+    def of_a_head(self) -> tuple[int, int]:
+        """Multiply-accumulates and parameters of a head besides those of its channels: its biases and its scale."""
+        scale, (offsets, network, more) = int(self.form.cosine), self._biases
+        return (0, scale + offsets + more) if network is None else (offsets * network, scale + network + more)
+
+    @property
+    def of_an_attention(self) -> tuple[int, int]:
+        """Multiply-accumulates and parameters that all heads of an attention share: the network of biases."""
+        offsets, network, _ = self._biases
+        return (0, 0) if network is None else (2 * offsets * network, 3 * network)
+
+    @property
+    def _biases(self) -> tuple[int, int | None, int]:
+        """Offsets with a bias for each head, neurons of the network that gives them, and other parameters of a head."""
+        positions = self.form.positions
+        if self.window is not None:
+            return self.window.offsets, self.window.network, 0
+        if not isinstance(positions, Relative) or not positions.own:
+            return 0, None, 0
+        if positions.network is None:
+            return between(self.grid), None, 3 * self.prefix
+        return between(self.grid), positions.network, int(not positions.bounded)
 
     @property
     def enters(self) -> Tokens:
@@ -141,6 +201,33 @@ NO_WINDOWS = (
 )
 
 
+def why_not_mixed(stage: Stage) -> str | None:
+    """Return why tokens of a stage cannot be merged, or chosen image by image, as a sentence; None if they can."""
+    if stage.window is not None:
+        return NO_WINDOWS
+    if stage.form.positions is None:
+        return None
+    return (
+        f"tokens must keep their places, because this model's attention has {stage.form.positions.kind} positions, and "
+        "merged tokens, or those that each image chooses, have no place that is known; drop patches at fixed places, "
+        "or cut heads and neurons"
+    )
+
+
+def why_not_placed(step: Step | None, stage: Stage) -> str | None:
+    """Return why `step` does not fit the positions that the attention of `stage` needs; None if it does."""
+    if step is None or stage.form.positions is None:
+        return None
+    if not step.keeps_stream:
+        return why_not_mixed(stage)
+    if step.adds_zeros and not stage.form.one_key_for_zeros:
+        return (
+            "exact must be false where missing patches have different logits, but this model's attention has "
+            f"{stage.form.positions.kind} positions that tell them apart; leave exact out"
+        )
+    return None
+
+
 def why_not_blocks(stage: Stage) -> tuple[str, str] | None:
     """Return the path (``3.tokens``) and a sentence on the first block whose tokens are not valid; None if all are."""
     here = stage.enters
@@ -150,6 +237,7 @@ def why_not_blocks(stage: Stage) -> tuple[str, str] | None:
                 return f"{index}.tokens", NO_WINDOWS
             continue
         wrong = why_not_tokens(block.tokens, here, stage.patches) or _why_not_step(block)
+        wrong = wrong or why_not_placed(block.tokens, stage)
         if wrong is not None:
             return f"{index}.tokens", wrong
         wrong = why_not_only_prefix(block, index, stage)

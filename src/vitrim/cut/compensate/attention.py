@@ -5,6 +5,7 @@ B images, N tokens, D width, H heads, K channels of a head.
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -53,11 +54,11 @@ class AttentionCut:
         """
         alive = self._living(choice)
         if not alive:
-            empty = self.node.model_copy(update={"qk": (), "v": ()})
+            empty = self.node.of((), (), ())
             nothing = ((),) * len(self.node.v)
             return empty, {"qk": nothing, "v": nothing}, self._constant()
         heads = self.heads.picked(alive)
-        qk = None if self.place.block.form.head_norm else choice.qk
+        qk = None if self.place.block.form.ties_qk else choice.qk
         if qk is None:
             moments = self._of(self.moments, alive)
         else:
@@ -65,7 +66,7 @@ class AttentionCut:
             moments = self._moments(heads, alive)
         widths = tuple(len(rows) for rows in heads.q)
         heads, kept = self._values(heads, choice.v, alive, moments, moved=qk is not None)
-        mixer = self.node.model_copy(update={"qk": widths, "v": tuple(len(rows) for rows in heads.v)})
+        mixer = self.node.of(alive, widths, [len(rows) for rows in heads.v])
         fields: Fields = {"qk": self._with_dead_heads(alive, qk, widths), "v": kept}
         return mixer, fields, heads.state() | self._biases(alive)
 
@@ -83,7 +84,7 @@ class AttentionCut:
             return own
         theirs = [attended(place.block, batch).out for batch in place.dense]
         return [
-            place.toward(mine, other, (tokens_of(there) - tokens_of(here))[:, : mine.shape[1]], "ls1")
+            place.toward(mine, other, (tokens_of(there) - tokens_of(here))[:, : mine.shape[1]], 1)
             for mine, other, here, there in zip(own, theirs, place.streams, place.dense, strict=True)
         ]
 
@@ -93,8 +94,8 @@ class AttentionCut:
         return self._moments(self.heads, tuple(range(len(self.node.v))))
 
     def _moments(self, heads: Heads, alive: Kept) -> Moments:
-        widths = {"qk": tuple(len(rows) for rows in heads.q), "v": tuple(len(rows) for rows in heads.v)}
-        mixer, hidden = self.node.model_copy(update=widths), self.place.block.spec.hidden
+        mixer = self.node.of(alive, [len(rows) for rows in heads.q], [len(rows) for rows in heads.v])
+        hidden = self.place.block.spec.hidden
         block = self.place.rebuilt(mixer, hidden, heads.state() | self._biases(alive))
         moments = Moments(f"{self.place.path}.mixer", centred=heads.bias is not None)
         for number, batch in enumerate(self.place.streams):
@@ -130,7 +131,7 @@ class AttentionCut:
         """Return the constant of a branch without heads: the mean of the target, after layer scale."""
         if not self.place.block.form.out_bias:
             return {}
-        return {"attn.bias": self.place.after_scale(self.moments.target, "ls1")}
+        return {"attn.bias": self.place.added(self.moments.target, 1)}
 
     @functools.cached_property
     def squares(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -164,7 +165,7 @@ class AttentionCut:
                 a = least_squares_queries(keys[head], b, at)
             new_q.append(a.mT @ heads.q[number])
             new_k.append(b.mT @ heads.k[number])
-        return Heads(new_q, new_k, heads.v, heads.proj, heads.bias, heads.biased)
+        return replace(heads, q=new_q, k=new_k)
 
     @functools.cached_property
     def directions(self) -> list[Tensor]:
@@ -216,7 +217,7 @@ class AttentionCut:
         bias = None if heads.bias is None else moments.target - weight @ (both.mT @ moments.mean)
         values = [new.mT @ old for new, old in zip(maps, heads.v, strict=True)]
         new_sizes = tuple(new.shape[1] for new in maps)
-        made = Heads(heads.q, heads.k, values, list(torch.split(weight, list(new_sizes), dim=1)), bias, heads.biased)
+        made = replace(heads, v=values, proj=list(torch.split(weight, list(new_sizes), dim=1)), bias=bias)
         return made, self._with_dead_heads(alive, widths, new_sizes)
 
     def _with_dead_heads(self, alive: Kept, widths: Widths, sizes: tuple[int, ...]) -> tuple[Kept, ...]:

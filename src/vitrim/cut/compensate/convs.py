@@ -180,7 +180,7 @@ class ConvCut:
             target = heard.out
             if place.dense is not None:
                 other = mixed(place.block, place.dense[number])
-                target = place.toward(target, other.out, other.enters - heard.enters, "ls1")
+                target = place.toward(target, other.out, other.enters - heard.enters, 1)
             yield heard, target, self._weights(part(self.worth, place.streams, number))
 
     def _weights(self, weights: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vitrim.nn import Attention
 from vitrim.nn.feed import exact
+from vitrim.nn.projections import PARTS
 
 __all__ = ["Heads"]
 
@@ -23,6 +24,7 @@ class Heads:
         proj: columns ``(D, K)``.
         bias: bias of the projection, ``(D,)`` or None.
         biased: whether `q`, `k` and `v` contain a bias.
+        attention: the module whose layout of parameters `state` gives.
     """
 
     q: list[Tensor]
@@ -31,15 +33,14 @@ class Heads:
     proj: list[Tensor]
     bias: Tensor | None
     biased: bool
+    attention: Attention
 
     @classmethod
     def of(cls, attention: Attention) -> "Heads":
         """Split the weights of `attention`."""
-        rows = exact(attention.qkv.weight.detach())
-        biased = attention.qkv.bias is not None
-        if biased:
-            rows = torch.cat([rows, exact(attention.qkv.bias.detach())[:, None]], dim=1)
-        q, k, v = torch.split(rows, list(attention.sizes))
+        parts = [attention.rows_of(part) for part in PARTS]
+        biased = any(bias is not None for _, bias in parts)
+        q, k, v = (_joined(weight, bias, biased) for weight, bias in parts)
         columns = exact(attention.proj.weight.detach())
         bias = attention.proj.bias
         return cls(
@@ -49,6 +50,7 @@ class Heads:
             list(torch.split(columns, list(attention.v), dim=1)),
             None if bias is None else exact(bias.detach()),
             biased,
+            attention,
         )
 
     def picked(self, heads: tuple[int, ...]) -> "Heads":
@@ -58,11 +60,19 @@ class Heads:
 
     def state(self) -> dict[str, Tensor]:
         """Return the parameters of the attention by name, relative to the block."""
-        rows = torch.cat([*self.q, *self.k, *self.v])
-        state = {"attn.qkv.weight": rows[:, :-1] if self.biased else rows}
-        if self.biased:
-            state["attn.qkv.bias"] = rows[:, -1]
+        joined = {part: torch.cat(getattr(self, part)) for part in PARTS}
+        rows = {part: (x[:, :-1], x[:, -1]) if self.biased else (x, None) for part, x in joined.items()}
+        state = {f"attn.{name}": value for name, value in self.attention.named(rows).items()}
         state["attn.proj.weight"] = torch.cat(self.proj, dim=1)
         if self.bias is not None:
             state["attn.proj.bias"] = self.bias
         return state
+
+
+def _joined(weight: Tensor, bias: Tensor | None, biased: bool) -> Tensor:
+    """Return weight and bias, zeros where a part has none, side by side in float64."""
+    rows = weight.detach().cpu().double()
+    if not biased:
+        return rows
+    last = rows.new_zeros(len(rows)) if bias is None else bias.detach().cpu().double()
+    return torch.cat([rows, last[:, None]], dim=1)

@@ -125,7 +125,7 @@ def mixed(block: Block, x: Residual) -> Mixed:
         heard["out"] = inputs[0]
         raise _Enough
 
-    handles = (block.norm1.register_forward_hook(normed), block.ls1.register_forward_pre_hook(last))
+    handles = (block.enter1.register_forward_hook(normed), block.ls1.register_forward_pre_hook(last))
     with _hooked(*handles), contextlib.suppress(_Enough):
         block(x)
     return Mixed(**heard)
@@ -151,7 +151,7 @@ def hidden(block: Block, x: Residual) -> tuple[Tensor, Tensor, Tensor]:
         raise _Enough
 
     handles = (
-        block.norm2.register_forward_pre_hook(middle),
+        block.enter2.register_forward_pre_hook(middle),
         mlp.get_submodule(mlp.last).register_forward_hook(last),
     )
     with _hooked(*handles), contextlib.suppress(_Enough):

@@ -43,7 +43,7 @@ class NeuronCut:
         """
         biased = self.last.bias is not None
         if width == 0 or width == ():
-            state = {"mlp.bias": self.place.after_scale(self.moments.target, "ls2")} if biased else {}
+            state = {"mlp.bias": self.place.added(self.moments.target, 2)} if biased else {}
             return (), state
         kept = tuple(sorted(self.order[-width:].tolist())) if isinstance(width, int) else width
         index = torch.tensor(kept, dtype=torch.long)
@@ -69,7 +69,7 @@ class NeuronCut:
             features, out, middle = hidden(self.half, batch)
             if place.dense is not None:
                 _, theirs, there = hidden(place.block, place.dense[number])
-                out = place.toward(out, theirs, (there - middle).reshape(out.shape), "ls2")
+                out = place.toward(out, theirs, (there - middle).reshape(out.shape), 2)
             moments.add(part(self.worth, place.streams, number), features, out)
         return moments
 

@@ -5,6 +5,7 @@ B images, N tokens, D width.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ class Place:
         node = self.block.spec.model_copy(update={"mixer": mixer, "hidden": hidden})
         with torch.device("meta"):
             block = make_block(self.stage, node, self.arrives)
-        block.is_last = self.block.is_last
+        block.is_last, block.source = self.block.is_last, self.block.source
         own = self.block.state_dict()
         like = next(self.block.parameters())
         for name, empty in block.state_dict(keep_vars=True).items():
@@ -91,26 +92,34 @@ class Place:
             setattr(block.get_submodule(owner), leaf, value)
         return computed(block).eval()
 
-    def toward(self, own: Tensor, other: Tensor, gap: Tensor, scale: str) -> Tensor:
+    def toward(self, own: Tensor, other: Tensor, gap: Tensor, branch: Literal[1, 2]) -> Tensor:
         """Return the target of a re-fit: the layer's own output, moved by `alpha` to what restores the dense stream.
 
         Args:
             own: output of the layer on the stream as it is.
             other: its output on the dense stream.
             gap: the dense stream less the stream as it is, before the branch.
-            scale: name of the layer scale after the branch, ``ls1`` or ``ls2``.
+            branch: attention (1) or MLP (2).
         """
-        return own + self.alpha * (unscaled(gap, self.scale(scale)) + other - own)
+        if self.block.form.post_norm:  # a norm undoes what the branch would have to restore
+            return own
+        return own + self.alpha * (unscaled(gap, self.scale(branch)) + other - own)
 
-    def scale(self, name: str) -> Tensor | None:
-        """Return the layer scale after a branch (``ls1`` or ``ls2``), ``(D,)``; None if there is none."""
-        gamma = getattr(getattr(self.block, name), "gamma", None)
-        return gamma.detach() if isinstance(gamma, Tensor) else None
+    def scale(self, branch: Literal[1, 2]) -> Tensor | None:
+        """Return the layer scale of attention (1) or MLP (2), ``(D,)``; None if there is none."""
+        gamma = self.block.scale(branch)
+        return None if gamma is None else gamma.detach()
 
-    def after_scale(self, mean: Tensor, name: str) -> Tensor:
-        """Return the constant that a branch with constant output `mean` adds to the stream."""
-        gamma = self.scale(name)
-        return mean if gamma is None else mean * exact(gamma)
+    def added(self, mean: Tensor, branch: Literal[1, 2]) -> Tensor:
+        """Return the constant that attention (1) or MLP (2) with constant output `mean` adds to the stream."""
+        gamma = self.scale(branch)
+        scaled = mean if gamma is None else mean * exact(gamma)
+        if not self.block.form.post_norm:
+            return scaled
+        norm = self.block.norm1 if branch == 1 else self.block.norm2
+        like = next(norm.parameters(), scaled)
+        with torch.no_grad():
+            return exact(norm(scaled.to(like)))
 
 
 def part(worth: Importance, batches: Sequence[Residual], number: int) -> Tensor:

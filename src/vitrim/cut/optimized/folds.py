@@ -56,7 +56,10 @@ def fold_block_(block: Block, dtype: torch.dtype, *, norms: bool = True) -> None
 
     - not where tokens or pixels of zeros join what the norm gives (the shift would be missing in them): the windows of
       a grid that is padded, a key that stands for missing patches, the border of a 3 x 3 convolution;
-    - not where prefix tokens pass a convolution as their normed selves (``prefix="norm"``), nor in `Same`.
+    - not where prefix tokens pass a convolution as their normed selves (``prefix="norm"``), nor in `Same`;
+    - not where norms follow their branches.
+
+    Queries, keys and values are brought into one layer first, and layer scale into modules.
 
     Args:
         block: in float64.
@@ -64,6 +67,7 @@ def fold_block_(block: Block, dtype: torch.dtype, *, norms: bool = True) -> None
         norms: whether norms are folded.
     """
     mixer, mlp = block.attn, block.mlp
+    _plain_(block)
     passes = isinstance(mixer, Conv) and mixer.prefix > 0 and mixer.spec.prefix == "norm"
     if isinstance(mixer, Attention | Conv) and not passes and _fold_scale_(block.ls1, mixer.proj, dtype):
         if isinstance(mixer, Conv) and mixer.prefix > 0 and mixer.spec.prefix == "mean":
@@ -77,15 +81,29 @@ def fold_block_(block: Block, dtype: torch.dtype, *, norms: bool = True) -> None
 
     if isinstance(mixer, Attention):
         _fold_norm_(mixer.norm, [mixer.proj], dtype)
+    if isinstance(mixer, Attention) and not block.form.post_norm:
         _fold_norm_(block.norm1, [mixer.qkv], dtype, shift=not _zeros_join(block))
-    elif isinstance(mixer, Conv) and not passes:
+    elif isinstance(mixer, Conv) and not passes and not block.form.post_norm:
         _fold_norm_(block.norm1, [mixer.conv], dtype, shift=mixer.spec.kernel == 1)
     if isinstance(mlp, Mlp):
         firsts = [mlp.get_submodule(name) for name in mlp.firsts]
         inner = mlp.kind == "geglu" and not isinstance(mlp.norm, nn.Identity)
         _fold_norm_(mlp.norm, firsts if inner else [mlp.get_submodule(mlp.last)], dtype)
-        if not inner:
+        if not inner and not block.form.post_norm:
             _fold_norm_(block.norm2, firsts, dtype)
+
+
+def _plain_(block: Block) -> None:
+    """Bring a block's layers into the modules of a ViT's, in place."""
+    if isinstance(block.attn, Attention):
+        block.attn.join_()
+    for name, place in (("gamma_1", "ls1"), ("gamma_2", "ls2")):
+        gamma = getattr(block, name)
+        if gamma is not None:
+            scale = LayerScale(len(gamma)).to(gamma)
+            scale.gamma = gamma
+            setattr(block, place, scale)
+            setattr(block, name, None)
 
 
 @torch.no_grad()
@@ -144,7 +162,7 @@ def _fold_constants_(block: Block) -> None:
         mlp.bias = nn.Parameter(mlp.bias + mixer.bias, requires_grad=False)
         block.attn = None
     whole = isinstance(mixer, Attention) or (isinstance(mixer, Conv) and mixer.prefix == 0)
-    if whole and isinstance(block.ls1, nn.Identity):
+    if whole and isinstance(block.ls1, nn.Identity) and not block.form.post_norm:
         layer = mixer.get_submodule("proj")
         assert isinstance(layer, Layer)
         give_(layer, layer.weight, mlp.bias if layer.bias is None else layer.bias + mlp.bias)

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from vitrim.nn import Block, WindowBlock
+from vitrim.nn.continuous import ContinuousWindowAttention
 from vitrim.nn.masks import aligned
 from vitrim.nn.window import BLOCKED, WindowAttention
 
 __all__ = ["fix_windows_"]
 
 
-class FixedWindowAttention(WindowAttention):
+class _Fixed(WindowAttention):
     """Window attention whose biases are looked up once.
 
     `rows` has them in memory as the kernels want them, ``(1 or W, H, A, up(A, ROW))``; pairs that do not meet are in it
@@ -36,12 +37,26 @@ class FixedWindowAttention(WindowAttention):
         return bias if blocked is None or self.whole else torch.where(blocked[:, None], bias + BLOCKED, bias)
 
 
+class FixedWindowAttention(_Fixed):
+    """`WindowAttention` with fixed biases."""
+
+
+class FixedContinuousWindowAttention(_Fixed, ContinuousWindowAttention):
+    """`ContinuousWindowAttention` with fixed biases."""
+
+
+_KINDS: dict[type, type[_Fixed]] = {
+    WindowAttention: FixedWindowAttention,
+    ContinuousWindowAttention: FixedContinuousWindowAttention,
+}
+
+
 def fix_windows_(block: Block) -> None:
     """Look the biases of a block with windows up; it stands where and in the type in which it will run."""
-    if isinstance(block, WindowBlock) and type(block.attn) is WindowAttention:
+    if isinstance(block, WindowBlock) and isinstance(block.attn, WindowAttention) and type(block.attn) in _KINDS:
         fixed = not block.window.dynamic
         bias = block.attn._bias(block.blocked if fixed else None)
-        block.attn.__class__ = FixedWindowAttention
-        assert isinstance(block.attn, FixedWindowAttention)
+        block.attn.__class__ = _KINDS[type(block.attn)]
+        assert isinstance(block.attn, _Fixed)
         block.attn.whole = fixed
         block.attn.register_buffer("rows", aligned(bias.detach()), persistent=False)

@@ -50,7 +50,7 @@ from vitrim.words.budget import SLACK, Budget
 from vitrim.words.errors import BudgetError, MethodError
 from vitrim.words.plain import Node
 from vitrim.words.plan import Plan
-from vitrim.words.spec import Spec
+from vitrim.words.spec import Spec, why_not_mixed
 
 __all__ = ["Method"]
 
@@ -215,7 +215,7 @@ class Method(Node):
             plan = merge_plan(spec, merges, self.form, self.size_bias)
             return plan, budget.spent(budget.cost(plan.child(spec)), whole)
 
-        if self.merges is not None or any(stage.window is not None for stage in spec.stages):
+        if self.merges is not None or any(map(why_not_mixed, spec.stages)):
             plan, spent = made(self.merges or ())
         else:
             both = thirds(spec)

@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 from vitrim.cut.observe import Gated, axes, key_of
 from vitrim.words.errors import MethodError
 from vitrim.words.plan import BlockPlan, Plan
-from vitrim.words.spec import NO_WINDOWS, Spec
+from vitrim.words.spec import Spec, why_not_mixed
 from vitrim.words.steps.grid_merge import GridMerge
 
 __all__ = ["Channels", "Merge", "free_axes", "merge_plan", "ramped", "thirds"]
@@ -45,8 +45,9 @@ def merge_plan(
         MethodError: if tokens of the model cannot be merged, or a position does not exist.
         PlanError: if the grid does not allow so many merges.
     """
-    if merges and any(stage.window is not None for stage in spec.stages):
-        raise MethodError(f"merges must be empty for this model: {NO_WINDOWS}")
+    wrong = next((why for why in map(why_not_mixed, spec.stages) if why), None)
+    if merges and wrong is not None:
+        raise MethodError(f"merges must be empty for this model: {wrong}")
     depth = len(spec.blocks())
     sites = [after for after, _ in merges]
     if any(not 0 < after < depth for after in sites) or len(set(sites)) < len(sites):

@@ -55,7 +55,7 @@ from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError
 from vitrim.words.plain import Node, dump
 from vitrim.words.progress import Work, counted, progress
-from vitrim.words.spec import Spec
+from vitrim.words.spec import Spec, why_not_mixed
 
 __all__ = ["Method"]
 
@@ -190,7 +190,7 @@ class Method(Node):
         return Found(plan=plan, parent=parent, trials=tuple(told))
 
     def _bounds(self, spec: Spec) -> Bounds:
-        whole = len(spec.stages) == 1 and spec.stages[0].window is None
+        whole = len(spec.stages) == 1 and why_not_mixed(spec.stages[0]) is None
         whole = whole and not any(block.tokens or block.only_prefix for _, _, block in spec.blocks())
         tokens = (0.5 if whole else 0.0) if self.tokens is None else self.tokens
         return Bounds(heads=self.heads, neurons=self.neurons, tokens=tokens)

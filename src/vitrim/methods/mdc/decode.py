@@ -18,7 +18,7 @@ from vitrim.methods.mdc.times import Times
 from vitrim.words.budget import Budget
 from vitrim.words.costs import attention_macs, block_cost, mlp_macs
 from vitrim.words.errors import BudgetError, MethodError
-from vitrim.words.spec import NO_WINDOWS, Attention, Block, Spec, Stage
+from vitrim.words.spec import Attention, Block, Spec, Stage, why_not_mixed
 
 __all__ = [
     "PRESETS",
@@ -213,8 +213,9 @@ class Frame:
     def _selecting(self, bound: float) -> tuple[int, ...]:
         if bound <= 0:
             return ()
-        if len(self.spec.stages) > 1 or self.spec.stages[0].window is not None:
-            raise MethodError(f"tokens must be 0 for this model: {NO_WINDOWS}")
+        wrong = next((why for why in map(why_not_mixed, self.spec.stages) if why), None)
+        if wrong is not None:
+            raise MethodError(f"tokens must be 0 for this model: {wrong}")
         if any(block.tokens is not None for _, _, block in self.spec.blocks()):
             raise MethodError("tokens must be 0 for a model whose tokens are cut already; select on the dense model")
         return selection_blocks(len(self.places))
@@ -275,7 +276,7 @@ class Frame:
             gone = (place.qk[-1] - place.qk[heads], place.v[-1] - place.v[heads], (place.block.hidden or 0) - hidden)
             for channels, rate in zip(gone, place.rates, strict=True):
                 saved += channels[:, None] * np.array(rate)
-            saved[:, 1] += _offsets(place.stage) * (len(place.v) - 1 - heads)
+            saved += np.multiply.outer(len(place.v) - 1 - heads, np.array(place.stage.of_a_head))
         times = np.zeros(len(policies), dtype=np.int64) if self.times is None else self.times(blocks, steps)
         macs = self.parent.macs - saved[:, 0] if self.token is None else self._macs_of_selected(blocks, steps)
         return Costs(macs, self.parent.params - saved[:, 1], times)
@@ -339,10 +340,6 @@ class Frame:
 
 def widths_of(mixer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (mixer.qk, mixer.v) if isinstance(mixer, Attention) else ((), ())
-
-
-def _offsets(stage: Stage) -> int:
-    return stage.window.offsets if stage.window is not None else 0
 
 
 def _rates(stage: Stage, block: Block) -> tuple[tuple[int, int], ...]:

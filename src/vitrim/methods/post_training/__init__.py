@@ -38,7 +38,7 @@ from vitrim.words.errors import MethodError
 from vitrim.words.plain import Node
 from vitrim.words.plan import Plan
 from vitrim.words.progress import progress
-from vitrim.words.spec import Spec
+from vitrim.words.spec import Spec, why_not_mixed
 
 __all__ = ["Method"]
 
@@ -225,12 +225,10 @@ class Method(Node):
         return merge == "bipartite" if self.only_prefix is None else self.only_prefix
 
     def _merges(self, spec: Spec) -> Kind:
-        able = len(spec.stages) == 1 and spec.stages[0].window is None
+        able = len(spec.stages) == 1 and why_not_mixed(spec.stages[0]) is None
         if self.merge in ("bipartite", "grid") and not able:
-            raise MethodError(
-                f"merge={self.merge} must have one stage without windows, but this model has windows or several "
-                "stages; use merge=none"
-            )
+            wrong = why_not_mixed(spec.stages[0]) or "it has several stages"
+            raise MethodError(f"merge={self.merge} must fit the model, but it does not: {wrong}; use merge=none")
         if not self.tokens:
             return "none"
         if self.merge == "auto":

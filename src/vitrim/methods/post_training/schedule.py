@@ -8,7 +8,7 @@ from typing import Literal
 
 from vitrim.words.costs import cost_of
 from vitrim.words.plan import BlockPlan, Plan
-from vitrim.words.spec import Spec, Stage
+from vitrim.words.spec import Spec, Stage, why_not_mixed
 from vitrim.words.steps.grid_merge import GridMerge
 from vitrim.words.steps.merge import Merge
 
@@ -93,7 +93,7 @@ def schedules(spec: Spec, kind: Kind, exact: bool) -> list[tuple[int, ...]]:
     blocks = len(spec.blocks())
     stage = spec.stages[0]
     found = [(0,) * blocks]
-    if kind == "none" or len(spec.stages) > 1 or stage.window is not None or blocks < 2:
+    if kind == "none" or len(spec.stages) > 1 or why_not_mixed(stage) is not None or blocks < 2:
         return found
     if kind == "grid":
         return found + _halvings(blocks, stage.grid)

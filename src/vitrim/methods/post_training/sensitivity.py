@@ -170,7 +170,7 @@ class _Row:
         block, form = self.place.block, self.place.block.form
         if isinstance(block.attn, Attention):
             cut, widths = AttentionCut(self.place), block.attn.qk
-            if not form.head_norm and len(set(widths)) == 1:
+            if not form.ties_qk and len(set(widths)) == 1:
                 yield self._cell("qk", _CUTS, cut, [BlockChoice(qk=_left(widths[0], s)) for s in _CUTS])
             if not form.mixed_norm and len(set(block.attn.v)) == 1:
                 size = block.attn.v[0]

@@ -82,6 +82,11 @@ def layout(
         PlanError: naming the path and the reason, if one cannot become a convolution.
         MethodError: if there is no attention.
     """
+    if any(stage.form.post_norm for stage in spec.stages):
+        raise MethodError(
+            "a model must have its norms before its branches for spvit, whose gates scale what a branch adds, but here "
+            "norms follow the branches and undo that; use another method"
+        )
     mixtures = {
         path: Mixture(
             heads=len(block.mixer.v),
@@ -213,8 +218,7 @@ class SinglePath(Gated):
             self._add_fitted(stack, block, beside, one, three)
             return
         attention = _attention(block)
-        bias: Tensor | None = attention.qkv.bias
-        bias = None if bias is None else bias[-attention.sizes[2] :]
+        bias = attention.rows_of("v")[1]
         out = (attention.proj.weight, attention.proj.bias)
         heard: dict[str, Tensor] = {}
 
@@ -228,7 +232,7 @@ class SinglePath(Gated):
                 added = torch.cat([first * share, added.flatten(1, 2)], dim=1)
             return (given[0] + added,)
 
-        for module, name in ((block.norm1, "x"), (attention.v_tap, "values")):
+        for module, name in ((block.enter1, "x"), (attention.v_tap, "values")):
             handle = module.register_forward_hook(lambda _m, _i, out, name=name: heard.update({name: out}))
             stack.callback(handle.remove)
         stack.callback(block.ls1.register_forward_pre_hook(add).remove)
@@ -242,7 +246,7 @@ class SinglePath(Gated):
         def add(_: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
             return (given[0] + beside(heard.pop(), one, three),)
 
-        stack.callback(block.norm1.register_forward_hook(lambda _m, _i, out: heard.append(out)).remove)
+        stack.callback(block.enter1.register_forward_hook(lambda _m, _i, out: heard.append(out)).remove)
         stack.callback(block.ls1.register_forward_pre_hook(add).remove)
 
     def _on_grid(self, path: str, beside: Paths, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -118,15 +118,16 @@ class BlockPlan(Node):
         if not isinstance(self.mixer, Conv):
             self._tied(form, mixer, qk, v, at)
         living = [head for head, kept in enumerate(v) if kept]
-        return mixer.model_copy(update={"qk": tuple(len(qk[i]) for i in living), "v": tuple(len(v[i]) for i in living)})
+        return mixer.of(living, [len(qk[i]) for i in living], [len(v[i]) for i in living])
 
     def _tied(self, form: Form, mixer: Attention, qk: Sequence[Kept], v: Sequence[Kept], at: str) -> None:
-        if form.head_norm is not None:
+        if form.ties_qk:
+            what = "channels under a q/k norm" if form.head_norm is not None else "channels that turn with their places"
             for head, kept in enumerate(qk):
                 if kept and len(kept) < mixer.qk[head]:
                     raise PlanError(
-                        f"{at}.heads.{head}.qk: channels under a q/k norm must be kept together, "
-                        f"but {len(kept)} of {mixer.qk[head]} are; cut v, or the whole head"
+                        f"{at}.heads.{head}.qk: {what} must be kept together, but "
+                        f"{len(kept)} of {mixer.qk[head]} are; cut v, or the whole head"
                     )
         if form.mixed_norm is not None and tuple(map(len, v)) != mixer.v:
             raise PlanError(

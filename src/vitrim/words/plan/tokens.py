@@ -4,7 +4,16 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from vitrim.words.errors import PlanError
-from vitrim.words.spec import NO_WINDOWS, Block, Spec, Stage, why_not_any_size, why_not_blocks, why_not_only_prefix
+from vitrim.words.spec import (
+    NO_WINDOWS,
+    Block,
+    Spec,
+    Stage,
+    why_not_any_size,
+    why_not_blocks,
+    why_not_only_prefix,
+    why_not_placed,
+)
 from vitrim.words.steps import Step, flow_of, why_not_tokens
 
 __all__ = ["Decision", "check_head", "check_stage", "why_not_pooled", "with_steps"]
@@ -51,7 +60,7 @@ def with_steps(blocks: tuple[Block, ...], decisions: Sequence[Decision], stage: 
         else:
             wrong = None
             step = following if mine is None else mine.inherited(here)
-        wrong = wrong or why_not_tokens(step, here, stage.patches)
+        wrong = wrong or why_not_tokens(step, here, stage.patches) or why_not_placed(step, stage)
         if wrong is not None:
             raise PlanError(f"{at}.{index}.tokens: {wrong}")
         step = None if step is None else step.simplified(stage.patches)

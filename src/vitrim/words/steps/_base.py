@@ -90,6 +90,11 @@ class StepBase(Node):
         """Return why this step cannot run on the tokens `arriving`, on a dense grid of `patches`; None if it can."""
         raise NotImplementedError
 
+    @property
+    def adds_zeros(self) -> bool:
+        """Whether attention gets a token of zeros in the place of those that are missing."""
+        return False
+
     def why_not_any_size(self) -> str | None:
         """Return why this step cannot be in a model whose image size changes from call to call; None if it can."""
         return None

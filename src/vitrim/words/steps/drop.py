@@ -49,6 +49,11 @@ class Drop(StepBase):
             return "patches must be dropped before others are merged or chosen, but here they have no fixed positions"
         return _returning(self.kept, arriving.places)
 
+    @property
+    def adds_zeros(self) -> bool:
+        """See `StepBase.adds_zeros`."""
+        return self.exact
+
     def why_not_any_size(self) -> str | None:
         """See `StepBase.why_not_any_size`: two grids with equally many patches cannot be distinguished."""
         return (
