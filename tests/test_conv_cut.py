@@ -220,6 +220,25 @@ def test_without_a_fit_it_is_an_attention_of_tokens_to_themselves():
         assert apart(conv(x)[:, :1], nothing) < EXACT
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_cut_of_the_residual_width_takes_it_along(kernel):
+    """Before, after, or in one plan with it: constants of prefix tokens are cut like everything in the stream."""
+    model = adopted("vit", "registers")
+    spec = describe(model)
+    conv = Plan.of(spec, [BlockPlan(), BlockPlan(mixer=linear(kernel, 20)), BlockPlan()])
+    keep = [BlockPlan()] * 3
+    narrow = Plan.of(spec, keep, [tuple(range(1, 48, 2))])
+    after = surgery.apply(surgery.apply(model, conv), narrow)
+    before = surgery.apply(surgery.apply(model, narrow), conv)
+    whole = surgery.apply(model, conv.then(narrow, spec))
+    x = images(spec, 3)
+    with torch.no_grad():
+        wanted = whole(x)
+        assert whole.blocks[1].attn.mean.shape == (3, 24)
+        assert apart(after(x), wanted) < EXACT
+        assert apart(before(x), wanted) < EXACT
+
+
 def test_forms_are_read_and_written():
     """What an older version wrote has no activation in it, and reads as the published one."""
     old = {"kind": "conv", "kernel": 3, "width": 16, "prefix": "zero", "mixture": None, "norm": False}

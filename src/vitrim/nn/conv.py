@@ -11,8 +11,8 @@ Differences from the authors' code: the grid need not be square, any number of p
 gives two plain layers (theirs keeps the batch norm, and for Swin reads the slots in DeiT's order).
 
 Ours: the bottleneck may have any width, the activation may be left out, and prefix tokens may get a stored constant.
-Such convolutions are fitted to an attention (`vitrim.cut.compensate.ConvCut`); without a fit, surgery makes them of the
-product of its value and output projections, as if each token attended to itself or equally to its neighborhood.
+Such convolutions are fitted to an attention (`vitrim.cut.compensate.ConvCut`); without a fit, surgery makes them of
+some of its value channels, as if each token attended to itself or equally to its neighborhood.
 """
 
 from collections.abc import Mapping
@@ -87,7 +87,7 @@ def state_of(
 
     From an attention whose heads have the convolution's width, with a ReLU (as published): the value and output
     projections unchanged, equal mixture weights for all heads, and a batch norm that is the identity. From any other
-    attention: the product of both projections in low rank, and the same batch norm. From a convolution: the same
+    attention: as many value channels as the convolution is wide, and the same batch norm. From a convolution: the same
     function in evaluation, with its mixture and then its batch norm folded into plain tensors.
 
     Args:
@@ -102,7 +102,7 @@ def state_of(
         value = {"weight": weight} | ({} if bias is None else {"bias": bias})
         first = _constants(have, value, prefix) if conv.prefix == "mean" and prefix else {}
         if conv.act == "none" or set(was.v) != {conv.width}:
-            return _product(have, value, conv) | first
+            return _chosen(have, value, conv) | first
         mixture = conv.mixture or Mixture(heads=len(was.v), temperature=1.0)
         have = _of_attention(have, value, mixture.heads, conv.width)
         was = conv.model_copy(update={"mixture": mixture, "norm": True})
@@ -140,30 +140,23 @@ def _constants(have: Mapping[str, Tensor], values: Mapping[str, Tensor], prefix:
     return {"mean": mean.expand(prefix, -1)}
 
 
-def _product(have: Mapping[str, Tensor], values: Mapping[str, Tensor], conv: ConvSpec) -> dict[str, Tensor]:
-    """Return a convolution of plain tensors: the product of both projections of an attention in rank `conv.width`.
+def _chosen(have: Mapping[str, Tensor], values: Mapping[str, Tensor], conv: ConvSpec) -> dict[str, Tensor]:
+    """Return a convolution of plain tensors from `conv.width` value channels of an attention, evenly spaced.
 
-    All nine taps of a 3 x 3 kernel are equal. A width above the rank of the product gets channels of zeros.
+    All nine taps of a 3 x 3 kernel are equal. A width above the number of value channels gets channels of zeros. Which
+    channels are chosen depends on their number alone, so that cuts of the residual width before or after give the same.
     """
-    like = have["proj.weight"]
-    exact = torch.float64 if like.device.type != "mps" else torch.float32
-    out = like.to(exact)
-    left, sizes, right = torch.linalg.svd(out @ values["weight"].to(exact), full_matrices=False)
-    more, kept = max(0, conv.width - len(sizes)), slice(conv.width)
-    half = sizes[kept].sqrt()
-    inner, back = F.pad(half[:, None] * right[kept], (0, 0, 0, more)), F.pad(left[:, kept] * half, (0, more))
-    constant = out @ values["bias"].to(exact) if "bias" in values else out.new_zeros(len(out))
-    state = {"conv.bias": out.new_zeros(conv.width)}
-    if "proj.bias" in have:
-        state["proj.bias"] = have["proj.bias"] + constant
-    else:
-        state["conv.bias"] = torch.linalg.lstsq(back, constant[:, None]).solution[:, 0]
+    out, like = have["proj.weight"], values["weight"]
+    count = min(conv.width, len(like))
+    index = torch.arange(count, device=like.device) * len(like) // count
+    more = conv.width - count
+    inner, back = F.pad(like[index], (0, 0, 0, more)), F.pad(out[:, index], (0, more))
+    bias = values["bias"][index] if "bias" in values else like.new_zeros(count)
     if conv.kernel == 3:
         inner, back = (inner / 9)[:, :, None, None].expand(-1, -1, 3, 3), back[:, :, None, None]
-    state |= {"conv.weight": inner, "proj.weight": back}
-    return {name: value.to(like.dtype) for name, value in state.items()} | (
-        _same_norm(like, conv.width) if conv.norm else {}
-    )
+    state = {name: value for name, value in have.items() if name == "proj.bias"}
+    state |= {"conv.weight": inner, "conv.bias": F.pad(bias, (0, more)), "proj.weight": back}
+    return state | (_same_norm(like, conv.width) if conv.norm else {})
 
 
 def _merged(state: Mapping[str, Tensor], was: ConvSpec, mixture: Mixture) -> dict[str, Tensor]:
