@@ -10,7 +10,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.samples import IDS, PRESETS, images, timm_model
+from tests.samples import IDS, PRESETS, apart, images, timm_model
+from tests.tolerance import SINGLE
 from vitrim import families
 from vitrim.cut import surgery
 from vitrim.deploy import store
@@ -143,7 +144,10 @@ def works_or_says(child: torch.nn.Module, change, size=None) -> None:
 
 @pytest.mark.parametrize(("family", "preset"), PRESETS, ids=IDS)
 def test_plans_compose_over_every_kind(family, preset):
-    """Two plans in a row are one plan, bit for bit, and both are refused together."""
+    """Two plans in a row are one plan, bit for bit, and both are refused together.
+
+    Kernels that are made at another residual width may round otherwise.
+    """
     model = parent(family, preset)
     spec = describe(model)
 
@@ -163,8 +167,7 @@ def test_plans_compose_over_every_kind(family, preset):
         assert describe(steps) == describe(whole) == once.child(spec)
         x = images(spec, dtype=torch.float32)
         with torch.no_grad():
-            # A convolution is made from the channels of the residual stream that are there.
-            made = any(first.widths() + second.widths()) and {"conv1", "conv3"} & kinds_in(once.child(spec))
-            assert made or torch.equal(steps(x), whole(x))
+            rounds = any(first.widths() + second.widths()) and {"conv1", "conv3"} & kinds_in(once.child(spec))
+            assert apart(steps(x), whole(x)) < SINGLE if rounds else torch.equal(steps(x), whole(x))
 
     check()
