@@ -7,7 +7,6 @@ and no rights.
 
 import argparse
 import datetime
-import importlib.util
 import json
 import os
 import platform
@@ -21,6 +20,7 @@ from typing import Any
 
 MARKS = ("<!-- figures: written by python -m tests.reliability -->", "<!-- end of figures -->")
 INSIDE = "VITRIM_RELIABILITY_INSIDE"
+_ORDER = ("killed", "SIGTERM", "disk full", "read-only", "planted secrets", "fuzz")
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     asked.add_argument("--sizes", type=int, default=13, help="sizes of a disk that is too small")
     asked.add_argument("--moments", type=int, default=4, help="moments at which a disk becomes read-only")
     asked.add_argument("--fuzz", type=int, default=500, help="mutated files of each kind")
-    asked.add_argument("--only", action="append", help="names of commands; all by default")
+    asked.add_argument("--only", action="append", help="names of commands, or kinds of files; all by default")
     asked.add_argument("--out", type=Path, default=Path("docs/reliability.json"), help="record to write")
     given = asked.parse_args()
     if os.environ.get(INSIDE) is None:
@@ -42,75 +42,80 @@ def main() -> None:
         ).returncode
         sys.exit(code)
     found = _broken(given, lambda text: print(text, file=sys.stderr, flush=True))
-    given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    page = given.out.with_suffix(".md")
-    page.write_text(_written(page.read_text(encoding="utf-8"), found), encoding="utf-8")
     sys.exit(any(row["wrong"] for row in found["rows"]))
 
 
+def _write(out: Path, found: dict[str, Any]) -> None:
+    """Write the record and the page; rows of earlier calls stay where this one has not tried the same."""
+    mine = {(row["what"], row["command"]) for row in found["rows"]}
+    before = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.is_file() else []
+    kept = [row for row in before if (row["what"], row["command"]) not in mine]
+    found = {**found, "rows": sorted(kept + found["rows"], key=lambda row: _ORDER.index(row["what"]))}
+    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    page = out.with_suffix(".md")
+    page.write_text(_written(page.read_text(encoding="utf-8"), found), encoding="utf-8")
+
+
 def _broken(given: Any, say: Callable[[str], None]) -> dict[str, Any]:
+    """Break what is asked for, and write the record after each row, so that a stopped command keeps what it found."""
     import torch
 
     torch.set_num_threads(1)
     import timm
 
     import vitrim
-    from tests.reliability import checks, commands
-    from vitrim.methods.mdc import bayes
-
-    bayes.PATIENCE = 2.0  # a shared search takes over the trial of a killed process after a minute
     import vitrim.cli
     import vitrim.deploy.export
     import vitrim.methods.cait
     import vitrim.methods.spvit
     import vitrim.run.curve
-    import vitrim.run.transfer.run
+    import vitrim.run.transfer.run  # what a child would import, each of them again
+    from tests.fuzz.__main__ import counted
+    from tests.fuzz.kinds import KINDS
+    from tests.reliability import checks, commands
+    from vitrim.methods.mdc import bayes
 
+    bayes.PATIENCE = 2.0  # a shared search takes over the trial of a killed process after a minute
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="vitrim-reliability-") as name:
-        root = Path(name)
-        commands.prepare(root)
-        done = commands.run(
-            [*commands.arguments_of("magnitude", root, root / "done"), "--set", "train.epochs=0"], root / "told"
-        )
-        if done.status:
-            sys.exit(f"a run must end well to be broken, but: {done.error}")
-
-        def row(what: str, command: str, found: dict[str, Any]) -> None:
-            rows.append({"what": what, "command": command, **found})
-            say(f"{what}, {command}: " + ", ".join(f"{k} {v}" for k, v in found.items() if k != "wrong"))
-
-        chosen = given.only or list(commands.WRITING)
-        for command in (each for each in commands.COMMANDS if each in chosen):
-            for what, number, times in (
-                ("killed", signal.SIGKILL, given.kills),
-                ("SIGTERM", signal.SIGTERM, given.stops),
-            ):
-                if times:
-                    row(what, command, checks.stopped(command, root, root / "place", number, times, say))
-        for command in chosen:
-            if given.sizes:
-                shares = [(place + 0.5) / given.sizes for place in range(given.sizes)]
-                row("disk full", command, checks.full_disk(command, root, root / "place", shares, say))
-            if given.moments:
-                shares = [place / given.moments for place in range(given.moments)]
-                row("read-only", command, checks.read_only(command, root, root / "place", shares, say))
-        if given.fuzz:
-            from tests.fuzz.__main__ import counted
-            from tests.fuzz.kinds import KINDS
-
-            for kind, found in counted(list(KINDS), 0, given.fuzz).items():
-                row("fuzz", kind, {**found, "times": found.pop("cases")})
-    if importlib.util.find_spec("pytest") is not None and not given.only:
-        rows.append(_planted())
-    return {
-        "command": " ".join(["python -m tests.reliability", *sys.argv[1:]]),
+    found = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
                      "vitrim": vitrim.__version__},
         "rows": rows,
     }  # fmt: skip
+
+    def row(what: str, command: str, counts: dict[str, Any]) -> None:
+        by = " ".join(["python -m tests.reliability", *sys.argv[1:]])
+        rows.append({"what": what, "command": command, **counts, "by": by, "date": found["date"]})
+        say(f"{what}, {command}: " + ", ".join(f"{k} {v}" for k, v in counts.items() if k != "wrong"))
+        _write(given.out, found)
+
+    chosen = given.only or list(commands.WRITING)
+    if not given.only:
+        row("planted secrets", "compress, push", _planted())
+    for kind in KINDS if given.fuzz else ():
+        if not given.only or kind in given.only:
+            counts = counted([kind], 0, given.fuzz)[kind]
+            row("fuzz", kind, {**counts, "times": counts.pop("cases")})
+    with tempfile.TemporaryDirectory(prefix="vitrim-reliability-") as name:
+        root = Path(name)
+        commands.prepare(root)
+        done = commands.run(commands.arguments_of("magnitude", root, root / "done"), root / "told")
+        if done.status:
+            sys.exit(f"a run must end well to be broken, but: {done.error}")
+        for what, number, times in (("killed", signal.SIGKILL, given.kills), ("SIGTERM", signal.SIGTERM, given.stops)):
+            for command in commands.COMMANDS:
+                if times and command in chosen:
+                    row(what, command, checks.stopped(command, root, root / "place", number, times, say))
+        for command in chosen[::-1]:
+            if given.moments:
+                shares = [place / given.moments for place in range(given.moments)]
+                row("read-only", command, checks.read_only(command, root, root / "place", shares, say))
+            if given.sizes:
+                shares = [(place + 0.5) / given.sizes for place in range(given.sizes)]
+                row("disk full", command, checks.full_disk(command, root, root / "place", shares, say))
+    return found
 
 
 def _planted() -> dict[str, Any]:
@@ -143,8 +148,8 @@ def _written(page: str, found: dict[str, Any]) -> str:
 
 def _table(found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    lines = [f"`{found['command']}`, {found['date']}, {found['machine']}, {versions}; the record is "
-             "[reliability.json](reliability.json).", "",
+    calls = "; ".join(f"`{by}`" for by in dict.fromkeys(row["by"] for row in found["rows"]))
+    lines = [f"{calls}; {found['date']}, {found['machine']}, {versions}; the record is `docs/reliability.json`.", "",
              "| what | command or kind | times | as it must be | done before | wrong |",
              "| --- | --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
     for row in found["rows"]:

@@ -18,8 +18,11 @@ from tests.test_cli import CLASSES, TINY
 
 __all__ = ["COMMANDS", "METHODS", "Ended", "arguments_of", "prepare", "results_of", "run", "start", "wait"]
 
-LONGEST = 120.0
+LONGEST = 600.0
 """Seconds after which a process counts as hanging."""
+
+SMALL = TINY | {"depth": 4, "dynamic_img_size": False}
+"""Arguments of the model: methods that merge need blocks between which to do it, and those with convolutions a grid."""
 
 _SETTINGS = {
     "random": {},
@@ -55,7 +58,7 @@ def prepare(root: Path) -> None:
             Image.fromarray((pixels[..., 0] // 100).copy()).save(root / "scenes" / split / "masks" / f"{number}.png")
     (root / "scenes" / "classes.txt").write_text("sky\nroad\ncar\n")
     torch.manual_seed(0)
-    model = timm.create_model("test_vit", num_classes=CLASSES, **TINY)
+    model = timm.create_model("test_vit", num_classes=CLASSES, **SMALL)
     save_file(model.state_dict(), root / "weights.safetensors")
 
 
@@ -65,7 +68,7 @@ def _settings(values: dict[str, Any]) -> list[str]:
 
 def arguments_of(name: str, root: Path, out: Path) -> list[str]:
     """Return the command line of a command, which writes to `out`."""
-    sizes = {f"model.arguments.{key}": value for key, value in TINY.items()}
+    sizes = {f"model.arguments.{key}": value for key, value in SMALL.items()}
     model = ["test_vit", "--weights", str(root / "weights.safetensors"), "--classes", str(CLASSES)]
     quick = {"measure.latency": "false", "device": "cpu", "data.calibration": 24, "train.batch": 8}
     quick |= {"train.checkpoint_every": 1, "train.log_every": 1}
