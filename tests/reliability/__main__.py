@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -86,7 +87,7 @@ def _broken(given: Any, say: Callable[[str], None]) -> dict[str, Any]:
     }  # fmt: skip
 
     def row(what: str, command: str, counts: dict[str, Any]) -> None:
-        by = " ".join(["python -m tests.reliability", *sys.argv[1:]])
+        by = shlex.join(["python", "-m", "tests.reliability", *sys.argv[1:]])
         rows.append({"what": what, "command": command, **counts, "by": by, "date": found["date"]})
         say(f"{what}, {command}: " + ", ".join(f"{k} {v}" for k, v in counts.items() if k != "wrong"))
         _write(given.out, found)
