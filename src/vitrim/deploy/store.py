@@ -251,7 +251,12 @@ def _written(spec: Spec, given: Mapping[str, Any] | None) -> str:
 
 def _prove(model: nn.Module, stored: nn.Module, image: tuple[int, int]) -> None:
     """Raise an error if a stored model does not compute the same outputs as the model in memory."""
-    found = find_difference(stored.to(home_of(model)[0]), model, image, "store")
+    try:
+        found = find_difference(stored.to(home_of(model)[0]), model, image, "store")
+    except RuntimeError as problem:  # such as layers of different types, which do not take each other's outputs
+        raise StoreError(
+            f"a model must run to be stored, but says: {reason(problem)}; convert it to one floating-point type"
+        ) from None
     if found is not None and math.isnan(found.apart):
         raise StoreError(
             f"a stored model must give finite {found.what}, but gives none for random images; its weights are too large"
