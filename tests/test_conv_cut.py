@@ -269,6 +269,11 @@ class TestRefusals:
         with pytest.raises(MethodError, match="must have patches that fill a grid"):
             ConvCut(place)
 
+    def test_norms_that_follow_their_branch(self):
+        model = adopted("swin_v2", "windows")
+        with pytest.raises(MethodError, match="where the norm comes before its branch, but here it follows"):
+            ConvCut(place_of(model, [images(describe(model), 4)]))
+
     def test_forms(self):
         model = adopted("vit", "swiglu")
         cut = ConvCut(place_of(model, [images(describe(model), 64)]))

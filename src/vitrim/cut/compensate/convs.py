@@ -61,7 +61,7 @@ class ConvCut:
         strength: strength of the ridge.
 
     Raises:
-        MethodError: if the patches of the block do not fill a grid.
+        MethodError: if the patches of the block do not fill a grid, or its norm follows the branch.
     """
 
     def __init__(self, place: Place, strength: float = RIDGE) -> None:
@@ -69,6 +69,11 @@ class ConvCut:
         grid = (
             flow_of(block.spec.tokens, place.arrives, stage.patches).mixed.grid if stage.window is None else stage.grid
         )
+        if stage.form.post_norm:
+            raise MethodError(
+                f"{place.path}: a convolution is fitted where the norm comes before its branch, but here it follows; "
+                "keep attention here"
+            )
         if grid is None:
             raise MethodError(
                 f"{place.path}: a convolution must have patches that fill a grid, but some were dropped or merged; "

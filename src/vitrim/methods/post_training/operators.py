@@ -37,6 +37,8 @@ def why_not_convolve(block: Block, stage: Stage, arriving: Tokens) -> str | None
     """Return why a block cannot convolve; None if it can."""
     if not isinstance(block.mixer, Attention) or not block.mixer.v:
         return "a convolution is made of an attention, but the block has none"
+    if stage.form.post_norm:
+        return "a convolution is fitted where the norm comes before its branch, but here it follows"
     if block.only_prefix:
         return "a convolution must have patches, but the block computes only prefix tokens"
     if stage.window is None and flow_of(block.tokens, arriving, stage.patches).mixed.grid is None:
