@@ -15,7 +15,7 @@ from tests.tables import proportional
 from vitrim import methods
 from vitrim.cut.fill import Scored
 from vitrim.cut.observe import axes
-from vitrim.cut.spend import Ladder, Ladders, Scaled, settle, spend
+from vitrim.cut.spend import Ladder, Ladders, Scaled, spend, spend_ladders
 from vitrim.families import describe
 from vitrim.methods.cait.masks import free_axes
 from vitrim.methods.cait.slots import Rules, Slots
@@ -159,7 +159,7 @@ def levels(keys, saves, need):
     spec = describe(adopted("vit", "plain"))
     macs = Budget().cost(spec).macs
     budget = Budget().bounded({"macs": macs - need})
-    return [ladder.level for ladder in settle(spec, Given(keys, saves), budget)[1]]
+    return [ladder.level for ladder in spend_ladders(spec, Given(keys, saves), budget)[1]]
 
 
 def test_one_threshold_and_what_fits_comes_back():

@@ -6,7 +6,7 @@
 """
 
 from vitrim.cut.spend.knapsack import choose_options, power_law
-from vitrim.cut.spend.options import Array, Ladder, Ladders, Options, settle, spend
+from vitrim.cut.spend.options import Array, Ladder, Ladders, Options, spend, spend_ladders
 from vitrim.cut.spend.scaled import Policies, Scaled, Space, project, scaled, within
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "power_law",
     "project",
     "scaled",
-    "settle",
     "spend",
+    "spend_ladders",
     "within",
 ]

@@ -20,7 +20,7 @@ from vitrim.words.errors import BudgetError
 from vitrim.words.plan import Plan
 from vitrim.words.spec import Spec
 
-__all__ = ["Array", "Ladder", "Ladders", "Options", "settle", "spend"]
+__all__ = ["Array", "Ladder", "Ladders", "Options", "spend", "spend_ladders"]
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
@@ -120,19 +120,19 @@ class Ladders(Options, Generic[L]):
 
     def spent(self, spec: Spec, budget: Budget) -> Plan:
         """See `Options.spent`."""
-        return settle(spec, self, budget)[0]
+        return spend_ladders(spec, self, budget)[0]
 
 
-def settle(spec: Spec, options: Ladders[L], budget: Budget) -> tuple[Plan, list[L]]:
+def spend_ladders(spec: Spec, options: Ladders[L], budget: Budget) -> tuple[Plan, list[L]]:
     """Return the plan for `budget` and the ladders at its levels; see `spend`."""
-    settling = _Settling(spec, options, options.ladders(spec, budget), budget, budget.cost(spec))
-    limits = budget.limits(settling.parent)
-    plan = settling.at(limits) if budget.latency is None else settling.within_time(limits)
-    return plan, settling.ladders
+    spending = _Spending(spec, options, options.ladders(spec, budget), budget, budget.cost(spec))
+    limits = budget.limits(spending.parent)
+    plan = spending.at(limits) if budget.latency is None else spending.within_time(limits)
+    return plan, spending.ladders
 
 
 @dataclass(frozen=True)
-class _Settling(Generic[L]):
+class _Spending(Generic[L]):
     spec: Spec
     options: Ladders[L]
     ladders: list[L]

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrim.cut.spend import Array, Ladder, Ladders, settle
+from vitrim.cut.spend import Array, Ladder, Ladders, spend_ladders
 from vitrim.words.budget import SLACK, Budget, Price
 from vitrim.words.costs import block_cost
 from vitrim.words.errors import MethodError
@@ -345,4 +345,4 @@ def allocate_slots(
     whole = prices.cost(spec)
     over = prices.bounded({name: float(math.floor(v)) for name, v in limits.items() if v < getattr(whole, name)})
     slots = Slots(scores, rules, limits, ranked_at=ranked_at, fine=fine)
-    return masks_of(settle(spec, slots, over)[1])
+    return masks_of(spend_ladders(spec, slots, over)[1])

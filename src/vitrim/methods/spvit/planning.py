@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.cut.outputs import divergence, logits_of
-from vitrim.cut.spend import Array, Ladder, Ladders, settle
+from vitrim.cut.spend import Array, Ladder, Ladders, spend_ladders
 from vitrim.cut.surgery import apply
 from vitrim.methods.spvit import gates
 from vitrim.methods.spvit.paths import FittedPaths, Paths
@@ -188,7 +188,7 @@ def decide(
 
     def settled(held: Mapping[str, int]) -> tuple[float, tuple[dict[str, int], dict[str, Tensor]]]:
         options = Gates(single, how, held)
-        plan, ladders = settle(spec, options, budget)
+        plan, ladders = spend_ladders(spec, options, budget)
         cost = budget.cost(plan.child(spec))
         spent = budget.spent(cost, parent) if budget.admits(cost, parent) else 0.0
         return spent, options.structure(ladders)
