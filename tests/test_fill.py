@@ -3,6 +3,7 @@
 import time
 
 import pytest
+import timm
 import torch
 
 from tests.samples import IDS, PRESETS, adopted, without_data
@@ -16,6 +17,9 @@ from vitrim.words.errors import BudgetError, MethodError
 
 EACH = pytest.mark.parametrize(("family", "preset"), PRESETS, ids=IDS)
 CHOICES = ["free", "even", "heads"]
+# Queries and keys go with their heads, and norms tie neurons: two tiny blocks leave nothing finer to restore. Models of
+# real size are spent to 2 % (`test_coarse_families_of_real_size_are_spent`).
+COARSE = {("eva", "eva02"): 0.05, ("beit", "none"): 0.05, "swin_v2": 0.11}
 
 
 def random_scores(model, seed=0):
@@ -46,8 +50,26 @@ def test_budgets_bind(family, preset, choice, by):
         met += 1
         cost = cost_of(plan.child(spec))
         assert budget.admits(cost, parent)
-        assert budget.spent(cost, parent) >= 1 - SLACK, text
+        slack = COARSE.get((family, preset), COARSE.get(family, SLACK))
+        assert budget.spent(cost, parent) >= 1 - slack, text
     assert met >= 1
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224", "swinv2_tiny_window8_256"])
+def test_coarse_families_of_real_size_are_spent(name, choice):
+    spec = describe(without_data(lambda: timm.create_model(name)))
+    generator = torch.Generator().manual_seed(0)
+    scores = {}
+    for path, stage, block in spec.blocks():
+        scores[f"{path}.v"] = torch.rand(sum(block.mixer.v), generator=generator)
+        scores[f"{path}.hidden"] = torch.rand(block.hidden, generator=generator)
+        if not stage.form.ties_qk:
+            scores[f"{path}.qk"] = torch.rand(sum(block.mixer.qk), generator=generator)
+    budget = Budget.parse("macs=0.5")
+    cost = cost_of(fill(spec, scores, budget, choice=choice).child(spec))
+    assert budget.admits(cost, cost_of(spec))
+    assert budget.spent(cost, cost_of(spec)) >= 1 - SLACK
 
 
 @pytest.mark.parametrize("choice", CHOICES)

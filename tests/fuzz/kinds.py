@@ -1,6 +1,7 @@
 """The kinds of files that are fuzzed: a sound sample of each, how it is changed, and all that reads it."""
 
 import contextlib
+import copy
 import io
 import json
 import random
@@ -248,7 +249,7 @@ def _read_stored(path: Path, out: Path) -> None:
 
 
 def _calibration(root: Path) -> Path:
-    model = adopted("vit", "plain").float()
+    model = copy.deepcopy(adopted("vit", "plain")).float()
     spec = describe(model)
     losses: dict[str, tuple[float, ...]] = {}
     for path, _, _ in spec.blocks():
@@ -270,7 +271,7 @@ def _calibration(root: Path) -> Path:
 
 def _read_calibration(path: Path, out: Path) -> None:
     found = read_calibration(path)
-    found.check(adopted("vit", "plain").float(), found.input, str(path))
+    found.check(copy.deepcopy(adopted("vit", "plain")).float(), found.input, str(path))
     read_off(found, Budget.parse("macs=0.6"), merge=True, exact=False)
 
 
