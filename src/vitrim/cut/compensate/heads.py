@@ -71,8 +71,8 @@ class Heads:
 
 def _joined(weight: Tensor, bias: Tensor | None, biased: bool) -> Tensor:
     """Return weight and bias, zeros where a part has none, side by side in float64."""
-    rows = weight.detach().cpu().double()
+    rows = exact(weight.detach())
     if not biased:
         return rows
-    last = rows.new_zeros(len(rows)) if bias is None else bias.detach().cpu().double()
+    last = rows.new_zeros(len(rows)) if bias is None else exact(bias.detach())
     return torch.cat([rows, last[:, None]], dim=1)
