@@ -73,7 +73,7 @@ def open_parent(
         WeightsError: if the weights are unreadable, not finite, or do not fit.
         AdoptError: if the model has a part that a spec cannot represent.
     """
-    if not store.is_stored(name) and not random_weights:
+    if timm.is_model(name) and not store.is_stored(name) and not random_weights:
         _check_family(name, dict(arguments or {}))
     opened = open_teacher(
         name,
@@ -173,8 +173,6 @@ def _check_family(name: str, arguments: dict[str, Any]) -> None:
     Raises:
         AdoptError: naming what it is, why not, and the name of a model that is near.
     """
-    if not timm.is_model(name):
-        return
     wrong = why_not_cut(name, arguments)
     if wrong is not None:
         raise AdoptError(f"{name}: {wrong}")
