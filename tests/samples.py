@@ -11,6 +11,7 @@ from vitrim.testing.samples import random_images as images
 from vitrim.testing.samples import sample_model as timm_model
 
 __all__ = [
+    "FEW",
     "IDS",
     "PRESETS",
     "adopted",
@@ -27,6 +28,9 @@ __all__ = [
 
 PRESETS = [(family, name) for family in families.names() for name in families.get(family).TEST_PRESETS]
 IDS = [f"{family}-{name}" for family, name in PRESETS]
+
+FEW = [(family, name) for family, name in PRESETS if name == next(iter(families.get(family).TEST_PRESETS))]
+"""One preset of each family, for what presets do not change."""
 
 
 def without_data(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:

@@ -38,7 +38,7 @@ OTHERS = {
     "only_prefix",
     "width",
 }
-EXAMPLES = 80
+EXAMPLES = 60
 # Without shrinking, which takes minutes of forward passes; the plan that fails is printed as it was drawn.
 FEW = settings(
     max_examples=EXAMPLES,

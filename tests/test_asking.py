@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.samples import IDS, PRESETS, adopted, random_plan, timm_model
+from tests.samples import FEW, adopted, random_plan, timm_model
 from vitrim import families
 from vitrim.cut import surgery
 from vitrim.deploy import store
@@ -32,7 +32,7 @@ from vitrim.nn.segment import Head
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import AdoptError
 
-EACH = pytest.mark.parametrize(("family", "preset"), PRESETS, ids=IDS)
+EACH = pytest.mark.parametrize(("family", "preset"), FEW, ids=[f"{family}-{preset}" for family, preset in FEW])
 
 
 def shared():

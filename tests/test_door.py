@@ -1,10 +1,14 @@
-"""Guests are welcome or refused: every timm name whose class is a plain ViT's, and other visitors."""
+"""Every timm name whose class is a plain ViT's is adopted or refused, and so are other models."""
 
 import copy
+import dataclasses
 import functools
 import inspect
+import json
+import os
 import re
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +97,7 @@ def randomised(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the door said to one name; the numbers are those of an adopted model."""
+    """Whether one name is adopted; the numbers are those of the adopted model."""
 
     refusal: str = ""
     apart: float = 0.0
@@ -106,7 +110,24 @@ class Verdict:
 
 @functools.cache
 def verdict(name: str) -> Verdict | None:
-    """Knock at the door with a random model of that name; None if its class is not one of `PLAIN`."""
+    """The verdict on a name, shared by the processes of one run of the tests."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:
+        return _verdict(name)
+    shared = Path(tempfile.gettempdir()) / f"vitrim-door-{run}" / f"{name}.json"
+    if shared.is_file():
+        known = json.loads(shared.read_text(encoding="utf-8"))
+        return None if known is None else Verdict(**known)
+    found = _verdict(name)
+    shared.parent.mkdir(exist_ok=True)
+    part = shared.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(None if found is None else dataclasses.asdict(found)), encoding="utf-8")
+    part.replace(shared)
+    return found
+
+
+def _verdict(name: str) -> Verdict | None:
+    """Adopt a random model of that name; None if its class is not one of `PLAIN`."""
     model = skeleton(name)
     if not isinstance(model, PLAIN):
         return None

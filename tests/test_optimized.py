@@ -15,7 +15,7 @@ from torch import nn
 
 from tests.children import CHOOSING, KINDS, child, child_of, has
 from tests.operators import operators
-from tests.samples import IDS, PRESETS, adopted, apart, images
+from tests.samples import FEW, IDS, PRESETS, adopted, apart, images
 from tests.tolerance import EXACT, SINGLE
 from vitrim import families
 from vitrim.cut.optimized import optimize_block_
@@ -34,6 +34,7 @@ from vitrim.words.errors import AdoptError, DataError, ExportError, PlanError, R
 from vitrim.words.plan import BlockPlan, Plan
 
 EACH = pytest.mark.parametrize(("family", "preset"), PRESETS, ids=IDS)
+ONE_EACH = pytest.mark.parametrize(("family", "preset"), FEW, ids=[f"{family}-{preset}" for family, preset in FEW])
 FORMS = ({}, {"multiple": 8, "pad_heads": True}, {"multiple": 10}, {"pad_heads": True})
 """As on a CPU, as on CUDA in 16 bits, and what may be asked for: 10 divides no width of the presets."""
 
@@ -62,6 +63,8 @@ def answers(model, x):
 def test_it_is_the_same_function(family, preset):
     x = images(describe(adopted(family, preset)))
     for number, (kind, model) in enumerate(children(family, preset), IDS.index(f"{family}-{preset}")):
+        if (family, preset) not in FEW and ("mixed" in kind or "normed" in kind):
+            continue  # in this form convolutions of all states are the folded one
         wanted = answers(model, x)
         for form in FORMS if kind in ("dense", "free") else [FORMS[number % len(FORMS)]]:
             for found, want in zip(answers(optimized(model, **form), x), wanted, strict=True):
@@ -372,7 +375,7 @@ def test_compilers_take_every_child_whole(family, preset):
 # -- only to be run
 
 
-@EACH
+@ONE_EACH
 def test_what_was_given_is_left_as_it_was(family, preset):
     model = copy.deepcopy(child(family, preset, "random-0")).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
