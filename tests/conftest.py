@@ -1,5 +1,6 @@
 import os
 import signal
+import sys
 
 # A shell that starts the tests in the background lets them ignore ctrl-C, and what they start too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -45,3 +46,14 @@ def _on_the_cpu(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _shared_models_stay_as_they_are():
+    """A test that casts a shared model would let others fail that come after it in the same process."""
+    yield
+    samples = sys.modules.get("tests.samples")
+    for place, model in list(samples.SHARED.items()) if samples is not None else ():
+        if next(model.parameters()).dtype != torch.float64:
+            del samples.SHARED[place]
+            pytest.fail(f"the shared model {place} must stay in float64; cast a copy of it")

@@ -1,6 +1,5 @@
 """Every preset of every family, adopted once for all tests; what is drawn at random is in `vitrim.testing`."""
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -42,9 +41,14 @@ def without_data(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
         return build()
 
 
-@functools.cache
+SHARED: dict[tuple[str, str], torch.nn.Module] = {}
+"""Models that `adopted` gave; `tests/conftest.py` looks after each test whether they are still in float64."""
+
+
 def _adopted(family: str, preset: str) -> torch.nn.Module:
-    return families.adopt(timm_model(family, preset))
+    if (family, preset) not in SHARED:
+        SHARED[family, preset] = families.adopt(timm_model(family, preset))
+    return SHARED[family, preset]
 
 
 def adopted(family: str, preset: str) -> torch.nn.Module:

@@ -1,5 +1,6 @@
 """Files from strangers: nothing in them runs code or chooses what is built; each wrong one is one sentence, soon."""
 
+import copy
 import json
 import time
 from pathlib import Path
@@ -181,7 +182,7 @@ def test_push_reads_only_tables(file, tmp_path):
 
 
 def calibration(**changes: Any) -> Calibration:
-    model = adopted("vit", "plain").float()
+    model = copy.deepcopy(adopted("vit", "plain")).float()
     spec = describe(model)
     losses = {"stages.0.blocks.0.hidden": (0.1, 0.2, 0.9), "stages.0.blocks.1.heads": (0.1, 0.2, 0.3, 0.9)}
     shares = {"stages.0.blocks.0.hidden": (0.25, 0.5, 1.0), "stages.0.blocks.1.heads": (1.0,) * 4}
@@ -248,7 +249,7 @@ def test_weights_whose_logits_overflow():
 
 
 def test_what_is_published_of_timm_names_no_file(file):
-    model: Any = adopted("vit", "plain")
+    model: Any = copy.deepcopy(adopted("vit", "plain"))
     model.pretrained_cfg = {
         "architecture": "vit",
         "file": "/home/me/w.pth",

@@ -70,18 +70,24 @@ class _Place(NamedTuple):
     """Macs and parameters of a head besides its channels."""
     shared: tuple[int, int]
     """Macs and parameters of an attention besides its heads."""
+    attention: tuple[int, int, int, int]
+    """Parameters of an attention: always, if it has a head, and for each channel of queries and of values."""
+    mlp: tuple[int, int, int]
+    """Parameters of an MLP: always, if it has a neuron, and for each neuron."""
+    factors: int
     enters: Tokens
 
 
 def _place(stage: Stage) -> _Place:
     tokens, width, form, window = stage.tokens, stage.width, stage.form, stage.window
-    norm = form.norm.params(width)
-    if window is None:
-        return _Place(form, norm, width, tokens, tokens, tokens, stage.of_a_head, stage.of_an_attention, stage.enters)
-    rows, columns = window.padded(stage.grid)
+    norm, padded, keys = form.norm.params(width), tokens, tokens
+    if window is not None:
+        rows, columns = window.padded(stage.grid)
+        padded, keys = rows * columns, window.area
     return _Place(
-        form, norm, width, tokens, rows * columns, window.area, stage.of_a_head, stage.of_an_attention, stage.enters
-    )
+        form, norm, width, tokens, padded, keys, stage.of_a_head, stage.of_an_attention, _attention_params(form, width),
+        _mlp_params(form, width), form.factors, stage.enters,
+    )  # fmt: skip
 
 
 def cost_of(spec: Spec) -> Cost:
@@ -114,7 +120,7 @@ def block_cost(block: Block, stage: Stage, arriving: Tokens | None = None) -> tu
 
 def _priced(block: Block, place: _Place, arriving: Tokens | None) -> tuple[int, int, Tokens | None]:
     """Return (macs, params) of a block and the tokens after it; None means the tokens of the whole grid."""
-    form, norm, width, rows, padded, keys, head, shared, enters = place
+    form, norm, width, rows, padded, keys, head, shared, attention, mlp, factors, enters = place
     macs, params, leaving, queries, patches = 0, 0, arriving, padded, enters.patches
     mixer, hidden, step = block.mixer, block.hidden, block.tokens
     if step is not None or arriving is not None or block.only_prefix:
@@ -126,7 +132,8 @@ def _priced(block: Block, place: _Place, arriving: Tokens | None) -> tuple[int, 
     if isinstance(mixer, Attention):
         qk, v = sum(mixer.qk), sum(mixer.v)
         macs += attention_macs(padded, width, qk, v, keys, queries)
-        params += _attention_params(form, norm, width, qk, v)
+        always, alive, each_qk, each_v = attention
+        params += always + alive + each_qk * qk + each_v * v if v else always
         if mixer.v:
             macs += shared[0] + head[0] * len(mixer.v)
             params += shared[1] + head[1] * len(mixer.v)
@@ -136,25 +143,24 @@ def _priced(block: Block, place: _Place, arriving: Tokens | None) -> tuple[int, 
     elif isinstance(mixer, Skip) and mixer.leaves == "norm":
         params += norm + (width if form.layer_scale else 0)
     if hidden is not None:
-        macs += mlp_macs(rows, width, hidden, form.factors)
-        params += _mlp_params(form, norm, width, hidden)
+        macs += mlp_macs(rows, width, hidden, factors)
+        always, alive, each = mlp
+        params += always + alive + each * hidden if hidden else always
     return macs, params, leaving
 
 
-def _attention_params(form: Form, norm: int, width: int, qk: int, v: int) -> int:
-    params = width if form.out_bias else 0
-    if not v:
-        return params
-    params += 2 * (qk + v) * width + norm
-    if form.qkv_bias:
-        params += (2 if form.k_bias else 1) * qk + v
-    if form.layer_scale:
-        params += width
+def _attention_params(form: Form, width: int) -> tuple[int, int, int, int]:
+    """Return the numbers of `_Place.attention`."""
+    alive = form.norm.params(width) + (width if form.layer_scale else 0)
     if form.head_norm is not None:
-        params += 2 * form.head_norm.params(form.head_norm_width)
+        alive += 2 * form.head_norm.params(form.head_norm_width)
+    each_qk, each_v = 2 * width, 2 * width
+    if form.qkv_bias:
+        each_qk += 2 if form.k_bias else 1
+        each_v += 1
     if form.mixed_norm is not None:
-        params += form.mixed_norm.params(v)
-    return params
+        each_v += form.mixed_norm.params(1)
+    return width if form.out_bias else 0, alive, each_qk, each_v
 
 
 def _conv_params(form: Form, norm: int, width: int, conv: Conv, prefix: int) -> int:
@@ -169,17 +175,13 @@ def _conv_params(form: Form, norm: int, width: int, conv: Conv, prefix: int) -> 
     return params + (conv.kernel**2 + 1) * conv.width * width + conv.width
 
 
-def _mlp_params(form: Form, norm: int, width: int, hidden: int) -> int:
-    params = width if form.mlp_out_bias else 0
-    if not hidden:
-        return params
-    params += (form.factors + 1) * hidden * width + norm
+def _mlp_params(form: Form, width: int) -> tuple[int, int, int]:
+    """Return the numbers of `_Place.mlp`."""
+    alive, each = form.norm.params(width) + (width if form.layer_scale else 0), (form.factors + 1) * width
     if form.hidden_bias:
-        params += form.factors * hidden
-    if form.layer_scale:
-        params += width
+        each += form.factors
     if form.hidden_norm is not None:
-        params += form.hidden_norm.params(hidden)
+        each += form.hidden_norm.params(1)
     if form.inner_norm is not None:
-        params += form.inner_norm.params(width)
-    return params
+        alive += form.inner_norm.params(width)
+    return width if form.mlp_out_bias else 0, alive, each
