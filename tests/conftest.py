@@ -50,10 +50,9 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _shared_models_stay_as_they_are():
-    """A test that casts a shared model would let others fail that come after it in the same process."""
+    """Make a shared model anew if a test cast it, because others would fail that come after it in the same process."""
     yield
     samples = sys.modules.get("tests.samples")
     for place, model in list(samples.SHARED.items()) if samples is not None else ():
         if next(model.parameters()).dtype != torch.float64:
             del samples.SHARED[place]
-            pytest.fail(f"the shared model {place} must stay in float64; cast a copy of it")
