@@ -8,7 +8,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,13 +107,22 @@ class Verdict:
     same_spec: bool = True
 
 
+_shared: list[Path] = []
+"""A folder of pytest's that all processes of one run share; empty if there is one process."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _share(tmp_path_factory):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        _shared.append(tmp_path_factory.getbasetemp().parent / "verdicts")
+
+
 @functools.cache
 def verdict(name: str) -> Verdict | None:
     """The verdict on a name, shared by the processes of one run of the tests."""
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    if run is None:
+    if not _shared:
         return _verdict(name)
-    shared = Path(tempfile.gettempdir()) / f"vitrim-door-{run}" / f"{name}.json"
+    shared = _shared[0] / f"{name}.json"
     if shared.is_file():
         known = json.loads(shared.read_text(encoding="utf-8"))
         return None if known is None else Verdict(**known)

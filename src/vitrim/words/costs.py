@@ -91,7 +91,7 @@ def _place(stage: Stage) -> _Place:
 
 
 def cost_of(spec: Spec) -> Cost:
-    """Return the cost of `spec`. For 12 blocks this takes 17 microseconds (benchmarks/speed.py).
+    """Return the cost of `spec`, in some tens of microseconds for 12 blocks (benchmarks/speed.py).
 
     The cost of the head is computed for the tokens after the last block.
     """
