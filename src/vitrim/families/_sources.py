@@ -1,12 +1,15 @@
 """What a host gives to its blocks besides tokens, for blocks that are run without their host."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Source"]
+from vitrim.families import _plain
+from vitrim.nn import Block
+
+__all__ = ["Source", "host"]
 
 
 @dataclass(eq=False)
@@ -31,3 +34,11 @@ class Source:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Source":
         return Source(memo.get(id(self.model), self.model), self.index, self.ask)
+
+
+def host(model: Any, blocks: Sequence[Block], ask: Callable[[Any, int], Tensor | None]) -> nn.Module:
+    """Return a copy of `model` with other blocks that know what it gives them; old hooks are not copied."""
+    shell: Any = _plain.host(model, blocks)
+    for index, block in enumerate(shell.blocks):
+        block.source = Source(shell, index, ask)
+    return shell  # type: ignore[no-any-return]

@@ -17,10 +17,9 @@ from timm.models import vision_transformer_relpos as timm_relpos
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
-from vitrim.families import _plain
+from vitrim.families import _plain, _sources
 from vitrim.families._parts import Hole, check_linear, norm_maker, optional_norm, read_mlp, read_rates, same_norm
 from vitrim.families._plain import PlainArguments, blocks_by_stage
-from vitrim.families._sources import Source
 from vitrim.nn import Block
 from vitrim.words.errors import AdoptError
 from vitrim.words.plain import Node
@@ -76,10 +75,7 @@ def describe(model: Any) -> Spec:
 
 def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
     """Return a copy of `model` with other blocks; hooks on the old blocks are not copied."""
-    shell: Any = _plain.host(model, blocks)
-    for index, block in enumerate(shell.blocks):
-        block.source = Source(shell, index, _biases)
-    return shell  # type: ignore[no-any-return]
+    return _sources.host(model, blocks, _biases)
 
 
 def _biases(model: Any, _: int) -> Tensor | None:
