@@ -10,6 +10,7 @@ layers, convolutions and attention are counted, as in PyTorch's own counter. Nor
 are not counted.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from vitrim.words.spec import Attention, Block, Conv, Form, Skip, Spec, Stage
@@ -56,40 +57,6 @@ def mlp_macs(tokens: int, width: int, hidden: Any, factors: int = 1) -> Any:
     return tokens * width * (factors + 1) * hidden
 
 
-class _Place(NamedTuple):
-    """Values that the costs of all blocks of a stage depend on."""
-
-    form: Form
-    norm: int
-    """Parameters of the norm before each branch."""
-    width: int
-    tokens: int
-    padded: int
-    keys: int
-    head: tuple[int, int]
-    """Macs and parameters of a head besides its channels."""
-    shared: tuple[int, int]
-    """Macs and parameters of an attention besides its heads."""
-    attention: tuple[int, int, int, int]
-    """Parameters of an attention: always, if it has a head, and for each channel of queries and of values."""
-    mlp: tuple[int, int, int]
-    """Parameters of an MLP: always, if it has a neuron, and for each neuron."""
-    factors: int
-    enters: Tokens
-
-
-def _place(stage: Stage) -> _Place:
-    tokens, width, form, window = stage.tokens, stage.width, stage.form, stage.window
-    norm, padded, keys = form.norm.params(width), tokens, tokens
-    if window is not None:
-        rows, columns = window.padded(stage.grid)
-        padded, keys = rows * columns, window.area
-    return _Place(
-        form, norm, width, tokens, padded, keys, stage.of_a_head, stage.of_an_attention, _attention_params(form, width),
-        _mlp_params(form, width), form.factors, stage.enters,
-    )  # fmt: skip
-
-
 def cost_of(spec: Spec) -> Cost:
     """Return the cost of `spec`, in some tens of microseconds for 12 blocks (benchmarks/speed.py).
 
@@ -97,12 +64,10 @@ def cost_of(spec: Spec) -> Cost:
     """
     macs, params, leaving = spec.host.macs, spec.host.params, 0
     for stage in spec.stages:
-        place, here = _place(stage), None
-        for block in stage.blocks:
-            more_macs, more_params, here = _priced(block, place, here)
-            macs += more_macs
-            params += more_params
-        leaving = place.tokens if here is None else here.pooled
+        more_macs, more_params, leaves = _priced(stage.blocks, stage, None)
+        macs += more_macs
+        params += more_params
+        leaving = stage.tokens if leaves is None else leaves.pooled
     return Cost(macs + leaving * spec.host.macs_per_token, params)
 
 
@@ -114,57 +79,107 @@ def block_cost(block: Block, stage: Stage, arriving: Tokens | None = None) -> tu
         stage: the stage that contains it.
         arriving: the tokens at its input; those of the whole grid if None.
     """
-    macs, params, _ = _priced(block, _place(stage), None if stage.window is not None else arriving)
+    macs, params, _ = _priced((block,), stage, None if stage.window is not None else arriving)
     return macs, params
 
 
-def _priced(block: Block, place: _Place, arriving: Tokens | None) -> tuple[int, int, Tokens | None]:
-    """Return (macs, params) of a block and the tokens after it; None means the tokens of the whole grid."""
-    form, norm, width, rows, padded, keys, head, shared, attention, mlp, factors, enters = place
-    macs, params, leaving, queries, patches = 0, 0, arriving, padded, enters.patches
-    mixer, hidden, step = block.mixer, block.hidden, block.tokens
-    if step is not None or arriving is not None or block.only_prefix:
-        here = enters if arriving is None else arriving
-        padded, queries, keys, rows, mixed, leaving = flow_of(step, here, enters.patches, block.only_prefix)
-        patches = mixed.patches
-        if step is not None:
-            macs, params = step.own_cost(here, width, sum(mixer.qk) if isinstance(mixer, Attention) else 0)
-    if isinstance(mixer, Attention):
-        qk, v = sum(mixer.qk), sum(mixer.v)
-        macs += attention_macs(padded, width, qk, v, keys, queries)
-        always, alive, each_qk, each_v = attention
-        params += always + alive + each_qk * qk + each_v * v if v else always
-        if mixer.v:
-            macs += shared[0] + head[0] * len(mixer.v)
-            params += shared[1] + head[1] * len(mixer.v)
-    elif isinstance(mixer, Conv):
-        macs += conv_macs(patches, width, mixer.width, mixer.kernel)
-        params += _conv_params(form, norm, width, mixer, enters.prefix)
-    elif isinstance(mixer, Skip) and mixer.leaves == "norm":
-        params += norm + (width if form.layer_scale else 0)
-    if hidden is not None:
-        macs += mlp_macs(rows, width, hidden, factors)
-        always, alive, each = mlp
-        params += always + alive + each * hidden if hidden else always
-    return macs, params, leaving
+def _priced(blocks: Sequence[Block], stage: Stage, arriving: Tokens | None) -> tuple[int, int, Tokens | None]:
+    """Return (macs, params) of consecutive blocks of a stage and the tokens after them.
+
+    None stands for the tokens of the whole grid, which all blocks have that no token step precedes. What blocks of a
+    stage share is computed once: a loop over blocks is most of the time that pricing takes, and a search prices
+    thousands of specs.
+    """
+    width, form, window, prefix = stage.width, stage.form, stage.window, stage.prefix
+    rows, columns = stage.grid
+    whole = patches = rows * columns
+    tokens = projected = keys = prefix + whole
+    if window is not None:
+        rows, columns = window.padded((rows, columns))
+        projected, keys = rows * columns, window.area
+    channel, neuron = attention_macs(projected, width, 1, 0, keys, projected), mlp_macs(tokens, width, 1, form.factors)
+    macs = params = attentions = dead_attentions = heads = all_qk = all_v = mlps = dead_mlps = neurons = 0
+    for block in blocks:
+        mixer, hidden, step = block.mixer, block.hidden, block.tokens
+        if step is not None or arriving is not None or block.only_prefix:
+            here = stage.enters if arriving is None else arriving
+            projected, queries, keys, tokens, mixed, arriving = flow_of(step, here, whole, block.only_prefix)
+            channel = attention_macs(projected, width, 1, 0, keys, queries)
+            neuron, patches = mlp_macs(tokens, width, 1, form.factors), mixed.patches
+            if step is not None:
+                own = step.own_cost(here, width, sum(mixer.qk) if isinstance(mixer, Attention) else 0)
+                macs, params = macs + own[0], params + own[1]
+        if isinstance(mixer, Attention):
+            widths = mixer.v
+            if widths:
+                qk, v = sum(mixer.qk), sum(widths)
+                macs += channel * (qk + v)
+                attentions += 1
+                heads += len(widths)
+                all_qk += qk
+                all_v += v
+            else:
+                dead_attentions += 1
+        elif isinstance(mixer, Conv):
+            macs += conv_macs(patches, width, mixer.width, mixer.kernel)
+            params += _conv_params(form, width, mixer, prefix)
+        elif isinstance(mixer, Skip) and mixer.leaves == "norm":
+            params += form.norm.params(width) + (width if form.layer_scale else 0)
+        if hidden:
+            macs += neuron * hidden
+            mlps += 1
+            neurons += hidden
+        elif hidden is not None:
+            dead_mlps += 1
+    of_a_head, of_an_attention, each = stage.of_a_head, stage.of_an_attention, _params(form, width)
+    macs += heads * of_a_head[0] + attentions * of_an_attention[0]
+    params += dead_attentions * each.dead_attention + attentions * (each.attention + of_an_attention[1])
+    params += heads * of_a_head[1] + all_qk * each.qk + all_v * each.v
+    params += dead_mlps * each.dead_mlp + mlps * each.mlp + neurons * each.neuron
+    return macs, params, arriving
 
 
-def _attention_params(form: Form, width: int) -> tuple[int, int, int, int]:
-    """Return the numbers of `_Place.attention`."""
-    alive = form.norm.params(width) + (width if form.layer_scale else 0)
-    if form.head_norm is not None:
-        alive += 2 * form.head_norm.params(form.head_norm_width)
-    each_qk, each_v = 2 * width, 2 * width
+class _Params(NamedTuple):
+    """Parameters of the branches of a block, for its counts of heads, channels and neurons."""
+
+    dead_attention: int
+    """An attention without heads."""
+    attention: int
+    """An attention with heads, besides those of the heads."""
+    qk: int
+    """A channel of all queries and keys."""
+    v: int
+    dead_mlp: int
+    """An MLP without neurons."""
+    mlp: int
+    """An MLP with neurons, besides those of the neurons."""
+    neuron: int
+
+
+def _params(form: Form, width: int) -> _Params:
+    norm = form.norm.params(width) + (width if form.layer_scale else 0)
+    dead_attention, dead_mlp = width if form.out_bias else 0, width if form.mlp_out_bias else 0
+    attention, mlp = dead_attention + norm, dead_mlp + norm
+    factors = form.factors
+    qk, v, neuron = 2 * width, 2 * width, (factors + 1) * width
     if form.qkv_bias:
-        each_qk += 2 if form.k_bias else 1
-        each_v += 1
+        qk += 2 if form.k_bias else 1
+        v += 1
+    if form.hidden_bias:
+        neuron += factors
+    if form.head_norm is not None:
+        attention += 2 * form.head_norm.params(form.head_norm_width)
     if form.mixed_norm is not None:
-        each_v += form.mixed_norm.params(1)
-    return width if form.out_bias else 0, alive, each_qk, each_v
+        v += form.mixed_norm.params(1)
+    if form.hidden_norm is not None:
+        neuron += form.hidden_norm.params(1)
+    if form.inner_norm is not None:
+        mlp += form.inner_norm.params(width)
+    return _Params(dead_attention, attention, qk, v, dead_mlp, mlp, neuron)
 
 
-def _conv_params(form: Form, norm: int, width: int, conv: Conv, prefix: int) -> int:
-    params = norm + (width if form.out_bias else 0) + (width if form.layer_scale else 0)
+def _conv_params(form: Form, width: int, conv: Conv, prefix: int) -> int:
+    params = form.norm.params(width) + (width if form.out_bias else 0) + (width if form.layer_scale else 0)
     if conv.prefix == "mean":
         params += prefix * width
     if conv.norm:
@@ -173,15 +188,3 @@ def _conv_params(form: Form, norm: int, width: int, conv: Conv, prefix: int) -> 
         channels = conv.mixture.heads * conv.width
         return params + 2 * channels * width + (channels if form.qkv_bias else 0) + 9 * conv.mixture.heads
     return params + (conv.kernel**2 + 1) * conv.width * width + conv.width
-
-
-def _mlp_params(form: Form, width: int) -> tuple[int, int, int]:
-    """Return the numbers of `_Place.mlp`."""
-    alive, each = form.norm.params(width) + (width if form.layer_scale else 0), (form.factors + 1) * width
-    if form.hidden_bias:
-        each += form.factors
-    if form.hidden_norm is not None:
-        each += form.hidden_norm.params(1)
-    if form.inner_norm is not None:
-        alive += form.inner_norm.params(width)
-    return width if form.mlp_out_bias else 0, alive, each
