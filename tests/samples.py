@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from vitrim import families
+from vitrim.nn import modes
 from vitrim.testing.samples import apart, digits, kept_widths, masks_of, places, random_plan
 from vitrim.testing.samples import random_images as images
 from vitrim.testing.samples import sample_model as timm_model
@@ -35,7 +36,7 @@ FEW = [(family, name) for family, name in PRESETS if name == next(iter(families.
 def without_data(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
     """Build on the meta device, or with data where timm cannot (before 1.0.21)."""
     try:
-        with torch.device("meta"):
+        with modes.without_data():
             return build()
     except (NotImplementedError, RuntimeError):
         return build()

@@ -15,6 +15,7 @@ from vitrim.families import blocks_of, describe, family_of, host
 from vitrim.families._channels import channels_of, kept_outside
 from vitrim.nn import Axis, Block, Constant, computed, keep_settings, make_block
 from vitrim.nn.conv import state_of
+from vitrim.nn.modes import without_data
 from vitrim.words.errors import PlanError
 from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.spec import Attention, Conv, Skip, Stage, folded
@@ -172,10 +173,11 @@ def _flat(axis: Axis, kept: Kept) -> Tensor:
 def _cut(
     old: Block, spec: BlockSpec, stage: Stage, plan: BlockPlan, arriving: Tokens, like: Tensor, width: Width
 ) -> Block:
-    with torch.device("meta"):
+    with without_data():
         block = make_block(stage, spec, arriving)
     source = _kept(old, spec, plan, width)
     constants = {"attn.bias": (old.attn, old.leaving1), "mlp.bias": (old.mlp, old.leaving2)}
+    wanted = {name: parameter.requires_grad for name, parameter in old.named_parameters()}
     for name, empty in block.state_dict(keep_vars=True).items():
         if name in source:
             value = source[name]
@@ -189,7 +191,7 @@ def _cut(
         owner, _, leaf = name.rpartition(".")
         value = value.detach().clone(memory_format=torch.contiguous_format)
         if isinstance(empty, nn.Parameter):
-            value = nn.Parameter(value, requires_grad=_trained(name, old))
+            value = nn.Parameter(value, requires_grad=_trained(name, wanted))
         setattr(block.get_submodule(owner), leaf, value)
     return keep_settings(computed(block), old)
 
@@ -209,17 +211,20 @@ def _kept(old: Block, spec: BlockSpec, plan: BlockPlan, width: Width) -> dict[st
     return source
 
 
-def _trained(name: str, old: Block) -> bool:
+def _trained(name: str, wanted: Mapping[str, bool]) -> bool:
     """Return whether a parameter of a child requires gradients, as the parent's parameter of the same name does.
+
+    Args:
+        name: the parameter, relative to the block.
+        wanted: whether each parameter of the parent's block requires gradients.
 
     If the parent has no parameter of that name (a constant, a convolution, a step), the result is false if the whole
     branch from which it is made is frozen, or without such a branch, the whole block.
     """
-    known = dict(old.named_parameters())
-    if name in known:
-        return known[name].requires_grad
-    branch = [parameter for other, parameter in known.items() if other.startswith(name.partition(".")[0] + ".")]
-    return any(parameter.requires_grad for parameter in branch or known.values()) or not known
+    if name in wanted:
+        return wanted[name]
+    branch = [required for other, required in wanted.items() if other.startswith(name.partition(".")[0] + ".")]
+    return any(branch or wanted.values()) or not wanted
 
 
 def _constant(branch: nn.Module | None, leaving: Callable[[Tensor], Tensor]) -> Tensor:

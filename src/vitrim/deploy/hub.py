@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import timm
-import torch
 from timm.models import register_model
 from timm.models._builder import load_pretrained
 from torch import nn
 
 from vitrim.families import build, describe
+from vitrim.nn.modes import without_data
 from vitrim.words.errors import StoreError
 from vitrim.words.formats import parse_spec
 from vitrim.words.plain import dump
@@ -89,7 +89,7 @@ def plain_timm(spec: Spec) -> Plain | None:
         return None
     for arguments in _arguments(spec):
         try:
-            with torch.device("meta"):
+            with without_data():
                 made = describe(timm.create_model(name, num_classes=spec.classes, **arguments))
         except Exception:  # timm's asserts, and arguments that this name does not take
             continue

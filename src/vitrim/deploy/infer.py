@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import timm
-import torch
 from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
+from vitrim.nn.modes import without_data
 from vitrim.words.errors import WeightsError
 
 __all__ = ["Inferred", "infer", "near_name"]
@@ -203,6 +203,6 @@ def _distilled_name(state: Mapping[str, Tensor], distilled: bool) -> str:
 
 
 def _empty(name: str) -> nn.Module:
-    with torch.device("meta"):
+    with without_data():
         model: nn.Module = timm.create_model(name)
     return model

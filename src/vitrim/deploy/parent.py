@@ -21,6 +21,7 @@ from vitrim.deploy.transformers import open_transformers, transformers_config
 from vitrim.families import adopt
 from vitrim.families._parts import pretrained
 from vitrim.families._refused import Refused, is_listed, near_name, refusal_of
+from vitrim.nn.modes import without_data
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import AdoptError, RecipeError, WeightsError
 from vitrim.words.parsing import shown
@@ -275,7 +276,7 @@ def _filled(name: str, path: Path, key: str | None, given: dict[str, Any], say: 
 def _frame(name: str, arguments: dict[str, Any]) -> nn.Module:
     """Build the model of these arguments, without data if timm can build it so."""
     try:
-        with torch.device("meta"):
+        with without_data():
             model: nn.Module = timm.create_model(name, **arguments)
     except Exception:  # a problem with the arguments or the device is reported when the model is built with data
         return _create(name, pretrained=False, **arguments)
@@ -337,7 +338,7 @@ def _verdict(name: str) -> dict[str, Any]:
 def unfilled(name: str, **arguments: Any) -> nn.Module:
     """Build a timm model without data, or with data if this version of timm cannot build it without."""
     try:
-        with torch.device("meta"):
+        with without_data():
             model: nn.Module = timm.create_model(name, **arguments)
     except (NotImplementedError, RuntimeError):
         model = timm.create_model(name, **arguments)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vitrim import __version__
 from vitrim.deploy.remote import fetch, on_hub, repository_of, upload
 from vitrim.families import blocks_of, build, describe
+from vitrim.nn.modes import without_data
 from vitrim.nn.parity import find_difference
 from vitrim.nn.weights import check_weights, home_of, why_not_held, why_not_like
 from vitrim.words.errors import AdoptError, StoreError, WeightsError
@@ -174,7 +175,7 @@ def _contents(model: nn.Module) -> tuple[Spec, dict[str, Tensor]]:
     _check_owners(model)
     check_weights(model)
     state = _state(model)
-    with torch.device("meta"):
+    with without_data():
         empty = build(spec)
     misfit = _misfit(empty, state)
     if misfit is not None:
@@ -315,7 +316,7 @@ def _spec(path: Path) -> Spec:
 
 def _read(path: Path) -> nn.Module:
     spec = _spec(path)
-    with torch.device("meta"):
+    with without_data():
         model = build(spec)
     state: dict[str, Tensor] = {}
     with _opened(path) as file:

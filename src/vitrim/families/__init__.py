@@ -23,7 +23,7 @@ import vitrim.families._plain as plain
 from vitrim.families._channels import channels_of, narrow_
 from vitrim.families._given import called, check_methods, check_tensors, check_types, unwrapped, with_own_head
 from vitrim.nn import Block, computed, keep_settings, make_block
-from vitrim.nn.modes import random_state_kept
+from vitrim.nn.modes import random_state_kept, without_data
 from vitrim.nn.parity import find_difference
 from vitrim.nn.weights import check_weights
 from vitrim.words.entries import entries
@@ -256,7 +256,7 @@ def adopt(model: nn.Module) -> nn.Module:
     check_methods(model, old_blocks)
     blocks = []
     for (path, stage, node), arriving, old in zip(spec.blocks(), spec.arrivals(), old_blocks, strict=True):
-        with torch.device("meta"):
+        with without_data():
             block = make_block(stage, node, arriving)
         state = {name: value.detach().clone() for name, value in old.state_dict().items()}
         mine = set(block.state_dict())
@@ -333,12 +333,13 @@ def build(spec: Spec) -> nn.Module:
     with random_state_kept(place):
         # On the meta device no memory is taken, whatever sizes a file asks for. Elsewhere the host is built on the CPU,
         # so that buffers that it computes have the same bits everywhere.
-        with torch.device("meta" if place.type == "meta" else "cpu"):
+        with without_data() if place.type == "meta" else torch.device("cpu"):
             shell = family.build(spec)
-        blocks = [
-            make_block(stage, block, arriving)
-            for (_, stage, block), arriving in zip(spec.blocks(), spec.arrivals(), strict=True)
-        ]
+        with without_data() if place.type == "meta" else contextlib.nullcontext():
+            blocks = [
+                make_block(stage, block, arriving)
+                for (_, stage, block), arriving in zip(spec.blocks(), spec.arrivals(), strict=True)
+            ]
     # transformers 4 builds without data by a patch of PyTorch's modules, and not on the meta device
     empty = any(parameter.is_meta for parameter in shell.parameters())
     return family.host(shell if empty else shell.to(place), blocks)

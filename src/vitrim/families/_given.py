@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import timm
-import torch
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
@@ -19,6 +18,7 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
 from vitrim.families._refused import refusal_of
+from vitrim.nn.modes import without_data
 from vitrim.words.errors import AdoptError, SpecError, WeightsError
 
 __all__ = ["called", "check_class", "check_methods", "check_tensors", "check_types", "unwrapped", "with_own_head"]
@@ -230,7 +230,7 @@ def check_tensors(model: nn.Module, empty: Callable[[], nn.Module]) -> None:
         AdoptError: naming them.
     """
     try:
-        with torch.device("meta"):
+        with without_data():
             wanted = set(empty().state_dict())
     except SpecError:  # it can be used in memory alone, as what storing it would say
         return

@@ -253,8 +253,8 @@ _EMPTY = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 
 _ASIDE = frozenset(
-    "default_cfg feature_info forward_intermediates pretrained_cfg prune_intermediate_layers reset_classifier "
-    "set_input_size".split()
+    "_model_args _traits default_cfg feature_info forward_intermediates pretrained_cfg pretrained_model_args "
+    "prune_intermediate_layers reset_classifier set_input_size weight_init_mode".split()
 )
 """Attributes that no forward pass reads."""
 

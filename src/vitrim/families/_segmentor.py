@@ -15,6 +15,7 @@ from vitrim import families
 from vitrim.families._channels import Channels, channels_of
 from vitrim.families._parts import count, pretrained
 from vitrim.nn import Block
+from vitrim.nn.modes import without_data
 from vitrim.nn.segment import HEADS, LEVELS, Head, Places, Segmentor, check_covered
 from vitrim.words.errors import AdoptError, DataError, RecipeError, SpecError
 from vitrim.words.plain import Frozen, FrozenDict, Node, dump, reason
@@ -170,7 +171,7 @@ def _grown(places: Places, stage: int, stages: int) -> Places:
 @functools.cache
 def _head_cost(form: Head, places: Places, classes: int, grid: tuple[int, int]) -> tuple[int, int]:
     """Return the multiply-accumulates and parameters of a head, counted by PyTorch on the meta device."""
-    with torch.device("meta"):
+    with without_data():
         head: Any = HEADS[form.kind](form, places, classes).eval()
     maps = []
     for width, halved in zip(places.widths, places.halved, strict=True):

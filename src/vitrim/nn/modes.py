@@ -1,14 +1,16 @@
-"""Context managers that restore training flags, ``requires_grad``, the device and the random state."""
+"""Context managers that restore training flags, ``requires_grad``, the device and the random state, or need no data."""
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vitrim.nn.weights import home_of
 
-__all__ = ["evaluating", "modes_kept", "moved_to", "random_state_kept"]
+__all__ = ["evaluating", "modes_kept", "moved_to", "random_state_kept", "without_data"]
 
 
 @contextlib.contextmanager
@@ -61,4 +63,27 @@ def evaluating(*models: nn.Module | None, frozen: bool = False) -> Iterator[None
 def random_state_kept(device: torch.device | None = None) -> Iterator[None]:
     """Restore PyTorch's random state at the end: that of the CPU, and of `device` if it is a CUDA device."""
     with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+        yield
+
+
+_WRITES = frozenset(
+    [getattr(Tensor, f"{name}_") for name in "add clamp div erfinv fill mul normal sub uniform zero".split()]
+    + [getattr(nn.init, f"{name}_") for name in "constant kaiming_uniform normal uniform".split()]
+)
+"""Functions that change the values of a tensor in place and nothing else: all that initial weights are made with."""
+
+
+class _Unwritten(TorchFunctionMode):
+    """Does not write to tensors on the meta device: they have no values, and PyTorch takes up to 5 ms for a tensor."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _WRITES and args and isinstance(args[0], Tensor) and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def without_data() -> Iterator[None]:
+    """Build modules on the meta device, where no tensor has data, and skip what would initialize their weights."""
+    with torch.device("meta"), _Unwritten():
         yield

@@ -46,12 +46,14 @@ def why_not_plain(value: Any) -> str | None:
     for _ in range(DEEPEST + 1):
         inner: list[Any] = []
         for each in level:
-            if isinstance(each, Mapping):
-                inner += each.values()
+            # Most values are numbers, tens of thousands in a plan; `Mapping` takes 20 times as long to ask about.
+            if isinstance(each, int):
+                if each.bit_length() > _BITS:
+                    return f"whole numbers must have at most {_BITS} bits, but one has {each.bit_length():,}"
             elif isinstance(each, list | tuple):
                 inner += each
-            elif isinstance(each, int) and each.bit_length() > _BITS:
-                return f"whole numbers must have at most {_BITS} bits, but one has {each.bit_length():,}"
+            elif isinstance(each, Mapping):
+                inner += each.values()
         if not inner:
             return None
         level = inner

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vitrim.cut.compensate.importance import Importance
 from vitrim.nn import Block, computed, make_block
 from vitrim.nn.feed import exact
+from vitrim.nn.modes import without_data
 from vitrim.nn.stream import Residual, tokens_of
 from vitrim.words.spec import Conv, Stage
 from vitrim.words.steps import Tokens
@@ -78,7 +79,7 @@ class Place:
             state: parameters and stored buffers by name.
         """
         node = self.block.spec.model_copy(update={"mixer": mixer, "hidden": hidden})
-        with torch.device("meta"):
+        with without_data():
             block = make_block(self.stage, node, self.arrives)
         block.is_last, block.source = self.block.is_last, self.block.source
         own = self.block.state_dict()

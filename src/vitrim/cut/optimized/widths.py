@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from vitrim.cut.optimized.folds import give_
 from vitrim.nn import Attention, Block, Conv, Mlp, Tap
+from vitrim.nn.modes import without_data
 from vitrim.words.spec import Attention as AttentionSpec
 from vitrim.words.spec import Form
 
@@ -89,7 +90,7 @@ def _pad_heads_(attn: Attention, form: Form, multiple: int, one_width: bool) -> 
     bias = None if made.bias is None else _spread(made.bias, rows, total, 0)
     give_(made, _spread(made.weight, rows, total, 0), bias)
     give_(back, _spread(back.weight, to_v, sum(v), 1), back.bias)
-    with torch.device("meta"):
+    with without_data():
         like = Attention(back.out_features, AttentionSpec(qk=qk, v=v, scale=attn.scale), form)
     for name in ("qk", "v", "sizes", "even", "runs"):
         setattr(attn, name, getattr(like, name))
