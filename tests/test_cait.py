@@ -26,7 +26,7 @@ from vitrim.testing import digits
 from vitrim.train import Start, Train, fit, learning_rate
 from vitrim.train.loop import Loop
 from vitrim.words.budget import SLACK, Budget
-from vitrim.words.costs import cost_of
+from vitrim.words.costs import block_cost, cost_of
 from vitrim.words.errors import BudgetError, MethodError, RunError, TrainError, VitrimError
 from vitrim.words.plain import load
 from vitrim.words.plan import Plan
@@ -274,12 +274,12 @@ class TestScores:
         weakest = float(scores[path][kept == 1].min())
         scores[path][191] = weakest * 1.05
         refresh(scores)
-        assert int(gated.revived) == 0
+        assert int(gated.revived.sum()) == 0
         assert float(gated.mask(path)[191]) == 0
         scores[path][191] = weakest * 1.2
         refresh(scores)
         assert float(gated.mask(path)[191]) == 1
-        assert int(gated.revived) == 1
+        assert gated.revived_by_path() == {p: int(p == path) for p in gated.paths}
 
     def test_gates_fall_to_zero_in_time(self):
         """Without a gradient: (1 - momentum) / (rate x pull) steps, and the start-up of the momentum."""
@@ -331,7 +331,40 @@ class TestSearch:
         child = apply(found.parent, found.plan)
         assert 0.49 * cost_of(spec).macs <= cost_of(describe(child)).macs <= 0.5 * cost_of(spec).macs
         assert [block.tokens is not None for _, _, block in describe(child).blocks()] == [False, False, True]
-        assert found.trials[0]["revived"] >= 0
+        assert [t["macs_before"] for t in found.trials] == [block_cost(b, s)[0] for _, s, b in spec.blocks()]
+        assert sum(t["macs"] for t in found.trials) == cost_of(describe(child)).macs - describe(child).host.macs
+        assert all(t["revived"] >= 0 for t in found.trials)
+
+    def test_each_choice_and_each_block_is_told_as_it_is(self):
+        """On three columns: a merge halves them nominally, and leaves two. Revivals belong to their block."""
+        model = adopt(example(img_size=(32, 48), patch_size=16, embed_dim=48, depth=3, num_heads=3))
+        spec, told, counts = describe(model), [], []
+        keep = Channels.keep
+
+        def counting(channels, masks):
+            before = {path: channels.mask(path).clone() for path in channels.paths}
+            keep(channels, masks)
+            counts.append({p: int(((masks[p] > 0) & (before[p] == 0)).sum()) for p in channels.paths})
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Channels, "keep", counting)
+            found = method(merges=[(1, "w")], hysteresis=1.0, average=0.0).search(
+                model, digits(model), Budget.parse("macs=0.5"), seed=0, log=told.append
+            )
+        child = found.plan.child(spec)
+        assert [t["tokens_nominal"] for t in found.trials] == [1, 0.5, 0.5]
+        assert [t["tokens"] for t in found.trials] == [1, 4 / 6, 4 / 6]
+        assert any(sum(count.values()) for count in counts)
+        for record in found.trials:
+            mine = [n for count in counts for path, n in count.items() if path.startswith(record["path"] + ".")]
+            assert record["revived"] == sum(mine)
+        choices = [record for record in told if record["event"] == "masks"]
+        assert len(choices) == len(counts)
+        assert all(record["macs"] <= record["macs_limit"] for record in choices)
+        limits = [record["macs_limit"] for record in choices]
+        assert limits == sorted(limits, reverse=True)
+        assert limits[-1] == Budget.parse("macs=0.5").limits(cost_of(spec))["macs"]
+        assert choices[-1]["macs"] == cost_of(child).macs
 
     def test_the_cut_answers_as_the_masked(self, model, monkeypatch):
         seen = []

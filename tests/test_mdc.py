@@ -13,12 +13,17 @@ from torch import nn
 from tests.samples import PRESETS, adopted, apart, images, timm_model
 from tests.tolerance import EXACT
 from vitrim import families, methods
+from vitrim.cut.outputs import divergence
 from vitrim.cut.surgery import apply
+from vitrim.data import eval_loader
 from vitrim.families import adopt, describe
 from vitrim.methods.mdc.decode import Bounds, Frame, natural
 from vitrim.methods.mdc.scores import Settings, greedy, order, score
 from vitrim.methods.mdc.share import Chooser, Shared
+from vitrim.methods.mdc.steps import too_costly
+from vitrim.methods.mdc.study import open_study
 from vitrim.testing import digits
+from vitrim.train import evaluate
 from vitrim.words.budget import Budget
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import BudgetError, MethodError, RunError
@@ -262,9 +267,6 @@ class TestMethod:
         child = apply(found.parent, found.plan)
         assert (cost_of(describe(child)).macs, cost_of(describe(child)).params) == (best["macs"], best["params"])
         data = digits(model)
-        from vitrim.data import eval_loader
-        from vitrim.train import evaluate
-
         again = evaluate(child, eval_loader(data.validation, data.input), reference=model)
         assert again.agreement == pytest.approx(best["score"], abs=1e-9)
 
@@ -373,13 +375,87 @@ class TestMethod:
         found = self.search(model, heads=0, tokens=0.9, budget="macs=0.6")
         assert any(isinstance(block.tokens, TopK) for block in found.plan.blocks())
 
-    def test_unlabelled_images_are_compared_by_agreement(self):
+    def test_unlabelled_images_are_compared_by_the_divergence_from_the_dense_output(self):
         model = small()
         data = digits(model)
         blind = dataclasses.replace(data, validation=Unlabelled(data.validation))
-        assert all(0 <= trial["score"] <= 100 for trial in self.search(model, data=blind).trials)
-        with pytest.raises(MethodError, match="must have labels"):
+        found = self.search(model, data=blind)
+        assert {trial["measure"] for trial in found.trials} == {"divergence"}
+        x = torch.cat([x for x, _ in eval_loader(data.validation, data.input)])
+        child = apply(found.parent, found.plan)
+        with torch.no_grad():
+            away = divergence(model.eval()(x), child.eval()(x))
+        assert max(trial["score"] for trial in found.trials) == pytest.approx(-away, rel=1e-4)
+        agreeing = self.search(model, data=blind, measure="auto")
+        assert {trial["measure"] for trial in agreeing.trials} == {"agreement"}
+        with pytest.raises(MethodError, match="measure=top1 must have labels"):
             self.search(model, data=blind, measure="top1")
+
+    def test_by_default_the_least_loss_wins(self):
+        model = small()
+        data = digits(model)
+        found = self.search(model, data=data)
+        best = next(trial for trial in found.trials if trial["best"])
+        child = apply(found.parent, found.plan)
+        again = evaluate(child, eval_loader(data.validation, data.input))
+        assert best["measure"] == "loss"
+        assert best["score"] == max(trial["score"] for trial in found.trials) == pytest.approx(-again.loss, rel=1e-5)
+
+
+class TestSteps:
+    """Which heads are too costly, on losses that are known."""
+
+    FIRST, SECOND, THIRD = (f"stages.0.blocks.{index}.heads" for index in range(3))
+
+    def frame(self, macs=0.8, fixed=(), **bounds):
+        spec = describe(small())
+        bounds = Bounds(**{"heads": 0.5, "neurons": 0.8, "tokens": 0.0} | bounds)
+        return Frame(spec, natural(spec), Budget.parse(f"macs={macs}"), bounds, fixed=fixed)
+
+    def loses(self, frame, heads, seen=None):
+        """Return a loss of a nat for each multiply-accumulate that neurons save, and `heads` for those of heads."""
+
+        def of(policy):
+            total, none = 0.0, np.zeros((1, len(policy)))
+            for column in np.flatnonzero(policy):
+                alone = none.copy()
+                alone[0, column] = policy[column]
+                saved = int(frame.costs(none).macs[0]) - int(frame.costs(alone).macs[0])
+                total += heads.get(frame.space.names[column], 1.0) * saved
+            if seen is not None:
+                seen.append(policy)
+            return total
+
+        return of
+
+    def test_a_head_is_too_costly_if_it_loses_more_than_the_neurons_that_it_saves(self):
+        frame, seen = self.frame(), []
+        loses = self.loses(frame, {self.FIRST: 0.8, self.SECOND: 1.2, self.THIRD: 8.0}, seen)
+        assert too_costly(frame, loses) == [self.SECOND, self.THIRD]
+        assert len(seen) == 4
+        spent = frame.space.spent(np.array(seen))
+        assert float(spent.max()) <= 1
+        assert float(spent.min()) > 0.99
+
+    def test_heads_that_the_budget_needs_are_kept(self):
+        frame = self.frame(0.85, neurons=0.1)
+        assert too_costly(frame, self.loses(frame, dict.fromkeys((self.FIRST, self.SECOND, self.THIRD), 99.0))) == []
+        assert too_costly(self.frame(heads=0.0), self.loses(frame, {})) == []
+
+    def test_what_is_too_costly_is_not_searched(self):
+        made = self.frame(fixed=[self.FIRST, self.THIRD])
+        assert [name for name in made.space.names if name.endswith("heads")] == [self.SECOND]
+        heads, _ = zip(*made.counts(made.space.upper[None])[0], strict=True)
+        assert [int(count[0]) for count in heads] == [3, 2, 3]
+
+    def test_the_search_keeps_it_in_its_study(self, tmp_path):
+        TestMethod().search(folder=tmp_path, trials=2, initial=2)
+        study = open_study(f"sqlite:///{tmp_path / 'trials.db'}", "mdc", {})
+        costly = set(study.user_attrs["costly"])
+        searched = {name for name in study.trials[0].params if name.endswith("heads")}
+        assert costly
+        assert costly | searched == {self.FIRST, self.SECOND, self.THIRD}
+        assert not costly & searched
 
 
 class Unlabelled(torch.utils.data.Dataset):

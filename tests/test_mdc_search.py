@@ -1,11 +1,15 @@
 """Policies that spend a budget, and the search among them: what is drawn, proposed, stored and refused."""
 
+import concurrent.futures
 import functools
 import json
 import os
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
+import warnings
 
 import numpy as np
 import optuna
@@ -51,6 +55,13 @@ def few(trials=3):
         spent=lambda x: (1 - x.mean(axis=1)) / 0.7,
         realised=lambda x: np.round(x, 2),
     )
+
+
+def begun(study):
+    """Begin a trial that nobody measures."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna beats only where it runs the trial itself
+        return study.ask()
 
 
 def peak(policy):
@@ -237,11 +248,65 @@ class TestSearch:
         with pytest.raises(SystemExit):
             self.run(open_study(url, "s", {}), objective=dying)
         # A trial that a process took along when it died has no end.
-        open_study(url, "s", {}).ask()
+        begun(open_study(url, "s", {}))
         resumed = self.run(open_study(url, "s", {}))
         assert [t.policy.tolist() for t in resumed] == [t.policy.tolist() for t in whole]
         assert self.run(open_study(url, "s", {})) is not None
         assert len(bayes.trials_of(open_study(url, "s", {}), few())) == 9
+
+    @pytest.mark.parametrize("storage", ["sqlite:///{}/trials.db", "journal://{}/trials.log"])
+    def test_a_worker_whose_trial_was_taken_over_goes_on(self, storage, tmp_path):
+        """Another process ends the trial while it is measured, or before its first ratio is stored."""
+        study, ended = open_study(storage.format(tmp_path), "s", {}), []
+
+        def taken(policy):
+            if len(study.trials) in (2, 4) and len(ended) < len(study.trials) // 2:
+                ended.append(study.trials[-1].number)
+                study.tell(ended[-1], state=optuna.trial.TrialState.FAIL)
+            return peak(policy)
+
+        told = []
+        trials = self.run(study, objective=taken, told=told.append)
+        assert ended == [1, 3]
+        assert len(trials) == len(told) == 9
+        assert not {trial.number for trial in trials} & set(ended)
+        assert len({few().realised(t.policy[None]).tobytes() for t in trials}) == 9
+
+    def test_a_trial_that_is_lost_while_it_is_proposed(self, tmp_path, monkeypatch):
+        """Optuna then raises as soon as the worker stores what the sampler gave."""
+        study = open_study(f"sqlite:///{tmp_path / 'trials.db'}", "s", {})
+        real, ended = bayes._Sampler.sample_relative, []
+
+        def slow(self, study, trial, space):
+            if trial.number == 2:
+                ended.append(study.tell(trial.number, state=optuna.trial.TrialState.FAIL))
+            return real(self, study, trial, space)
+
+        monkeypatch.setattr(bayes._Sampler, "sample_relative", slow)
+        assert len(self.run(study, objective=peak)) == 9
+        assert len(ended) == 1
+
+    def test_a_dead_worker_is_known_by_its_heart(self, tmp_path, monkeypatch):
+        """One that beats is waited for, whatever its trial takes; the trial of one that does not is measured again."""
+        url = f"sqlite:///{tmp_path / 'trials.db'}"
+        monkeypatch.setattr(bayes, "PATIENCE", 2.0)
+        study, other = open_study(url, "s", {}), open_study(url, "s", {})
+        monkeypatch.setattr(bayes, "PATIENCE", 60.0)
+        study._storage.record_heartbeat(begun(study)._trial_id)
+        measuring = threading.Event()
+
+        def slow(policy):
+            measuring.set()
+            time.sleep(3.5)
+            return peak(policy)
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            theirs = pool.submit(self.run, other, objective=slow, trials=2, alone=False)
+            measuring.wait()
+            ours = self.run(study, trials=2, alone=False)
+            assert [t.number for t in theirs.result()] == [t.number for t in ours]
+        states = [trial.state.name for trial in study.trials]
+        assert states == ["FAIL", "COMPLETE", "COMPLETE"], "only the dead one was given up"
 
     def test_a_flat_objective(self):
         trials = self.run(self.memory(), objective=lambda _: (1.0, {}))

@@ -16,7 +16,7 @@ from vitrim.report.blocks import HOST, fates, widths
 from vitrim.report.curves import curves, trials
 from vitrim.report.fronts import courses, front, fronts
 from vitrim.report.picture import picture
-from vitrim.report.tables import outcome, short
+from vitrim.report.tables import gated, outcome, scored, short
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import PlanError, RunError
 from vitrim.words.plan import BlockPlan, Plan, write_plan
@@ -285,7 +285,7 @@ def test_half_a_last_line_is_left_out(tmp_path: Path):
 def test_markdown_tables_parse(folder: Path):
     text = markdown([folder])
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 3
+    assert len(tables) == 4  # the result, the blocks, the trials, where it came from
     for table in tables:
         columns = {len(re.findall(r"(?<!\\)\|", line)) for line in table}
         assert len(columns) == 1
@@ -389,6 +389,37 @@ def test_trials_are_drawn_with_the_best_so_far(name, best, monkeypatch):
         "multiply-accumulates"
         in Reader(trials([{**record, "macs": 9} if not n else record for n, record in enumerate(records)])).words
     )
+
+
+def test_scores_of_held_out_images_are_drawn_and_listed_as_what_they_are():
+    records = [
+        {
+            "trial": n,
+            "score": -loss,
+            "measure": "loss",
+            "macs": 2_000_000,
+            "params": 9,
+            "heads": [3, 2],
+            "neurons": [4, 4],
+        }
+        | {"tokens": [17, 12], "best": loss == 1.25}
+        for n, loss in enumerate([1.5, 1.25, *(2.0 + n for n in range(12))])
+    ]
+    table = scored(records)
+    assert table.caption == "The best 10 of 14 trials"
+    assert table.rows[0] == ("1", "loss 1.2500 nats", "2.00 M", "9", "5", "8", "17, 12", "taken")
+    assert table.rows[1][1] == "loss 1.5000 nats"
+    assert "Loss of 14 trials" in trials(records)
+    assert scored([{"trial": 0, "score": 71.5, "measure": "top1"}]).rows == [("0", "top1 71.50 %", "–", "–", "")]  # noqa: RUF001
+    assert scored([{"trial": 0, "loss": 1.0}, {"trial": 1, "score": None}]) is None
+
+
+def test_what_gates_left_is_a_row_for_each_block():
+    records = [{"path": f"b{n}", "mlp": 0.5 / (n + 1), "macs": 1000 * n, "revived": n, "gates": [1]} for n in range(2)]
+    table = gated(records)
+    assert table.head == ("block", "mlp", "macs", "revived")
+    assert table.rows == [("b0", "0.5", "0", "0"), ("b1", "0.25", "1,000", "1")]
+    assert gated([{"trial": 1, "score": 2.0}]) is None
 
 
 def test_a_front_is_what_none_beats():

@@ -56,6 +56,8 @@ LETTERS = 115
 """Number of characters of a legend line that fit below a figure, including the markers."""
 _JUDGED: tuple[tuple[str, Callable[[float, float], float]], ...] = (("score", max), ("loss", min))
 """By what a search judges its trials, and which of two is the better one."""
+_LOSSES = ("loss", "divergence")
+"""Measures whose negative is a score (`measure` of a record)."""
 POINTS = 300
 """Largest number of points of a curve; more are averaged, to keep the page of a long run small."""
 
@@ -88,19 +90,21 @@ def curves(log: Sequence[Record]) -> str | None:
 def trials(records: Sequence[Record]) -> str | None:
     """Return plots of the scores of trials, or of their losses if they have no scores; None with neither.
 
+    A score that is minus a loss is drawn as this loss.
+
     The first shows the score of each trial in its order, and the best so far. If the trials differ in MACs by more than
     2 %, a second one shows the scores against MACs.
     """
     name, better = next(
         (each for each in _JUDGED if any(number(record, each[0]) is not None for record in records)), _JUDGED[0]
     )
-    found = [
-        (number(record, "trial"), number(record, "macs"), score)
-        for record in records
-        if (score := number(record, name)) is not None
-    ]
-    if not found:
+    scored = [(record, score) for record in records if (score := number(record, name)) is not None]
+    if not scored:
         return None
+    measure = str(scored[0][0].get("measure", name))
+    sign = -1 if name == "score" and measure in _LOSSES else 1
+    name, better = (measure, min) if sign < 0 else (measure, better)
+    found = [(number(record, "trial"), number(record, "macs"), sign * score) for record, score in scored]
     order = [(float(place) if trial is None else trial, score) for place, (trial, _, score) in enumerate(found)]
     order.sort()
     costs = [(macs, score) for _, macs, score in found if macs is not None]

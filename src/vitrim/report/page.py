@@ -172,7 +172,13 @@ def _figures(run: Run) -> list[TextTable | None]:
         return [tables.block_table(run)]
     if _segments(run):
         return [scenes.segmented(run.measured), scenes.class_table(run.classes)]
-    return [tables.result(run.measured), tables.block_table(run), tables.tried(run.trials)]
+    return [tables.result(run.measured), tables.block_table(run), *_tables_of_trials(run)]
+
+
+def _tables_of_trials(run: Run) -> list[TextTable]:
+    """Return what a search has tried, and what it says about the blocks."""
+    found = (tables.tried(run.trials), tables.scored(run.trials), tables.gated(run.trials))
+    return [table for table in found if table is not None]
 
 
 def _run(run: Run) -> str:
@@ -207,8 +213,8 @@ def _course(run: Run) -> list[str]:
     parts = []
     if plot := _plots().curves(run.log):
         parts += ["<h3>Course of search and training</h3>", _figure(plot)]
-    plot, table = _plots().trials(run.trials), tables.tried(run.trials)
-    shown = [*([_figure(plot)] if plot else ()), *([_table(table, "small")] if table else ())]
+    plot, found = _plots().trials(run.trials), _tables_of_trials(run)
+    shown = [*([_figure(plot)] if plot else ()), *(_table(table, "small") for table in found)]
     return [*parts, *(["<h3>Trials</h3>", *shown] if shown else ())]
 
 

@@ -5,7 +5,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from html import escape
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vitrim.report.blocks import Row, sheet, total
 from vitrim.report.folder import Record, Run, number
@@ -21,11 +21,13 @@ __all__ = [
     "classes_of",
     "comparison",
     "everything",
+    "gated",
     "markdown_text",
     "outcome",
     "plan_table",
     "provenance",
     "result",
+    "scored",
     "short",
     "tried",
     "warnings",
@@ -171,6 +173,62 @@ def tried(trials: Sequence[Record]) -> TextTable | None:
     head = ("trial", "predicted, nats", "measured, nats", *(("time of dense",) if timed else ()), "")
     why = "the least measured divergence from the dense output" + (" within the time" if timed else "")
     return TextTable(f"What was tried; what was taken has {why}", head, rows)
+
+
+def scored(trials: Sequence[Record]) -> TextTable | None:
+    """Return the best trials of a search by their scores on held-out images; None without trials that have scores."""
+    known = [t for t in trials if number(t, "score") is not None]
+    if not known:
+        return None
+    best = sorted(known, key=lambda trial: (-trial["score"], number(trial, "trial") or 0))[:_SHOWN]
+    counts = [name for name in ("heads", "neurons", "tokens") if any(_counts(trial, name) for trial in best)]
+    rows = []
+    for trial in best:
+        kept = [_counts(trial, name) for name in counts]
+        cells = [
+            ", ".join(map(str, k)) if name == "tokens" else f"{sum(k):,}" for name, k in zip(counts, kept, strict=True)
+        ]
+        costs = (short(number(trial, name)) for name in ("macs", "params"))
+        rows.append((str(trial.get("trial", "")), judged(trial), *costs, *cells, "taken" if trial.get("best") else ""))
+    head = ("trial", "held-out images", "MACs", "parameters", *counts, "")
+    return TextTable(f"The best {len(best)} of {len(known)} trials", head, rows)
+
+
+def _counts(trial: Record, name: str) -> list[int]:
+    value = trial.get(name)
+    return value if isinstance(value, list) and all(isinstance(count, int) for count in value) else []
+
+
+def judged(trial: Record) -> str:
+    """Return what a trial was measured by and its value, as text: ``loss 1.2345 nats``, ``top1 71.30 %``."""
+    value, name = trial["score"], str(trial.get("measure", "score"))
+    if name in ("loss", "divergence"):
+        return f"{name} {-value:.4f} nats"
+    return f"{name} {value:.2f} %" if name in ("top1", "agreement") else f"{name} {value:.4f}"
+
+
+def gated(trials: Sequence[Record]) -> TextTable | None:
+    """Return what a search that trains gates told of each block; None without records of blocks."""
+    known = [t for t in trials if isinstance(t.get("path"), str)]
+    plain = (bool, int, float, str)
+    names = [n for n in dict.fromkeys(name for t in known for name in t) if n != "path"]
+    names = [name for name in names if all(t.get(name) is None or isinstance(t[name], plain) for t in known)]
+    if not known or not names:
+        return None
+    rows = [(t["path"], *(_cell(t.get(name)) for name in names)) for t in known]
+    return TextTable("What the search tells of each block", ("block", *names), rows)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return DASH
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+_SHOWN = 10
+"""Number of trials in the table of the best ones."""
 
 
 def plan_table(parent: Spec, plan: Plan) -> TextTable:

@@ -33,17 +33,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from vitrim.cut.shares import remains
 from vitrim.cut.surgery import apply, cut_tensors
 from vitrim.data import Augment
 from vitrim.families import describe
 from vitrim.methods import Data, Found
 from vitrim.methods.cait.masks import Channels, Merge, free_axes, merge_plan, ramped, thirds
 from vitrim.methods.cait.slots import Rules, allocate_slots, plan_of
+from vitrim.methods.cait.told import block_records, choice_record, first_process
 from vitrim.nn.weights import home_of
 from vitrim.train import RATES, Distill, Fitted, Start, Train, fit, steps_of
 from vitrim.words.budget import SLACK, Budget
@@ -53,9 +52,6 @@ from vitrim.words.plan import Plan
 from vitrim.words.spec import Spec, why_not_mixed
 
 __all__ = ["Method"]
-
-GONE = 1e-5
-"""A gate of ``resrep`` below this counts as zero."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -181,7 +177,9 @@ class Method(Node):
         if taken:
 
             def after_step(_: nn.Module, step: int) -> None:
-                self.after_step(channels, step + 1, taken, whole, counted, spec, budget)
+                told = self.after_step(channels, step + 1, taken, whole, counted, spec, budget, steps)
+                if told is not None and log is not None and first_process():
+                    log(told)
 
             fitted = fit(
                 channels,
@@ -236,9 +234,17 @@ class Method(Node):
         return plan
 
     def after_step(
-        self, channels: Channels, done: int, taken: int, whole: int, counted: Spec, spec: Spec, budget: Budget
-    ) -> None:
-        """Score channels, and choose new masks if this step is due.
+        self,
+        channels: Channels,
+        done: int,
+        taken: int,
+        whole: int,
+        counted: Spec,
+        spec: Spec,
+        budget: Budget,
+        steps: Plan,
+    ) -> dict[str, Any] | None:
+        """Score channels, and choose new masks if this step is due; then return the record of the choice.
 
         Args:
             channels: the masked model, with the gradients of the step.
@@ -248,11 +254,12 @@ class Method(Node):
             counted: spec of the merged model, used to count costs.
             spec: the parent.
             budget: limit on the child's cost.
+            steps: the plan of the merges.
         """
         channels.learn()
         start = round(self.warmup * whole)
         if not channels.paths or (done < taken and (done < start or (done - start) % self._refresh(whole))):
-            return
+            return None
         last, merged = done == taken, budget.cost(counted)
         share = 1.0 if last else done / whole
         limits = {
@@ -263,6 +270,7 @@ class Method(Node):
         scores = channels.scores(self.hysteresis)
         masks = allocate_slots(counted, scores, limits, self.rules, ranked_at=ranked_at, fine=last, budget=budget)
         channels.keep(masks)
+        return choice_record(done, limits, masks, spec, budget, steps)
 
     @property
     def rules(self) -> Rules:
@@ -297,8 +305,8 @@ class Method(Node):
     def _found(self, channels: Channels, fitted: Fitted | None, spec: Spec, steps: Plan, training: bool) -> Found:
         """Return the plan of the current masks, and the training state cut in the same way."""
         masks = channels.masks()
-        left = _left(channels)
         plan = plan_of(spec, masks, steps)
+        trials = block_records(spec, plan.child(spec), channels)
         parent = channels.fold_gates()
         parent.train(training)
         start = None
@@ -308,25 +316,7 @@ class Method(Node):
                 assert isinstance(fitted.ema, Channels)
                 averaged = apply(fitted.ema.fold_gates(), plan).state_dict()
             start = Start(done=self.cut, averages=_cut_averages(parent, plan, fitted.averages), ema=averaged)
-        told = {"revived": int(channels.revived), **left}
-        child = plan.child(spec)
-        tokens = [
-            flow.leaves.patches / stage.patches
-            for (_, stage, _), flow in zip(child.blocks(), child.flows(), strict=True)
-        ]
-        trials = tuple(
-            {**record, "tokens": share, **told} for record, share in zip(remains(spec, child, {}), tokens, strict=True)
-        )
         return Found(plan=plan, parent=parent, trials=trials, start=start)
-
-
-@torch.no_grad()
-def _left(channels: Channels) -> dict[str, Any]:
-    """Count the gates of ``resrep`` that are cut but not yet zero; the cut is exact only if there are none."""
-    if channels.scorer != "resrep":
-        return {}
-    scores, masks = channels.scores(), channels.masks()
-    return {"gates_not_gone": sum(int((scores[path][masks[path] == 0] > GONE).sum()) for path in channels.paths)}
 
 
 def _cut_averages(

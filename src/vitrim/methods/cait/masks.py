@@ -102,7 +102,7 @@ class Channels(Gated):
                 buffer = torch.full((known[path].size,), value, device=like.device, dtype=like.dtype)
                 self.register_buffer(f"{name}/{key_of(path)}", buffer)
         self.register_buffer("count", torch.zeros((), dtype=torch.long, device=like.device))
-        self.register_buffer("revived", torch.zeros((), dtype=torch.long, device=like.device))
+        self.register_buffer("revived", torch.zeros(len(self.paths), dtype=torch.long, device=like.device))
         self.leaves: dict[str, Tensor] = {}
         switch = getattr(model, "set_distilled_training", None)
         if switch is not None:
@@ -124,6 +124,10 @@ class Channels(Gated):
         if not self.paths:
             return {}
         return self._split(torch.cat([self.mask(path) for path in self.paths]).cpu())
+
+    def revived_by_path(self) -> dict[str, int]:
+        """Return, by path of an axis, how often a channel was unmasked again."""
+        return dict(zip(self.paths, self.revived.tolist(), strict=True))
 
     def _split(self, joined: Tensor) -> dict[str, Tensor]:
         """Return the parts of a tensor that joins one for each axis: one transfer to or from a device for all."""
@@ -177,13 +181,13 @@ class Channels(Gated):
 
     @torch.no_grad()
     def keep(self, masks: Mapping[str, Tensor]) -> None:
-        """Set the masks, and count the channels that are unmasked again."""
+        """Set the masks, and count by axis the channels that are unmasked again."""
         if not masks:
             return
         joined = torch.cat(list(masks.values())).to(self.mask(self.paths[0]))
         for path, new in zip(masks, torch.split(joined, [len(mask) for mask in masks.values()]), strict=True):
             mask = self.mask(path)
-            self.revived += ((new > 0) & (mask == 0)).sum()
+            self.revived[self.paths.index(path)] += ((new > 0) & (mask == 0)).sum()
             mask.copy_(new)
             if self.scorer == "taylor":
                 self.get_buffer(f"gate/{key_of(path)}").copy_(new)

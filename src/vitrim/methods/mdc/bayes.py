@@ -38,7 +38,11 @@ Objective = Callable[[Policies], tuple[float, Mapping[str, Any]]]
 _MEASURED = (TrialState.COMPLETE, TrialState.RUNNING)
 _DRAWN, _MORE, _NEAR = 16, 2000, 64
 PATIENCE = 60.0
-"""Least number of seconds without an update after which another process's trial counts as lost."""
+"""Seconds without a sign of life after which another process's trial counts as lost.
+
+Relational storages keep heartbeats of every running trial. In the others, and for a process that died before its first
+beat, a sign of life is a finished trial of any process, and the patience is at least ten times the longest trial.
+"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +88,8 @@ def search(
         first: policies to measure before any is drawn, ``(F, P)``; they count toward `initial`. Policies that do not
             fit the budget at any scale, or whose architecture was already measured, are left out.
         alone: whether no other process works on the study. Unfinished trials were then left by a killed process, and
-            are measured again at once; otherwise only after a long time without an update.
+            are measured again at once; otherwise only after `PATIENCE` without a sign of life. A process whose trial
+            was taken over by mistake loses the value and goes on.
         told: called with every trial that this process measured.
 
     Raises:
@@ -102,6 +107,7 @@ def search(
         if done != known:
             heard, known = time.monotonic(), done
         if done + len(running) >= trials:
+            _drop_stale(study)
             if time.monotonic() - heard > max(PATIENCE, 10 * longest):
                 _drop(study, running)
             time.sleep(0.2)
@@ -114,30 +120,75 @@ def search(
 
 def _step(study: optuna.Study, space: Space, objective: Objective, trials: int, told: Callable[[Trial], None]) -> bool:
     """Run one trial: get a policy, measure it and store the value; return False if there is none left to measure."""
-    trial = study.ask()
-    if not trial.relative_params:
-        study.tell(trial, state=TrialState.FAIL)
-        return _place(study.get_trials(deepcopy=False), trial.number) >= trials
-    point = np.array(
-        [trial.suggest_float(name, 0, float(high)) for name, high in zip(space.names, space.upper, strict=True)]
-    )
-    policy = within(space, point[None])[0]
+    turn = _Turn(space, objective)
     try:
-        if np.isnan(policy).any():
-            raise MethodError("a policy that was put into the study must fit the budget, but no factor brings it in")
-        value, notes = objective(policy)
-        if math.isnan(value):
-            raise MethodError("what a policy is measured by must be a number, but is not; check weights and images")
-    except BaseException:
-        study.tell(trial, state=TrialState.FAIL)
-        raise
-    for name, note in notes.items():
-        trial.set_user_attr(name, note)
-    # Another process may have marked this trial as lost meanwhile; then that process measures its policy.
-    told_state = study.tell(trial, value, skip_if_finished=True).state
-    if told_state == TrialState.COMPLETE:
-        told(Trial(number=trial.number, policy=policy, value=value, notes=notes))
+        study.optimize(turn, n_trials=1, catch=(_NothingLeft,))
+    except BaseException as problem:
+        if turn.problem is not None:
+            raise turn.problem from None
+        if not turn.lost(problem):
+            if not isinstance(problem, Exception) and turn.number is not None:
+                study.tell(turn.number, state=TrialState.FAIL, skip_if_finished=True)
+            raise
+        # Another process took this one for dead and ended its trial, so that its position is used again. The value is
+        # lost, and the search goes on.
+        return True
+    assert turn.number is not None
+    if turn.trial is None:
+        return _place(study.get_trials(deepcopy=False), turn.number) >= trials
+    told(turn.trial)
     return True
+
+
+class _NothingLeft(Exception):
+    """The sampler has no policy to give."""
+
+
+class _Turn:
+    """One trial of this process. Optuna runs it, and beats for it while it runs (see `vitrim.methods.mdc.study`).
+
+    Attributes:
+        number: number of the trial; None before Optuna has given one.
+        trial: what was measured; None if there was nothing to measure.
+        problem: the exception of the objective, if it raised one.
+    """
+
+    def __init__(self, space: Space, objective: Objective) -> None:
+        self.space, self.objective = space, objective
+        self.number: int | None = None
+        self.trial: Trial | None = None
+        self.problem: Exception | None = None
+
+    def __call__(self, trial: optuna.Trial) -> float:
+        """Return the value of the policy that the sampler gave to `trial`."""
+        self.number = trial.number
+        if not trial.relative_params:
+            raise _NothingLeft
+        pairs = zip(self.space.names, self.space.upper, strict=True)
+        point = np.array([trial.suggest_float(name, 0, float(high)) for name, high in pairs])
+        policy = within(self.space, point[None])[0]
+        try:
+            if np.isnan(policy).any():
+                raise MethodError("a policy put into the study must fit the budget, but no factor brings it in")
+            value, notes = self.objective(policy)
+            if math.isnan(value):
+                raise MethodError("what a policy is measured by must be a number, but is not; check weights and images")
+        except Exception as problem:
+            self.problem = problem
+            raise
+        for name, note in notes.items():
+            trial.set_user_attr(name, note)
+        self.trial = Trial(number=trial.number, policy=policy, value=value, notes=notes)
+        return value
+
+    def lost(self, problem: BaseException) -> bool:
+        """Return whether Optuna raised `problem` because another process has ended the trial.
+
+        The sampler, a ratio and a note may meet that first (`UpdateFinishedTrialError`); when the trial is told in the
+        end, Optuna raises a plain ``ValueError``.
+        """
+        updated = isinstance(problem, optuna.exceptions.UpdateFinishedTrialError)
+        return updated or (type(problem) is ValueError and self.number is not None)
 
 
 def trials_of(study: optuna.Study, space: Space) -> list[Trial]:
@@ -169,6 +220,13 @@ def _drop(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
     """Mark trials as failed, so that their positions are used again."""
     for trial in trials:
         study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+
+def _drop_stale(study: optuna.Study) -> None:
+    """Mark trials as failed whose process has not beaten for them, where the storage keeps heartbeats."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optuna.storages.fail_stale_trials(study)
 
 
 def _place(trials: Sequence[FrozenTrial], number: int) -> int:

@@ -4,7 +4,7 @@ L blocks, H heads, M hidden neurons, N tokens, P ratios of a policy, S policies 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -152,6 +152,7 @@ class Frame:
         bounds: bounds of the ratios.
         rounding: ``nearest`` keeps ``floor(H (1 - r) + 1/2)``, ``floor`` keeps ``floor(H (1 - r))`` as published; at
             least one.
+        fixed: names of ratios that are not part of the policies (``stages.0.blocks.3.heads``).
 
     Raises:
         MethodError: if tokens are to be cut but the model's cannot be, or there is nothing to choose.
@@ -159,7 +160,13 @@ class Frame:
     """
 
     def __init__(
-        self, spec: Spec, ranking: Ranking, budget: Budget, bounds: Bounds, rounding: Rounding = "nearest"
+        self,
+        spec: Spec,
+        ranking: Ranking,
+        budget: Budget,
+        bounds: Bounds,
+        rounding: Rounding = "nearest",
+        fixed: Collection[str] = (),
     ) -> None:
         self.spec, self.ranking, self.budget, self.rounding = spec, ranking, budget, rounding
         self.parent = budget.cost(spec)
@@ -168,7 +175,7 @@ class Frame:
         upper: list[float] = []
 
         def column(name: str, bound: float) -> int | None:
-            if bound <= 0:
+            if bound <= 0 or name in fixed:
                 return None
             names.append(name)
             upper.append(bound)

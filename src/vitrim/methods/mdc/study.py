@@ -2,12 +2,14 @@
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import optuna
 import sqlalchemy.exc
 
+from vitrim.methods.mdc import bayes
 from vitrim.words.errors import RunError, VitrimError
 from vitrim.words.plain import reason
 from vitrim.words.private import HIDDEN, hide_passwords
@@ -17,6 +19,8 @@ __all__ = ["kept", "open_study", "reachable"]
 _LOCKED = 60
 """Seconds that a process waits for others to release the lock of an SQLite file."""
 _TRIES = 5
+_BEATS = 4
+"""Beats of a running trial within the patience of the other processes."""
 
 
 _TOLD = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError)
@@ -62,7 +66,8 @@ def open_study(url: str | None, name: str, identity: Mapping[str, str]) -> optun
     Raises:
         RunError: if the storage cannot be used, or the study is of another model or space.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # A trial that fails is told by the error that it raises; Optuna would print its parameters, too.
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     if url is None:
         return optuna.create_study(study_name=name, direction="maximize")
     if f"{HIDDEN}@" in url:
@@ -111,7 +116,13 @@ def _storage(url: str) -> Any:
         host, _, port = rest.partition(":")
         return optuna.storages.GrpcStorageProxy(host=host, port=int(port or 13000))
     wait = {"connect_args": {"timeout": _LOCKED}} if scheme.startswith("sqlite") else {"pool_pre_ping": True}
-    return optuna.storages.RDBStorage(url, engine_kwargs=wait)
+    grace = max(1, round(bayes.PATIENCE))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        # No callback tries a lost trial again: the search uses its position again, so that it stays repeatable.
+        return optuna.storages.RDBStorage(
+            url, engine_kwargs=wait, heartbeat_interval=max(1, grace // _BEATS), grace_period=grace
+        )
 
 
 def kept(study: optuna.Study, values: Callable[[], Mapping[str, Any]], names: Iterable[str]) -> dict[str, Any]:
