@@ -35,7 +35,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "joint": ("cait", {"merges": [[3, "w"]]}),
     "merging": ("cait", {"merges": [[2, "w"], [4, "h"]], "prune_attention": False, "prune_mlp": False}),
     "channels": ("cait", {"merges": []}),
-    "vit_slim": ("vit_slim", {}),
+    "vit_slim": ("vit_slim", {"penalty": "published", "attention_l1": 1e-4, "mlp_l1": 2.5e-5}),
     "taylor": ("taylor", {}),
 }
 

@@ -102,8 +102,6 @@ def rows(size: Size) -> dict[str, tuple[dict[str, Any], float]]:
             {
                 "name": "vit_slim",
                 "train": training(size, part, **flat),
-                "attention_l1": 2e-4,
-                "mlp_l1": 5e-5,
                 "gate_lr": 3e-3,
             },
             part,

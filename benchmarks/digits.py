@@ -3,8 +3,9 @@
     python benchmarks/digits.py --model vit --out FOLDER [--scale 0.25]
 
 For each seed a small ViT, Swin or T2T-ViT is trained, then cut to each budget by every method and trained again against
-its parent, all with the same training; and the dense parent is trained further for as long (control `dense`). Writes
-a line a run to ``benchmarks/digits_MODEL.jsonl`` and prints the means. `--scale` shortens every training alike.
+its parent; and the dense parent is trained further for as long (control `dense`). All train for as many epochs in all:
+those of ViT-Slim's search are taken off its child's. Writes a line a run to ``benchmarks/digits_MODEL.jsonl`` and
+prints the means. `--scale` shortens every training alike.
 """
 
 import argparse
@@ -69,19 +70,18 @@ def dense(parent: Path, seed: int, out: Path, settings: Train) -> dict[str, Any]
 
 def records(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every run, one after another."""
-    trainings = {
-        "search": shortened(SEARCH, args.scale),
-        "child": shortened(CHILD, args.scale),
-    }
+    search, child = shortened(SEARCH, args.scale), shortened(CHILD, args.scale)
+    after = child.model_copy(update={"epochs": child.epochs - search.epochs})
     for seed in args.seeds:
         parent = args.out / f"parent-{seed}.safetensors"
         args.out.mkdir(parents=True, exist_ok=True)
         train_parent(parent, seed, MODELS[args.model], shortened(PARENT, args.scale))
-        yield dense(parent, seed, args.out, trainings["child"])
+        yield dense(parent, seed, args.out, child)
         for budget in args.budgets:
             for name in args.methods:
-                found = run(recipe(parent, budget, seed, name, **trainings), args.out / f"{name}-{budget}-{seed}")
-                yield {key: found.measured.get(key) for key in KEPT}
+                train = after if name == "vit_slim" else child
+                found = run(recipe(parent, budget, seed, name, search, train), args.out / f"{name}-{budget}-{seed}")
+                yield {key: found.measured.get(key) for key in KEPT} | {"epochs": child.epochs}
 
 
 def main() -> None:

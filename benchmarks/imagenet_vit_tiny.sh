@@ -22,6 +22,6 @@ for budget in 0.9 0.8 0.7; do
     --set method.train.mixup=0 --set method.train.cutmix=0 --set method.train.smoothing=0 \
     --set method.train.drop_path=0 --set method.train.augment.kind=light \
     --set method.train.distill.kind=soft --set method.train.distill.alpha=1 \
-    --set method.attention_l1=1e-3 --set method.mlp_l1=2.5e-4 --set method.gate_lr=0.02
+    --set method.penalty=published --set method.attention_l1=1e-3 --set method.mlp_l1=2.5e-4 --set method.gate_lr=0.02
 done
 vitrim report "$out"/*/

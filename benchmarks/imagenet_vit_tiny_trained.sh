@@ -16,7 +16,7 @@ search=(--method vit_slim
   --set method.train.mixup=0 --set method.train.cutmix=0 --set method.train.smoothing=0
   --set method.train.drop_path=0 --set method.train.augment.kind=light
   --set method.train.distill.kind=soft --set method.train.distill.alpha=1
-  --set method.attention_l1=1e-3 --set method.mlp_l1=2.5e-4 --set method.gate_lr=0.02)
+  --set method.penalty=published --set method.attention_l1=1e-3 --set method.mlp_l1=2.5e-4 --set method.gate_lr=0.02)
 vitrim compress "${common[@]}" --method magnitude --budget macs=1.0 --out "$out/dense"
 for budget in 0.7 0.5; do
   vitrim compress "${common[@]}" "${search[@]}" --budget "macs=$budget" --out "$out/vit_slim-$budget"

@@ -32,13 +32,16 @@ METHODS = ("magnitude", "taylor", "random", "mdc", "vit_slim", "cait")
 
 
 def settings(name: str, scale: float) -> dict[str, Any]:
-    """Searches of one length; ViT-Slim with the penalties of the demo."""
+    """Searches of one length; ViT-Slim with fixed penalties, MDC with the heads of all blocks and by top-1."""
     train = dump(SEARCH.model_copy(update={"epochs": SEARCH.epochs * scale}))
     if name == "vit_slim":
-        return {"train": train, "attention_l1": 1e-4, "mlp_l1": 2.5e-5, "gate_lr": 0.02}
+        return {"train": train, "penalty": "published", "attention_l1": 1e-4, "mlp_l1": 2.5e-5, "gate_lr": 0.02}
     if name == "cait":
         return {"train": train}
-    return {"trials": max(round(100 * scale), 10), "initial": max(round(40 * scale), 5)} if name == "mdc" else {}
+    if name == "mdc":
+        trials = {"trials": max(round(100 * scale), 10), "initial": max(round(40 * scale), 5)}
+        return trials | {"measure": "top1", "head_blocks": "all"}
+    return {}
 
 
 def shortened(train: Train, scale: float) -> Train:

@@ -177,7 +177,8 @@ class TestViTSlim:
         assert set(kinds.values()) == {"attention"}
         assert not any(path.endswith("hidden") for path in scores)
 
-    def test_unused_channels_sink(self):
+    @pytest.mark.parametrize("penalty", [{"penalty": "published", "mlp_l1": 1e-2}, {"penalty": "measured"}])
+    def test_unused_channels_sink(self, penalty):
         """Gates of neurons that reach nothing fall by the penalty alone; those in use are held up by the loss."""
         model = small("vit")
         with torch.no_grad():
@@ -187,7 +188,7 @@ class TestViTSlim:
         settings = {"epochs": 12, "batch": 16, "lr": 1e-3, "schedule": "constant", "augment": {"kind": "none"}}
         settings |= {"mixup": 0, "cutmix": 0, "weight_decay": 0, "drop_path": 0}
         method = methods.get(
-            "vit_slim", {"train": settings, "mlp_l1": 1e-2, "attention_l1": 0, "gate_lr": 0.01, "choice": "free"}
+            "vit_slim", {"train": settings, "attention_l1": 0, "gate_lr": 0.01, "choice": "free"} | penalty
         )
         found = method.search(model, data, Budget.parse("macs=0.8"), seed=0)
         kept = [block.hidden for block in found.plan.blocks() if block.hidden is not None]

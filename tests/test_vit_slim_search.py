@@ -1,7 +1,9 @@
 """ViT-Slim as a search: what is kept for a share and for a budget (vit-slim.md, 6.3), and the published recipes."""
 
 import copy
+import dataclasses
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,10 @@ from tests.test_methods import small
 from vitrim import methods
 from vitrim.cut import surgery
 from vitrim.cut.shares import consistent, kept_count, largest, share_plan, top, with_tokens
+from vitrim.data import eval_loader
 from vitrim.families import describe
 from vitrim.methods import vit_slim
+from vitrim.methods.vit_slim.pressure import PRESSURE, curvatures, kind_of
 from vitrim.run.recipe import read_recipe
 from vitrim.testing import SHORT, check_method, digits
 from vitrim.train import Train, fit
@@ -225,6 +229,64 @@ class TestTraining:
         assert child(images(describe(child), dtype=torch.float32)).shape == (2, 10)
 
 
+class TestPenalty:
+    def gated(self):
+        return vit_slim.gate_model(copy.deepcopy(small("vit")), tokens=True)
+
+    def test_it_is_measured_by_the_curvature_of_the_divergence(self):
+        """Against the Fisher information by its definition; the images of a batch do not count as one."""
+        gated = self.gated()
+        x = images(describe(gated.model), 6, torch.float32)
+        gates = [*gated.gates.values(), *gated.tokens.values()]
+        names = [*map(kind_of, gated.gates), *["token"] * len(gated.tokens)]
+        squares, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+        for one in x:
+            logs = gated.eval()(one[None]).log_softmax(-1)[0]
+            for log in logs:
+                found = torch.autograd.grad(log, gates, retain_graph=True)
+                for name, gradient in zip(names, found, strict=True):
+                    squares[name] += float(log.detach().exp() * gradient.square().sum()) / len(x)
+        for name, gate in zip(names, gates, strict=True):
+            counts[name] += gate.numel()
+        squares["token"] /= (1 - math.tanh(3) ** 2) ** 2
+        batches = [(part, torch.full((len(part),), -1)) for part in x.split(3)]
+        drawn = [curvatures(gated, batches, seed=seed) for seed in range(40)]
+        for name, square in squares.items():
+            mean = sum(each[name] for each in drawn) / len(drawn)
+            assert mean == pytest.approx(square / counts[name], rel=0.4), name
+        assert all(parameter.grad is None for parameter in gated.parameters())
+        assert all(parameter.requires_grad for parameter in gated.parameters())
+
+    def test_measured_weights_are_in_proportion_to_those_named(self):
+        gated = self.gated()
+        data = digits(gated.model)
+        found = joint().weights(gated, data, 0)
+        more = joint(attention_l1=1e-4, mlp_l1=0).weights(gated, data, 0)
+        measured = curvatures(gated, eval_loader(data.calibration, data.input, batch=16), seed=0)
+        assert found == {**{kind: PRESSURE * value for kind, value in measured.items()}, "width": 0.0}
+        assert more == found | {"attention": 2 * found["attention"], "mlp": 0.0}
+
+    def test_published_weights_are_taken_as_they_are(self):
+        blind = dataclasses.replace(digits(small("vit")), calibration=None)
+        method = joint(penalty="published")
+        assert method.weights(self.gated(), blind, 0) == {
+            "attention": 5e-5,
+            "mlp": 1.25e-5,
+            "token": 2.5e-5,
+            "width": 0,
+        }
+        told = []
+        method.search(small("vit"), blind, Budget.parse("macs=0.6"), seed=0, log=told.append)
+        assert told[0] == {"stage": "search", "event": "penalty"} | {
+            "attention_l1": 5e-5, "mlp_l1": 1.25e-5, "token_l1": 2.5e-5, "width_l1": 0.0}  # fmt: skip
+
+    def test_gates_without_a_gradient_cannot_be_measured(self):
+        model = copy.deepcopy(small("vit"))
+        torch.nn.init.zeros_(model.head.weight)
+        with pytest.raises(MethodError, match=r"gates of attention must have gradients .* but all are zero"):
+            found(model, "macs=0.6")
+
+
 def test_all_seven_recipes_are_there():
     assert len(RECIPES) == 7
 
@@ -236,7 +298,7 @@ def test_recipes_are_strict_and_published(path):
     assert recipe.method["name"] == "vit_slim"
     assert Budget.parse(recipe.budget).bounds()
     assert (method.train.epochs, method.train.lr, method.train.schedule) == (50, 5e-4, "constant")
-    assert (method.attention_l1, method.mlp_l1) == (5e-5, 1.25e-5)
+    assert (method.penalty, method.attention_l1, method.mlp_l1) == ("published", 5e-5, 1.25e-5)
     assert method.export == "binarize"
     assert recipe.train.epochs == 300
     assert recipe.train.distill.kind == "none"

@@ -69,7 +69,7 @@ def recipe(
     parent: Path, budget: str, seed: int, method: str = "vit_slim", search: Train = SEARCH, child: Train = CHILD
 ) -> Recipe:
     """Return a recipe that compresses `parent` to `budget` and trains the child; all methods get the same training."""
-    gates = {"train": dump(search), "attention_l1": 1e-4, "mlp_l1": 2.5e-5, "gate_lr": 0.02}
+    gates = {"train": dump(search), "gate_lr": 0.02}
     return load(
         Recipe,
         dump(

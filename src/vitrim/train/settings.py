@@ -38,8 +38,10 @@ class Train(Node):
         accumulate: number of parts into which a process splits its share of a step, `>= 1`; saves memory. The loss is
             still the mean over the whole batch. But each part of each process draws its own dropout and drop path, and
             a batch norm computes its statistics over one part. So for a model with batch norms, the part size
-            ``batch / (accumulate * processes)`` also affects the result. The search of `spvit` draws its gates a fixed
-            number of times a step (`draws`), whatever the number of parts.
+            ``batch / (accumulate * processes)`` also affects the result. The search of `spvit` draws its gates `draws`
+            times a step, or once for each part if there are more parts; each draw and its batch norms see
+            ``batch / draws`` images, or one part. So there a smaller `batch` changes what batch norms see, too, and
+            more parts than draws change both.
         lr: learning rate after warm-up, > 0; see `lr_batch`.
         lr_batch: batch size to which `lr` refers, `>= 1`: the rate after warm-up is ``lr * batch / lr_batch``. None
             uses `lr` unchanged for any batch size.

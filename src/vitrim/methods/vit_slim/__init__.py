@@ -27,11 +27,13 @@ Where we differ from the authors' code, on purpose:
 - The code masks tokens, but counts costs as if they were removed. Ours are removed (`dropping = "drop"`), which is
   another function: masked tokens still act as keys, with their biases. ``"drop_exact"`` keeps one key in their place.
 - A token's gate cannot be folded into weights that all tokens share; those of kept tokens become 1 in either export.
+- The weights of the penalty are measured on the model by default (`penalty`, `vitrim.methods.vit_slim.pressure`).
 - The residual width may have gates, too (`width_l1`), at the norms that read the stream; the paper cuts it nowhere.
 - Shares count tokens before sets shrink with depth; the resulting numbers are in ``Found.trials``.
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -54,7 +56,7 @@ from vitrim.cut.shares import (
     top,
     with_tokens,
 )
-from vitrim.data import Augment
+from vitrim.data import Augment, eval_loader
 from vitrim.families import describe
 from vitrim.methods import Data, Found
 from vitrim.methods._init import closed_form
@@ -66,12 +68,14 @@ from vitrim.methods.vit_slim.gates import (
     set_apart,
     token_scores,
 )
+from vitrim.methods.vit_slim.pressure import PRESSURE, curvatures
 from vitrim.nn.weights import home_of
 from vitrim.train import Distill, Train, fit
 from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError, PlanError
 from vitrim.words.plain import Node
 from vitrim.words.plan import Plan
+from vitrim.words.progress import counted, progress
 from vitrim.words.spec import Spec
 from vitrim.words.steps.drop import Drop
 
@@ -79,16 +83,26 @@ __all__ = ["Method", "TokenGated", "gate_model", "gate_scores", "l1_penalty", "t
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
+PUBLISHED = {"attention": 5e-5, "mlp": 1.25e-5, "token": 2.5e-5, "width": 5e-5}
+"""Effective weights of the published search; that of the residual width is ours."""
+_MEASURED, _PART = 256, 16
+"""Largest number of images that penalties are measured on, and how many of them at a time."""
+
 
 class Method(Node):
     """Train gates with an l1 penalty and keep the largest.
 
     Attributes:
         train: the search's own training; what is not given is the published one (50 epochs, AdamW, constant 5e-4).
-        attention_l1: weight of the sum of attention gates; 0 does not cut attention.
-        mlp_l1: weight of the sum of MLP gates; 0 does not cut MLPs.
+        penalty: ``measured``: a kind whose weight below is the published one is penalized by half of the mean squared
+            gradient of its gates, measured before the search on at most 256 calibration images (or training images if
+            there are none), and other weights in proportion, so twice the published weight is twice that.
+            ``published``: by the weights below as they are.
+        attention_l1: weight of the sum of attention gates; 0 does not cut attention. Published: 5e-5.
+        mlp_l1: weight of the sum of MLP gates; 0 does not cut MLPs. Published: 1.25e-5.
         token_l1: weight of the sum of token gates; 0 does not cut tokens. Published: 2.5e-5 (1e-4 over four processes).
         width_l1: weight of the sum of the gates on the residual width, which are not in the paper; 0 does not cut it.
+            It counts as those of attention do.
         attention: share of head channels to keep; None to choose it by the budget.
         mlp: share of neurons to keep; None to choose it by the budget.
         tokens: share of (block, patch) pairs to keep; None to choose it by the budget.
@@ -123,6 +137,7 @@ class Method(Node):
         augment=Augment(kind="full"),
         distill=Distill(kind="none"),
     )
+    penalty: Literal["measured", "published"] = "measured"
     attention_l1: Annotated[float, Field(ge=0)] = 5e-5
     mlp_l1: Annotated[float, Field(ge=0)] = 1.25e-5
     token_l1: Annotated[float, Field(ge=0)] = 0.0
@@ -185,6 +200,9 @@ class Method(Node):
             set_apart(gated, {path: one.losses for path, one in closed_form(model, data, seed).items()})
         kinds = gate_scores(gated, self.ranking)[1]
         check_shares(describe(model), kinds, self._fixed(set(kinds.values())), budget, bool(gated.tokens))
+        weights = self.weights(gated, data, seed)
+        if log is not None:
+            log({"stage": "search", "event": "penalty"} | {f"{kind}_l1": weight for kind, weight in weights.items()})
         fit(
             gated,
             data.train,
@@ -192,7 +210,7 @@ class Method(Node):
             input=data.input,
             seed=seed,
             teacher=teacher,
-            penalty=l1_penalty(self.attention_l1, self.mlp_l1, self.token_l1, self.width_l1),
+            penalty=l1_penalty(**weights),
             groups=self._groups,
             folder=folder,
             log=log,
@@ -208,6 +226,29 @@ class Method(Node):
             return Found(plan=plan, parent=parent, trials=trials, again=read)
 
         return read(budget)
+
+    def weights(self, gated: "TokenGated", data: Data, seed: int) -> dict[str, float]:
+        """Return the weight of the penalty of each kind: ``attention``, ``mlp``, ``token``, ``width``.
+
+        Args:
+            gated: the gated model before its search; left as it was.
+            data: images, for measured weights.
+            seed: of the labels that the measurement draws from the model's own output.
+
+        Raises:
+            MethodError: if gradients of gates are to be measured, but are not finite or all zero.
+        """
+        given = {"attention": self.attention_l1, "mlp": self.mlp_l1, "token": self.token_l1, "width": self.width_l1}
+        if self.penalty == "published":
+            return given
+        images: Any = data.train if data.calibration is None else data.calibration
+        batches = itertools.islice(eval_loader(images, data.input, batch=_PART), _MEASURED // _PART)
+        with progress("gradients of gates", 0) as advance:
+            found = curvatures(gated, counted(batches, advance), seed=seed)
+        return {
+            kind: weight / PUBLISHED[kind] * PRESSURE * found[kind] if kind in found else 0.0
+            for kind, weight in given.items()
+        }
 
     def decide(self, spec: Spec, gated: "TokenGated", budget: Budget) -> tuple[Plan, tuple[dict[str, Any], ...]]:
         """Return the plan for the current gates, and records of how much of every block it keeps.
