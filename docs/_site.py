@@ -8,7 +8,7 @@ from typing import Any
 GROUPS = {
     "Start": ("index.md", "data.md", "checkpoints.md", "huggingface.md", "recipes.md", "loader.md", "expectations.md"),
     "Methods": ("spvit", "mdc", "vit_slim", "cait", "post_training"),
-    "Deploy": ("deployment.md", "gpu.md", "latency.md", "several_gpus.md"),
+    "Deploy": ("deployment.md", "gpu.md", "latency.md", "many_gpus.md"),
     "Measured": ("results.md", "reliability.md"),
     "More": (),
     "Extend": ("adding.md", "architecture.md", "formats.md"),

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 from tests.test_pareto import noisy
 from vitrim import cli, methods
 from vitrim.cut.surgery import apply
-from vitrim.run import defaults, pipeline
+from vitrim.run import cutting, defaults, pipeline
 from vitrim.run import found as found_
 from vitrim.run.defaults import METHOD, MINUTES, minutes_for
 from vitrim.run.pipeline import compress
@@ -82,15 +82,15 @@ class TestCompensation:
 
     def test_a_budget_of_time_is_compensated_once(self, monkeypatch):
         timed, calls = [], []
-        real = pipeline.recovered_by
-        monkeypatch.setattr(pipeline, "recovered_by", lambda *how: (calls.append(1), real(*how))[1])
+        real = cutting.recovered_by
+        monkeypatch.setattr(cutting, "recovered_by", lambda *how: (calls.append(1), real(*how))[1])
 
         def meet(parent, budget, search, cut, time_of, **how):
             found = search(budget)
             timed.append(cut(found))
             return SimpleNamespace(found=found, predicted=0.9, ratio=0.9, measured=1)
 
-        monkeypatch.setattr(pipeline, "meet", meet)
+        monkeypatch.setattr(cutting, "meet", meet)
         few = {"device": "cpu", "data": {"calibration": 64}}
         more = {"recipe": few, "measure": {"seconds": 0.01}, "verbose": False}
         done = compress(tiny(10), "digits", method="random", budget="latency=0.9", **more)
@@ -197,5 +197,5 @@ def _stopped(monkeypatch, call, *arguments, **how):
     def stop(*_):
         raise MethodError("enough")
 
-    monkeypatch.setattr(pipeline, "_cut", stop)
+    monkeypatch.setattr(pipeline, "cut", stop)
     return call(*arguments, **how)

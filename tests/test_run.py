@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vitrim
 from tests.conftest import HANGS
-from vitrim.run import job
+from vitrim.run import job, log
 from vitrim.run.machine import on_machine
 from vitrim.run.pipeline import Result, compress, run
 from vitrim.run.recipe import Recipe, read_recipe
@@ -480,7 +480,7 @@ def test_a_log_that_was_broken_off(tmp_path):
     path = tmp_path / "log.jsonl"
     lines = [{"stage": "search", "step": 9}, {"stage": "train", "step": 1}, {"stage": "train", "step": 2}]
     path.write_text("\n".join(map(json.dumps, lines)) + '\n{"stage": "tr')
-    write = job.logger(path)
+    write = log.logger(path)
     assert write is not None
     write({"stage": "train", "step": 2, "new": True})
     write({"stage": "train", "step": 3})
@@ -490,7 +490,7 @@ def test_a_log_that_was_broken_off(tmp_path):
         {"stage": "train", "step": 2, "new": True},
         {"stage": "train", "step": 3},
     ]
-    assert job.logger(None) is None
+    assert log.logger(None) is None
 
 
 # Killed.

@@ -9,6 +9,7 @@ imported. Each command is in the file of its kind and is registered with `app` f
 
 import errno
 import os
+import signal
 import sys
 import warnings
 from typing import Annotated, NoReturn
@@ -20,6 +21,7 @@ from rich.text import Text
 from vitrim import __version__
 from vitrim.cli import compress, curve, deploy, look, measure, search, sweep, transfer
 from vitrim.cli.shared import app
+from vitrim.words import launched
 from vitrim.words.errors import VitrimError
 from vitrim.words.parsing import shown
 from vitrim.words.plain import reason
@@ -31,6 +33,9 @@ __all__ = ["app", "compress", "curve", "deploy", "look", "main", "measure", "sea
 
 _INTERRUPTED, _TERMINATED, _PIPE_CLOSED = 130, 143, 141
 """Exit codes by the convention of shells: 128 and the number of the signal. Typer returns the first for ctrl-C."""
+
+_TOGETHER = {"compress", "pareto", "run", "search", "sweep", "transfer"}
+"""Commands that all processes of a launcher do together; the first one does any other alone."""
 
 
 def _version(asked: bool) -> None:
@@ -51,11 +56,17 @@ def _start(
 def main() -> None:
     """Run the command line and exit."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*|timm\..*")
+    asked = sys.argv[1:] or ["--help"]
+    if not launched.first() and asked[0] not in _TOGETHER:
+        sys.exit(0)
+    if launched.count() > 1:
+        # A launcher terminates all processes when one has ended; outside the work, that must not cut off the message.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         with raising_terminated():
-            code = app(args=sys.argv[1:] or ["--help"], prog_name="vitrim", standalone_mode=False)
+            code = app(args=asked, prog_name="vitrim", standalone_mode=False)
     except VitrimError as problem:
-        _fail(str(problem))
+        _fail(str(problem), problem=problem)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except Terminated:
@@ -72,6 +83,10 @@ def main() -> None:
         _fail(told)
     if code == _INTERRUPTED:
         _fail("interrupted; the same command continues from the last checkpoint", _INTERRUPTED)
+    if launched.count() > 1 and asked[0] in _TOGETHER:
+        from vitrim.train import ranks
+
+        ranks.end()
     sys.exit(code)
 
 
@@ -99,8 +114,27 @@ def _is_memory(problem: Exception) -> bool:
     return isinstance(problem, MemoryError) or of_torch
 
 
-def _fail(text: str, code: int = 2) -> NoReturn:
+def _fail(text: str, code: int = 2, problem: BaseException | None = None) -> NoReturn:
+    if launched.count() > 1 and not _tells(problem):
+        _leave(code)
     # A name that is no text in UTF-8 is printed with signs in place of what cannot be.
     one_line = " ".join(hide_passwords(shortened(text)).split()).encode("utf-8", "replace").decode("utf-8")
     Console(stderr=True, soft_wrap=True).print(Text.assemble(("error", "bold red"), " ", one_line))
+    _leave(code)
+
+
+def _tells(problem: BaseException | None) -> bool:
+    try:
+        from vitrim.train import ranks
+    except ImportError:  # a signal came in the middle of its import
+        return launched.first()
+    return ranks.tells(problem)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit; one of several processes without leaving the group, whose others may never answer."""
+    if launched.count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)

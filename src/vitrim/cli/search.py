@@ -88,9 +88,11 @@ def search(
 def _run(recipe: "Recipe", out: Path | None) -> None:
     from vitrim.methods import Data
     from vitrim.run.job import prepare
+    from vitrim.train import ranks
     from vitrim.words.costs import cost_of
     from vitrim.words.plan import write_plan
 
+    ranks.join()
     method = recipe.found_method()
     job = prepare(recipe, method, None, None, (recipe.data.train, None), say)
     if job.splits is None:
@@ -104,6 +106,6 @@ def _run(recipe: "Recipe", out: Path | None) -> None:
     rows = [[str(best.get("trial", "-")), f"{best.get('score', 0.0):.4f}", f"{cost.macs / 1e9:.4f} G",
              f"{cost.params / 1e6:.3f} M"]]  # fmt: skip
     show_table(f"best of {len(found.trials)} trials", ["trial", "score", "MACs", "parameters"], rows)
-    if out is not None:
+    if out is not None and ranks.first():
         write_plan(out, job.spec, found.plan)
         say(f"wrote {out}")

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vitrim.words.errors import RecipeError
+from vitrim.words.launched import first
 from vitrim.words.private import hide_passwords
 
 __all__ = [
@@ -103,13 +104,15 @@ def model_table(
 
 
 def say(text: str) -> None:
-    """Print a progress message to stderr."""
-    Console(stderr=True, soft_wrap=True).print(Text(hide_passwords(text), style="dim"))
+    """Print a progress message to stderr; of several processes, the first does, as with all that is printed here."""
+    if first():
+        Console(stderr=True, soft_wrap=True).print(Text(hide_passwords(text), style="dim"))
 
 
 def warn(text: str) -> None:
     """Print a highlighted warning to stderr."""
-    Console(stderr=True, soft_wrap=True).print(Text(f"warning: {hide_passwords(text)}", style="bold yellow"))
+    if first():
+        Console(stderr=True, soft_wrap=True).print(Text(f"warning: {hide_passwords(text)}", style="bold yellow"))
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: bool = False) -> None:
@@ -126,7 +129,8 @@ def print_table(table: Table) -> None:
     """Print a table."""
     console = Console()
     # A file or pipe has no width, and programs that read it need unbroken rows.
-    (console if console.is_terminal else Console(width=10_000)).print(table)
+    if first():
+        (console if console.is_terminal else Console(width=10_000)).print(table)
 
 
 def laid(

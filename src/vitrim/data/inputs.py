@@ -198,7 +198,13 @@ class Loader:
     """
 
     def __init__(
-        self, dataset: Dataset[Any], input: Input, batch: int, workers: int, device: torch.device | None = None
+        self,
+        dataset: Dataset[Any],
+        input: Input,
+        batch: int,
+        workers: int,
+        device: torch.device | None = None,
+        places: range | None = None,
     ) -> None:
         self.dataset = dataset
         self.input = input
@@ -207,6 +213,7 @@ class Loader:
         self._loader: DataLoader[Any] = DataLoader(
             Fetch(dataset, to_tensor(input)),
             batch_size=batch,
+            sampler=places,
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=collate,
@@ -229,6 +236,7 @@ def eval_loader(
     batch: int = 64,
     workers: Workers = 0,
     device: torch.device | None = None,
+    places: range | None = None,
 ) -> Loader:
     """Return a loader for evaluation: fixed order, no randomness; batches are on the CPU.
 
@@ -240,6 +248,7 @@ def eval_loader(
             `auto`: see `workers_for`.
         device: where the model runs; batches for a CUDA device are in pinned memory, so that copying them there does
             not make the host wait.
+        places: which images to read; None for all.
 
     Raises:
         DataError: `batch` is below 1, or (while iterating) a picture is damaged.
@@ -247,4 +256,4 @@ def eval_loader(
     if batch < 1:
         raise DataError(f"batch must be at least 1, but is {batch}")
     count = workers_for(device or torch.device("cpu")) if workers == "auto" else workers
-    return Loader(dataset, input, batch, count, device)
+    return Loader(dataset, input, batch, count, device, places)

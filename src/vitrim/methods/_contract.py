@@ -83,6 +83,8 @@ class Method(Protocol):
     - ``options(model, data, *, seed)`` returns what may be cut and what each cut is worth (`vitrim.cut.spend.Options`),
       without a budget. `vitrim.cut.spend.spend` reads a plan for any budget off them: by macs, parameters, measured
       time, or several at once. A method that has this half searches by calling both.
+    - ``together`` says whether each of several processes calls the search, because all of them train; only the first
+      gets a folder and a log. Without it, that is so for methods with a setting ``train``.
     - ``values = True`` says that the method makes sense for models whose outputs are not classes (features, a value);
       the others are refused for such models.
     """

@@ -18,7 +18,8 @@ from vitrim.run.images import line_of
 from vitrim.run.job import Job
 from vitrim.run.latency_budget import time_child
 from vitrim.run.remarks import chance_of, remarks, standard_error
-from vitrim.train import evaluate, reference_logits
+from vitrim.train import evaluate, ranks, reference_logits
+from vitrim.train.leading import led, together
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import RunError
 from vitrim.words.plain import read_json, write_json
@@ -30,17 +31,26 @@ __all__ = ["measure_child"]
 def measure_child(job: Job, child: nn.Module, seconds: float) -> dict[str, Any]:
     """Measure the child of a run against its parent and write ``measured.json``, or read it if it exists.
 
+    Of several processes, each evaluates its part of the images, and the first measures time.
+
     Args:
         job: the run.
         child: the child as it is stored.
         seconds: time that searching, cutting and training took.
     """
     path = job.file("measured.json")
-    if path is not None and path.is_file():
-        known: dict[str, Any] = read_json(path, RunError)
+    known: dict[str, Any] | None = led(
+        lambda: read_json(path, RunError) if path is not None and path.is_file() else None
+    )
+    if known is not None:
         return known
+    accuracy = _accuracy(job, child)
+    return led(lambda: _measured(job, child, seconds, accuracy))
+
+
+def _measured(job: Job, child: nn.Module, seconds: float, accuracy: dict[str, Any]) -> dict[str, Any]:
     parent, cost = cost_of(job.spec), cost_of(describe(child))
-    accuracy, times = _accuracy(job, child), _time(job, child)
+    times, path = _time(job, child), job.file("measured.json")
     measured: dict[str, Any] = {
         "model": job.recipe.model.name,
         "method": job.recipe.method["name"],
@@ -84,10 +94,11 @@ def _accuracy(job: Job, child: nn.Module) -> dict[str, Any]:
     what = "test" if images is job.splits.test else "held-out" if images is job.splits.validation else "calibration"
     job.say(f"evaluating parent and child on {len(images)} {what} images")
     settings, device = job.recipe.train, home_of(child)[0]
-    loader = eval_loader(images, job.input, workers=settings.workers, device=device)
+    mine = ranks.part(len(images))
+    loader = eval_loader(images, job.input, workers=settings.workers, device=device, places=mine)
     how: dict[str, Any] = {"precision": settings.precision, "tf32": settings.tf32}
-    theirs = reference_logits(job.parent, loader, **how)
-    after = evaluate(child, loader, reference=theirs, **how)
+    theirs = together(lambda: reference_logits(job.parent, loader, **how))
+    after = evaluate(child, loader, reference=theirs, shared=True, **how)
     found = unknown | {
         "agreement": after.agreement,
         "agreement_error": standard_error(after.agreement, after.count),
@@ -96,7 +107,7 @@ def _accuracy(job: Job, child: nn.Module) -> dict[str, Any]:
     }
     if job.splits.test is None:
         return found
-    parents = None if after.top1 is None else _top1(theirs, images)
+    parents = None if after.top1 is None else _top1(theirs, images, mine)
     return found | {
         "top1": after.top1,
         "top1_error": standard_error(after.top1, after.count),
@@ -116,9 +127,11 @@ def _tested_on_training(job: Job) -> bool:
     return job.recipe.data.train is not None and (train.source, train.split) == (test.source, test.split)
 
 
-def _top1(logits: Tensor, images: Images) -> float:
-    labels = torch.as_tensor(images.labels)
-    return 100 * float((as_classes(logits).argmax(dim=-1) == labels).double().mean())
+def _top1(logits: Tensor, images: Images, mine: range) -> float:
+    """Return the top-1 of all processes, each with the logits of its images."""
+    labels = torch.as_tensor(images.labels[mine.start : mine.stop])
+    right = ranks.summed((as_classes(logits).argmax(dim=-1) == labels).sum())
+    return 100 * float(right.double() / len(images))
 
 
 def _time(job: Job, child: nn.Module) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Calibrate once and cut a model for each of several budgets: a curve of accuracy over cost."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,12 @@ from vitrim import report
 from vitrim.methods import Data
 from vitrim.methods.post_training.calibration import read_calibration, write_calibration
 from vitrim.methods.post_training.notes import Notes
-from vitrim.run.job import full_disk, leaving_nothing, prepare
+from vitrim.run.job import Job, full_disk, leaving_nothing, prepare
 from vitrim.run.lock import holding
 from vitrim.run.pipeline import Result, run
 from vitrim.run.recipe import Recipe, merged
+from vitrim.train import ranks
+from vitrim.train.leading import check_shared, led
 from vitrim.words.errors import DataError, RunError, VitrimError
 from vitrim.words.plain import load, write_text
 
@@ -67,7 +70,8 @@ def pareto(
     whole = merged({"method": {"name": "post_training"}, "budget": budgets[0]}, asked)
     recipes = [load(Recipe, {**whole, "budget": budget}).resolved() for budget in budgets]
     path = folder / FILE
-    with full_disk(folder), leaving_nothing(folder), holding(folder):
+    with full_disk(folder), contextlib.ExitStack() as stack:
+        led(lambda: _entered(folder, stack))
         _calibrated(recipes[0], path, say)
         results: list[Result] = []
         failed: list[tuple[str, VitrimError]] = []
@@ -78,14 +82,21 @@ def pareto(
                 try:
                     results.append(run(one, folder / recipe.budget.replace(",", "_"), say=say))
                 except VitrimError as problem:
+                    check_shared(problem)
                     say(f"{recipe.budget} failed: {problem}")
                     failed.append((recipe.budget, problem))
         finally:
-            _drawn(results, folder)
+            if ranks.first():
+                _drawn(results, folder)
     if not results:
         raise failed[0][1]
     told = tuple((budget, str(problem)) for budget, problem in failed)
     return Pareto(results=tuple(results), failed=told, calibration=path, folder=folder)
+
+
+def _entered(folder: Path, stack: contextlib.ExitStack) -> None:
+    stack.enter_context(leaving_nothing(folder))
+    stack.enter_context(holding(folder))
 
 
 def _drawn(results: Sequence[Result], folder: Path) -> None:
@@ -102,9 +113,13 @@ def _calibrated(recipe: Recipe, path: Path, say: Callable[[str], None]) -> None:
     if recipe.data.train is None:
         raise DataError("data must be given, but there is none and post_training needs images; give --data SRC")
     job = prepare(recipe, method, None, None, (recipe.data.train, recipe.data.test), say)
+    led(lambda: _calibration(job, method, path))
+
+
+def _calibration(job: Job, method: Any, path: Path) -> None:
     if path.is_file():
         read_calibration(path).check(job.parent, job.input, str(path))
-        say(f"reading the calibration {path}")
+        job.say(f"reading the calibration {path}")
         return
     assert job.splits is not None
     data = Data(
@@ -113,10 +128,10 @@ def _calibrated(recipe: Recipe, path: Path, say: Callable[[str], None]) -> None:
         validation=job.splits.validation,
         input=job.input,
     )
-    say("calibrating")
+    job.say("calibrating")
     images, probe = method.images(data)
     notes = Notes(path.with_name("cells.jsonl"))
-    made = method.calibrated(job.parent, data, images, probe, recipe.seed, notes=notes)
+    made = method.calibrated(job.parent, data, images, probe, job.recipe.seed, notes=notes)
     write_calibration(path, made)
     notes.forget()
-    say(f"calibrated in {made.seconds:.0f} s on {made.count} images")
+    job.say(f"calibrated in {made.seconds:.0f} s on {made.count} images")

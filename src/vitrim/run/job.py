@@ -1,7 +1,6 @@
 """Open everything that a run needs, and refuse what cannot work before any file is written."""
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,19 +22,23 @@ from vitrim.deploy.runtimes import check_runtimes
 from vitrim.families import AROUND, describe
 from vitrim.families._given import check_class
 from vitrim.methods import Method
+from vitrim.nn.weights import fingerprint
 from vitrim.run.images import FILE, about, check_record, known_order, open_splits
 from vitrim.run.latency_budget import table_for
 from vitrim.run.lock import FILE as LOCK
 from vitrim.run.machine import device_of, on_machine
 from vitrim.run.recipe import ModelRecipe, Recipe
 from vitrim.run.track import Tracked
+from vitrim.train import Train, ranks
+from vitrim.train.fit import check_batch
+from vitrim.train.leading import check_alike, led, together
 from vitrim.words.budget import Budget
 from vitrim.words.errors import DataError, RecipeError, RunError, VitrimError
-from vitrim.words.plain import dump, load, read_toml, reason, write_text
+from vitrim.words.plain import dump, load, read_toml, reason
 from vitrim.words.private import hide_passwords
 from vitrim.words.spec import Spec
 
-__all__ = ["Job", "check_folder", "full_disk", "leaving_nothing", "logger", "prepare"]
+__all__ = ["Job", "check_folder", "full_disk", "leaving_nothing", "prepare"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,42 +104,6 @@ def leaving_nothing(folder: Path | None) -> Iterator[None]:
         raise
 
 
-def logger(path: Path | None) -> Callable[[Mapping[str, Any]], None] | None:
-    """Return a function that appends records to `path`.
-
-    A run that was killed may have left half a line, and repeats the records after its last checkpoint; the first record
-    of each stage removes both.
-    """
-    if path is None:
-        return None
-    known: set[Any] = set()
-
-    def write(record: Mapping[str, Any]) -> None:
-        if record.get("stage") not in known:
-            known.add(record.get("stage"))
-            _rewind(path, record)
-        with path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(hide_passwords(dict(record))) + "\n")
-
-    return write
-
-
-def _rewind(path: Path, record: Mapping[str, Any]) -> None:
-    """Remove from a log the records that will be repeated from `record` on, and a broken last line."""
-    before = path.read_text(encoding="utf-8") if path.is_file() else ""
-    kept = []
-    for line in before.splitlines(keepends=True):
-        try:
-            known = json.loads(line) if line.endswith("\n") else None
-        except (ValueError, RecursionError):
-            continue
-        again = isinstance(known, dict) and known.get("stage") == record.get("stage")
-        if known is not None and not (again and known.get("step", 0) >= record.get("step", 0)):
-            kept.append(line)
-    if "".join(kept) != before:
-        write_text(path, "".join(kept))
-
-
 def check_folder(folder: Path | None, recipe: Any, method: Method | None = None) -> None:
     """Refuse a run folder unless it is new, empty, or holds a run of the same recipe.
 
@@ -195,7 +162,10 @@ def prepare(
     data: tuple[Any, Any],
     say: Callable[[str], None],
 ) -> Job:
-    """Open everything that a run needs, and refuse what cannot work before any file is written."""
+    """Open everything that a run needs, and refuse what cannot work before any file is written.
+
+    Every one of several processes calls this; what the folder holds and times are the first's.
+    """
     budget = Budget.parse(recipe.budget)
     check_runtimes([recipe.measure.runtime])
     needs = getattr(method, "asks", method.needs)
@@ -203,11 +173,38 @@ def prepare(
         what = f"{recipe.method['name']} needs {needs}" if needs != "nothing" else "training needs images"
         raise DataError(f"data must be given, but there is none and {what}; give --data SRC")
     say(f"opening {recipe.model.name}")
+    parent = together(lambda: _opened(recipe, parent, say))
+    order = led(lambda: known_order(folder))
+    if budget.latency is not None:
+        timed = parent
+        budget = budget.model_copy(update={"table": led(lambda: table_for(timed, recipe.measure, say=say))})
+    job = together(lambda: _ready(recipe, method, budget, folder, parent, order, data, say))
+    found = about(job.splits) if ranks.count() > 1 else None
+    if found is not None:
+        images = {f"{name} images": part["fingerprint"] for name, part in found["parts"].items() if part["fingerprint"]}
+        check_alike({"weights": fingerprint(parent), "teacher": fingerprint(job.teacher), **images})
+    return job
+
+
+def _opened(recipe: Recipe, parent: nn.Module | None, say: Callable[[str], None]) -> nn.Module:
+    """Return the parent on its device."""
     if parent is None:
         parent = open_parent(**dump(recipe.model), seed=recipe.seed, say=say)
     elif recipe.model != ModelRecipe(name=recipe.model.name):
         raise RecipeError("a model in memory must be taken as it is, but settings of model are given; leave them out")
-    parent = parent.to(device_of(recipe.device)).eval()
+    return parent.to(device_of(recipe.device)).eval()
+
+
+def _ready(
+    recipe: Recipe,
+    method: Method,
+    budget: Budget,
+    folder: Path | None,
+    parent: nn.Module,
+    order: str,
+    data: tuple[Any, Any],
+    say: Callable[[str], None],
+) -> Job:
     if folder is not None and recipe.model.name.startswith("("):
         _check_storable(parent, folder)
     spec = describe(parent)
@@ -216,13 +213,12 @@ def prepare(
             f"{recipe.model.name}: with images that have classes a classifier must be compressed, but this is a "
             f"{spec.family}; compress its backbone and transfer that, or cut without data (method magnitude)"
         )
-    if budget.latency is not None:
-        budget = budget.model_copy(update={"table": table_for(parent, recipe.measure, say=say)})
     _check_reach(parent, spec, budget, method)
     _check_parts(recipe, method)
     chosen = {key: value for key in ("mean", "std") if (value := getattr(recipe.data, key)) is not None}
     input = Input.of(parent, **chosen)
-    splits = _splits(recipe, method, data, parent, spec, input, folder, say)
+    splits = _splits(recipe, method, data, parent, spec, input, order, say)
+    check_record(folder, about(splits))
     _check_outputs(recipe, method, spec, splits)
     return Job(
         recipe=recipe,
@@ -298,13 +294,18 @@ def _check_parts(recipe: Recipe, method: Method) -> None:
     """Refuse training settings that a method's children cannot be trained with, before a long search.
 
     Raises:
-        RecipeError: if each part of a batch would hold too few images for the child's batch norms.
+        RecipeError: if each part of a batch would hold too few images for the child's batch norms, or the processes
+            cannot share a batch.
     """
     settings, least = recipe.train, getattr(method, "least_images", 1)
-    if settings.epochs and settings.batch // settings.accumulate < least:
+    for at, each in (("train", settings), ("method.train", getattr(method, "train", None))):
+        if isinstance(each, Train) and each.epochs:
+            check_batch(each, at)
+    parts = settings.accumulate * ranks.count()
+    if settings.epochs and settings.batch // parts < least:
         raise RecipeError(
             f"train.batch must give the batch norms that {recipe.method['name']} makes at least {least} images at a "
-            f"time, but is {settings.batch} in {settings.accumulate} parts; raise it, or lower train.accumulate"
+            f"time, but is {settings.batch} in {parts} parts; raise it, or lower train.accumulate"
         )
 
 
@@ -350,7 +351,7 @@ def _splits(
     parent: nn.Module,
     spec: Spec,
     input: Input,
-    folder: Path | None,
+    order: str,
     say: Callable[[str], None],
 ) -> Splits | None:
     train, test = (images_of(source, spec.classes) for source in data)
@@ -360,7 +361,7 @@ def _splits(
     def opened(validation: float | None) -> Splits | None:
         return open_splits(
             recipe.data, train, test, model=parent, input=input, classes=spec.classes, seed=recipe.seed,
-            validation=validation, order=known_order(folder), say=say,
+            validation=validation, order=order, say=say,
         )  # fmt: skip
 
     try:
@@ -372,5 +373,4 @@ def _splits(
         name = recipe.method["name"]
         say(f"there are too few images to hold out the {held:g} that {name} asks for; a fifth is held out")
         parts = opened(_FIFTH)
-    check_record(folder, about(parts))
     return parts

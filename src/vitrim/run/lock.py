@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from vitrim.words.errors import RunError
+from vitrim.words.launched import first
 
 __all__ = ["FILE", "HeldError", "holding"]
 
@@ -27,13 +28,13 @@ class HeldError(RunError):
 def holding(folder: Path | None) -> Iterator[None]:
     """Hold a run folder inside the block; it is created if missing.
 
-    Of several processes of one run, the first holds it for all.
+    Of several processes of one run, the first holds it for all; the others have no folder.
 
     Raises:
         HeldError: naming the process that holds it.
         OSError: if the folder cannot be written to.
     """
-    if folder is None or os.environ.get("RANK", "0") != "0":
+    if folder is None or not first():
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from vitrim.nn.device import why_not_here
-from vitrim.train import Train
+from vitrim.train import Train, ranks
 from vitrim.train.machine import settled
 from vitrim.words.errors import RecipeError
 from vitrim.words.plain import Node, dump, load, read_toml
@@ -47,9 +47,14 @@ def on_machine(recipe: R, folder: Path | None = None) -> R:
 
 
 def _on(settings: Train, known: Any, device: torch.device) -> Train:
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched != "no" and settings.precision not in ("auto", launched):
+        raise RecipeError(
+            f"train.precision must be {launched} as accelerate was launched with, but is {settings.precision}; leave "
+            "one of them out"
+        )
     before = known if isinstance(known, Mapping) else {}
     began = {name: before[name] for name in _OPEN if getattr(settings, name) == "auto" and name in before}
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if settings.precision == "auto" and "precision" not in began and launched != "no":
         began["precision"] = launched
     return settled(settings.model_copy(update=began), device)
@@ -58,12 +63,16 @@ def _on(settings: Train, known: Any, device: torch.device) -> Train:
 def device_of(name: str) -> torch.device:
     """Return the device called `name`; ``auto`` is the first CUDA device, or the CPU if there is none.
 
+    Of several processes, each has a card of its own, see `vitrim.train.ranks.place`.
+
     Raises:
         RecipeError: if this machine has no such device.
     """
+    if name == "auto" and ranks.count() > 1:
+        return ranks.accelerator().device  # type: ignore[no-any-return]
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     problem = why_not_here(name)
     if problem is not None:
         raise RecipeError(f"device must be one of this machine's, but got '{name}': {problem}; use cpu or auto")
-    return torch.device(name)
+    return ranks.place(torch.device(name))

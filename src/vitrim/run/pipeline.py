@@ -7,7 +7,6 @@ run resumes at the first missing file, also in the middle of a search or of trai
 """
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,37 +17,34 @@ import torch
 from torch import nn
 
 from vitrim import report
-from vitrim.cut.surgery import apply, fold
+from vitrim.cut.surgery import fold
 from vitrim.deploy import store
 from vitrim.deploy.transformers import as_timm
-from vitrim.families import adopt, describe
-from vitrim.methods import Data, Found, Method
+from vitrim.families import adopt
+from vitrim.methods import Method
 from vitrim.nn.weights import check_weights, fingerprint, home_of
 from vitrim.run.child import measure_child
+from vitrim.run.cutting import cut, from_first, stored
 from vitrim.run.defaults import METHOD, distilled, forecast, minutes_for
-from vitrim.run.found import check_budget, only_trial, recovered_by
 from vitrim.run.images import about, write_record
-from vitrim.run.job import Job, check_folder, full_disk, leaving_nothing, logger, prepare
-from vitrim.run.latency_budget import meet, time_child
+from vitrim.run.job import Job, check_folder, full_disk, leaving_nothing, prepare
 from vitrim.run.lock import holding
+from vitrim.run.log import logger
 from vitrim.run.machine import on_machine
 from vitrim.run.presets import laid_under
 from vitrim.run.presets import preset as read_preset
 from vitrim.run.recipe import Recipe, merged, write_recipe
 from vitrim.run.track import check_trackers, names_of, tracking
-from vitrim.train import Start, fit
-from vitrim.train.checkpoint import check_made_from
+from vitrim.train import Start, fit, ranks
+from vitrim.train.leading import led
 from vitrim.words.budget import Budget
-from vitrim.words.errors import BudgetError, RecipeError, RunError
+from vitrim.words.errors import BudgetError, RecipeError
 from vitrim.words.plain import dump, load, write_text
-from vitrim.words.plan import Plan, read_made_from, read_plan, write_plan
+from vitrim.words.plan import Plan
 from vitrim.words.private import hide_passwords
 from vitrim.words.progress import quiet, tell
 
 __all__ = ["Result", "compress", "run"]
-
-BEGUN = "start.safetensors"
-"""The file in a search's folder with the state that training continues from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,132 +199,57 @@ def _run(
     held: Method | None = None,
     track: Sequence[str] = (),
 ) -> Result:
-    check_trackers(track, folder)
-    recipe = on_machine(recipe.resolved(held), folder)
+    if not ranks.first():
+        folder, say, track = None, _silent, ()
+    ranks.join()
     home = torch.device("cpu") if parent is None else home_of(parent)[0]
-    method = recipe.found_method() if held is None else held
-    with full_disk(folder):
-        check_folder(folder, recipe, method)
-        with leaving_nothing(folder), holding(folder):
-            job = prepare(recipe, method, folder, parent, data, say)
-            if folder is not None and not job.has("recipe.toml"):
-                write_recipe(folder / "recipe.toml", recipe)
-            if folder is not None:
-                write_record(folder, about(job.splits))
-            if not job.has("measured.json"):
-                say(forecast(job, method))
-            with tracking(track, recipe, folder) as tracked:
-                job = replace(job, tracked=tracked)
-                plan, child, seconds, begun = _cut(job, method)
-                child, seconds = _train(job, child, seconds, begun)
-                measured = measure_child(job, child, seconds)
-                tracked.measured(measured)
-            _finish(job)
+    with full_disk(folder), contextlib.ExitStack() as stack:
+        recipe = led(lambda: _entered(recipe, folder, held, track, stack))
+        method = recipe.found_method() if held is None else held
+        job = prepare(recipe, method, folder, parent, data, say)
+        led(lambda: _begin(job, method))
+        with tracking(track, recipe, folder) as tracked:
+            job = replace(job, tracked=tracked)
+            plan, child, seconds, begun = cut(job, method)
+            child, seconds = _train(job, child, seconds, begun)
+            measured = measure_child(job, child, seconds)
+            tracked.measured(measured)
+        _finish(job)
     return Result(model=child.eval().to(home), plan=plan, measured=measured, parent=job.parent.to(home), folder=folder)
 
 
-def _cut(job: Job, method: Method) -> tuple[Plan, nn.Module, float, Start | None]:
-    """Search and cut, or read an earlier cut; also return the seconds it took and the state training continues from."""
-    start = time.perf_counter()
-    plan_file, cut_file = job.file("plan.json"), job.file("cut.safetensors")
-    for stored in ("model.safetensors", "cut.safetensors"):
-        path = job.file(stored)
-        if path is not None and path.is_file() and job.has("plan.json") and plan_file is not None:
-            parent, plan = read_plan(plan_file)
-            if parent != job.spec:
-                raise RunError(
-                    f"{plan_file}: the plan must be for {job.recipe.model.name}, but was made for another model; "
-                    "choose another --out"
-                )
-            check_made_from(read_made_from(plan_file), _made_from(job), str(plan_file), "choose another --out")
-            return plan, *_stored(job, path), _begun(job)
-    job.say(f"searching with {job.recipe.method['name']} for {job.budget}")
-    data = None
-    # Without training images the splits are parts of the test images, which no search may use.
-    if job.splits is not None and job.trains:
-        data = Data(
-            train=job.splits.train,
-            calibration=job.splits.calibration,
-            validation=job.splits.validation,
-            input=job.input,
-        )
-    found, child = _found(job, method, data)
-    check_budget(job, describe(child))
-    trials = found.trials or (only_trial(found),)
-    job.tracked.trials(trials)
-    if plan_file is not None and cut_file is not None:
-        lines = "".join(json.dumps(hide_passwords(dict(trial))) + "\n" for trial in trials)
-        write_text(plan_file.with_name("trials.jsonl"), lines)
-        write_plan(plan_file, job.spec, found.plan, _made_from(job))
-        if found.start is not None:
-            found.start.save(plan_file.with_name("search") / BEGUN)
-        store.save(child, cut_file, provenance={"seconds": time.perf_counter() - start})
-        # Continue with what a resumed run would read, including which weights are frozen.
-        return found.plan, *_stored(job, cut_file), _begun(job)
-    return found.plan, child, time.perf_counter() - start, found.start
+def _silent(text: str) -> None:
+    """Print nothing: of several processes, the first does."""
 
 
-def _made_from(job: Job) -> dict[str, str]:
-    """Return fingerprints of the parent's weights, of another teacher's, and of the images that a search may use."""
-    found = {"model": fingerprint(job.parent)}
-    if job.teacher is not job.parent:
-        found["teacher"] = fingerprint(job.teacher)
-    if job.splits is not None and job.trains:
-        found["images"] = job.splits.train.fingerprint()
-    return found
+def _entered(
+    recipe: Recipe, folder: Path | None, held: Method | None, track: Sequence[str], stack: contextlib.ExitStack
+) -> Recipe:
+    """Return the recipe with all its settings, and hold its folder until `stack` ends."""
+    check_trackers(track, folder)
+    recipe = on_machine(recipe.resolved(held), folder)
+    check_folder(folder, recipe, recipe.found_method() if held is None else held)
+    stack.enter_context(leaving_nothing(folder))
+    stack.enter_context(holding(folder))
+    return recipe
 
 
-def _found(job: Job, method: Method, data: Data | None) -> tuple[Found, nn.Module]:
-    """Return the method's result, and the child that is cut by it."""
-    log, searches = job.tracked.logging(logger(job.file("log.jsonl"))), 0
-
-    def search(budget: Budget) -> Found:
-        nonlocal searches
-        # A search for another budget must not continue from the state of this one.
-        folder = job.file("search" if not searches else f"search/again-{searches}")
-        searches += 1
-        return method.search(
-            job.parent, data, budget, seed=job.recipe.seed, teacher=job.teacher, folder=folder, log=log
-        )
-
-    def cut(found: Found) -> nn.Module:
-        return apply(found.parent, found.plan, grafts=recovered_by(job, found))
-
-    if job.budget.latency is None:
-        found = search(job.budget)
-        return found, cut(found)
-    met = meet(
-        job.parent,
-        job.budget,
-        search,
-        lambda found: apply(found.parent, found.plan, grafts=found.grafts),  # weights do not change the time
-        lambda child: time_child(fold(child.eval()), job.parent, job.recipe.measure),
-        plans_by_time=getattr(method, "plans_by_time", False),
-        say=job.say,
-    )
-    record = {"stage": "latency", "predicted": met.predicted, "measured": met.ratio, "children": met.measured}
-    if log is not None:
-        log(record)
-    return replace(met.found, trials=(*met.found.trials, record)), cut(met.found)
-
-
-def _begun(job: Job) -> Start | None:
-    """Return the state that a search stored for the training to continue from, or None."""
-    folder = job.file("search")
-    return Start.load(folder / BEGUN) if folder is not None and (folder / BEGUN).is_file() else None
-
-
-def _stored(job: Job, path: Path) -> tuple[nn.Module, float]:
-    seconds = store.given(path).get("seconds")
-    known = float(seconds) if isinstance(seconds, int | float) else 0.0
-    return store.load(path).to(next(job.parent.parameters()).device), known
+def _begin(job: Job, method: Method) -> None:
+    """Write what a resumed run compares itself with."""
+    if job.folder is not None:
+        if not job.has("recipe.toml"):
+            write_recipe(job.folder / "recipe.toml", job.recipe)
+        write_record(job.folder, about(job.splits))
+    if not job.has("measured.json"):
+        job.say(forecast(job, method))
 
 
 def _train(job: Job, child: nn.Module, seconds: float, begun: Start | None) -> tuple[nn.Module, float]:
     """Train the child, or read an earlier run's; return it, and `seconds` plus the time of all parts of training."""
     path = job.file("model.safetensors")
-    if path is not None and path.is_file():
-        return _stored(job, path)
+    known = path if path is not None and path.is_file() else None
+    if led(lambda: known is not None):
+        return from_first(job, lambda: stored(job, known))
     start, before = time.perf_counter(), 0.0
     settings = job.recipe.train
     if settings.epochs and job.splits is not None:

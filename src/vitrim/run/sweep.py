@@ -27,6 +27,8 @@ from vitrim.run.lock import HeldError
 from vitrim.run.pipeline import run
 from vitrim.run.recipe import Recipe
 from vitrim.run.track import check_trackers
+from vitrim.train import ranks
+from vitrim.train.leading import check_shared, led
 from vitrim.words.errors import RecipeError, RunError, VitrimError
 from vitrim.words.plain import dump, load, raised, read_toml, reason, write_json, write_text
 
@@ -102,22 +104,37 @@ def sweep(
     """
     if jobs < 1:
         raise RecipeError(f"jobs must be at least 1, but got {jobs}")
+    if jobs > 1 and ranks.count() > 1:
+        raise RecipeError(
+            f"jobs must be 1 where a launcher started {ranks.count()} processes, which do each run together, but is "
+            f"{jobs}; leave it out"
+        )
+    ranks.join()
     check_trackers(track, folder)
     planned = grid(base, pairs, at)
     planned += controls(planned) if control else []
     folder = folder.absolute()
-    places = _places(planned, folder)
-    report.check_same_images(folder)
-    write_json(folder / FILE, {"format": 1, "settings": list(pairs), "control": control, "runs": list(places)})
+
+    def begun() -> dict[str, Path]:
+        places = _places(planned, folder)
+        report.check_same_images(folder)
+        write_json(folder / FILE, {"format": 1, "settings": list(pairs), "control": control, "runs": list(places)})
+        return places
+
+    places = led(begun)
     say(f"{len(planned)} runs in {folder}" + (f", {jobs} at a time" if jobs > 1 else ""))
     if jobs > 1 and any(one.recipe.measure.latency for one in planned):
         say("runs beside one another disturb their times; set measure.latency=false and time the models with bench")
     tasks = [(one.name, one.recipe, places[one.name], tuple(track)) for one in planned]
     ended = [_work(*task, say) for task in tasks] if jobs == 1 else _side_by_side(tasks, jobs)
+    led(lambda: _reported(ended, folder))
+    return Sweep(runs=tuple(ended), folder=folder)
+
+
+def _reported(ended: Sequence[Ended], folder: Path) -> None:
     report.check_same_images(folder)
     if any(one.state == "done" for one in ended):
         write_text(folder / "report.html", report.html([folder]))
-    return Sweep(runs=tuple(ended), folder=folder)
 
 
 def _places(planned: Sequence[Planned], folder: Path) -> dict[str, Path]:
@@ -168,22 +185,31 @@ def _mine(folder: Path) -> Iterator[bool]:
         lock.release()
 
 
+def _known(folder: Path, stack: contextlib.ExitStack) -> State | None:
+    """Hold the lock of a run folder until `stack` ends; return the state of the run if there is nothing to do."""
+    mine = stack.enter_context(_mine(folder))
+    if (folder / "report.html").is_file():
+        return "done"
+    return None if mine else "elsewhere"
+
+
 def _work(name: str, recipe: Recipe, folder: Path, track: Sequence[str], say: Callable[[str], None]) -> Ended:
     """Do one run, unless it is finished or another process works on it."""
     ended = partial(Ended, name=name, folder=folder)
-    with _mine(folder) as mine:
-        if (folder / "report.html").is_file():
-            return ended(state="done")
-        if not mine:
-            return ended(state="elsewhere")
+    with contextlib.ExitStack() as stack:
+        known = led(lambda: _known(folder, stack))
+        if known is not None:
+            return ended(state=known)
         try:
             say(f"-- {name}")
             run(recipe, folder, say=lambda line: say(f"{name}: {line}"), track=track)
         except HeldError:  # such as `vitrim run` in that folder
             return ended(state="elsewhere")
         except VitrimError as problem:
+            check_shared(problem)
             return ended(state="failed", why=str(problem))
         except Exception as problem:
+            check_shared(problem)
             traceback.print_exc()
             return ended(state="failed", why=f"the run ended with {raised(problem)}")
         return ended(state="done")

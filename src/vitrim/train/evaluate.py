@@ -16,6 +16,8 @@ from vitrim.nn.device import fitting
 from vitrim.nn.feed import fed, summing
 from vitrim.nn.modes import evaluating
 from vitrim.nn.weights import home_of
+from vitrim.train import ranks
+from vitrim.train.leading import together
 from vitrim.train.machine import Precision, autocast, tf32_allowed
 from vitrim.words.errors import DataError, WeightsError
 from vitrim.words.plain import Node
@@ -77,7 +79,7 @@ def reference_logits(
         for pictures, _ in loader:
             found.append(_forward(model, pictures, device, precision))
             advance(1)
-    logits = torch.cat(found).cpu()
+    logits = torch.cat(found).cpu() if found else torch.zeros(0, 1)
     if not bool(torch.isfinite(logits).all()):
         raise WeightsError(_DAMAGED)
     return logits
@@ -91,11 +93,17 @@ class _Sums:
         hits: top-1, top-5, agreement, and logits that are not finite, int64.
         loss: summed cross-entropy.
         apart: summed squared difference from the reference, and squares of the reference.
+        count: number of pictures.
+        width: number of outputs; 0 before the first picture.
+        unlabelled: whether a label is missing.
     """
 
     hits: Tensor
     loss: Tensor
     apart: Tensor
+    count: int = 0
+    width: int = 0
+    unlabelled: bool = False
 
     @classmethod
     def on(cls, device: torch.device) -> "_Sums":
@@ -119,6 +127,13 @@ class _Sums:
             if labels is not None:
                 self.hits[2] += (as_classes(theirs).argmax(-1) == as_classes(logits).argmax(-1)).sum()
 
+    def over_processes(self) -> "_Sums":
+        """Return the sums over the pictures of all processes."""
+        hits, loss, apart = (ranks.summed(each) for each in (self.hits, self.loss, self.apart))
+        count = int(ranks.summed(torch.tensor(self.count)))
+        width, unlabelled = ranks.agreed(self.width, self.unlabelled)
+        return _Sums(hits, loss, apart, count, int(width), bool(unlabelled))
+
 
 def evaluate(
     model: nn.Module,
@@ -128,6 +143,7 @@ def evaluate(
     classes: int | None = None,
     precision: Precision = "fp32",
     tf32: bool = False,
+    shared: bool = False,
 ) -> Evaluated:
     """Evaluate a model, on its device; its train or eval modes are restored.
 
@@ -139,6 +155,8 @@ def evaluate(
         classes: number of classes of the data, which K must equal; None accepts any K.
         precision: ``fp32`` computes in the type of the weights; ``bf16`` and ``fp16`` by autocast.
         tf32: whether products in float32 may use TF32 on CUDA.
+        shared: whether all processes call this, each with its own pictures (`vitrim.train.ranks.part`), and get the
+            result for all pictures.
 
     Raises:
         DataError: K differs, a label is not below K, there is no picture, or the reference has another number of
@@ -146,45 +164,62 @@ def evaluate(
         RunError: a batch does not fit into memory.
         WeightsError: a logit is not finite.
     """
-    other = reference if isinstance(reference, nn.Module) else None
     start = time.perf_counter()
-    device = home_of(model)[0]
-    sums, count = _Sums.on(device), 0
     headless = getattr(model, "num_classes", None) == 0
-    unlabelled, width = headless, 0
-    if isinstance(reference, Tensor):
-        reference = reference.to(device)
-    with evaluating(model, other), tf32_allowed(device, tf32), progress("evaluate", _length(loader)) as advance:
-        for pictures, labels in loader:
-            logits = _forward(model, pictures, device, precision)
-            width = logits.shape[-1]
-            if not headless:
-                _check_batch(logits, labels, classes)
-                unlabelled |= bool((labels < 0).any())
-            theirs = _theirs(other, reference, pictures, count, device, precision)
-            sums.add(logits, None if headless else labels.to(device, non_blocking=True), theirs)
-            count += len(labels)
-            advance(1)
+    if shared:
+        sums = together(lambda: _pass(model, loader, reference, classes, precision, tf32)).over_processes()
+    else:
+        sums = _pass(model, loader, reference, classes, precision, tf32)
+    count, unlabelled = sums.count, sums.unlabelled or headless
     if count == 0:
         raise DataError("evaluation must have at least one image, but the loader gave none")
-    if isinstance(reference, Tensor) and len(reference) != count:
-        raise DataError(f"the reference must be of the {count} images of the loader, but has {len(reference)}")
     *hits, damaged = sums.hits.tolist()
     if damaged:
         raise WeightsError(_DAMAGED)
     top1, top5, agreement = (hit / count for hit in hits)
-    values = gives_values(0 if headless else width, labeled=not unlabelled)
+    values = gives_values(0 if headless else sums.width, labeled=not unlabelled)
     apart = sums.apart.cpu().double()
     distance = float((apart[0] / apart[1].clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
     return Evaluated(
         top1=None if unlabelled else 100 * top1,
-        top5=None if unlabelled or width == 1 else 100 * top5,
+        top5=None if unlabelled or sums.width == 1 else 100 * top5,
         loss=None if unlabelled else float(sums.loss) / count,
         agreement=None if reference is None or values else 100 * agreement,
         count=count,
         seconds=time.perf_counter() - start,
         distance=distance if values and reference is not None else None,
     )
+
+
+def _pass(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    reference: nn.Module | Tensor | None,
+    classes: int | None,
+    precision: Precision,
+    tf32: bool,
+) -> _Sums:
+    """Return the sums over the pictures of a loader."""
+    other = reference if isinstance(reference, nn.Module) else None
+    device = home_of(model)[0]
+    sums = _Sums.on(device)
+    headless = getattr(model, "num_classes", None) == 0
+    if isinstance(reference, Tensor):
+        reference = reference.to(device)
+    with evaluating(model, other), tf32_allowed(device, tf32), progress("evaluate", _length(loader)) as advance:
+        for pictures, labels in loader:
+            logits = _forward(model, pictures, device, precision)
+            sums.width = logits.shape[-1]
+            if not headless:
+                _check_batch(logits, labels, classes)
+                sums.unlabelled |= bool((labels < 0).any())
+            theirs = _theirs(other, reference, pictures, sums.count, device, precision)
+            sums.add(logits, None if headless else labels.to(device, non_blocking=True), theirs)
+            sums.count += len(labels)
+            advance(1)
+    if isinstance(reference, Tensor) and len(reference) != sums.count:
+        raise DataError(f"the reference must be of the {sums.count} images of the loader, but has {len(reference)}")
+    return sums
 
 
 _DAMAGED = "logits must be finite, but are not; the model's weights are damaged"

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import Dataset
@@ -20,9 +19,11 @@ from torch.utils.data import Dataset
 from vitrim.data import Images, Input, Scenes, TrainLoader, check_classes, train_loader
 from vitrim.nn.modes import evaluating, modes_kept, moved_to
 from vitrim.nn.weights import check_weights, fingerprint, home_of
+from vitrim.train import ranks
 from vitrim.train.checkpoint import MADE_FROM, Progressed, compare, newest, read, unpack
 from vitrim.train.distill import Objective, two_heads
 from vitrim.train.guard import drop_path
+from vitrim.train.leading import led, training
 from vitrim.train.loop import AfterStep, Log, Loop, Penalty
 from vitrim.train.machine import in_layout, settled, tf32_allowed
 from vitrim.train.optim import Groups, optimizer
@@ -30,11 +31,11 @@ from vitrim.train.recompute import recomputed
 from vitrim.train.settings import Train
 from vitrim.train.start import Start, averages_of
 from vitrim.train.widen import narrow_, widen_
-from vitrim.words.errors import DataError, RecipeError, RunError
+from vitrim.words.errors import DataError, RecipeError
 from vitrim.words.plain import dump
 from vitrim.words.progress import progress
 
-__all__ = ["Fitted", "Task", "fit", "steps_of"]
+__all__ = ["Fitted", "Task", "check_batch", "fit", "steps_of"]
 
 # Settings that may change when a run is resumed, because they do not affect the result.
 _FREE = {"checkpoint_every", "checkpointing", "keep", "log_every", "workers"}
@@ -113,7 +114,8 @@ def fit(
         teacher: returns logits `(B, K)` for the same pictures; run in eval mode, then restored to its modes.
         penalty: function from the model to a scalar; called once per part.
         groups: function from the model to extra parameter groups, see `vitrim.train.optim.parameter_groups`.
-        folder: folder for checkpoints, shared by all processes; None writes no checkpoints.
+        folder: folder for checkpoints; None writes none. Of several processes, that of the first counts, and the others
+            get the state that it resumes from.
         log: called with flat records of `stage event epoch step loss task penalty lr seconds`, and `top1` for epochs.
             `event` is `step` or `epoch`; `loss` is the mean since the last record of this kind. A resumed run repeats
             the records after its checkpoint.
@@ -128,27 +130,29 @@ def fit(
             of several processes, each trains on the one that Accelerate gives it.
 
     Returns:
-        The trained model, the averaged weights if requested, and the history.
+        The trained model, the averaged weights if requested, and the history; the same on all processes.
 
     Raises:
         DataError: the data does not fit the model, or a picture is damaged.
         MethodError: an extra group is malformed.
         RecipeError: the settings do not fit the model or teacher.
-        RunError: a checkpoint belongs to another run, is damaged, or cannot be written; or a part of a batch does not
-            fit into memory.
+        RunError: a checkpoint belongs to another run, is damaged, or cannot be written; a part of a batch does not
+            fit into memory; or another process ended.
         TrainError: a loss or gradient is not finite.
         WeightsError: a weight of the given model is not finite, or has a type that cannot be trained.
     """
     home = home_of(model)[0]
-    accelerator = Accelerator()
-    place = _place(accelerator, device or (None if home.type == "cpu" else home))
+    accelerator = ranks.accelerator()
+    wanted = device or (None if home.type == "cpu" else home)
+    place: torch.device = accelerator.device if wanted is None or accelerator.num_processes > 1 else wanted
     settings = settled(_as_launched(settings, accelerator), place)
+    check_batch(settings, "train" if stage == "train" else "method.train")
     check_weights(model)
     generator = torch.get_rng_state()
     types = widen_(model)
     loop: Loop | None = None
     try:
-        with contextlib.ExitStack() as stack:
+        with training(stage), contextlib.ExitStack() as stack:
             stack.enter_context(modes_kept(model, teacher))
             stack.enter_context(moved_to(place, model, teacher))
             task = task or Task()
@@ -159,12 +163,14 @@ def fit(
                 loop, penalty=penalty, folder=folder, log=log, validation=validation, after_step=after_step
             )
             loop = _within_cycle(loop, start, until)
-            if folder is not None:
+            if folder is not None and ranks.first():
                 loop = dataclasses.replace(loop, run=loop.run | {MADE_FROM: _made_from(model, loop, dataset)})
-                loop = _resume(loop, folder)
+            loop = _resume(loop, folder)
             loop.wrapped = _wrapped(loop, stack)
             advance = stack.enter_context(progress(stage, loop.steps, accelerator.is_main_process))
             loop.go(advance)
+            # Statistics of batch norms are each process's own after a step.
+            ranks.same_(model, None if loop.ema is None else loop.ema.module)
             averages = averages_of(model, loop.optimizer, home)
     finally:
         # The steps seed torch's global generator; the caller's state is restored.
@@ -184,10 +190,41 @@ def _wrapped(loop: Loop, stack: contextlib.ExitStack) -> nn.Module:
         stack.enter_context(in_layout(each, settings.channels_last is True))
     if settings.checkpointing:
         stack.enter_context(recomputed(model))
-    wrapped: nn.Module = loop.accelerator.prepare_model(model) if loop.accelerator.num_processes > 1 else model
+    wrapped = model
+    if loop.accelerator.num_processes > 1:
+        before = model.__dict__.get("forward")
+        wrapped = loop.accelerator.prepare_model(model)
+        stack.callback(_unwrap, loop.accelerator, wrapped, before)
     if settings.compile:
         wrapped = torch.compile(wrapped, dynamic=False)  # type: ignore[assignment]
     return wrapped
+
+
+def _unwrap(accelerator: Accelerator, wrapped: nn.Module, before: Any) -> None:
+    """Give a model its own forward back, which Accelerate replaces under mixed precision."""
+    model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    model.__dict__.pop("forward", None)
+    if before is not None:
+        model.__dict__["forward"] = before
+
+
+def check_batch(settings: Train, at: str) -> None:
+    """Check that all processes get as many images of a batch.
+
+    Args:
+        settings: settings of the training loop.
+        at: the table that they are in, for the error.
+
+    Raises:
+        RecipeError: the number of processes does not divide the batch.
+    """
+    batch, count = settings.batch, ranks.count()
+    if batch % count:
+        least = max(1, batch // count) * count
+        raise RecipeError(
+            f"{at}.batch must be a multiple of the {count} processes, but is {batch}; take {least} or {least + count}, "
+            "or launch another number"
+        )
 
 
 def steps_of(dataset: Dataset[Any], settings: Train, input: Input) -> int:
@@ -214,17 +251,6 @@ def _within_cycle(loop: Loop, start: Start | None, until: float) -> Loop:
     cycle = round(loop.steps / (until - done))
     run = loop.run | {"cycle": {"start": done, "end": until}}
     return dataclasses.replace(loop, run=run, cycle=cycle, before=round(cycle * done))
-
-
-def _place(accelerator: Accelerator, wanted: torch.device | None) -> torch.device:
-    """Return the device to train on."""
-    known = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
-    if accelerator.distributed_type not in known:
-        raise RunError(
-            f"training must run under plain data parallelism, but accelerate is set to {accelerator.distributed_type}"
-        )
-    theirs: torch.device = accelerator.device
-    return theirs if wanted is None or accelerator.num_processes > 1 else wanted
 
 
 def _as_launched(settings: Train, accelerator: Accelerator) -> Train:
@@ -337,17 +363,26 @@ def _made_from(model: nn.Module, loop: Loop, dataset: Dataset[Any]) -> dict[str,
     return found
 
 
-def _resume(loop: Loop, folder: Path) -> Loop:
-    """Load the newest checkpoint of this stage, if there is one."""
-    path = newest(folder, loop.stage)
-    if path is not None:
+def _resume(loop: Loop, folder: Path | None) -> Loop:
+    """Load the newest checkpoint of this stage, if there is one; the first process reads it and sends it to the others.
+
+    So no process writes or removes a checkpoint before all have it.
+    """
+    path = None if folder is None or not ranks.first() else newest(folder, loop.stage)
+
+    def read_first() -> tuple[dict[str, torch.Tensor], Progressed] | None:
+        if path is None:
+            return None
         tensors, state, run = read(path)
         compare(path, run, loop.run)
-        ema = loop.ema.module if loop.ema is not None else None
-        unpack(tensors, loop.model, ema, loop.optimizer, path)
-        if state.scaler:
-            loop.scaler.load_state_dict(state.scaler)
-        loop = dataclasses.replace(loop, state=state)
-    # No process may write or remove a checkpoint before all processes have read it.
-    loop.accelerator.wait_for_everyone()
-    return loop
+        return tensors, state
+
+    found = led(read_first)
+    if found is None:
+        return loop
+    tensors, state = found
+    ema = loop.ema.module if loop.ema is not None else None
+    unpack(tensors, loop.model, ema, loop.optimizer, path or Path("the checkpoint of the first process"))
+    if state.scaler:
+        loop.scaler.load_state_dict(state.scaler)
+    return dataclasses.replace(loop, state=state)

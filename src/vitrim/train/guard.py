@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
@@ -10,10 +11,15 @@ from typing import Any
 from timm.layers import DropPath
 from torch import nn
 
+from vitrim.words import launched
 from vitrim.words.errors import RecipeError
 from vitrim.words.stopping import STOPS, stopped
 
 __all__ = ["Interrupts", "drop_path"]
+
+
+_ECHO = 10.0
+"""Seconds within which processes of a launcher take a second signal for the first."""
 
 
 class Interrupts:
@@ -27,6 +33,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.came = 0
+        self._when = 0.0
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
@@ -41,9 +48,11 @@ class Interrupts:
             signal.signal(number, old)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.came:
+        # A launcher sends on what a terminal has sent to all its processes: that is one signal.
+        if self.came and (launched.count() == 1 or time.monotonic() - self._when > _ECHO):
             raise stopped(number)
-        self.came = number
+        if not self.came:
+            self.came, self._when = number, time.monotonic()
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from vitrim.data import Input, Loader, TrainLoader, eval_loader, seeded
 from vitrim.data.noise import numbers
 from vitrim.nn.device import fitting
 from vitrim.nn.feed import summing
+from vitrim.train import ranks
 from vitrim.train.checkpoint import Progressed, newest, pack, write
 from vitrim.train.distill import Objective
 from vitrim.train.evaluate import evaluate
@@ -45,6 +46,9 @@ Penalty = Callable[[nn.Module], Tensor]
 AfterStep = Callable[[nn.Module, int], None]
 
 _MIX, _DROP = 3, 4
+
+_HEARD = 4
+"""Steps after which processes tell each other of signals; a launcher gives them 30 seconds to end."""
 
 
 class Stop(Exception):
@@ -150,19 +154,19 @@ class Loop:
             vitrim.words.stopping.Terminated: SIGTERM came.
         """
         advance.resume(self.state.step)
-        try:
-            with Interrupts() as interrupts:
+        with Interrupts() as interrupts:
+            try:
                 if self._late():  # a resumed run that has already used its minutes
                     self.steps = self.state.step
                 while self.state.step < self.steps:
                     self._epoch(advance, interrupts)
                 self._check_pending()
-        except Stop:
-            self._check_pending()
-        except (KeyboardInterrupt, Terminated):
-            if self.whole:
-                self._save()
-            raise
+            except Stop:
+                self._check_pending()
+            except (KeyboardInterrupt, Terminated):
+                if self.whole:
+                    self._save()
+                raise
 
     def _epoch(self, advance: Work, interrupts: Interrupts) -> None:
         epoch, first = divmod(self.state.step, len(self.loader))
@@ -176,23 +180,29 @@ class Loop:
             ):
                 self._step(parts)
             self.state.seconds += time.perf_counter() - start
+            came = self._agreed(interrupts.came)
             if self._late():
                 self.steps = self.state.step
             advance(1)
             self._report(epoch, advance)
-            if interrupts.came:
-                raise stopped(interrupts.came)
+            if came:
+                raise stopped(came)
             if self.state.step == self.steps:
                 return
 
+    def _agreed(self, came: int) -> int:
+        """Return the signal that came to any process; all hear of it after the same step, and use the first's clock."""
+        if self.accelerator.num_processes == 1:
+            return came
+        if self.settings.minutes is None and self.state.step % _HEARD and self.state.step < self.steps:
+            return 0
+        worst, seconds = ranks.agreed(came, self.state.seconds if ranks.first() else 0.0)
+        self.state.seconds = seconds
+        return int(worst)
+
     def _late(self) -> bool:
         """Whether the time limit is reached; the same on all processes."""
-        if self.settings.minutes is None:
-            return False
-        seconds = torch.tensor(self.state.seconds, device=self.device)
-        if self.accelerator.num_processes > 1:
-            seconds = self.accelerator.reduce(seconds, "mean")
-        return float(seconds) >= 60 * self.settings.minutes
+        return self.settings.minutes is not None and self.state.seconds >= 60 * self.settings.minutes
 
     def _horizon(self) -> int:
         """Return the expected total number of steps: those of the epochs, or fewer by the time limit."""
@@ -357,10 +367,11 @@ class Loop:
         if self.validating is None:
             # Twice the images of a part need no more memory than training, because no gradients are stored.
             workers = self.settings.workers
+            mine = ranks.part(len(self.validation))  # type: ignore[arg-type]
             self.validating = eval_loader(
-                self.validation, self.input, batch=2 * self.part, workers=workers, device=self.device
+                self.validation, self.input, batch=2 * self.part, workers=workers, device=self.device, places=mine
             )
-        how: dict[str, Any] = {"precision": self.settings.precision, "tf32": self.settings.tf32}
+        how: dict[str, Any] = {"precision": self.settings.precision, "tf32": self.settings.tf32, "shared": True}
         found = {"top1": evaluate(self.model, self._typed(self.validating), **how).top1}
         if last and self.ema is not None:
             found["top1_ema"] = evaluate(self.ema.module, self._typed(self.validating), **how).top1

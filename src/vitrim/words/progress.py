@@ -6,13 +6,14 @@ steps, loss and the time left. rich and IPython are imported only if a bar is sh
 
 import contextlib
 import importlib
-import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from html import escape
 from typing import Any, Protocol, TypeVar
+
+from vitrim.words.launched import first
 
 __all__ = ["Work", "counted", "progress", "quiet", "tell"]
 
@@ -154,13 +155,9 @@ def quiet() -> Iterator[None]:
 
 def tell(text: str) -> None:
     """Print a line, such as the beginning of a stage."""
-    if not _hidden and _first_process():
+    if not _hidden and first():
         # Error output of a notebook is colored like an error.
         print(text, file=sys.stdout if _notebook() else sys.stderr, flush=True)
-
-
-def _first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _notebook() -> bool:
@@ -171,7 +168,7 @@ def _notebook() -> bool:
 
 
 def _new_view(refresh: bool) -> _View:
-    if not _first_process():
+    if not first():
         return _Nothing()
     if _notebook():
         return _Notebook()

@@ -50,11 +50,12 @@ from vitrim.methods.mdc.decode import PRESETS, Bounds, Frame, Rounding, natural,
 from vitrim.methods.mdc.scores import Settings, score
 from vitrim.methods.mdc.share import Chooser, Shared
 from vitrim.methods.mdc.steps import too_costly
-from vitrim.methods.mdc.study import kept, open_study, reachable
+from vitrim.methods.mdc.study import joined, kept, open_study, reachable
 from vitrim.nn.modes import evaluating
 from vitrim.nn.weights import fingerprint, home_of
-from vitrim.train import Distill, Train, evaluate, fit, reference_logits
+from vitrim.train import Distill, Train, evaluate, fit, ranks, reference_logits
 from vitrim.train.evaluate import Evaluated
+from vitrim.train.leading import led
 from vitrim.train.machine import settled
 from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError
@@ -172,17 +173,16 @@ class Method(Node):
             raise MethodError("mdc must have images, but no data was given; give data or use magnitude")
         spec, bounds = describe(model), self._bounds(describe(model))
         frame = Frame(spec, natural(spec), budget, bounds, self.rounding)
-        url = self.storage or (f"sqlite:///{folder / 'trials.db'}" if folder is not None else None)
-        study = self._open(model, data, budget, seed, url)
+        url, study = joined(lambda url: self._open(model, data, budget, seed, url), self.storage, folder)
         with reachable(url or "memory"):
-            ranking, places = self._scores(model, spec, data, study, seed)
+            ranking, places = led(lambda: self._scores(model, spec, data, study, seed))
         frame = Frame(spec, ranking, budget, bounds, self.rounding)
         chooser, whole = Chooser(frame, self.fused, places), np.zeros(len(frame.space.names))
         if frame.space.spent(whole[None])[0] <= 1:
             return Found(plan=chooser.plan(whole), parent=model)
         if self._measures_heads:
             with reachable(url or "memory"):
-                costly = self._costly(model, frame, chooser, data, study)
+                costly = led(lambda: self._costly(model, frame, chooser, data, study))
             frame = Frame(spec, ranking, budget, bounds, self.rounding, costly)
             chooser, whole = Chooser(frame, self.fused, places), np.zeros(len(frame.space.names))
         if self.preset is not None or self.proposal == "even":
@@ -191,19 +191,20 @@ class Method(Node):
             return Found(plan=chooser.plan(policy), parent=model, trials=(chooser.told(policy),))
         parent = self._share(model, chooser, data, seed, teacher, folder, log)
         with reachable(url or "memory"), progress("policies", self.trials) as advance:
-            search(
-                study,
-                frame.space,
-                self._objective(parent, model, chooser, data),
-                trials=self.trials,
-                initial=self.initial,
-                seed=seed,
-                proposal="gp" if self.proposal == "gp" else "random",
-                first=frame.corners() if self.corners and self.proposal == "gp" else None,
-                alone=self.storage is None,
-                told=functools.partial(_tell, log, advance),
-            )
-            trials = trials_of(study, frame.space)
+            if study is not None:
+                search(
+                    study,
+                    frame.space,
+                    self._objective(parent, model, chooser, data),
+                    trials=self.trials,
+                    initial=self.initial,
+                    seed=seed,
+                    proposal="gp" if self.proposal == "gp" else "random",
+                    first=frame.corners() if self.corners and self.proposal == "gp" else None,
+                    alone=self.storage is None and ranks.count() == 1,
+                    told=functools.partial(_tell, log, advance),
+                )
+            trials = led(lambda: trials_of(study, frame.space))
         best = best_of(trials)
         told = [{"trial": t.number, "score": t.value, "best": t.number == best.number} | dict(t.notes) for t in trials]
         plan = spend(spec, Scaled(lambda _: frame.space, chooser.plan, best.policy), budget)

@@ -29,7 +29,7 @@ from vitrim.cut.spend import Policies, Space, project, within
 from vitrim.methods.mdc.policy import mutate, sample
 from vitrim.words.errors import MethodError
 
-__all__ = ["Objective", "Proposal", "Trial", "best_of", "search", "trials_of"]
+__all__ = ["Objective", "Proposal", "Trial", "best_of", "drop_unfinished", "search", "trials_of"]
 
 Proposal = Literal["gp", "random"]
 Objective = Callable[[Policies], tuple[float, Mapping[str, Any]]]
@@ -98,7 +98,7 @@ def search(
     """
     study.sampler = _Sampler(space, trials, initial, seed, proposal, first)
     if alone:
-        _drop(study, _of(study, TrialState.RUNNING))
+        drop_unfinished(study)
     longest, heard, known = 0.0, time.monotonic(), 0
     while True:
         done, running = len(_of(study, TrialState.COMPLETE)), _of(study, TrialState.RUNNING)
@@ -214,6 +214,11 @@ def best_of(trials: Sequence[Trial]) -> Trial:
 def _of(study: optuna.Study, state: TrialState) -> list[FrozenTrial]:
     found = study.get_trials(deepcopy=False, states=(state,))
     return sorted(found, key=lambda trial: trial.number)
+
+
+def drop_unfinished(study: optuna.Study) -> None:
+    """Mark the trials that a killed process left as failed, before any process works on the study."""
+    _drop(study, _of(study, TrialState.RUNNING))
 
 
 def _drop(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:

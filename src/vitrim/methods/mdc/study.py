@@ -4,17 +4,20 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import optuna
 import sqlalchemy.exc
 
 from vitrim.methods.mdc import bayes
+from vitrim.train import ranks
+from vitrim.train.leading import led, together
 from vitrim.words.errors import RunError, VitrimError
 from vitrim.words.plain import reason
 from vitrim.words.private import HIDDEN, hide_passwords
 
-__all__ = ["kept", "open_study", "reachable"]
+__all__ = ["joined", "kept", "open_study", "reachable"]
 
 _LOCKED = 60
 """Seconds that a process waits for others to release the lock of an SQLite file."""
@@ -88,6 +91,35 @@ def open_study(url: str | None, name: str, identity: Mapping[str, str]) -> optun
             if key not in known:
                 study.set_user_attr(key, value)
     return study
+
+
+def joined(
+    opened: Callable[[str | None], optuna.Study], storage: str | None, folder: Path | None
+) -> tuple[str | None, Any]:
+    """Return URL and study of a search, which all processes of a launcher work on where they can.
+
+    Args:
+        opened: opens the study at a URL, or in memory.
+        storage: the URL that was named, or None for a file in the folder.
+        folder: the first process's folder of the search, if it has one.
+
+    Returns:
+        Of several processes, each has the study if it is in a storage that was named, or in a file and all are on one
+        machine. Else the first measures all policies, and the others get None.
+    """
+    studies: list[optuna.Study] = []
+
+    def begun() -> tuple[str | None, bool]:
+        url = storage or (f"sqlite:///{folder / 'trials.db'}" if folder is not None else None)
+        studies.append(opened(url))
+        if storage is None and ranks.count() > 1:
+            bayes.drop_unfinished(studies[0])
+        return url, storage is not None or (url is not None and ranks.on_one_machine())
+
+    url, shared = led(begun)
+    if shared:
+        together(lambda: None if studies else studies.append(opened(url)))
+    return url, studies[0] if studies else None
 
 
 def _made(url: str, name: str) -> optuna.Study:

@@ -48,7 +48,7 @@ from vitrim.methods.spvit.prices import Counting, prices, times
 from vitrim.methods.spvit.published import check_budget, published
 from vitrim.methods.spvit.search import Layout, SinglePath, layout
 from vitrim.nn.weights import home_of
-from vitrim.train import Distill, Stop, Train, fit, steps_of
+from vitrim.train import Distill, Stop, Train, fit, ranks, steps_of
 from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError
 from vitrim.words.plain import Node
@@ -194,7 +194,7 @@ class Method(Node):
         images, probe = _images(data)
         steps = steps_of(data.train, self.train, data.input)
         start = self.start or (gates.START if steps >= _LONG else gates.SURE)
-        draws = math.ceil(self.draws / (self.train.accumulate * _processes()))
+        draws = math.ceil(self.draws / (self.train.accumulate * ranks.count()))
         single = SinglePath(copy.deepcopy(model), how, self.windowed, start=start, draws=draws)
         if how.fitted:
             self._start_(single, model, how, budget, start, images, probe, seed)
@@ -291,10 +291,6 @@ class Method(Node):
                 raise Stop
 
         return after
-
-
-def _processes() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def _images(data: Data) -> tuple[list[Tensor], list[Tensor]]:

@@ -6,10 +6,12 @@ As in `vitrim.run.pipeline`, each stage writes its file under a temporary name a
 first missing file, also in the middle of training.
 """
 
+import contextlib
 import datetime
 import functools
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,16 +29,19 @@ from vitrim.deploy.parent import open_parent
 from vitrim.families import describe
 from vitrim.families._segmentor import segmentor
 from vitrim.measure import latency
-from vitrim.nn.weights import home_of
-from vitrim.run.job import check_folder, full_disk, leaving_nothing, logger
+from vitrim.nn.weights import fingerprint, home_of
+from vitrim.run.job import check_folder, full_disk, leaving_nothing
 from vitrim.run.lock import holding
+from vitrim.run.log import logger
 from vitrim.run.machine import device_of, on_machine
 from vitrim.run.recipe import write_recipe
 from vitrim.run.transfer.objective import PixelObjective
 from vitrim.run.transfer.picture import colours, side_by_side
 from vitrim.run.transfer.recipe import SceneData, TransferRecipe
-from vitrim.run.transfer.score import by_class, confusion, score
-from vitrim.train import Task, fit
+from vitrim.run.transfer.score import Scores, by_class, confusion, score
+from vitrim.train import Task, fit, ranks
+from vitrim.train.fit import check_batch
+from vitrim.train.leading import check_alike, led, together
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import DataError, RunError
 from vitrim.words.plain import dump, read_json, write_json, write_text, writing
@@ -91,23 +96,36 @@ def transfer(
     Raises:
         VitrimError: one sentence on what must hold, what came, and the way out.
     """
-    recipe = on_machine(recipe, folder)
-    with full_disk(folder):
-        check_folder(folder, recipe)
-        with leaving_nothing(folder), holding(folder):
-            job = _prepare(recipe, folder, backbone, say)
-            if not (folder / "recipe.toml").is_file():
-                write_recipe(folder / "recipe.toml", recipe)
-            model = _train(job)
-            measured = _measure(job, model)
-            _finish(folder)
-    classes = read_json(folder / "classes.json", RunError)
+    ranks.join()
+    with full_disk(folder), contextlib.ExitStack() as stack:
+        recipe = led(lambda: _entered(recipe, folder, stack))
+        job = together(lambda: _prepare(recipe, folder, backbone, say))
+        check_alike({"weights": fingerprint(job.model), "scenes": job.train.fingerprint()} if ranks.count() > 1 else {})
+        led(lambda: _begin(job))
+        model = _train(job)
+        measured, classes = _measure(job, model)
     return Transferred(model=model.eval(), measured=measured, classes=classes, folder=folder)
+
+
+def _entered(recipe: TransferRecipe, folder: Path, stack: contextlib.ExitStack) -> TransferRecipe:
+    """Return the recipe with all its settings, and hold its folder until `stack` ends."""
+    recipe = on_machine(recipe, folder)
+    check_folder(folder, recipe)
+    stack.enter_context(leaving_nothing(folder))
+    stack.enter_context(holding(folder))
+    return recipe
+
+
+def _begin(job: _Job) -> None:
+    if not (job.folder / "recipe.toml").is_file():
+        write_recipe(job.folder / "recipe.toml", job.recipe)
 
 
 def _prepare(recipe: TransferRecipe, folder: Path, backbone: nn.Module | None, say: Callable[[str], None]) -> _Job:
     """Open model and scenes and raise all errors that can be found before the first file is written."""
     train, test = _scenes(recipe.data, say)
+    if recipe.train.epochs:
+        check_batch(recipe.train, "train")
     confusion(test.classes)  # raises an error now, not after training, if the package is missing
     say(f"opening {recipe.model.name}")
     if backbone is None:
@@ -161,8 +179,8 @@ def _test_split(data: SceneData) -> str | None:
 def _train(job: _Job) -> nn.Module:
     """Train the segmentation model, or read an earlier run's."""
     path = job.folder / "model.safetensors"
-    if path.is_file():
-        return store.load(path, device=next(job.model.parameters()).device)
+    if led(path.is_file):
+        return _stored(job, path)
     model, seconds = job.model, 0.0
     if job.recipe.train.epochs:
         job.say(f"training on {len(job.train)} scenes for epochs={job.recipe.train.epochs:g}")
@@ -180,23 +198,38 @@ def _train(job: _Job) -> nn.Module:
         )
         model, seconds = fitted.ema if fitted.ema is not None else fitted.model, fitted.seconds
     given = {"recipe": hide_passwords(dump(job.recipe)), "classes": list(job.train.names), "seconds": seconds}
-    store.save(model.eval(), path, provenance=given)
+    led(lambda: store.save(model.eval(), path, provenance=given) and None)
     # Continue with what a resumed run would read.
-    return store.load(path, device=next(model.parameters()).device)
+    return _stored(job, path)
+
+
+def _stored(job: _Job, path: Path) -> nn.Module:
+    """Return the stored model, which the first process reads and sends to the others."""
+    data = led(lambda: path.read_bytes() if ranks.count() > 1 else b"")
+    with tempfile.TemporaryDirectory() as place:
+        if not ranks.first():
+            path = Path(place) / store.FILE
+            path.write_bytes(data)
+        return store.load(path, device=home_of(job.model)[0])
 
 
 def _loader(job: _Job, scenes: Scenes, input: Input, _: Any, **rest: Any) -> SceneLoader:
     return SceneLoader(scenes, input, job.recipe.augment, **rest)
 
 
-def _measure(job: _Job, model: nn.Module) -> dict[str, Any]:
-    path = job.folder / "measured.json"
-    if path.is_file():
-        known: dict[str, Any] = read_json(path, RunError)
-        return known
+def _measure(job: _Job, model: nn.Module) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the records of ``measured.json`` and ``classes.json``; of several processes, each scores its scenes."""
+    if led((job.folder / "measured.json").is_file):
+        return led(lambda: _finish(job.folder))
     job.say(f"evaluating on {len(job.test)} scenes")
     shown = np.linspace(0, len(job.test) - 1, min(job.recipe.test.pictures, len(job.test))).round().astype(int)
-    scores, kept = score(model, job.test, job.input, job.recipe.test, keep=[int(place) for place in shown])
+    keep = [int(place) for place in shown]
+    scores, kept = score(model, job.test, job.input, job.recipe.test, keep=keep, shared=True)
+    led(lambda: _written(job, model, scores, kept))
+    return led(lambda: _finish(job.folder))
+
+
+def _written(job: _Job, model: nn.Module, scores: Scores, kept: dict[int, torch.Tensor]) -> None:
     palette = colours(job.test.classes)
     for place, said in kept.items():
         picture, mask = job.test[place]
@@ -232,8 +265,7 @@ def _measure(job: _Job, model: nn.Module) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     (job.folder / "report.html").unlink(missing_ok=True)
-    write_json(path, measured)
-    return measured
+    write_json(job.folder / "measured.json", measured)
 
 
 def _time(job: _Job, model: nn.Module) -> dict[str, Any]:
@@ -257,8 +289,9 @@ def _time(job: _Job, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _finish(folder: Path) -> None:
-    """Write the report and delete the files that only a resumed run would need."""
+def _finish(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Write the report and delete the files that only a resumed run would need; return the records."""
     if not (folder / "report.html").is_file():
         write_text(folder / "report.html", report.html([folder]))
     shutil.rmtree(folder / "training", ignore_errors=True)
+    return read_json(folder / "measured.json", RunError), read_json(folder / "classes.json", RunError)

@@ -17,6 +17,8 @@ from vitrim.data.augment import normalize
 from vitrim.measure.model import home_of
 from vitrim.nn.modes import evaluating
 from vitrim.run.transfer.recipe import SceneTest
+from vitrim.train import ranks
+from vitrim.train.leading import together
 from vitrim.words.errors import DataError, RecipeError, WeightsError
 from vitrim.words.plain import Node, reason
 from vitrim.words.progress import progress
@@ -50,7 +52,13 @@ class Scores(Node):
 
 @torch.inference_mode()
 def score(
-    model: nn.Module, scenes: Scenes, input: Input, settings: SceneTest, *, keep: Sequence[int] = ()
+    model: nn.Module,
+    scenes: Scenes,
+    input: Input,
+    settings: SceneTest,
+    *,
+    keep: Sequence[int] = (),
+    shared: bool = False,
 ) -> tuple[Scores, dict[int, Tensor]]:
     """Measure a segmentation model; it is not modified.
 
@@ -60,6 +68,7 @@ def score(
         input: the model's input settings.
         settings: how the model is run on scenes.
         keep: numbers of the scenes whose predictions are returned.
+        shared: whether all processes call this, each scoring its part of the scenes, and get the result for all.
 
     Returns:
         The scores, and the predictions of the scenes in `keep`, uint8 `(h, w)`.
@@ -73,11 +82,25 @@ def score(
     count: Any = getattr(model, "num_classes", None)
     if count != scenes.classes:
         raise DataError(f"{scenes.source}: must have the {count} classes of the model, but has {scenes.classes}")
+    places = ranks.part(len(scenes)) if shared else range(len(scenes))
+    if not shared:
+        table, kept = _pass(model, scenes, input, settings, keep, places)
+    else:
+        table, kept = together(lambda: _pass(model, scenes, input, settings, keep, places))
+        table = ranks.summed(table)
+        kept = {index: best for each in ranks.gathered(kept) for index, best in each.items()}
+    return _summary(table.double(), len(scenes), time.perf_counter() - start), kept
+
+
+def _pass(
+    model: nn.Module, scenes: Scenes, input: Input, settings: SceneTest, keep: Sequence[int], places: range
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Return the confusion matrix of the scenes at `places`, and the predictions of those in `keep`."""
     table = confusion(scenes.classes)
     kept: dict[int, Tensor] = {}
-    with evaluating(model), progress("evaluate", len(scenes)) as advance:
+    with evaluating(model), progress("evaluate", len(places)) as advance:
         meet = _whole if settings.mode == "whole" else _slide
-        for index, logits in meet(model, scenes, input, settings):
+        for index, logits in meet(model, scenes, input, settings, places):
             if not torch.isfinite(logits).all():
                 raise WeightsError("logits must be finite, but are not; the model's weights are damaged")
             mask = _labels(scenes, index)
@@ -86,7 +109,7 @@ def score(
             if index in keep:
                 kept[index] = best.to(torch.uint8)
             advance(1)
-    return _summary(table.compute().double(), len(scenes), time.perf_counter() - start), kept
+    return table.compute(), kept
 
 
 def confusion(classes: int) -> Any:
@@ -123,10 +146,12 @@ def _pixels(model: nn.Module, scenes: Scenes, index: int, input: Input, size: Si
     return normalize(to_pixels(picture, input, size)[None], input)[0].to(device, dtype)
 
 
-def _whole(model: nn.Module, scenes: Scenes, input: Input, settings: SceneTest) -> Iterator[tuple[int, Tensor]]:
+def _whole(
+    model: nn.Module, scenes: Scenes, input: Input, settings: SceneTest, places: range
+) -> Iterator[tuple[int, Tensor]]:
     """Yield logits `(K, R, C)` of each scene; scenes of one size together, because the model must be set to it."""
     groups: dict[Size, list[int]] = {}
-    for index in range(len(scenes)):
+    for index in places:
         groups.setdefault(_aligned(scenes.size(index), input.size, settings.align), []).append(index)
     for size, members in sorted(groups.items()):
         twin = _at(model, size, input.size)
@@ -156,19 +181,21 @@ def _at(model: Any, size: Size, own: Size) -> nn.Module:
     return twin  # type: ignore[no-any-return]
 
 
-def _slide(model: nn.Module, scenes: Scenes, input: Input, settings: SceneTest) -> Iterator[tuple[int, Tensor]]:
+def _slide(
+    model: nn.Module, scenes: Scenes, input: Input, settings: SceneTest, places: range
+) -> Iterator[tuple[int, Tensor]]:
     """Yield logits of each scene, averaged over windows."""
-    for index in range(len(scenes)):
+    for index in places:
         size = scenes.size(index)
         factor = max(want / have for want, have in zip(input.size, size, strict=True))
         rows, columns = (max(want, round(have * factor)) for want, have in zip(input.size, size, strict=True))
         whole = _pixels(model, scenes, index, input, (rows, columns))
-        places = [
+        windows = [
             (row, column)
             for row in _starts(rows, input.size[0], settings.stride)
             for column in _starts(columns, input.size[1], settings.stride)
         ]
-        yield index, _averaged(model, whole, places, input.size, settings.batch)
+        yield index, _averaged(model, whole, windows, input.size, settings.batch)
 
 
 def _starts(length: int, window: int, stride: float) -> list[int]:
