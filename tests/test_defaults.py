@@ -113,6 +113,7 @@ class TestDefaultMethod:
             (["--budget", "macs=0.7"], None),
             (["--minutes", "0"], None),
             (["--epochs", "2"], None),
+            (["--epochs", "0"], None),
             (["--method", "taylor"], None),
             (["--set", "train.epochs=1"], None),
             (["--preset", "finetune"], None),

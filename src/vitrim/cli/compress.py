@@ -55,7 +55,9 @@ def compress(
     image_size: ImageSize = None,
     classes: Classes = None,
     channels: Channels = None,
-    epochs: Annotated[float, typer.Option("--epochs", help="Epochs to train the smaller model; 0 does not train.")] = 0,
+    epochs: Annotated[
+        float | None, typer.Option("--epochs", help="Epochs to train the smaller model; 0 does not train.")
+    ] = None,
     minutes: Annotated[
         float | None,
         typer.Option(
@@ -89,7 +91,7 @@ def compress(
     from vitrim.run.recipe import Recipe, merged, overrides
     from vitrim.run.track import names_of
 
-    alone = method is None and calibration is None and data is not None and not epochs and not preset
+    alone = method is None and calibration is None and data is not None and epochs is None and not preset
     if minutes is None and alone and not any(pair.startswith(("train.", "method.name=")) for pair in set_ or []):
         minutes = minutes_for(budget)
     minutes = minutes or None
@@ -99,7 +101,7 @@ def compress(
         "method": _method(method, calibration),
         "budget": budget,
         "recover": recover,
-        "train": {"epochs": epochs} if minutes is None else {"minutes": minutes},
+        "train": {"epochs": epochs or 0} if minutes is None else {"minutes": minutes},
         "seed": seed,
     }
     more = {} if minutes is None else {"--minutes": _distilled(epochs)}
@@ -117,7 +119,7 @@ def _method(name: str | None, calibration: Path | None) -> dict[str, str]:
     return {"name": "post_training", "calibration": str(calibration)}
 
 
-def _distilled(epochs: float) -> dict[str, Any]:
+def _distilled(epochs: float | None) -> dict[str, Any]:
     """Return label-free distillation settings: divergence from the dense output, on images and their mirror images."""
     if epochs:
         raise RecipeError("training must be bounded by --epochs or by --minutes, but both are given; leave one out")

@@ -72,7 +72,7 @@ def compress(
     *,
     method: str | Path | Method | None = None,
     budget: str | Budget = "macs=0.5",
-    epochs: float = 0,
+    epochs: float | None = None,
     seed: int = 0,
     test: Any = None,
     preset: str | Sequence[str] = (),
@@ -99,7 +99,7 @@ def compress(
             where that helps and no other training is asked for, see `vitrim.run.defaults`.
         budget: the limit on the child's cost: ``macs=0.5``, ``macs=2.3G``, ``params=12M``, or several joined by commas;
             or a `Budget` of the same bounds, without a table, because a run measures its own.
-        epochs: epochs to train the child with its parent as teacher; 0 does not train.
+        epochs: epochs to train the child with its parent as teacher; 0 does not train. None is 0, but see `method`.
         seed: seed of all random numbers.
         test: images to measure on, in the same forms; no search uses them.
         preset: one or several presets that come with the package (`vitrim recipes`); all other arguments override them.
@@ -131,7 +131,7 @@ def compress(
         "method": {"name": str(method or METHOD), **(settings or {})} if held is None else {},
         "budget": _budget_text(budget),
         "recover": recover,
-        "train": {"epochs": epochs, **(train or {})},
+        "train": {"epochs": epochs or 0, **(train or {})},
         "measure": dict(measure or {}),
         "seed": seed,
     } | ({} if device is None else {"device": device})
@@ -140,7 +140,13 @@ def compress(
         raise RecipeError("settings must be those of the instance, but recipe holds a method too; leave it out")
     names = [preset] if isinstance(preset, str) else preset
     whole = laid_under(asked, {f"preset {name}": read_preset(name) for name in names})
-    if method is None and sources[0] and whole["train"] == {"epochs": 0} and whole["method"]["name"] == METHOD:
+    if (
+        method is None
+        and epochs is None
+        and sources[0]
+        and whole["train"] == {"epochs": 0}
+        and whole["method"]["name"] == METHOD
+    ):
         whole = distilled(whole, minutes_for(whole["budget"]))
     resolved = load(Recipe, whole, RecipeError, at="compress")
     parent = None if isinstance(model, str) else adopt(as_timm(model))

@@ -183,6 +183,7 @@ class Loop:
             came = self._agreed(interrupts.came)
             if self._late():
                 self.steps = self.state.step
+            advance.total = self._horizon()
             advance(1)
             self._report(epoch, advance)
             if came:

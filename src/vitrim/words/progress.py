@@ -204,7 +204,8 @@ class _Terminal:
 
     def moved(self, work: Work) -> None:
         told = ", ".join(work.told())
-        self.bar.update(self.tasks[work], completed=work.done, told=told, refresh=not work.refresh)
+        total = work.total or None
+        self.bar.update(self.tasks[work], completed=work.done, total=total, told=told, refresh=not work.refresh)
 
     def removed(self, work: Work) -> None:
         self.bar.remove_task(self.tasks.pop(work))
