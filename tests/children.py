@@ -119,7 +119,9 @@ def _grid(spec: Spec, form: str, sized: bool) -> Plan:
 
 
 def _merged(spec: Spec) -> Plan:
-    return _each(spec, lambda i, stage, block: BlockPlan(tokens=Merge(count=3) if i < 2 else None))
+    """Merging in both forms, the second one with sizes."""
+    steps = [Merge(count=3), Merge(count=3, by="tokens", keeps_norm=True)]
+    return _each(spec, lambda i, stage, block: BlockPlan(tokens=steps[i] if i < 2 else None))
 
 
 def _merged_dead(spec: Spec) -> Plan:

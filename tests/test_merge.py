@@ -1,6 +1,8 @@
 """Merging of patches: what must hold whatever is merged, and what it computes."""
 
 import copy
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -28,13 +30,17 @@ WITHOUT_WINDOWS = [
 ]
 
 
-def merging(spec: Spec, count: int = 1) -> Plan:
+OURS: dict[str, Any] = {"by": "tokens", "keeps_norm": True}
+FORMS = pytest.mark.parametrize("form", [{}, OURS], ids=["published", "ours"])
+
+
+def merging(spec: Spec, count: int = 1, **form: Any) -> Plan:
     """Merge in every block but the last, which leaves patches behind where the head reads none."""
     last, reads = len(spec.blocks()) - 1, spec.host.arguments.get("global_pool") == "token"
     return Plan.of(
         spec,
         [
-            BlockPlan(tokens=Merge(count=count) if i < last else None, only_prefix=reads and i == last)
+            BlockPlan(tokens=Merge(count=count, **form) if i < last else None, only_prefix=reads and i == last)
             for i in range(last + 1)
         ],
     )
@@ -44,7 +50,7 @@ def merging(spec: Spec, count: int = 1) -> Plan:
 def test_cost_is_counted_and_paper_is_paper(family, preset, tmp_path):
     parent = adopted(family, preset)
     spec = describe(parent)
-    plan = merging(spec)
+    plan = merging(spec, **(OURS if len(preset) % 2 else {}))
     assert load(Plan, dump(plan)) == plan
     child = surgery.apply(parent, plan)
     small = describe(child)
@@ -74,14 +80,16 @@ def test_merging_commutes_with_every_other_cut(preset):
         assert torch.equal(one(x), surgery.apply(surgery.apply(parent, cut), merging(small))(x))
 
 
+@FORMS
 @pytest.mark.parametrize("preset", ["plain", "average", "map", "qk_norm", "registers"])
-def test_merging_equal_tokens_changes_nothing(preset):
+def test_merging_equal_tokens_changes_nothing(preset, form):
     """Pairs of equal patches, merged in block 0: attention counts them twice, and pools read them twice."""
     parent = adopted("vit", preset)
     spec = describe(parent)
     pairs = spec.stages[0].patches // 2
     plan = [
-        decision if i else BlockPlan(tokens=Merge(count=pairs)) for i, decision in enumerate(Plan.keep(spec).blocks())
+        decision if i else BlockPlan(tokens=Merge(count=pairs, **form))
+        for i, decision in enumerate(Plan.keep(spec).blocks())
     ]
     child = surgery.apply(parent, Plan.of(spec, plan))
 
@@ -108,24 +116,48 @@ def test_unfused_attention_counts_sizes_too():
         assert apart(child(x), fused) < EXACT
 
 
-def test_what_a_merge_computes():
+@FORMS
+@pytest.mark.parametrize("sized", [False, True])
+def test_what_a_merge_computes(form, sized):
     """Against the sets, pairs and means made one by one."""
     draw = torch.Generator().manual_seed(2)
     x, keys = (torch.randn(1, 9, 4, generator=draw, dtype=torch.float64) for _ in range(2))
-    sizes = torch.tensor([1, 3, 1, 1, 2, 1, 1, 4, 1], dtype=torch.float32)[None, :, None]
-    step = Merged(prefix=1, count=2)
-    out, after, _ = step.after_attention(Stream(x, sizes, 14), Heard(keys, keys, (4,), 1.0))
+    sizes = torch.tensor([1, 3, 1, 1, 2, 1, 1, 4, 1] if sized else [1] * 9, dtype=torch.float32)[None, :, None]
+    step = Merged(1, 2, **form)
+    assert step.needs_attention == (not form)
+    heard = Heard(keys, keys, (4,), 1.0) if step.needs_attention else None
+    out, after, _ = step.after_attention(Stream(x, sizes, 14) if sized else x, heard)
     first, second = [1, 3, 5, 7], [2, 4, 6, 8]
-    alike = {(a, b): float(F.cosine_similarity(keys[0, a], keys[0, b], dim=0)) for a in first for b in second}
+
+    def score(a, b):
+        cosine = float(F.cosine_similarity(*((x if form else keys)[0, [a, b]]), dim=0))
+        one, two = float(sizes[0, a]), float(sizes[0, b])
+        return -(1 - cosine) * math.sqrt(one * two / (one + two)) if form else cosine
+
+    alike = {(a, b): score(a, b) for a in first for b in second}
     partner = {a: max(second, key=lambda b: alike[a, b]) for a in first}
     gone = sorted(first, key=lambda a: -alike[a, partner[a]])[:2]
     kept = [0, *(a for a in first if a not in gone), *second]
     members = {i: [i, *(a for a in gone if partner[a] == i)] for i in kept}
+    assert max(map(len, members.values())) > 1
     for place, i in enumerate(kept):
         weights = sizes[0, members[i]]
-        assert torch.allclose(out[0, place], (weights * x[0, members[i]]).sum(0) / weights.sum(), rtol=0, atol=EXACT)
+        mean = (weights * x[0, members[i]]).sum(0) / weights.sum()
+        if form:
+            norms = x[0, members[i]].norm(dim=-1, keepdim=True)
+            mean *= (weights * norms).sum() / weights.sum() / mean.norm()
+        assert torch.allclose(out[0, place], mean, rtol=0, atol=EXACT)
         assert float(after[0, place]) == float(weights.sum())
     assert float(after.sum()) == float(sizes.sum())
+
+
+def test_large_tokens_are_merged_less_often():
+    """Three patches alike but for their sizes: of two equal distances, that of the small ones is merged."""
+    x = torch.tensor([[[1.0, 0], [1, 0], [1, 0.1], [-1, 0], [-1, 0.1]]], dtype=torch.float64)
+    sizes = torch.tensor([1.0, 5, 5, 1, 1])[None, :, None]
+    out, after, _ = Merged(1, 1, "tokens").after_attention(Stream(x, sizes, 12), None)
+    assert after.flatten().tolist() == [1, 5, 5, 2]
+    assert torch.equal(out[0, 1], x[0, 1])
 
 
 def test_each_token_is_repeated_by_its_size():
@@ -153,7 +185,7 @@ def test_merging_is_exported_with_static_counts(tmp_path):
     torch.manual_seed(0)
     parent = families.adopt(families.get("vit").example().eval())
     spec = describe(parent)
-    child = surgery.apply(parent, merging(spec, 3))
+    child = surgery.apply(parent, merging(spec, 3, **OURS))
     export.export(child, tmp_path / "model.onnx")
     _, run = export.onnx_session(tmp_path / "model.onnx")
     for count in (1, 5):
@@ -166,7 +198,7 @@ def test_a_pooled_head_is_exported_too(tmp_path):
     torch.manual_seed(0)
     parent = families.adopt(families.get("vit").example(class_token=False, global_pool="avg").eval())
     spec = describe(parent)
-    child = surgery.apply(parent, merging(spec, 3))
+    child = surgery.apply(parent, merging(spec, 3, **OURS))
     export.export(child, tmp_path / "model.onnx")
     _, run = export.onnx_session(tmp_path / "model.onnx")
     x = images(spec, 3, torch.float32)

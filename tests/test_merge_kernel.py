@@ -22,9 +22,9 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 """One rounding of the results; inside, both add in float32."""
 
 
-def both(x, keys, sizes, prefix, count):
+def both(x, keys, sizes, prefix, count, *more):
     """Tokens and sizes after PyTorch's operators, and after the kernel."""
-    step = Merged(prefix, count)
+    step = Merged(prefix, count, *more)
     given = x if sizes is None else Stream(x, sizes, int(sizes.sum()))
     heard = None if keys is None else Heard(keys, keys, (keys.shape[-1],), 1.0)
     plain = step.after_attention(given, heard)
@@ -34,17 +34,18 @@ def both(x, keys, sizes, prefix, count):
     return plain, fused
 
 
+@pytest.mark.parametrize("more", [("keys", False), ("tokens", True)], ids=str)
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize(
     ("tokens", "prefix", "count", "width", "channels", "sized"),
     [(17, 1, 8, 24, 12, True), (16, 0, 3, 20, 70, False), (40, 5, 17, 48, 48, True), (71, 2, 34, 10, 6, True)],
 )
-def test_the_kernel_merges_as_the_operators_do(tokens, prefix, count, width, channels, sized, dtype):
+def test_the_kernel_merges_as_the_operators_do(tokens, prefix, count, width, channels, sized, dtype, more):
     draw = torch.Generator().manual_seed(tokens)
     x = torch.randn(3, tokens, width, generator=draw).to(dtype)
     qkv = torch.randn(3, tokens, channels + 5, generator=draw).to(dtype)
     sizes = torch.randint(1, 9, (3, tokens, 1), generator=draw).float() if sized else None
-    plain, fused = both(x, qkv[..., :channels], sizes, prefix, count)
+    plain, fused = both(x, qkv[..., :channels] if more[0] == "keys" else None, sizes, prefix, count, *more)
     assert torch.equal(fused.sizes, plain.sizes)
     assert fused.sizes.dtype == torch.float32
     assert fused.x.dtype == dtype

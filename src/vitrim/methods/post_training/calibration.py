@@ -30,8 +30,8 @@ from vitrim.words.spec import Attention, Spec
 
 __all__ = ["Calibration", "read_calibration", "write_calibration"]
 
-FORMAT = 2
-"""Format 1 had another hash of the weights."""
+FORMAT = 3
+"""Format 1 had another hash of the weights; format 2 holds losses of merging by keys."""
 _KEY = "vitrim_calibration"
 
 

@@ -78,7 +78,7 @@ def merging(spec: Spec, counts: Sequence[int], exact: bool) -> Plan:
 def _step(count: int) -> Merge | GridMerge | None:
     if count < 0:
         return GridMerge(axis="w" if count == COLUMNS else "h", form="mean", size_bias=True)
-    return Merge(count=count) if count else None
+    return Merge(count=count, by="tokens", keeps_norm=True) if count else None
 
 
 def schedules(spec: Spec, kind: Kind, exact: bool) -> list[tuple[int, ...]]:

@@ -30,6 +30,7 @@ _LEAST = 16
 @triton.jit
 def _match(
     keys,
+    sizes,
     best,
     partner,
     first,
@@ -37,15 +38,24 @@ def _match(
     channels,
     image_stride,
     token_stride,
+    size_stride,
+    WEIGHTED: tl.constexpr,
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Find, for each patch of the first set, the most similar one of the second and their cosine."""
+    """Find, for each patch of the first set, the closest one of the second and their score.
+
+    The score is the cosine or, if `WEIGHTED`, the negative distance of `vitrim.words.steps.merge.Merge`; `sizes` are
+    those of the patches.
+    """
     image = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     keys += image * image_stride
+    sizes += image * size_stride
+    if WEIGHTED:
+        mine = tl.load(sizes + 2 * rows, mask=rows < first, other=1.0)[:, None]
     most = tl.full((ROWS,), float("-inf"), tl.float32)
     chosen = tl.zeros((ROWS,), tl.int32)
     for start in range(0, second, COLUMNS):
@@ -75,6 +85,9 @@ def _match(
         lengths = tl.maximum(tl.sqrt(lengths), 1e-12)
         others = tl.maximum(tl.sqrt(others), 1e-12)
         alike = products / (lengths[:, None] * others[None, :])
+        if WEIGHTED:
+            theirs = tl.load(sizes + 2 * columns + 1, mask=columns < second, other=1.0)[None, :]
+            alike = (alike - 1.0) * tl.sqrt(mine * theirs / (mine + theirs))
         alike = tl.where((columns < second)[None, :], alike, float("-inf"))
         here = tl.max(alike, axis=1)
         at = tl.min(tl.where(alike == here[:, None], columns[None, :], second), axis=1)
@@ -126,10 +139,14 @@ def _merge(
     width,
     left,
     SIZED: tl.constexpr,
+    NORMED: tl.constexpr,
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Write one token that is left: the mean of its patches, weighted by their sizes, and its size."""
+    """Write one token that is left: the mean of its patches, weighted by their sizes, and its size.
+
+    If `NORMED`, the mean is scaled to the weighted mean of their norms.
+    """
     image, token = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channels = tl.arange(0, WIDTH)
     inside = channels < width
@@ -156,21 +173,35 @@ def _merge(
         member = tl.min(waiting, axis=0)
         if member < SIZE:
             heavy = value.to(tl.float32) * total
+            norms = tl.sqrt(tl.sum(heavy * heavy, axis=0))
             while member < SIZE:
                 at = prefix + 2 * member
                 weight = tl.full((), 1.0, tl.float32)
                 if SIZED:
                     weight = tl.load(sizes + at)
-                heavy += tl.load(x + at * width + channels, mask=inside, other=0.0).to(tl.float32) * weight
+                more = tl.load(x + at * width + channels, mask=inside, other=0.0).to(tl.float32) * weight
+                heavy += more
+                norms += tl.sqrt(tl.sum(more * more, axis=0))
                 total += weight
                 waiting = tl.where(waiting == member, SIZE, waiting)
                 member = tl.min(waiting, axis=0)
-            value = (heavy / total).to(value.dtype)
+            mean = heavy / total
+            if NORMED:
+                mean *= norms / tl.maximum(tl.sqrt(tl.sum(heavy * heavy, axis=0)), 1e-12)
+            value = mean.to(value.dtype)
     tl.store(out + (image * left + token) * width + channels, value, mask=inside)
     tl.store(counts + image * left + token, total)
 
 
-def merged(x: Tensor, alike: Tensor, sizes: Tensor | None, prefix: int, count: int) -> tuple[Tensor, Tensor]:
+def merged(
+    x: Tensor,
+    alike: Tensor,
+    sizes: Tensor | None,
+    prefix: int,
+    count: int,
+    weighted: bool = False,
+    keeps_norm: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Merge `count` patches of each image into similar ones.
 
     Args:
@@ -179,6 +210,8 @@ def merged(x: Tensor, alike: Tensor, sizes: Tensor | None, prefix: int, count: i
         sizes: number of patches of each token, ``(B, N, 1)`` in float32; None if each is one.
         prefix: P.
         count: r, at most half of the patches.
+        weighted: whether distances are weighted by sizes, see `vitrim.words.steps.merge.Merge`.
+        keeps_norm: whether means are scaled to the mean of the norms.
 
     Returns:
         The tokens that are left, ``(B, N - r, D)``, and their sizes, ``(B, N - r, 1)`` in float32.
@@ -196,6 +229,7 @@ def merged(x: Tensor, alike: Tensor, sizes: Tensor | None, prefix: int, count: i
     launch: Any = _match[(images, triton.cdiv(first, _ROWS))]
     launch(
         alike,
+        known if sizes is None else known[:, prefix:],
         best,
         partner,
         first,
@@ -203,6 +237,8 @@ def merged(x: Tensor, alike: Tensor, sizes: Tensor | None, prefix: int, count: i
         alike.shape[2],
         alike.stride(0),
         alike.stride(1),
+        tokens,
+        WEIGHTED=weighted and sizes is not None,
         WIDE=alike.dtype == torch.float32 or not alike.is_cuda,
         ROWS=_ROWS,
         COLUMNS=_COLUMNS,
@@ -225,6 +261,7 @@ def merged(x: Tensor, alike: Tensor, sizes: Tensor | None, prefix: int, count: i
         width,
         left,
         SIZED=sizes is not None,
+        NORMED=keeps_norm,
         SIZE=size,
         WIDTH=triton.next_power_of_2(width),
     )

@@ -5,6 +5,7 @@ B images, N arriving tokens, n tokens that stay, P prefix tokens, D width.
 
 import importlib.util
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,12 +22,15 @@ from vitrim.words.steps.merge import Merge
 
 __all__ = ["Merged", "make"]
 
-Fused = Callable[[Tensor, Tensor, Tensor | None, int, int], tuple[Tensor, Tensor]]
+TINY = 1e-12
+"""Least norm that is divided by."""
+
+Fused = Callable[[Tensor, Tensor, Tensor | None, int, int, bool, bool], tuple[Tensor, Tensor]]
 """See `vitrim.nn.kernels.merge.merged`."""
 
 
 class Merged(StepModule):
-    """Merges similar patches.
+    """Merges similar patches, see `vitrim.words.steps.merge.Merge`.
 
     Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023. There, keys are averaged over heads. Here,
     the keys of all heads are concatenated, because after a cut each head has its own basis. The remaining tokens keep
@@ -35,20 +39,23 @@ class Merged(StepModule):
     Args:
         prefix: P.
         count: number of patches that are merged into others.
+        by: what is compared.
+        keeps_norm: whether means keep the norm.
     """
 
-    needs_attention = True
-
-    def __init__(self, prefix: int, count: int) -> None:
+    def __init__(
+        self, prefix: int, count: int, by: Literal["keys", "tokens"] = "keys", keeps_norm: bool = False
+    ) -> None:
         super().__init__()
-        self.prefix, self.count = prefix, count
+        self.prefix, self.count, self.keeps_norm = prefix, count, keeps_norm
+        self.needs_attention = by == "keys"
         self.fused: Fused | None = None
         """The fused kernel, in the form that the model runs in on CUDA; None runs PyTorch's operators."""
         self.fused_on = ""
         """Kind of the devices on which the kernel runs."""
 
     def after_attention(self, x: Tensor | Stream, heard: Heard | None) -> Stream:
-        """Map N tokens to n; keys are compared, or the residual stream if the block has no attention.
+        """Map N tokens to n; keys are compared, or the residual stream if `heard` is None.
 
         Raises:
             DataError: if there are fewer patches than twice the number to merge.
@@ -61,15 +68,23 @@ class Merged(StepModule):
             )
         alike = (tokens if heard is None else heard.k)[:, self.prefix :]
         if self.fused is not None and tokens.device.type == self.fused_on and not _recorded(tokens):
-            return Stream(*self.fused(tokens, alike, sizes, self.prefix, self.count), patches)
-        gone, into, stay = self._pairs(alike, tokens.shape[1])
+            settings = (self.prefix, self.count, not self.needs_attention, self.keeps_norm)
+            return Stream(*self.fused(tokens, alike, sizes, *settings), patches)
+        gone, into, stay = self._pairs(alike, tokens.shape[1], None if self.needs_attention else sizes)
         kind = precise(tokens)
         if sizes is None:
             counts = torch.ones(*tokens.shape[:2], 1, dtype=torch.float32, device=tokens.device)
             heavy = tokens.to(kind)
         else:
             counts, heavy = sizes, (tokens * sizes).to(kind)
+        if self.keeps_norm:
+            norms = heavy.norm(dim=-1, keepdim=True)
         heavy, counts = (self._merged(t, gone, into, stay) for t in (heavy, counts))
+        if self.keeps_norm:
+            # Both sums count every patch, so that their ratio is that of the means.
+            means = heavy / counts.to(kind)
+            scale = self._merged(norms, gone, into, stay) / heavy.norm(dim=-1, keepdim=True).clamp_min(TINY)
+            return Stream((means * scale).to(tokens.dtype), counts, patches)
         return Stream((heavy / counts.to(kind)).to(tokens.dtype), counts, patches)
 
     def _merged(self, x: Tensor, gone: Tensor, into: Tensor, stay: Tensor) -> Tensor:
@@ -79,7 +94,7 @@ class Merged(StepModule):
         first = torch.unflatten(rows.index_select(0, stay), 0, (x.shape[0], -1))
         return torch.cat([x[:, : self.prefix], first, added[:, self.prefix + 1 :: 2]], dim=1)
 
-    def _pairs(self, alike: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _pairs(self, alike: Tensor, tokens: int, sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Choose the pairs to merge, as indices into the tokens of all images, ``(B N)``.
 
         Patches are compared in float32 or finer, because most cosines are alike in half precision. Of equal ones the
@@ -88,13 +103,19 @@ class Merged(StepModule):
         Args:
             alike: features by which patches are compared, ``(B, N - P, channels)``.
             tokens: N.
+            sizes: number of patches of each token, ``(B, N, 1)``, that distances are weighted by; None if they are not,
+                or if each is one.
 
         Returns:
             The tokens that are merged into others, the tokens that they are merged into, and the tokens of the first
             set that are left.
         """
         alike = F.normalize(wide(alike), dim=-1)
-        best, partner = (alike[:, ::2] @ alike[:, 1::2].mT).max(dim=-1)
+        scores = alike[:, ::2] @ alike[:, 1::2].mT
+        if sizes is not None:
+            a, b = sizes[:, self.prefix :: 2], sizes[:, self.prefix + 1 :: 2].mT
+            scores = (scores - 1) * (a * b / (a + b)).sqrt()
+        best, partner = scores.max(dim=-1)
         # A stable sort cannot be exported to ONNX, whose own sort is stable.
         stable = {} if torch.compiler.is_exporting() else {"stable": True}
         order = best.sort(dim=-1, descending=True, **stable).indices
@@ -129,4 +150,4 @@ def _recorded(x: Tensor) -> bool:
 
 def make(step: Merge, stage: Stage, arriving: Tokens) -> Merged:
     """See `vitrim.nn.steps.make_step`."""
-    return Merged(stage.prefix, step.count)
+    return Merged(stage.prefix, step.count, step.by, step.keeps_norm)
