@@ -77,15 +77,15 @@ class Merged(StepModule):
             heavy = tokens.to(kind)
         else:
             counts, heavy = sizes, (tokens * sizes).to(kind)
-        if self.keeps_norm:
-            norms = heavy.norm(dim=-1, keepdim=True)
-        heavy, counts = (self._merged(t, gone, into, stay) for t in (heavy, counts))
-        if self.keeps_norm:
-            # Both sums count every patch, so that their ratio is that of the means.
-            means = heavy / counts.to(kind)
-            scale = self._merged(norms, gone, into, stay) / heavy.norm(dim=-1, keepdim=True).clamp_min(TINY)
-            return Stream((means * scale).to(tokens.dtype), counts, patches)
-        return Stream((heavy / counts.to(kind)).to(tokens.dtype), counts, patches)
+        if not self.keeps_norm:
+            heavy, counts = (self._merged(t, gone, into, stay) for t in (heavy, counts))
+            return Stream((heavy / counts.to(kind)).to(tokens.dtype), counts, patches)
+        # The sums of vectors and of norms count every patch, so that their ratio is that of the means.
+        both = torch.cat([heavy.norm(dim=-1, keepdim=True), counts.to(kind)], dim=-1)
+        heavy, both = (self._merged(t, gone, into, stay) for t in (heavy, both))
+        norms, counts = both.split(1, dim=-1)
+        scale = norms / (heavy.norm(dim=-1, keepdim=True).clamp_min(TINY) * counts)
+        return Stream((heavy * scale).to(tokens.dtype), counts.float().contiguous(), patches)
 
     def _merged(self, x: Tensor, gone: Tensor, into: Tensor, stay: Tensor) -> Tensor:
         """Add the tokens `gone` to those they are merged into; return prefix tokens, first set and second set."""
