@@ -1,6 +1,7 @@
 """Every method on every family, because its file exists; and what is particular to each."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -26,15 +27,7 @@ def small(family):
     return adopt(timm_model(family, FIRST[family], torch.float32))
 
 
-LONG = {"cait", "mdc", "post_training"}
-"""Methods whose searches take seconds: on families that add no kind of search to that of another, they are left out."""
-
-PAIRS = [
-    (name, family)
-    for name in methods.names()
-    for family in families.names()
-    if not (name in LONG and family in ("beit", "relpos", "swin_v2")) and (name, family) != ("spvit", "swin_v2")
-]
+PAIRS = [pair for pair in itertools.product(methods.names(), families.names()) if pair != ("spvit", "swin_v2")]
 
 
 @pytest.mark.parametrize(("name", "family"), PAIRS)
