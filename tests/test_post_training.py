@@ -14,7 +14,7 @@ from vitrim import families, methods
 from vitrim.cut import surgery
 from vitrim.cut.compensate import BlockChoice, compensated, importances, recovered
 from vitrim.cut.compensate.attention import AttentionCut
-from vitrim.cut.compensate.closed_form import Moments
+from vitrim.cut.compensate.closed_form import Moments, damped
 from vitrim.cut.compensate.hear import attended, hidden
 from vitrim.cut.compensate.neurons import NeuronCut
 from vitrim.cut.compensate.walk import Walk
@@ -320,6 +320,24 @@ def test_broken_and_constant_activations_are_named():
         loud.blocks[1].attn.qkv.weight.mul_(1e30)
     with pytest.raises(MethodError, match="must be finite"):
         methods.get("post_training").search(loud, data, budget, seed=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_varies_by_rounding_alone_is_constant(dtype):
+    """The mean of equal numbers is not exact, so that centered they are not zero."""
+    draw = torch.Generator().manual_seed(0)
+    constant = torch.randn(5, generator=draw, dtype=dtype) * 1e3
+    moments = Moments("here")
+    for _ in range(3):
+        features = constant.expand(2, 7, 5)
+        moments.add(torch.rand(2, 7, generator=draw, dtype=dtype), features, features)
+    assert not moments.gram.any()
+    with pytest.raises(MethodError, match="here: activations must vary"):
+        damped(moments.gram, 1e-2, "here")
+    moments.add(
+        torch.rand(2, 7, generator=draw, dtype=dtype), constant + 1e-2 * torch.randn(2, 7, 5, dtype=dtype), features
+    )
+    assert (moments.gram.diagonal() > 1e-6).all()
 
 
 def test_merge_is_refused_or_left_out_in_windows():

@@ -135,9 +135,11 @@ class Moments:
 
     @property
     def gram(self) -> Tensor:
-        """Centered Gram matrix, divided by the weight, ``(C, C)``."""
+        """Centered Gram matrix, divided by the weight, ``(C, C)``; zero if no feature varies by more than rounding."""
         mean = self._mean
-        return self.squares / self.weight - mean[:, None] * mean[None, :]
+        gram: Tensor = self.squares / self.weight - mean[:, None] * mean[None, :]
+        rounding = (2 * self.noise * self.mean).square()
+        return gram * (gram.diagonal() > rounding).any()
 
     @property
     def positive_gram(self) -> Tensor:
