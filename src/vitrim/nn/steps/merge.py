@@ -83,7 +83,7 @@ class Merged(StepModule):
         # The sums of vectors and of norms count every patch, so that their ratio is that of the means.
         both = torch.cat([heavy.norm(dim=-1, keepdim=True), counts.to(kind)], dim=-1)
         heavy, both = (self._merged(t, gone, into, stay) for t in (heavy, both))
-        norms, counts = both.split(1, dim=-1)
+        norms, counts = torch.split(both, 1, dim=-1)
         scale = norms / (heavy.norm(dim=-1, keepdim=True).clamp_min(TINY) * counts)
         return Stream((heavy * scale).to(tokens.dtype), counts.float().contiguous(), patches)
 
