@@ -277,7 +277,7 @@ class TestPenalty:
         }
         told = []
         method.search(small("vit"), blind, Budget.parse("macs=0.6"), seed=0, log=told.append)
-        assert told[0] == {"stage": "search", "event": "penalty"} | {
+        assert told[0] == {"stage": "gates", "event": "penalty"} | {
             "attention_l1": 5e-5, "mlp_l1": 1.25e-5, "token_l1": 2.5e-5, "width_l1": 0.0}  # fmt: skip
 
     def test_gates_without_a_gradient_cannot_be_measured(self):

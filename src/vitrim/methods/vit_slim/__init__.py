@@ -202,7 +202,7 @@ class Method(Node):
         check_shares(describe(model), kinds, self._fixed(set(kinds.values())), budget, bool(gated.tokens))
         weights = self.weights(gated, data, seed)
         if log is not None:
-            log({"stage": "search", "event": "penalty"} | {f"{kind}_l1": weight for kind, weight in weights.items()})
+            log({"stage": "gates", "event": "penalty"} | {f"{kind}_l1": weight for kind, weight in weights.items()})
         fit(
             gated,
             data.train,
