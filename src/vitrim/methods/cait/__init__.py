@@ -42,9 +42,9 @@ from vitrim.families import describe
 from vitrim.methods import Data, Found
 from vitrim.methods.cait.masks import Channels, Merge, free_axes, merge_plan, ramped, thirds
 from vitrim.methods.cait.slots import Rules, allocate_slots, plan_of
-from vitrim.methods.cait.told import block_records, choice_record, first_process
+from vitrim.methods.cait.told import block_records, choice_record
 from vitrim.nn.weights import home_of
-from vitrim.train import RATES, Distill, Fitted, Start, Train, fit, steps_of
+from vitrim.train import RATES, Distill, Fitted, Start, Train, fit, ranks, steps_of
 from vitrim.words.budget import SLACK, Budget
 from vitrim.words.errors import BudgetError, MethodError
 from vitrim.words.plain import Node
@@ -178,7 +178,7 @@ class Method(Node):
 
             def after_step(_: nn.Module, step: int) -> None:
                 told = self.after_step(channels, step + 1, taken, whole, counted, spec, budget, steps)
-                if told is not None and log is not None and first_process():
+                if told is not None and log is not None and ranks.first():
                     log(told)
 
             fitted = fit(

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import distributed
 
 from vitrim.cut.shares import remains
 from vitrim.methods.cait.masks import Channels
@@ -15,7 +14,7 @@ from vitrim.words.plan import Plan
 from vitrim.words.spec import Spec
 from vitrim.words.steps.grid_merge import GridMerge
 
-__all__ = ["GONE", "block_records", "choice_record", "first_process"]
+__all__ = ["GONE", "block_records", "choice_record"]
 
 GONE = 1e-5
 """A gate of ``resrep`` below this counts as zero."""
@@ -76,11 +75,6 @@ def choice_record(
     return (
         {"stage": "search", "event": "masks", "step": step} | {f"{n}_limit": int(v) for n, v in limits.items()} | cost
     )
-
-
-def first_process() -> bool:
-    """Return whether this process is the one that logs."""
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 @torch.no_grad()

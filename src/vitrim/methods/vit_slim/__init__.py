@@ -70,7 +70,8 @@ from vitrim.methods.vit_slim.gates import (
 )
 from vitrim.methods.vit_slim.pressure import PRESSURE, curvatures
 from vitrim.nn.weights import home_of
-from vitrim.train import Distill, Train, fit
+from vitrim.train import Distill, Train, fit, ranks
+from vitrim.train.leading import led
 from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError, PlanError
 from vitrim.words.plain import Node
@@ -200,8 +201,8 @@ class Method(Node):
             set_apart(gated, {path: one.losses for path, one in closed_form(model, data, seed).items()})
         kinds = gate_scores(gated, self.ranking)[1]
         check_shares(describe(model), kinds, self._fixed(set(kinds.values())), budget, bool(gated.tokens))
-        weights = self.weights(gated, data, seed)
-        if log is not None:
+        weights = led(lambda: self.weights(gated, data, seed))
+        if log is not None and ranks.first():
             log({"stage": "gates", "event": "penalty"} | {f"{kind}_l1": weight for kind, weight in weights.items()})
         fit(
             gated,
