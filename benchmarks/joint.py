@@ -1,6 +1,7 @@
 """The joint search of post_training, each kind of cut left out, and each kind alone, at equal MACs and at equal time.
 
     python benchmarks/joint.py MODEL TRAIN TEST --weights FILE --out FOLDER --budgets macs=0.7 latency=0.5 --draws 0 1
+    python benchmarks/joint.py MODEL TRAIN TEST --weights FILE --out FOLDER --times
     python benchmarks/joint.py --table RECORD.jsonl
 
 MODEL is a timm name, TRAIN and TEST are tars or folders of images. A draw decides which of the TRAIN images make the
@@ -10,7 +11,8 @@ command with other switches: `vitrim compress MODEL --method post_training --set
 Appends a line for each draw, budget and row to ``FOLDER/joint.jsonl``; lines that are there are skipped. The
 calibration of a draw is made once. A budget of latency is met by measured times, as in a run: 5 % over at most.
 Differences to the dense model are paired, on the same images, with their standard error. A row that cannot reach a
-budget says so.
+budget says so. With ``--times``, the children that lie in FOLDER are timed in turns with the dense model, on a quiet
+machine, and ``FOLDER/times.jsonl`` is written.
 """
 
 import argparse
@@ -112,6 +114,7 @@ class Bench:
         except BudgetError as problem:
             return about | {"refused": str(problem)}
         seconds = time.perf_counter() - start
+        vitrim.save(child, self.out / f"{row.replace(' ', '_')}-{text}-{draw}.safetensors")
         logits = logits_of(child.eval(), self.test.split(self.batch))
         apart = divergences(self.dense, logits)
         root = len(apart) ** 0.5
@@ -155,6 +158,25 @@ class Bench:
             plans_by_time=True,
         )
         return met.found, met.child, met.ratio
+
+    def times(self) -> None:
+        """Time all children that were stored, in turns with the dense model."""
+        for path in sorted(self.out.glob("*-*=*-*.safetensors")):
+            row, text, draw = path.stem.rsplit("-", 2)
+            found = time_child(vitrim.load(path).eval(), self.model, self.measure)
+            line = {"row": row.replace("_", " "), "budget": text, "draw": int(draw)} | {
+                "time_ratio": found.ratio,
+                "low": found.ratio_low,
+                "high": found.ratio_high,
+                "batch": self.measure.batch,
+                "threads": self.measure.threads,
+                "machine": platform.processor() or platform.machine(),
+                "torch": torch.__version__,
+                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            }
+            with (self.out / "times.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            print(json.dumps(line), flush=True)
 
 
 def versions(args: argparse.Namespace) -> dict[str, Any]:
@@ -221,6 +243,7 @@ def main() -> None:
     parser.add_argument("--time-batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--times", action="store_true")
     parser.add_argument("--table", type=Path)
     args = parser.parse_args()
     if args.table is not None:
@@ -229,6 +252,9 @@ def main() -> None:
     if args.test is None:
         parser.error("MODEL, TRAIN and TEST must be given, or --table RECORD.jsonl")
     bench, path = Bench(args), args.out / "joint.jsonl"
+    if args.times:
+        bench.times()
+        return
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     done = {(line["row"], line["budget"], line["draw"]) for line in lines}
     for draw in args.draws:
