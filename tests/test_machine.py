@@ -62,6 +62,14 @@ class TestAuto:
         found = settled(Train(), CPU)
         assert (found.precision, found.workers, found.channels_last) == ("fp32", 0, False)
 
+    @pytest.mark.parametrize("has", [True, False])
+    def test_minutes_on_a_cpu_that_multiplies_bf16(self, has, monkeypatch):
+        told = {"amx_tile": has, "amx_bf16": has}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
+        assert settled(Train(minutes=4), CPU).precision == ("bf16" if has else "fp32")
+        assert settled(Train(), CPU).precision == "fp32"
+        assert settled(Train(minutes=4, precision="fp32"), CPU).precision == "fp32"
+
     @pytest.mark.parametrize(("has_bf16", "wanted"), [(True, "bf16"), (False, "fp32")], indirect=["has_bf16"])
     def test_on_a_card(self, has_bf16, wanted, monkeypatch):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))

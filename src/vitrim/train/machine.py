@@ -13,7 +13,7 @@ from vitrim.train.settings import Train
 from vitrim.words.errors import RecipeError, RunError
 from vitrim.words.plain import reason
 
-__all__ = ["Precision", "autocast", "compiling", "in_layout", "settled", "tf32_allowed"]
+__all__ = ["Precision", "autocast", "compiling", "in_layout", "multiplies_bf16", "settled", "tf32_allowed"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -23,7 +23,8 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def settled(settings: Train, device: torch.device) -> Train:
     """Return the settings with every ``auto`` replaced by what fits `device`.
 
-    ``precision``: bf16 on a CUDA device that has it, else fp32. ``workers``: see `vitrim.data.inputs.workers_for`.
+    ``precision``: bf16 on a CUDA device that has it, and where training is limited by minutes on a CPU that multiplies
+    tiles of bf16; else fp32. ``workers``: see `vitrim.data.inputs.workers_for`.
     ``channels_last``: on CUDA.
 
     Raises:
@@ -34,13 +35,25 @@ def settled(settings: Train, device: torch.device) -> Train:
         raise RecipeError(f"train.precision must be one that the device has, but {missing}; use fp32, or auto")
     found: dict[str, Any] = {}
     if settings.precision == "auto":
-        best = device.type == "cuda" and why_not_type(torch.bfloat16, device) is None
-        found["precision"] = "bf16" if best else "fp32"
+        fast = device.type == "cuda" or (settings.minutes is not None and multiplies_bf16(device))
+        found["precision"] = "bf16" if fast and why_not_type(torch.bfloat16, device) is None else "fp32"
     if settings.workers == "auto":
         found["workers"] = workers_for(device)
     if settings.channels_last == "auto":
         found["channels_last"] = device.type == "cuda"
     return settings.model_copy(update=found) if found else settings
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Return whether `device` is a CPU whose matrix units multiply bf16 (AMX).
+
+    There a step of distillation of a ViT-Ti takes half the time of one in float32 (0.90 s against 1.79 s for 16 images,
+    one thread of an Intel Xeon), so that twice as many fit into the same minutes.
+    """
+    if device.type != "cpu":
+        return False
+    told = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(told.get("amx_tile") and told.get("amx_bf16"))
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ class Train(Node):
         smoothing: label smoothing in `[0, 1)`.
         ema: decay of the averaged weights in `[0, 1)`, reached after a warm-up; None for no averaging.
         precision: `fp32`, or autocast to `bf16` or `fp16` (with loss scaling); the weights keep their type. `auto` is
-            bf16 on a CUDA device that has it, else fp32.
+            bf16 on a CUDA device that has it, and with `minutes` on a CPU that multiplies bf16 (AMX); else fp32.
         tf32: whether products that stay in float32 may use TF32 on CUDA, which rounds their inputs to 10 bits.
         compile: whether the model's training steps run through `torch.compile`; needs a C++ compiler, and a minute to
             start.
