@@ -128,7 +128,7 @@ def describe(
         form=forms[0],
         blocks=tuple(blocks),
     )
-    macs, per_token, slopes = _host_macs(model, image, outside)
+    macs, per_token, slopes = _host_macs(model, image, () if forms[0].post_norm else outside)
     known = Host(
         name=str(pretrained(model).get("architecture", "")),
         arguments=arguments(model, forms[0]) | host_arguments,
@@ -144,9 +144,12 @@ def describe(
 def channels(model: Any) -> tuple[Channels, ...]:
     """Return where the channels of the residual stream lie outside the blocks; empty if something cannot follow a cut.
 
-    A stem may hide them, and timm's attention pooling is as wide inside as the stream.
+    A stem may hide them, timm's attention pooling is as wide inside as the stream, and where norms follow the branches
+    the stream is read without a norm.
     """
-    if model.attn_pool is not None or not isinstance(getattr(model.patch_embed, "proj", None), nn.Conv2d | nn.Linear):
+    pooled = getattr(model, "attn_pool", None) is not None
+    follows = any(block.form.post_norm for block in model.blocks if isinstance(block, Block))
+    if pooled or follows or not isinstance(getattr(model.patch_embed, "proj", None), nn.Conv2d | nn.Linear):
         return ()
     return (
         Channels(

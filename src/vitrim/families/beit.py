@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vitrim.families import _plain, _sources
 from vitrim.families._parts import Hole, check_linear, norm_maker, read_mlp, read_rates, same_norm
-from vitrim.families._plain import PlainArguments, blocks_by_stage
+from vitrim.families._plain import PlainArguments, blocks_by_stage, channels
 from vitrim.nn import Block
 from vitrim.nn.mlp import LAYERS
 from vitrim.words.errors import AdoptError
@@ -27,7 +27,18 @@ from vitrim.words.sizes import Count, Size
 from vitrim.words.spec import Attention, Form, Norm, Relative, Spec
 from vitrim.words.spec import Block as BlockSpec
 
-__all__ = ["ARGUMENTS", "HOSTS", "TEST_PRESETS", "blocks_by_stage", "build", "convert", "describe", "example", "host"]
+__all__ = [
+    "ARGUMENTS",
+    "HOSTS",
+    "TEST_PRESETS",
+    "blocks_by_stage",
+    "build",
+    "channels",
+    "convert",
+    "describe",
+    "example",
+    "host",
+]
 
 _SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
 
@@ -60,7 +71,7 @@ def describe(model: Any) -> Spec:
         AdoptError: a block has a part that cannot be represented; the message has the path and the reason.
     """
     read = functools.partial(_read_block, shared=model.rel_pos_bias is not None)
-    return _plain.describe(model, "beit", _arguments(model), read=read)
+    return _plain.describe(model, "beit", _arguments(model), channels(model), read)
 
 
 def host(model: Any, blocks: Sequence[Block]) -> nn.Module:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vitrim.families import _plain, _sources
 from vitrim.families._parts import Hole, check_linear, norm_maker, optional_norm, read_mlp, read_rates, same_norm
-from vitrim.families._plain import PlainArguments, blocks_by_stage
+from vitrim.families._plain import PlainArguments, blocks_by_stage, channels
 from vitrim.nn import Block
 from vitrim.nn.mlp import LAYERS
 from vitrim.words.errors import AdoptError
@@ -33,7 +33,7 @@ from vitrim.words.sizes import Count, Size
 from vitrim.words.spec import Attention, Form, Norm, Rotary, Spec
 from vitrim.words.spec import Block as BlockSpec
 
-__all__ = ["ARGUMENTS", "HOSTS", "TEST_PRESETS", "blocks_by_stage", "build", "describe", "example", "host"]
+__all__ = ["ARGUMENTS", "HOSTS", "TEST_PRESETS", "blocks_by_stage", "build", "channels", "describe", "example", "host"]
 
 _SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
 
@@ -128,7 +128,7 @@ def describe(model: Any) -> Spec:
         AdoptError: a block has a part that cannot be represented; the message has the path and the reason.
     """
     read = functools.partial(_read_block, rotary=model.rope is not None, by_head=bool(model.rope_mixed))
-    return _plain.describe(model, "eva", _arguments(model), read=read)
+    return _plain.describe(model, "eva", _arguments(model), channels(model), read)
 
 
 def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
@@ -174,7 +174,6 @@ def _construct(spec: Spec) -> Any:
         depth=0,
         num_heads=1,
         norm_layer=norm_maker(norm),
-        use_rot_pos_emb=rope is not None,  # one that is replaced below, so that it stands where timm has it
     )
     model.blocks = nn.ModuleList(Hole() for _ in range(count))
     reduction = model.patch_embed.feat_ratio()
@@ -185,6 +184,10 @@ def _construct(spec: Spec) -> Any:
         settings = {key: tuple(value) if isinstance(value, list | tuple) else value for key, value in rope.items()}
         model.rope_mixed = settings.pop("kind") == "RotaryEmbeddingMixed"
         model.rope = getattr(timm.layers, rope["kind"])(**settings)
+        # timm makes it before the norm that follows, of a size that depends on the width, which may be any here.
+        modules = model._modules
+        for name in list(modules)[list(modules).index("norm_pre") : -1]:
+            modules[name] = modules.pop(name)
     return model
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vitrim.families import _plain, _sources
 from vitrim.families._parts import Hole, check_linear, norm_maker, optional_norm, read_mlp, read_rates, same_norm
-from vitrim.families._plain import PlainArguments, blocks_by_stage
+from vitrim.families._plain import PlainArguments, blocks_by_stage, channels
 from vitrim.nn import Block
 from vitrim.words.errors import AdoptError
 from vitrim.words.plain import Node
@@ -27,7 +27,7 @@ from vitrim.words.sizes import Size
 from vitrim.words.spec import Attention, Form, Norm, Relative, Spec
 from vitrim.words.spec import Block as BlockSpec
 
-__all__ = ["ARGUMENTS", "HOSTS", "TEST_PRESETS", "blocks_by_stage", "build", "describe", "example", "host"]
+__all__ = ["ARGUMENTS", "HOSTS", "TEST_PRESETS", "blocks_by_stage", "build", "channels", "describe", "example", "host"]
 
 _SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
 
@@ -70,7 +70,7 @@ def describe(model: Any) -> Spec:
     if shared is not None and type(shared) is not RelPosMlp:
         raise AdoptError(f"shared_rel_pos: must be timm's RelPosMlp, but got {type(shared).__name__}")
     read = functools.partial(_read_block, shared=shared is not None)
-    return _plain.describe(model, "relpos", _arguments(model), read=read)
+    return _plain.describe(model, "relpos", _arguments(model), channels(model), read)
 
 
 def host(model: Any, blocks: Sequence[Block]) -> nn.Module:

@@ -253,6 +253,8 @@ class Block(nn.Module):
     def stream(self) -> tuple[Member, ...]:
         """Return the slices of parameters that the channels of the residual stream index, relative to the block."""
         found = [member for name in ("norm1", "norm2", "ls1", "ls2") for member in rows(name, getattr(self, name))]
+        scales = [name for name in ("gamma_1", "gamma_2") if getattr(self, name) is not None]
+        found += [Member(parameter=name, dim=0, offset=0) for name in scales]
         for name, part in (("attn", self.attn), ("mlp", self.mlp)):
             if isinstance(part, Attention | Conv | Mlp):
                 found += part.stream()
