@@ -52,7 +52,7 @@ def multiplies_bf16(device: torch.device) -> bool:
     """
     if device.type != "cpu":
         return False
-    told = getattr(torch.cpu, "get_capabilities", dict)()
+    told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(told.get("amx_tile") and told.get("amx_bf16"))
 
 
