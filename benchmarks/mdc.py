@@ -2,16 +2,20 @@
 
     python -m benchmarks.mdc vit --out FOLDER            scikit-learn's digits, a small ViT (t2t: a small T2T-ViT)
     python -m benchmarks.mdc imagenet --weights WEIGHTS --train TRAIN --test TEST --out FOLDER    a real ViT-Ti/16
-    python -m benchmarks.mdc imagenet ... --rates 5e-6 2e-5      picks a learning rate, on training images alone
 
-Rows: `joint` (heads, neurons and tokens by the Gaussian process), each dimension alone, `random` (as many policies,
-drawn), `even` (one share of every bound, no search), `taylor` (widths by gradients, no search). Bounds of a single
-dimension are 0.9, of several 0.5. Candidates are compared by their loss on held-out training images; the test split is
-seen once, by what was found. Appends a line a cut to ``benchmarks/mdc_MODEL.jsonl``; `--figure` draws the trials.
+Rows: `joint` (heads, neurons and tokens by the Gaussian process), `joint all heads` (with the heads of all blocks),
+`joint published` (so, and with policies drawn first), each dimension alone, `random` (as many policies, drawn) and
+`even` (one share of every bound, no search), both with the heads of all blocks, `taylor` (widths by gradients, no
+search), and `dense` (nothing is cut, the control of the training). Bounds of a single dimension are 0.9, of several
+0.5. Candidates are compared by their loss on held-out training images; the test split is seen once, by what was found.
+No search trains, so all rows have the same epochs. Appends a line a cut to ``benchmarks/mdc_MODEL.jsonl`` and prints
+the table of all lines; `--figure` draws the trials.
 """
 
 import argparse
+import copy
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -37,13 +41,15 @@ RESULTS = Path(__file__).parent
 ALONE = {"heads": 0, "neurons": 0, "tokens": 0}
 ROWS: dict[str, dict[str, Any]] = {
     "joint": {},
+    "joint all heads": {"head_blocks": "all"},
+    "joint published": {"corners": False, "head_blocks": "all"},
     "joint greedy": {"heads_by": "greedy"},
     "joint released": {"neurons_by": "released"},
     "heads": ALONE | {"heads": 0.9},
     "neurons": ALONE | {"neurons": 0.9},
     "tokens": ALONE | {"tokens": 0.9},
-    "random": {"proposal": "random"},
-    "even": {"proposal": "even"},
+    "random": {"proposal": "random", "head_blocks": "all"},
+    "even": {"proposal": "even", "head_blocks": "all"},
 }
 
 
@@ -68,7 +74,6 @@ def imagenet_case(args: argparse.Namespace, seed: int) -> tuple[nn.Module, Any, 
     model = adopt(open_parent("vit_tiny_patch16_224", weights=args.weights)).eval()
     parts = split(args.train, args.test, calibration=args.calibration, validation=args.validation, seed=seed)
     half = (0.5, 0.5, 0.5)
-    # The rate is what `--rates` picked: with so few steps, larger ones undo more than they mend.
     retrain = Train(epochs=args.epochs, batch=16, lr=args.lr, weight_decay=0.0, warmup_epochs=args.epochs / 5,
                     augment=Augment(kind="light"), distill=Distill(kind="soft", alpha=1))  # fmt: skip
     return model, parts, Input.of(model, mean=half, std=half), retrain
@@ -80,24 +85,6 @@ def measured(model: nn.Module, loader: Any, reference: nn.Module | Any) -> dict[
     return {"top1": found.top1, "agreement": found.agreement}
 
 
-def rates(args: argparse.Namespace, seed: int) -> None:
-    """Retrain the row `even` at several rates; compare on calibration and held-out images, which no step sees."""
-    case = imagenet_case if args.model == "imagenet" else digits_case
-    model, parts, given, retrain = case(args, seed)
-    data = Data(train=parts.train, calibration=parts.calibration, validation=parts.validation, input=given)
-    held = eval_loader(torch.utils.data.ConcatDataset([parts.calibration, parts.validation]), given)
-    theirs = reference_logits(model, held)
-    for text in args.budgets:
-        found = methods.get("mdc", {"proposal": "even"}).search(model, data, Budget.parse(text), seed=seed)
-        for rate in (0.0, *args.rates):
-            child = apply(model, found.plan).eval()
-            if rate:
-                settings = retrain.model_copy(update={"lr": rate, "min_lr": min(retrain.min_lr, rate)})
-                fit(child, parts.train, settings, input=given, seed=seed, teacher=model)
-            seen = evaluate(child.eval(), held, reference=theirs)
-            print(f"{text} lr={rate:g}: loss {seen.loss:.4f}, agreement {seen.agreement:.1f}", flush=True)
-
-
 def records(args: argparse.Namespace, seed: int) -> None:
     """Every row at every budget."""
     model, parts, given, retrain = (imagenet_case if args.model == "imagenet" else digits_case)(args, seed)
@@ -105,9 +92,16 @@ def records(args: argparse.Namespace, seed: int) -> None:
     test = eval_loader(parts.test, given)
     spec, theirs = describe(model), reference_logits(model, test)
     dense = 100 * float((theirs.argmax(-1) == torch.as_tensor(parts.test.labels)).double().mean())
+    if "dense" in args.rows and args.epochs:
+        fitted = fit(copy.deepcopy(model), parts.train, retrain, input=given, seed=seed, teacher=model).model
+        trained = {f"{key}_retrained": value for key, value in measured(fitted.eval(), test, theirs).items()}
+        line = {"model": args.model, "budget": "macs=1", "row": "dense", "seed": seed, "top1_parent": dense}
+        keep(args, line | {"macs_ratio": 1.0, "top1": dense, "agreement": 100.0, "epochs": args.epochs} | trained)
     for text in args.budgets:
         budget = Budget.parse(text)
         for name in args.rows:
+            if name == "dense":
+                continue
             settings = {} if name == "taylor" else {"measure": "loss", "trials": args.trials, "initial": args.initial}
             if name == "tokens":
                 settings |= {"trials": min(args.trials, 6), "initial": 3}
@@ -140,9 +134,30 @@ def records(args: argparse.Namespace, seed: int) -> None:
 def keep(args: argparse.Namespace, line: dict[str, Any]) -> None:
     """Append a record and say it."""
     line |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    with (RESULTS / f"mdc_{args.model}.jsonl").open("a", encoding="utf-8") as file:
+    with _results(args).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     print({key: value for key, value in line.items() if key not in ("trials", "kept", "torch")}, flush=True)
+
+
+def table(args: argparse.Namespace) -> None:
+    """Print all that was measured, as means over the seeds."""
+    lines = [json.loads(line) for line in _results(args).read_text(encoding="utf-8").splitlines()]
+    print("| MACs | row | one-shot | same answer | trained | same answer | seeds |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for budget, row in dict.fromkeys((line["budget"], line["row"]) for line in lines):
+        group = [line for line in lines if (line["budget"], line["row"]) == (budget, row)]
+        known = [line for line in group if "top1" in line]
+        cells = [
+            f"{statistics.mean(line[key] for line in known):.2f}"
+            if known and all(key in line for line in known)
+            else "-"
+            for key in ("top1", "agreement", "top1_retrained", "agreement_retrained")
+        ]
+        print(f"| {budget} | {row} | " + " | ".join(cells) + f" | {len(known)} of {len(group)} |")
+
+
+def _results(args: argparse.Namespace) -> Path:
+    return RESULTS / f"mdc_{args.model}.jsonl"
 
 
 def figure(args: argparse.Namespace) -> None:
@@ -153,9 +168,9 @@ def figure(args: argparse.Namespace) -> None:
     mpl.rcParams["svg.hashsalt"] = "vitrim"
     from matplotlib import pyplot
 
-    path = RESULTS / f"mdc_{args.model}.jsonl"
+    path = _results(args)
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    budgets = sorted({line["budget"] for line in lines}, reverse=True)
+    budgets = sorted({line["budget"] for line in lines if line.get("trials")}, reverse=True)
     sheet, axes = pyplot.subplots(1, len(budgets), figsize=(5 * len(budgets), 3.4), squeeze=False)
     for axis, budget in zip(axes[0], budgets, strict=True):
         for name, colour in (("random", "0.6"), ("joint", "tab:blue")):
@@ -181,13 +196,12 @@ def main() -> None:
     parser.add_argument("--test")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--budgets", nargs="+", default=["macs=0.8", "macs=0.6"])
-    parser.add_argument("--rows", nargs="+", default=[*ROWS, "taylor"])
+    parser.add_argument("--rows", nargs="+", default=[*ROWS, "taylor", "dense"])
     parser.add_argument("--retrain", nargs="+", default=[*ROWS, "taylor"], help="Rows that are retrained.")
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--initial", type=int, default=15)
     parser.add_argument("--epochs", type=float, default=0)
     parser.add_argument("--lr", type=float, default=2e-5, help="Rate of the retraining; the digits have their own.")
-    parser.add_argument("--rates", type=float, nargs="+", default=[], help="Compare rates, and record nothing.")
     parser.add_argument("--scale", type=float, default=0.2, help="Share of the digits parent's epochs.")
     parser.add_argument("--calibration", type=int, default=256)
     parser.add_argument("--validation", type=float, default=0.1)
@@ -197,10 +211,8 @@ def main() -> None:
         figure(args)
         return
     for seed in args.seeds:
-        if args.rates:
-            rates(args, seed)
-        else:
-            records(args, seed)
+        records(args, seed)
+    table(args)
 
 
 if __name__ == "__main__":
