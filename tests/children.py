@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from tests.samples import adopted, random_plan
+from tests.samples import FEW, WHOLE, adopted, random_plan
 from vitrim.cut import surgery
 from vitrim.families import describe
 from vitrim.words.errors import PlanError
@@ -190,6 +190,27 @@ KINDS: dict[str, Callable[[Spec], Plan]] = {
 }
 """A plan for each kind, or `PlanError` where a model cannot have it."""
 
+ONE_OF_EACH = (
+    "dense",
+    "free",
+    "heads",
+    "unequal",
+    "dead",
+    "skips",
+    "conv1-folded-norm",
+    "conv3-folded-zero",
+    "conv1-linear-mean",
+    "dropped",
+    "dropped-exact",
+    "grid-linear-sized",
+    "merged",
+    "top_k",
+    "only_prefix",
+    "random-0",
+    "random-conv-0",
+)
+"""Kinds for presets but the first of a family: norms, widths and stems are others there, states of a kind are not."""
+
 STEPS = {"dropped": Drop, "grid-linear": GridMerge, "merged": Merge, "top_k": TopK}
 CHOOSING = ("merged", "merged-dead", "top_k", "top_k-weighed")
 """Kinds whose tokens are chosen image by image: a rounding may change the choice."""
@@ -232,3 +253,9 @@ def has(spec: Spec, kind: str) -> bool:
     if kind == "dead":
         return any(isinstance(block.mixer, Attention) and not block.mixer.v for block in blocks)
     return True
+
+
+def children(family: str, preset: str) -> list[tuple[str, nn.Module]]:
+    """Every child that this preset can have, with its kind; one of each group of kinds where it is not the first."""
+    kinds = KINDS if WHOLE or (family, preset) in FEW else ONE_OF_EACH
+    return [(kind, model) for kind in kinds if (model := child(family, preset, kind)) is not None]

@@ -1,5 +1,6 @@
 """Every preset of every family, adopted once for all tests; what is drawn at random is in `vitrim.testing`."""
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,7 @@ __all__ = [
     "FEW",
     "IDS",
     "PRESETS",
+    "WHOLE",
     "adopted",
     "apart",
     "digits",
@@ -40,6 +42,10 @@ def without_data(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
             return build()
     except (NotImplementedError, RuntimeError):
         return build()
+
+
+WHOLE = bool(os.environ.get("VITRIM_WHOLE"))
+"""Whether every preset meets every case, also those that go the ways of others: see CONTRIBUTING.md."""
 
 
 SHARED: dict[tuple[str, str], torch.nn.Module] = {}

@@ -10,7 +10,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.samples import IDS, PRESETS, apart, images, timm_model
+from tests.samples import FEW as FIRST
+from tests.samples import IDS, PRESETS, WHOLE, apart, images, timm_model
 from tests.tolerance import SINGLE
 from vitrim import families
 from vitrim.cut import surgery
@@ -38,7 +39,9 @@ OTHERS = {
     "only_prefix",
     "width",
 }
-EXAMPLES = 60
+EXAMPLES = 60 if WHOLE else 40
+BATCH = None if WHOLE else 2
+"""Of an exported file; tracing any batch takes twice as long, and `test_export.py` does it for every family."""
 # Without shrinking, which takes minutes of forward passes; the plan that fails is printed as it was drawn.
 FEW = settings(
     max_examples=EXAMPLES,
@@ -86,7 +89,7 @@ def test_what_a_plan_accepts_runs(tmp_path):
             child = surgery.apply(model, plan)
             runs(child, wanted, tmp_path)
             if (kinds_in(wanted) | narrow) - set(seen):
-                works_or_says(child, lambda model: export(model, tmp_path / "model.pt2"))
+                works_or_says(child, lambda model: export(model, tmp_path / "model.pt2", batch=BATCH))
             seen.update(kinds_in(wanted) | narrow)
             seen["second"] += number
             model, spec = child, wanted
@@ -151,7 +154,7 @@ def test_plans_compose_over_every_kind(family, preset):
     model = parent(family, preset)
     spec = describe(model)
 
-    @settings(FEW, max_examples=12)
+    @settings(FEW, max_examples=12 if WHOLE or (family, preset) in FIRST else 5)
     @given(st.data())
     def check(data):
         first = data.draw(plans(spec), label="first")

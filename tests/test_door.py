@@ -21,7 +21,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
-from tests.samples import apart, timm_model, without_data
+from tests.samples import WHOLE, apart, timm_model, without_data
 from tests.tolerance import SINGLE
 from vitrim import families
 from vitrim.families import adopt, describe
@@ -42,9 +42,6 @@ STRANGERS = {
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 CELLS = 2
 """Patches along a side: few, for what takes the time is the weights of 200 models."""
-
-WHOLE = bool(os.environ.get("VITRIM_WHOLE"))
-"""Whether cases are tried too that go the ways of others: see CONTRIBUTING.md."""
 
 HUGE = 40_000_000 if WHOLE else 4_000_000
 """Parameters of two blocks beyond which a model gets fewer heads."""

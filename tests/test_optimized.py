@@ -13,9 +13,9 @@ import timm
 import torch
 from torch import nn
 
-from tests.children import CHOOSING, KINDS, child, child_of, has
+from tests.children import CHOOSING, KINDS, ONE_OF_EACH, child, child_of, children, has
 from tests.operators import operators
-from tests.samples import FEW, IDS, PRESETS, adopted, apart, images
+from tests.samples import FEW, IDS, PRESETS, WHOLE, adopted, apart, images
 from tests.tolerance import EXACT, SINGLE
 from vitrim import families
 from vitrim.cut.optimized import optimize_block_
@@ -39,11 +39,6 @@ FORMS = ({}, {"multiple": 8, "pad_heads": True}, {"multiple": 10}, {"pad_heads":
 """As on a CPU, as on CUDA in 16 bits, and what may be asked for: 10 divides no width of the presets."""
 
 
-def children(family, preset):
-    """Every child that this preset can have, with its kind."""
-    return [(kind, model) for kind in KINDS if (model := child(family, preset, kind)) is not None]
-
-
 def blocks(model):
     """The blocks of a model in the form that it runs in."""
     return [block for stage in families.family_of(model).blocks_by_stage(model) for block in stage]
@@ -63,8 +58,6 @@ def answers(model, x):
 def test_it_is_the_same_function(family, preset):
     x = images(describe(adopted(family, preset)))
     for number, (kind, model) in enumerate(children(family, preset), IDS.index(f"{family}-{preset}")):
-        if (family, preset) not in FEW and ("mixed" in kind or "normed" in kind):
-            continue  # in this form convolutions of all states are the folded one
         wanted = answers(model, x)
         for form in FORMS if kind in ("dense", "free") else [FORMS[number % len(FORMS)]]:
             for found, want in zip(answers(optimized(model, **form), x), wanted, strict=True):
@@ -359,10 +352,10 @@ def test_a_dense_block_runs_ten_operators():
 @pytest.mark.parametrize(("family", "preset"), [("vit", "plain"), ("swin", "windows"), ("t2t", "performer")])
 def test_compilers_take_every_child_whole(family, preset):
     for kind, model in children(family, preset):
-        if family == "t2t" and kind not in ("dense", "merged"):
-            continue  # its blocks are those of a ViT, which is tried whole; only the stem is another
-        if "mixed" in kind or "normed" in kind or kind.startswith("random"):
-            continue  # in this form convolutions of all states are the folded one
+        if not WHOLE and family != "vit" and kind not in ("dense", "free", "dead", "merged"):
+            continue  # convolutions, steps and what is skipped are those of a ViT, which is tried whole
+        if not WHOLE and (kind not in ONE_OF_EACH or kind.startswith("random")):
+            continue  # in this form convolutions of all states are the folded one, and merges one linear layer
         x = images(describe(model), 2, torch.float32)
         net = optimized(model, dtype=torch.float32)
         torch._dynamo.reset()
