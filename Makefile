@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One process a core, each with one thread (tests/conftest.py).
-WORKERS := -n auto --maxprocesses 4
+# One process a core, each with one thread (tests/conftest.py). All tests of a file run in one process, for they share models.
+WORKERS := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test check docs format lowest clean
 

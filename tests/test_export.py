@@ -26,11 +26,15 @@ CASES = [
 ]
 
 
+SHORT = {"vit": {"depth": 2}, "t2t": {"depth": 1}, "swin": {"depths": (2, 1)}}
+"""Blocks of a model to export: writing a file takes as long as it has operators."""
+
+
 def child(family, preset, seed=3):
     """A cut model with timm's own initial weights: float32 must resolve its logits."""
     torch.manual_seed(0)
     module = families.get(family)
-    parent = families.adopt(module.example(**module.TEST_PRESETS[preset]).eval())
+    parent = families.adopt(module.example(**module.TEST_PRESETS[preset], **SHORT.get(family, {})).eval())
     return surgery.apply(parent, random_plan(describe(parent), seed, drops="mixed"))
 
 

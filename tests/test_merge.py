@@ -183,7 +183,7 @@ def test_what_cannot_be_merged_is_refused():
 
 def test_merging_is_exported_with_static_counts(tmp_path):
     torch.manual_seed(0)
-    parent = families.adopt(families.get("vit").example().eval())
+    parent = families.adopt(families.get("vit").example(depth=2).eval())
     spec = describe(parent)
     child = surgery.apply(parent, merging(spec, 3, **OURS))
     export.export(child, tmp_path / "model.onnx")
@@ -196,7 +196,7 @@ def test_merging_is_exported_with_static_counts(tmp_path):
 
 def test_a_pooled_head_is_exported_too(tmp_path):
     torch.manual_seed(0)
-    parent = families.adopt(families.get("vit").example(class_token=False, global_pool="avg").eval())
+    parent = families.adopt(families.get("vit").example(class_token=False, global_pool="avg", depth=2).eval())
     spec = describe(parent)
     child = surgery.apply(parent, merging(spec, 3, **OURS))
     export.export(child, tmp_path / "model.onnx")

@@ -102,7 +102,9 @@ def spoilt(model):
 
 @pytest.mark.parametrize("name", ["model.pt2", "model.onnx"])
 def test_a_fault_behind_a_zero_head_is_seen_on_export(name, tmp_path, monkeypatch, exporting):
-    model = with_zero_head(adopt(timm_model("vit", "plain", torch.float32)))
+    theirs = timm_model("vit", "plain", torch.float32)
+    theirs.blocks = theirs.blocks[:1]  # writing a file takes as long as it has operators, and this writes four
+    model = with_zero_head(adopt(theirs))
     export.export(model, tmp_path / name)
     assert exporting == ["traced"] * 2
     assert [path.name for path in tmp_path.iterdir()] == [name]
