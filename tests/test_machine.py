@@ -92,9 +92,12 @@ class TestAuto:
                 call()
 
     @pytest.mark.parametrize(
-        ("cores", "start", "wanted"), [(1, "fork", 0), (8, "fork", 7), (64, "fork", 16), (8, "spawn", 0)]
-    )
-    def test_workers(self, cores, start, wanted, monkeypatch):
+        ("cores", "processes", "start", "wanted"),
+        [(1, 1, "fork", 0), (8, 1, "fork", 7), (64, 1, "fork", 16), (64, 8, "fork", 7), (4, 8, "fork", 0),
+         (8, 1, "spawn", 0)],
+    )  # fmt: skip
+    def test_workers(self, cores, processes, start, wanted, monkeypatch):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
         monkeypatch.setattr(inputs.multiprocessing, "get_start_method", lambda allow_none: start)
         assert inputs.workers_for(CUDA) == wanted

@@ -18,16 +18,17 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import HANGS
+from tests.steps import SETTINGS, check_draws, check_step, step, take
 from vitrim import cli, cost
 from vitrim.measure import Latency
 from vitrim.run import cutting, pipeline
 from vitrim.run.recipe import Recipe, write_recipe
 from vitrim.train import ranks
 from vitrim.train.loop import Loop
-from vitrim.words.errors import RunError
+from vitrim.words.errors import RecipeError, RunError
 from vitrim.words.plain import load, read_json
-
-HANGS = 1800  # seconds; this file runs as a script, too, which finds no other file of the tests
+from vitrim.words.stopping import Terminated
 
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 4}
 SHORT = {"epochs": 1, "batch": 8, "lr": 1e-3, "warmup_epochs": 0, "augment": {"kind": "light"}, "workers": 0}
@@ -167,6 +168,8 @@ def script(root):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks, "end", lambda: None)
         patch.setattr(cli, "_leave", sys.exit)
+        ranks.join()
+        take(root)
         Script(root).main()
     with pytest.MonkeyPatch.context() as patch:
         Script(root).at_step(patch, 2, number=1, signal_number=signal.SIGKILL)
@@ -192,10 +195,10 @@ def launched(root):
         for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
             patch.delenv(name)
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        words = ["--nproc_per_node", "2", "--master_port", str(port), __file__, str(root)]
+        words = ["--nproc_per_node", "2", "--master_port", str(port), "-m", "tests.test_ranks", str(root)]
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", *words],
-            capture_output=True, text=True, timeout=HANGS, check=False,
+            cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=HANGS, check=False,
         )  # fmt: skip
     files = root / "told-0.json", root / "told-1.json"
     assert all(path.is_file() for path in files), done.stderr[-3000:]
@@ -249,8 +252,11 @@ def check_mixed_precision(root, told):
     assert any(not torch.equal(weights[key], value) for key, value in exact.items())
 
 
-def check_signal(told):
+def check_signal(root, told):
     """Check that a signal to the second process left a checkpoint in the middle of an epoch, and ended both."""
+    logs = [(root / name / "log.jsonl").read_text().splitlines() for name in ("stopped-0", "resumed-alone")]
+    halved, whole = ([json.loads(line)["loss"] for line in lines] for lines in logs)
+    assert halved == pytest.approx(whole, abs=1e-5)
     assert [each["stopped"]["code"] for each in told] == [143, 143]
     assert told[0]["stopped"]["checkpoints"] == ["train-00000004.safetensors"]
     assert sum(each["stopped"]["errors"].count("error terminated") for each in told) == 1
@@ -280,17 +286,61 @@ def test_two_processes_do_what_one_does(tmp_path):
     label = draw(tmp_path / "others") / "train"
     (label / "class0" / "0.png").write_bytes((label / "class1" / "0.png").read_bytes())
     alone, told, done = launched(tmp_path)
+    for name in SETTINGS:
+        check_step(tmp_path, name, step(name))
+    check_draws(tmp_path)
     for name in [*METHODS, "time", "resumed"]:
         check_run(tmp_path, alone, told, name)
     check_shared_policies(tmp_path)
     check_mixed_precision(tmp_path, told)
-    check_signal(told)
+    check_signal(tmp_path, told)
     for name in REFUSED:
         check_refused(told, name)
     assert (tmp_path / "sweep-0" / "magnitude_macs=0.6_seed=0" / "report.html").is_file()
     # The second process was killed.
     assert done.returncode != 0
     assert done.stderr.count("error all 2 processes must go on to the end, but another one has ended; see what") == 1
+
+
+def test_each_of_several_things_is_one_process_s(monkeypatch):
+    for count, size in ((1, 5), (2, 21), (3, 2), (8, 50_000)):
+        monkeypatch.setenv("WORLD_SIZE", str(count))
+        every = []
+        for number in range(count):
+            monkeypatch.setenv("RANK", str(number))
+            every += ranks.part(size)
+        assert every == list(range(size))
+
+
+def terminated_by(problem):
+    try:
+        raise problem
+    finally:
+        raise Terminated
+
+
+def test_a_loss_is_told_though_the_launcher_terminates_meanwhile(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for first, lost in ((RuntimeError("gloo: Connection closed by peer"), True), (RuntimeError("a bug"), False)):
+        with pytest.raises(Terminated) as caught:
+            terminated_by(first)
+        assert (ranks.lost_before(caught.value) is not None) == lost
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "launched with --mixed_precision no, fp16 or bf16, but was with fp8"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "train.precision must be bf16 as accelerate was launched with, but is"),
+    ],
+)
+def test_precisions_are_refused_before_the_search(name, value, sentence, tmp_path, monkeypatch):
+    monkeypatch.setenv(name, value)
+    AcceleratorState._reset_state()
+    with pytest.raises(RecipeError, match=sentence):
+        pipeline.run(recipe(draw(tmp_path / "pictures"), train=SHORT | {"precision": "fp32"}), tmp_path / "run")
+    AcceleratorState._reset_state()
+    assert not (tmp_path / "run").exists()
 
 
 if __name__ == "__main__":

@@ -69,7 +69,12 @@ def main() -> None:
         _fail(str(problem), problem=problem)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
-    except Terminated:
+    except Terminated as problem:
+        # A launcher terminates the others where a process dies, perhaps before they have said so.
+        known = getattr(sys.modules.get("vitrim.train.ranks"), "lost_before", None)
+        lost = None if known is None else known(problem)
+        if lost is not None:
+            _fail(str(lost), problem=lost)
         _fail("terminated; the same command continues from the last checkpoint", _TERMINATED)
     except SystemExit as end:
         # Whoever read the output needs no more, as in `vitrim models | head`; typer would exit with 1.

@@ -19,6 +19,7 @@ from vitrim.data.noise import reading
 from vitrim.data.pictures import as_picture, pair_of
 from vitrim.nn.layers import input_channels
 from vitrim.words.errors import DataError
+from vitrim.words.launched import on_this_machine
 from vitrim.words.plain import Node, load
 
 __all__ = ["Input", "Loader", "Workers", "eval_loader", "to_bytes", "to_tensor", "workers_for"]
@@ -33,14 +34,15 @@ _MOST_WORKERS = 16
 def workers_for(device: torch.device) -> int:
     """Return the number of worker processes that fit the machine while a model runs on `device`.
 
-    One for each core that this process may use but one, at most 16, if the device is not the CPU. Readers of images
-    reach a worker by a fork, so there are none where processes start otherwise.
+    One for each core that this process may use but one, at most 16, if the device is not the CPU; of several processes
+    on this machine, each has its share of the cores. Readers of images reach a worker by a fork, so there are none
+    where processes start otherwise.
     """
     start = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     if device.type == "cpu" or start != "fork":
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(cores - 1, _MOST_WORKERS))
+    return max(0, min(cores // on_this_machine() - 1, _MOST_WORKERS))
 
 
 class Input(Node):

@@ -121,8 +121,7 @@ class Loop:
         self.mixup = self._mixup()
         self.window = self._sums(self.state.window)
         self.epoch_sums = self._sums(self.state.epoch)
-        self.whole = True
-        self.saved = self.state.step
+        self.whole, self.saved = True, self.state.step
         self.pending: tuple[Tensor, torch.cuda.Event | None, int] | None = None
         self.rate = 0.0
         self.validating: Loader | None = None
@@ -187,16 +186,16 @@ class Loop:
             advance(1)
             self._report(epoch, advance)
             if came:
+                self._pool()
                 raise stopped(came)
             if self.state.step == self.steps:
                 return
 
     def _agreed(self, came: int) -> int:
         """Return the signal that came to any process; all hear of it after the same step, and use the first's clock."""
-        if self.accelerator.num_processes == 1:
-            return came
-        if self.settings.minutes is None and self.state.step % _HEARD and self.state.step < self.steps:
-            return 0
+        alone = self.accelerator.num_processes == 1
+        if alone or (self.settings.minutes is None and self.state.step % _HEARD and self.state.step < self.steps):
+            return came if alone else 0
         worst, seconds = ranks.agreed(came, self.state.seconds if ranks.first() else 0.0)
         self.state.seconds = seconds
         return int(worst)
@@ -320,9 +319,7 @@ class Loop:
 
     def _smaller(self) -> str:
         ways = [f"raise {self.table}.accumulate above {self.settings.accumulate}", f"lower {self.table}.batch"]
-        if not self.settings.checkpointing:
-            ways.append(f"set {self.table}.checkpointing")
-        return ", or ".join(ways)
+        return ", or ".join(ways if self.settings.checkpointing else [*ways, f"set {self.table}.checkpointing"])
 
     def _kept(self) -> str:
         found = newest(self.folder, self.stage) if self.folder is not None else None
@@ -342,14 +339,17 @@ class Loop:
             record |= self._measure(step == self.steps)
             self.state.history.append(record)
             self._send(record)
-        every = self.settings.checkpoint_every
-        if ends or (every and step % every == 0):
+        if ends or step % (self.settings.checkpoint_every or step + 1) == 0:
+            self._pool()
             self._save()
 
+    def _pool(self) -> None:
+        """Give all processes the mean of their sums, because a checkpoint holds those of the first."""
+        for sums in (self.window, self.epoch_sums):
+            sums.copy_(ranks.summed(sums) / ranks.count())
+
     def _record(self, event: str, epoch: int, sums: Tensor) -> dict[str, Any]:
-        if self.accelerator.num_processes > 1:
-            sums = self.accelerator.reduce(sums, "mean")
-        task, penalty, count = sums.tolist()
+        task, penalty, count = (ranks.summed(sums) / ranks.count()).tolist()
         return {
             "stage": self.stage,
             "event": event,

@@ -36,6 +36,7 @@ __all__ = [
     "gathered",
     "join",
     "losing",
+    "lost_before",
     "number",
     "on_one_machine",
     "part",
@@ -53,8 +54,8 @@ _TRAINING = 30.0
 """The same within a training step, where nobody is away for long."""
 
 _KEY = "vitrim/told"
-_GRACE = 3.0
-"""Seconds that a process which lost another waits for that one's own words."""
+_GRACE, _TURN = 3.0, 1.0
+"""Seconds that a process which lost another waits for that one's own words, and that others leave to the first."""
 
 
 class LostError(RunError):
@@ -208,6 +209,18 @@ def losing() -> Iterator[None]:
         raise LostError(_lost(problem)) from problem
 
 
+def lost_before(problem: BaseException) -> LostError | None:
+    """Return the loss of another process that this one was handling when `problem`, such as a SIGTERM, came."""
+    context = problem.__context__
+    while context is not None:
+        if isinstance(context, LostError):
+            return context
+        if isinstance(context, RuntimeError) and _is_lost(context):
+            return LostError(_lost(context))
+        context = context.__context__
+    return None
+
+
 def _is_lost(problem: RuntimeError) -> bool:
     texts = ("gloo", "nccl", "connection closed by peer", "connection reset", "socket", "process group")
     return isinstance(problem, dist.DistError) or any(text in str(problem).lower() for text in texts)
@@ -230,9 +243,11 @@ def _waited(work: Any) -> None:
             pause = min(0.05, 1.2 * pause)
     except Terminated:
         # A launcher terminates all processes where one dies; then that is what is told.
-        time.sleep(0.2)
-        if not work.is_completed():
-            raise
+        until = time.monotonic() + _TURN
+        while not work.is_completed():
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.05)
     with losing():
         work.wait()
 
@@ -309,7 +324,7 @@ def tells(problem: BaseException | None = None) -> bool:
     try:
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(*where, timeout=datetime.timedelta(seconds=5))  # type: ignore[attr-defined]
-        until = time.monotonic() + (_GRACE if isinstance(problem, LostError) else 0.0)
+        until = time.monotonic() + (_GRACE if isinstance(problem, LostError) else 0.0 if first() else _TURN)
         while time.monotonic() < until and not store.add(key, 0):
             time.sleep(0.05)
         return bool(store.add(key, 1) == 1)

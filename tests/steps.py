@@ -1,16 +1,8 @@
-"""Two processes take the step that one takes: `accelerate launch` on two CPU processes, compared in float64."""
-
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
+"""Steps of training that two processes take as one does, in float64; `tests/test_ranks.py` launches them."""
 
 import numpy as np
-import pytest
 import timm
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,7 +13,7 @@ from vitrim.families import adopt, describe
 from vitrim.methods import vit_slim
 from vitrim.methods.cait.masks import Channels, free_axes
 from vitrim.methods.spvit.search import SinglePath, layout
-from vitrim.train import Train, fit
+from vitrim.train import Train, fit, ranks
 from vitrim.words.budget import Budget
 
 COUNT = 24
@@ -35,8 +27,6 @@ SETTINGS = {
 }
 DRAWS = Train(epochs=1, batch=12, clip=None, augment=Augment())
 """For SPViT, whose processes draw gates of their own, so that two take no step of one."""
-
-HANGS = 1800  # seconds; this file runs as a script, too, which finds no other file of the tests
 
 
 class Masked(nn.Module):
@@ -111,7 +101,6 @@ def step(name):
             model.learn()
             found.update({f"mask.{name}": b.clone() for name, b in model.named_buffers() if name.startswith("seen")})
 
-    torch.set_num_threads(1)
     model, given = task_of(name)
     given |= {"input": Input(size=(8, 8), crop_pct=1.0), "seed": 0}
     done = fit(model, images(), SETTINGS.get(name, DRAWS), after_step=keep, **given)
@@ -123,38 +112,15 @@ def step(name):
     return found
 
 
-def main(folder):
-    """What each process runs."""
-    accelerator = Accelerator()
-    assert accelerator.num_processes == 2
+def take(folder):
+    """Take every step, on each process."""
     for name in (*SETTINGS, "spvit"):
-        save_file(step(name), Path(folder) / f"{name}-{accelerator.process_index}.safetensors")
-    accelerator.end_training()
+        save_file(step(name), folder / f"step-{name}-{ranks.number()}.safetensors")
 
 
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--num_cpu_threads_per_process", "1", "--main_process_port", str(port), __file__, str(folder)]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    # `--cpu` starts one process (or mpirun); `--multi_gpu` means torchrun, and this keeps its processes on the CPU.
-    kept |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=HANGS, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_two_processes_take_the_step_of_one(launched, name):
-    threads = torch.get_num_threads()
-    alone = step(name)
-    torch.set_num_threads(threads)
-    first, second = (load_file(launched / f"{name}-{rank}.safetensors") for rank in range(2))
+def check_step(folder, name, alone):
+    """Check the step of two processes against that of one."""
+    first, second = (load_file(folder / f"step-{name}-{rank}.safetensors") for rank in range(2))
     masks = [
         value for key, value in alone.items() if key.startswith(("grad.mask", "grad.gates", "grad.tokens", "mask."))
     ]
@@ -167,15 +133,12 @@ def test_two_processes_take_the_step_of_one(launched, name):
         assert torch.allclose(value, first[key], rtol=0, atol=tolerance), key
 
 
-def test_two_processes_draw_their_own_gates(launched):
-    first, second = (load_file(launched / f"spvit-{rank}.safetensors") for rank in range(2))
+def check_draws(folder):
+    """Check that each process draws gates of its own, and that they take one step."""
+    first, second = (load_file(folder / f"step-spvit-{rank}.safetensors") for rank in range(2))
     drawn = [key for key in first if key.startswith("drawn.")]
     assert any(not torch.equal(first[key], second[key]) for key in drawn)
     for key, value in first.items():
         assert value.isfinite().all()
         if key not in drawn and "running" not in key:
             assert torch.equal(value, second[key]), key
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
