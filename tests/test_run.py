@@ -624,5 +624,5 @@ def test_a_killed_run_ends_like_a_whole_one(tmp_path):
             k: v for k, v in measured.items() if k not in changing
         }, moment
         records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        steps = [(r["stage"], r["event"], r["step"]) for r in records]
+        steps = [(r["stage"], r["event"], r.get("step")) for r in records]
         assert len(steps) == len(set(steps)), moment

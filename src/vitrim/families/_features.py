@@ -38,14 +38,21 @@ def give_methods_(model: Any) -> None:
     if cut:
         model.forward_intermediates, model.prune_intermediate_layers = Intermediates(model), Prune(model)
         tell_reduction_(model)
-    if cut or any(isinstance(block.attn, Conv) or isinstance(block.form.positions, Relative) for block in blocks):
+    placed = any(isinstance(block.attn, Conv) or isinstance(block.form.positions, Relative) for block in blocks)
+    if cut or placed or any(_without_table(model, block) for block in blocks):
         model.set_input_size = InputSize(model)
     if cut and not _leaving(model)[-1].patches:
         model.reset_classifier = Classifier(model)
 
 
-def _lost_table(block: Any) -> bool:
-    """Return whether a block had relative positions, and has no attention any more."""
+_ASKING = "timm.models.beit"
+"""Module of a `set_input_size` that asks the attention of every block for its table of relative positions."""
+
+
+def _without_table(model: Any, block: Any) -> bool:
+    """Return whether timm's `set_input_size` would ask a block for a table of relative positions that it has not."""
+    if type(model).set_input_size.__module__ == _ASKING:
+        return not hasattr(block.attn, "set_window_size")
     return isinstance(block.form.positions, Relative) and not isinstance(block.attn, Attention)
 
 
@@ -243,7 +250,7 @@ class InputSize:
         blocks = model.blocks
         try:
             # Where positions are relative, timm asks the attention of each block for its table.
-            model.blocks = nn.ModuleList(block for block in blocks if not _lost_table(block))
+            model.blocks = nn.ModuleList(block for block in blocks if not _without_table(model, block))
             type(model).set_input_size(model, *arguments, **options)
         finally:
             model.blocks = blocks

@@ -9,6 +9,7 @@ Parameters have timm's names, so a dense block loads timm's weights without conv
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable
 
 import torch
@@ -28,6 +29,9 @@ __all__ = ["WindowAttention", "WindowBlock"]
 
 BLOCKED = -100.0
 """Added to the logit of a masked pair of tokens; the value of timm, with which the published weights were trained."""
+
+_SMALL, _SMALL_GRID = 2**10, 2**14
+"""Tokens of a window, and of a grid, up to which indices are computed on the CPU wherever the weights are."""
 
 # Older versions of timm assume that the old window is square.
 _TAKES_OLD_SIZE = "old_window_size" in inspect.signature(resize_rel_pos_bias_table).parameters
@@ -220,16 +224,20 @@ class WindowBlock(Block):
     def init_non_persistent_buffers(self) -> None:
         """Compute the buffers that are not stored, on the device of the weights."""
         if isinstance(self.attn, WindowAttention):
-            blocked = None if self.window.dynamic else self._blocked(self.grid, torch.device("cpu"))
-            self.blocked = None if blocked is None else blocked.to(self.attn.qkv.weight.device)
+            device = self.attn.qkv.weight.device
+            place = torch.device("cpu") if math.prod(self.grid) <= _SMALL_GRID else device
+            blocked = None if self.window.dynamic else self._blocked(self.grid, place)
+            self.blocked = None if blocked is None else blocked.to(device)
 
 
 def _offsets(size: tuple[int, int]) -> Tensor:
     """Return the row of the table of biases for each pair of tokens of a window, ``(A, A)``, by the pair's offset.
 
-    It is computed on the CPU: each operation on the meta device, where blocks are made, takes 30 times as long.
+    It is computed on the CPU: each operation on the meta device, where blocks are made, takes 30 times as long. Windows
+    that a file says are large take no memory there.
     """
-    high, wide = (torch.arange(n, device="cpu") for n in size)
+    device = torch.device("cpu") if math.prod(size) <= _SMALL else None
+    high, wide = (torch.arange(n, device=device) for n in size)
     rows, columns = high[:, None] - high[None, :] + size[0] - 1, wide[:, None] - wide[None, :] + size[1] - 1
     pairs = rows[:, None, :, None] * (2 * size[1] - 1) + columns[None, :, None, :]
     return pairs.reshape(size[0] * size[1], -1)
