@@ -19,11 +19,11 @@ from vitrim.deploy import store
 from vitrim.deploy.export import export
 from vitrim.families import describe
 from vitrim.measure import counted
-from vitrim.testing.plans import kinds_in, plans
+from vitrim.testing.plans import kinds_in, plans, steps
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import PlanError, VitrimError
 from vitrim.words.plain import dump, load
-from vitrim.words.plan import Plan
+from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.steps import kinds
 
 OTHERS = {
@@ -39,7 +39,7 @@ OTHERS = {
     "only_prefix",
     "width",
 }
-EXAMPLES = 60 if WHOLE else 40
+EXAMPLES = 60 if WHOLE else 36
 BATCH = None if WHOLE else 2
 """Of an exported file; tracing any batch takes twice as long, and `test_export.py` does it for every family."""
 # Without shrinking, which takes minutes of forward passes; the plan that fails is printed as it was drawn.
@@ -94,7 +94,25 @@ def test_what_a_plan_accepts_runs(tmp_path):
             seen["second"] += number
             model, spec = child, wanted
 
+    @settings(FEW, max_examples=EXAMPLES)
+    @given(st.data())
+    def check_steps(data):
+        """Most plans with several token steps are refused; here there is one, and other cuts in other blocks."""
+        model = parent("vit", data.draw(st.sampled_from(["plain", "average"]), label="preset"))
+        spec = describe(model)
+        rest = data.draw(plans(spec, tokens=False), label="rest")
+        blocks = rest.blocks()
+        at = data.draw(st.integers(0, len(blocks) - 1), label="block")
+        blocks[at] = BlockPlan(tokens=data.draw(steps(spec.stages[0]), label="step"))
+        plan = Plan.of(spec, blocks, rest.widths())
+        wanted = accepted(plan, spec)
+        if wanted is None or blocks[at].tokens is None:
+            return
+        runs(surgery.apply(model, plan), wanted, tmp_path)
+        seen.update(kinds_in(wanted))
+
     check()
+    check_steps()
     missing = (set(OTHERS) | {kind.model_fields["kind"].default for kind in kinds().values()}) - set(seen)
     assert not missing, f"never drawn and accepted: {missing}; {seen}"
     assert seen["second"] > EXAMPLES // 20
