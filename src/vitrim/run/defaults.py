@@ -18,15 +18,16 @@ from vitrim.words.progress import spoken
 __all__ = ["METHOD", "MINUTES", "distilled", "forecast", "minutes_for"]
 
 METHOD = "post_training"
-"""The method that keeps most without training: on three draws of images a ViT-Ti at half its MACs loses 1.5 points at
-most (docs/methods/post_training.md)."""
+"""The method that keeps most without training: over three draws of images a ViT-Ti at half its MACs loses 0.1 points
+(docs/methods/post_training.md)."""
 
 MINUTES = 4.0
 """Minutes of distillation without labels that follow it for small budgets."""
 
 SMALL = 0.5
-"""Share of the parent up to which a budget is small. At 0.4 four minutes turn a loss of 3.6 points into one of 1.0; at
-0.6 and above little is lost without them; at 0.5 they are not measured."""
+"""Share of the parent up to which a budget is small; above, little is lost. At 0.5, 320 steps of 16 images turned a
+divergence of 0.117 nats into 0.090 (paired error 0.007) on 200 training images kept apart (ViT-Ti); at 0.4, four minutes
+gained 0.006 (0.012) on 500 validation images."""
 
 _STEP = 3.0
 """Cost of a step of training, in forward passes: one forward, and a backward of twice its cost."""
