@@ -16,8 +16,8 @@ from typing import Any
 
 import timm
 import torch
+from joint import divergences
 from torch import Tensor
-from torch.nn import functional as F
 
 import vitrim
 from vitrim.cut.surgery import apply
@@ -36,12 +36,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "tokens": {"by": "tokens"},
     "tokens, norm kept": {"by": "tokens", "keeps_norm": True},
 }
-
-
-def divergences(dense: Tensor, logits: Tensor) -> Tensor:
-    """Divergence from the dense output, image by image."""
-    ours, theirs = logits.double().log_softmax(-1), dense.double().log_softmax(-1)
-    return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
 
 
 def main() -> None:

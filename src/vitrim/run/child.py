@@ -97,7 +97,7 @@ def _accuracy(job: Job, child: nn.Module) -> dict[str, Any]:
     mine = ranks.part(len(images))
     loader = eval_loader(images, job.input, workers=settings.workers, device=device, places=mine)
     # On a CPU, models are measured in the type of their weights, in which they will run there.
-    how: dict[str, Any] = {"precision": settings.precision if device.type == "cuda" else "fp32", "tf32": settings.tf32}
+    how: dict[str, Any] = {"precision": "fp32" if device.type == "cpu" else settings.precision, "tf32": settings.tf32}
     theirs = together(lambda: reference_logits(job.parent, loader, **how))
     after = evaluate(child, loader, reference=theirs, shared=True, **how)
     found = unknown | {

@@ -59,7 +59,7 @@ class Merge(StepBase):
     def own_cost(self, arriving: Tokens, width: int, qk: int) -> tuple[int, int]:
         """See `StepBase.own_cost`: the products of keys, or of the residual stream.
 
-        The stream is also compared by keys if the block has no attention.
+        A block without attention compares the stream, whatever `by` says.
         """
         channels = (qk or width) if self.by == "keys" else width
         return -(-arriving.patches // 2) * (arriving.patches // 2) * channels, 0
