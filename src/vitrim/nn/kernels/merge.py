@@ -173,7 +173,9 @@ def _merge(
         member = tl.min(waiting, axis=0)
         if member < SIZE:
             heavy = value.to(tl.float32) * total
-            norms = tl.sqrt(tl.sum(heavy * heavy, axis=0))
+            norms = tl.full((), 0.0, tl.float32)
+            if NORMED:
+                norms = tl.sqrt(tl.sum(heavy * heavy, axis=0))
             while member < SIZE:
                 at = prefix + 2 * member
                 weight = tl.full((), 1.0, tl.float32)
@@ -181,7 +183,8 @@ def _merge(
                     weight = tl.load(sizes + at)
                 more = tl.load(x + at * width + channels, mask=inside, other=0.0).to(tl.float32) * weight
                 heavy += more
-                norms += tl.sqrt(tl.sum(more * more, axis=0))
+                if NORMED:
+                    norms += tl.sqrt(tl.sum(more * more, axis=0))
                 total += weight
                 waiting = tl.where(waiting == member, SIZE, waiting)
                 member = tl.min(waiting, axis=0)
