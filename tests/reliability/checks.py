@@ -25,18 +25,20 @@ def stopped(name: str, root: Path, place: Path, number: int, times: int, say: Sa
         root: what `commands.prepare` wrote.
         place: an empty folder.
         number: SIGKILL or SIGTERM.
-        times: how often.
+        times: how often a signal is to meet a command that still runs; moments after its end are drawn again.
         say: called with what is wrong.
 
     Returns:
-        ``times``, ``early`` (ended before the signal), ``same`` (of the others, those with the same bits), ``wrong``.
+        ``times`` (commands started), ``early`` (ended before the signal), ``same`` (of the others, those with the same
+        bits), ``wrong``.
     """
     whole = run(arguments_of(name, root, _new(place / "whole")), place / "told")
     if whole.status:
         return {"times": 0, "early": 0, "same": 0, "wrong": [f"{name} alone: {whole.error[-400:]}"]}
     wanted, draw = results_of(place / "whole"), random.Random(f"{name} {number}")
     early, same, wrong = 0, 0, []
-    for turn in range(times):
+    while same + len(wrong) < times and early < 2 * times:
+        turn = early + same + len(wrong)
         out = _new(place / f"out{turn}")
         arguments, moment = arguments_of(name, root, out), draw.uniform(0, whole.seconds)
 
@@ -60,7 +62,7 @@ def stopped(name: str, root: Path, place: Path, number: int, times: int, say: Sa
             wrong.append(f"{name} at {moment:.2f} s: {told}")
             say(wrong[-1])
         shutil.rmtree(out)
-    return {"times": times, "early": early, "same": same, "wrong": wrong}
+    return {"times": early + same + len(wrong), "early": early, "same": same, "wrong": wrong}
 
 
 def _why_not_stopped(ended: Ended, number: int) -> str | None:
