@@ -7,9 +7,15 @@ from typing import Any
 
 
 class StandIn(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as one file to write and read needs; `files` is all it holds, by (repository, path)."""
+    """As much of the Hub as one file to write and read needs.
+
+    Attributes:
+        files: all that it holds, by (repository, path).
+        whole: what was downloaded whole, not in ranges of bytes.
+    """
 
     files: dict[tuple[str, str], bytes]
+    whole: list[tuple[str, str]]
 
     def log_message(self, *_: Any) -> None:
         """Say nothing: a test prints only what it is about."""
@@ -51,7 +57,13 @@ class StandIn(http.server.BaseHTTPRequestHandler):
         elif (name, path) not in self.files:
             self.fail("EntryNotFound", headers={"X-Repo-Commit": "0" * 40})
         else:
-            self.answer(self.files[name, path], {"ETag": f'"{hash(name)}"', "X-Repo-Commit": "0" * 40})
+            content, status = self.files[name, path], 200
+            if asked := self.headers.get("Range"):
+                first, last = map(int, asked.removeprefix("bytes=").split("-"))
+                content, status = content[first : last + 1], 206
+            elif self.command == "GET":
+                self.whole.append((name, path))
+            self.answer(content, {"ETag": f'"{hash(name)}"', "X-Repo-Commit": "0" * 40}, status)
 
     def answer(self, body: Any, headers: dict[str, str] | None = None, status: int = 200) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()

@@ -22,8 +22,10 @@ from tests.conftest import HANGS
 from vitrim import cli, methods
 from vitrim.run import shipped
 from vitrim.run.recipe import read_recipe
+from vitrim.words.errors import StoreError
 from vitrim.words.plain import read_json, read_toml
 from vitrim.words.settings import settings_of
+from vitrim.words.stopping import Terminated
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 ARGUMENTS = f"model.arguments={json.dumps(TINY)}"
@@ -562,6 +564,27 @@ def test_explain_answers_at_once(compress, tmp_path):
         """
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "words"), [(KeyboardInterrupt, 130, "interrupted; "), (Terminated, 143, "terminated; ")]
+)
+@pytest.mark.parametrize("raised", [RuntimeError("trying to pop from empty mode stack"), StoreError("not whole")])
+def test_a_stop_that_breaks_a_library_is_a_stop(raised, stop, code, words, monkeypatch, capsys):
+    """A signal between two lines of PyTorch leaves its stack of modes uneven, which then raises an error of its own."""
+
+    def broken(*_, **__):
+        try:
+            raise stop
+        finally:
+            raise raised
+
+    monkeypatch.setattr(cli, "app", broken)
+    monkeypatch.setattr("sys.argv", ["vitrim", "models"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == code
+    assert f"{words}the same command continues" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_wrong_request_as_a_process(tmp_path):

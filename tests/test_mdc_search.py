@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from vitrim.families import describe
 from vitrim.methods.mdc import bayes
 from vitrim.methods.mdc.decode import PRESETS as PUBLISHED
 from vitrim.methods.mdc.decode import Bounds, Frame, natural, released_macs, selection_blocks, token_counts
+from vitrim.methods.mdc.owners import own, without_owner
 from vitrim.methods.mdc.policy import mutate, sample
 from vitrim.methods.mdc.share import Chooser
 from vitrim.methods.mdc.study import open_study
@@ -307,6 +309,41 @@ class TestSearch:
             assert [t.number for t in theirs.result()] == [t.number for t in ours]
         states = [trial.state.name for trial in study.trials]
         assert states == ["FAIL", "COMPLETE", "COMPLETE"], "only the dead one was given up"
+
+    @pytest.mark.parametrize("when", [0, 5])
+    def test_a_killed_process_of_this_machine_is_known_at_once(self, when, tmp_path):
+        """The trial of a killed process is measured again before any other, so the search ends as if left alone."""
+        url = f"sqlite:///{tmp_path / 'trials.db'}"
+        whole = self.run(self.memory())
+        pid = os.fork()
+        if not pid:  # the child measures until it is killed
+            measured = []
+
+            def stopping(policy):
+                if len(measured) == when:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                measured.append(policy)
+                return peak(policy)
+
+            try:
+                self.run(open_study(url, "s", {}), objective=stopping, alone=False)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        study = open_study(url, "s", {})
+        assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * when + ["RUNNING"]
+        went_on = self.run(study, alone=False)
+        assert [trial.policy.tolist() for trial in went_on] == [trial.policy.tolist() for trial in whole]
+
+    def test_a_trial_of_another_machine_is_left_to_its_heart(self, tmp_path):
+        study = open_study(f"sqlite:///{tmp_path / 'trials.db'}", "s", {})
+        trials = [begun(study) for _ in range(3)]
+        study.set_user_attr("owner elsewhere 0 pid:[1] 1 12.00 1", trials[0].number)
+        own(study, trials[1].number)
+        assert [t.number for t in without_owner(study, study.trials)] == [2], (
+            "of this no process says that it is its own"
+        )
+        assert not without_owner(study, study.trials[:2])
 
     def test_a_flat_objective(self):
         trials = self.run(self.memory(), objective=lambda _: (1.0, {}))

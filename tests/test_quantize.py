@@ -1,6 +1,8 @@
 """Eight bits: most answers stay, the loss is told, and wrong requests end before any work."""
 
+import logging
 import math
+from collections import Counter
 
 import pytest
 import timm
@@ -10,7 +12,7 @@ from tests.samples import apart, images
 from tests.tolerance import SINGLE
 from vitrim import cli, families
 from vitrim.data import Input, eval_loader, split
-from vitrim.deploy import export, quantize, store
+from vitrim.deploy import export, quantize, store, writers
 from vitrim.families import describe
 from vitrim.families._segmentor import segmentor
 from vitrim.nn.segment import Head
@@ -70,6 +72,52 @@ def test_most_answers_stay_and_the_loss_is_told(model, loaders, tmp_path):
     assert held == sorted(weights)
 
 
+@pytest.mark.parametrize(
+    ("kind", "weights_only", "least"),
+    [(".onnx", True, 98), (".xml", True, 97), (".xml", False, 80)],
+    ids=["onnx-weights", "openvino-weights", "openvino-static"],
+)
+def test_other_kinds(kind, weights_only, least, model, loaders, tmp_path):
+    root = logging.getLogger()
+    before = list(root.handlers), root.level
+    calibration = None if weights_only else loaders[0]
+    done = quantize.quantize(
+        model, tmp_path / f"m{kind}", calibration, test=loaders[1], weights_only=weights_only, say=lambda _: None
+    )
+    assert (list(root.handlers), root.level) == before, "onnxruntime sets up the root logger when it is imported"
+    assert (done.weights_only, done.calibration_images, done.test_images) == (
+        weights_only,
+        32 * (not weights_only),
+        450,
+    )
+    assert {path.name for path in tmp_path.iterdir()} == ({"m.onnx"} if kind == ".onnx" else {"m.xml", "m.bin"})
+    assert done.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert done.agreement > least
+    assert abs(done.top1 - done.top1_before) < 100 - least
+    session = writers.onnx_session if kind == ".onnx" else writers.openvino_session
+    runtime, run = session(tmp_path / f"m{kind}")
+    assert runtime == done.runtime
+    hits = torch.cat([run(x).argmax(-1) == y for x, y in loaders[1]])
+    assert done.top1 == pytest.approx(100 * float(hits.double().mean()))
+    x = images(describe(model), 2, torch.float32)
+    assert SINGLE < apart(run(x), model(x)) < (0.05 if weights_only else 0.5), (
+        "not the float model, and not another one"
+    )
+
+
+def test_weights_alone_take_a_byte_each(tmp_path):
+    """Of a model whose weights outweigh the graph: 8.5 bits a weight, and nothing else is in eight bits."""
+    import onnx
+
+    net = families.adopt(timm.create_model("test_vit", **TINY | {"embed_dim": 128, "depth": 3})).eval()
+    batch = [(images(describe(net), 4, torch.float32), torch.full((4,), -1))]
+    done = quantize.quantize(net, tmp_path / "m.onnx", batch, weights_only=True)
+    assert 0.2 < done.bytes / done.bytes_before < 0.5
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node)
+    assert kinds["MatMulNBits"] == 1 + 4 * 3, "patches, and four linear layers in each block"
+    assert done.agreement == 100
+
+
 def test_a_segmentor_answers_for_each_pixel_and_without_a_test_split_the_calibration_images_tell(
     model, loaders, tmp_path
 ):
@@ -88,7 +136,7 @@ def test_a_segmentor_answers_for_each_pixel_and_without_a_test_split_the_calibra
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("m.pt2", {}, "an int8 file must end in .onnx, but got 'm.pt2'"),
+        ("m.pt2", {}, r"an int8 file must end in .onnx or .xml \(OpenVINO\), but got 'm.pt2'"),
         ("m.onnx", {"percentile": 101}, "percentile must be above 50 and at most 100, but got 101"),
         ("m.onnx", {"opset": 13}, "opset must be at least 18, but got 13"),
         ("no/m.onnx", {}, "must be writable, but is not: no such file"),
@@ -149,7 +197,8 @@ def run(monkeypatch, *arguments):
 def test_from_the_command_line(model, tmp_path, monkeypatch, capsys):
     seen = {}
 
-    def told(net, path, calibration, *, test, opset, say, as_stored):
+    def told(net, path, calibration, *, test, opset, say, as_stored, weights_only):
+        assert not weights_only
         seen.update(calibration=len(calibration.dataset), test=len(test.dataset), mean=test.input.mean, opset=opset)
         return quantize.Quantized(
             path=str(path), opset=opset, bytes=10, bytes_before=40, calibration_images=16, test_images=450, top1=None,
@@ -170,7 +219,9 @@ def test_from_the_command_line(model, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--int8"], "int8 must be calibrated on images, but none are given; give --data SRC"),
+        (["--int8"], "int8 must be calibrated and compared on images, but none are given; give --data SRC"),
+        (["--int8-weights"], "int8 must be calibrated and compared on images, but none are given; give --data SRC"),
+        (["--int8", "--int8-weights"], "--int8 and --int8-weights must not go together"),
         (["--data", "digits"], "must go with --int8"),
         (["--out", "no/m.onnx"], "must be writable, but is not"),
         (["--out", "tests/m.onnx", "--opset", "11"], "opset must be at least 18, but got 11"),

@@ -441,7 +441,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path):
 
 @pytest.fixture
 def hub() -> Iterator[str]:
-    StandIn.files = {("owner/timms", "config.json"): b"{}"}
+    StandIn.files, StandIn.whole = {("owner/timms", "config.json"): b"{}"}, []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -507,6 +507,7 @@ def test_the_hub(hub: str, tmp_path: Path):
     said = visit(hub, tmp_path)
     assert said["push"] == "hf-hub:owner/small"
     assert said["spec"] == "True"
+    assert StandIn.whole == [("owner/small", "model.safetensors")], "headers alone tell what a repository holds"
     assert said["load"] == "VisionTransformer"
     assert said["given"] == "{'from': 'here'}"
     assert said["stored"] == "(True, False)"

@@ -65,27 +65,27 @@ def main() -> None:
     try:
         with raising_terminated():
             code = app(args=asked, prog_name="vitrim", standalone_mode=False)
-    except VitrimError as problem:
-        _fail(str(problem), problem=problem)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except Terminated as problem:
-        # A launcher terminates the others where a process dies, perhaps before they have said so.
-        known = getattr(sys.modules.get("vitrim.train.ranks"), "lost_before", None)
-        lost = None if known is None else known(problem)
-        if lost is not None:
-            _fail(str(lost), problem=lost)
-        _fail("terminated; the same command continues from the last checkpoint", _TERMINATED)
+        _terminated(problem)
     except SystemExit as end:
         # Whoever read the output needs no more, as in `vitrim models | head`; typer would exit with 1.
         if not isinstance(end.__context__, BrokenPipeError):
             raise
         sys.exit(_PIPE_CLOSED)
     except Exception as problem:
-        told = _told(problem)
-        if told is None:
-            raise
-        _fail(told)
+        # Of several processes, one that is told to end may have the death of another to tell, which is no stop.
+        told_to = launched.count() == 1 or not isinstance(problem, VitrimError)
+        stop = _stop_behind(problem) if told_to else None
+        if isinstance(stop, Terminated):
+            _terminated(stop)
+        if stop is None:
+            told = str(problem) if isinstance(problem, VitrimError) else _told(problem)
+            if told is None:
+                raise
+            _fail(told, problem=problem)
+        code = _INTERRUPTED
     if code == _INTERRUPTED:
         _fail("interrupted; the same command continues from the last checkpoint", _INTERRUPTED)
     if launched.count() > 1 and asked[0] in _TOGETHER:
@@ -93,6 +93,31 @@ def main() -> None:
 
         ranks.end()
     sys.exit(code)
+
+
+def _stop_behind(problem: BaseException) -> BaseException | None:
+    """Return the ctrl-C or SIGTERM in whose handling an error was raised; None if there was none.
+
+    A signal may come anywhere, also between two lines of a library that must both run: leaving a context of PyTorch's
+    then raises an error of its own.
+    """
+    seen: set[int] = set()
+    behind: BaseException | None = problem
+    while behind is not None and id(behind) not in seen:
+        if isinstance(behind, KeyboardInterrupt | Terminated):
+            return behind
+        seen.add(id(behind))
+        behind = behind.__cause__ or behind.__context__
+    return None
+
+
+def _terminated(problem: BaseException) -> NoReturn:
+    # A launcher terminates the others where a process dies, perhaps before they have said so.
+    known = getattr(sys.modules.get("vitrim.train.ranks"), "lost_before", None)
+    lost = None if known is None else known(problem)
+    if lost is not None:
+        _fail(str(lost), problem=lost)
+    _fail("terminated; the same command continues from the last checkpoint", _TERMINATED)
 
 
 def _told(problem: Exception) -> str | None:

@@ -55,10 +55,17 @@ def export(
         typer.Option("--as-stored", help="Keep the layers as stored, instead of the form optimized for inference."),
     ] = False,
     int8: Annotated[
-        bool, typer.Option("--int8", help="Quantize to eight bits with ONNX Runtime's static quantization.")
+        bool,
+        typer.Option(
+            "--int8", help="Quantize weights and activations to eight bits, calibrated on --data; .onnx, .xml."
+        ),
     ] = False,
-    data: Annotated[str | None, typer.Option("--data", help="Images to calibrate --int8 on.")] = None,
-    test: Annotated[str | None, typer.Option("--test", help="Images to measure the --int8 model on.")] = None,
+    int8_weights: Annotated[
+        bool,
+        typer.Option("--int8-weights", help="Quantize only the weights of linear layers to eight bits; .onnx, .xml."),
+    ] = False,
+    data: Annotated[str | None, typer.Option("--data", help="Images to calibrate and to compare int8 on.")] = None,
+    test: Annotated[str | None, typer.Option("--test", help="Images to measure the int8 model on.")] = None,
     weights: Weights = None,
     weights_key: WeightsKey = None,
     random_weights: Random = False,
@@ -75,8 +82,11 @@ def export(
 
     chosen = OPSET if opset is None else opset
     check_target(out, chosen, batch)
+    if int8 and int8_weights:
+        raise ExportError("--int8 and --int8-weights must not go together, but both are given; drop one")
+    int8 = int8 or int8_weights
     if int8 and data is None:
-        raise DataError("int8 must be calibrated on images, but none are given; give --data SRC")
+        raise DataError("int8 must be calibrated and compared on images, but none are given; give --data SRC")
     if not int8 and (data is not None or test is not None or set_):
         raise ExportError("--data, --test and --set must go with --int8, but it is not given; leave them out or add it")
     if int8 and batch is not None:
@@ -85,7 +95,7 @@ def export(
     net = open_parent(**asked, say=say)
     if int8:
         asked = merged({"data": {"train": data, "test": test}}, overrides(set_ or []))
-        _int8(net, model, out, {"opset": chosen, "as_stored": as_stored}, asked)
+        _int8(net, model, out, {"opset": chosen, "as_stored": as_stored, "weights_only": int8_weights}, asked)
         return
     done = export_model(net, out, opset=chosen, batch=batch, as_stored=as_stored)
     apart = "-" if done.apart is None else f"{done.apart:.1e}"
@@ -121,9 +131,14 @@ def _int8(net: "nn.Module", name: str, out: Path, how: dict[str, Any], asked: di
     ]
     show_table(done.path, ["", "float32", "int8"], rows)
     where = (
-        f"{done.test_images} test images" if done.test_images else "the calibration images, which overstates agreement"
+        f"{done.test_images} test images"
+        if done.test_images
+        else "the training images"
+        if done.weights_only
+        else "the calibration images, which overstates agreement"
     )
-    say(f"calibrated on {done.calibration_images} images, answers compared on {where}; opset {done.opset}")
+    how_done = "weights alone" if done.weights_only else f"calibrated on {done.calibration_images} images"
+    say(f"{how_done}, answers compared on {where}; opset {done.opset}")
     say(f"run by {done.runtime}")
 
 

@@ -6,7 +6,6 @@ P is the number of images.
 import dataclasses
 import difflib
 import functools
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ from vitrim.data.hub_data import HubData, create
 from vitrim.data.images import Images
 from vitrim.data.labels import labels_array
 from vitrim.data.shards import Shards
+from vitrim.words.cache import cache_folder
 from vitrim.words.errors import DataError
 
 __all__ = ["Source", "find_source", "open_source", "splits_of", "test_images"]
@@ -262,7 +262,7 @@ class _Torch:
         chosen = split or "train"
         if chosen not in SPLITS:
             raise DataError(f"{self.source}: split must be one of {', '.join(SPLITS)}, but is '{chosen}'")
-        root = Path(os.environ.get("VITRIM_DATA", "~/.cache/vitrim")).expanduser()
+        root = cache_folder("VITRIM_DATA")
         # torchvision's datasets have two parts. timm returns the first for `train`, and the second for any other name.
         part = "train" if chosen == "train" else "validation"
         dataset = create(self.source, root=str(root), split=part, download=True)

@@ -1,11 +1,11 @@
 """The model card of a pushed model: what it is, what it was made from, how to open it, and what was measured."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import timm
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from vitrim import report
 from vitrim.deploy.hub import Plain, labels_of
@@ -52,14 +52,14 @@ class Known:
 def card(known: Known) -> str:
     """Return the model card: front matter, structure, how to open the model, measurements, and how it was made."""
     parts = [
-        _front(known),
         f"# {known.repository.split('/')[1]}",
         report.outcome(dict(known.measured)) if "method" in known.measured else "A model that vitrim stored.",
         *_use(known),
         *_tables(known),
         _origin(known),
     ]
-    return "\n\n".join(parts) + "\n"
+    text = "\n\n".join(parts)
+    return str(ModelCard(f"---\n{_front(known).to_yaml()}\n---\n\n{text}\n"))
 
 
 def is_of_transformers(spec: Spec) -> bool:
@@ -110,29 +110,25 @@ def _timm_place(name: str) -> str | None:
 # -- parts
 
 
-def _front(known: Known) -> str:
-    """Return the YAML front matter that the Hub reads; values are written as JSON, which is valid YAML."""
+def _front(known: Known) -> ModelCardData:
+    """Return the values that the Hub reads."""
     task, score, metric = _task(known)
-    tags = [task, "timm", "vitrim", "pruning"]
-    lines = [f"license: {json.dumps(known.licence)}", "library_name: timm", f"pipeline_tag: {task}"]
-    place, _ = _base(known)
-    if place is not None:
-        lines.append(f"base_model: {json.dumps(place)}")
-    lines.append(f"tags: {json.dumps(tags)}")
-    data = _data(known)
+    data, results = _data(known), []
     if isinstance(score, int | float) and data is not None:
-        entry = {
-            "name": known.repository.split("/")[1],
-            "results": [
-                {
-                    "task": {"type": task},
-                    "dataset": {"name": data, "type": data},
-                    "metrics": [{"type": metric, "value": round(score, 3)}],
-                }
-            ],
-        }
-        lines.append(f"model-index: {json.dumps([entry])}")
-    return "\n".join(["---", *lines, "---"])
+        results = [
+            EvalResult(
+                task_type=task, dataset_type=data, dataset_name=data, metric_type=metric, metric_value=round(score, 3)
+            )
+        ]
+    return ModelCardData(
+        license=known.licence,
+        library_name="timm",
+        pipeline_tag=task,
+        base_model=_base(known)[0],
+        tags=[task, "timm", "vitrim", "pruning"],
+        model_name=known.repository.split("/")[1] if results else None,
+        eval_results=results or None,
+    )
 
 
 def _task(known: Known) -> tuple[str, Any, str]:

@@ -1,17 +1,25 @@
-"""Write eight-bit ONNX files with ONNX Runtime's static quantization, and measure their accuracy.
+"""Write eight-bit files for ONNX Runtime and OpenVINO with ONNX Runtime's quantizers, and measure their accuracy.
 
 B images, C channels, (h, w) height and width of the input.
 
-Weights become int8, with one scale per output channel. Activations become uint8, with one scale per tensor, wide enough
-for 99.99 % of the activations on the calibration images: LayerNorm leaves a few channels with outliers, and a scale
-that covered them would waste most of its steps (`benchmarks/int8.py` has the comparison). Only products with weights
-are quantized (linear layers and convolutions). Products of two activations (queries with keys, attention with values),
-softmax, norms and GELU stay in float32, because they are few of the multiply-accumulates. The file contains QDQ pairs
-(QuantizeLinear, DequantizeLinear), which ONNX Runtime and OpenVINO each fuse in their own way. TensorRT takes only zero
-points of 0, which these activations do not have.
+Static quantization: weights become int8, with one scale per output channel. Activations become uint8, with one scale
+per tensor, wide enough for 99.99 % of the activations on the calibration images: LayerNorm leaves a few channels with
+outliers, and a scale that covered them would waste most of its steps (`benchmarks/int8.py` has the comparison). Only
+products with weights are quantized (linear layers and convolutions). Products of two activations (queries with keys,
+attention with values), softmax, norms and GELU stay in float32, because they are few of the multiply-accumulates. The
+file contains QDQ pairs (QuantizeLinear, DequantizeLinear), which ONNX Runtime and OpenVINO each fuse in their own way.
+TensorRT takes only zero points of 0, which these activations do not have.
+
+Of weights alone: each 64 weights of a row of a linear layer share one scale (ONNX Runtime's `MatMulNBits`), and
+activations stay in float32. The file is as small, the answers are nearly the float model's, and no image is needed to
+calibrate; the time is about that of the float model. The classifier stays in float32.
+
+An OpenVINO model (``.xml``) is converted from the ONNX file.
 """
 
+import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,13 +31,16 @@ from torch import Tensor, nn
 from vitrim.cut.outputs import as_classes, gives_values
 from vitrim.deploy.export import OPSET, beside, check_target, export
 from vitrim.deploy.quiet import quiet
-from vitrim.deploy.writers import onnx_session
+from vitrim.deploy.writers import onnx_session, openvino_session
 from vitrim.families import describe
 from vitrim.nn.modes import evaluating
 from vitrim.words.errors import DataError, ExportError, VitrimError
 from vitrim.words.plain import Node, reason
 
 __all__ = ["PERCENTILE", "Quantized", "quantize"]
+
+_SHARED = 64
+"""Weights that share one scale where only weights are quantized; widths of ViTs are mostly multiples of it."""
 
 PERCENTILE = 99.99
 """Share of the activations that a scale covers, percent."""
@@ -49,6 +60,7 @@ class Quantized(Node):
 
     path: str
     opset: int
+    weights_only: bool = False
     bytes: int
     bytes_before: int
     calibration_images: int
@@ -65,26 +77,29 @@ class Quantized(Node):
 def quantize(
     model: nn.Module,
     path: str | os.PathLike[str],
-    calibration: Batches,
+    calibration: Batches | None,
     *,
     test: Batches | None = None,
     miou: Callable[[nn.Module], float] | None = None,
+    weights_only: bool = False,
     percentile: float = PERCENTILE,
     opset: int = OPSET,
     threads: int | None = None,
     as_stored: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Quantized:
-    """Write `model` as an eight-bit ONNX file; the model is not modified.
+    """Write `model` as an eight-bit file; the model is not modified.
 
     Args:
         model: an adopted model, on the CPU.
-        path: ``….onnx``.
+        path: ``….onnx``, or ``….xml`` for OpenVINO.
         calibration: batches of normalized images ``(B, C, h, w)`` and labels, which are not used. All images are held
-            in memory, their activations one batch at a time. They are iterated twice if there is no `test`.
+            in memory, their activations one batch at a time. They are iterated twice if there is no `test`. If only
+            weights are quantized, they are only compared on, and may be None if there is a `test`.
         test: batches to measure both models on; labels are -1 where unknown.
         miou: a function that returns the mean intersection over union of a segmentation model, in percent; called with
             the model, and with a module that runs the file.
+        weights_only: whether activations stay in float32.
         percentile: share of the activations that a scale covers, in (50, 100]; 100 is their whole range.
         opset: ONNX operator set, at least 18.
         threads: CPU threads of the measurement; PyTorch's setting if not given.
@@ -98,29 +113,42 @@ def quantize(
         DataError: if an image cannot be read.
     """
     file = Path(path)
-    if file.suffix != ".onnx":
-        raise ExportError(f"an int8 file must end in .onnx, but got '{file.name}'; leave --int8 out for other kinds")
+    if file.suffix not in (".onnx", ".xml"):
+        raise ExportError(
+            f"an int8 file must end in .onnx or .xml (OpenVINO), but got '{file.name}'; other kinds are exported in "
+            "float32, without --int8"
+        )
     if not 50 < percentile <= 100:
         raise ExportError(
             f"percentile must be above 50 and at most 100, but got {percentile}; leave it out for {PERCENTILE}"
         )
     check_target(file, opset)
-    held = [images.numpy() for images, _ in _readable(calibration)]
-    if not held:
+    compared = calibration if test is None else test
+    if compared is None:
+        raise ExportError("int8 must be compared with float32 on images, but there are none; give some")
+    held = [] if weights_only else [images.numpy() for images, _ in _readable(calibration or ())]
+    if not held and not weights_only:
         raise ExportError("int8 must be calibrated on images, but there are none; give some")
     with beside(file) as part, tempfile.TemporaryDirectory(prefix="vitrim-int8-") as folder:
         say("exporting in float32")
-        before = export(model, Path(folder) / "float.onnx", opset=opset, as_stored=as_stored, to_quantize=True)
-        say("calibrating")
-        _quantized(Path(before.path), part, held, percentile)
-        runtime, run = onnx_session(part, threads)
+        source, quantized = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
+        before = export(model, source, opset=opset, as_stored=as_stored, to_quantize=True)
+        with _telling():
+            if weights_only:
+                say("quantizing weights")
+                _weights_quantized(source, quantized)
+            else:
+                say("calibrating")
+                _quantized(source, quantized, held, percentile)
+            runtime, run = _placed(quantized, part, threads)
         say("measuring both")
-        after = _compared(model, run, _readable(calibration if test is None else test))
+        after = _compared(model, run, _readable(compared))
         found = {} if miou is None else {"miou_before": miou(model), "miou": miou(_Running(run, model))}
-        size = part.stat().st_size
+        size = sum(each.stat().st_size for each in (part, part.with_suffix(".bin")) if each.exists())
     return Quantized(
         path=str(file),
         opset=opset,
+        weights_only=weights_only,
         bytes=size,
         bytes_before=before.bytes,
         calibration_images=sum(len(images) for images in held),
@@ -189,6 +217,39 @@ def _compared(model: nn.Module, run: Callable[[Tensor], Tensor], batches: Batche
     )
 
 
+@contextlib.contextmanager
+def _telling() -> Iterator[None]:
+    """Quiet the quantizers, and turn what they raise into one sentence."""
+    try:
+        with quiet("", "onnxruntime", prints=False):
+            yield
+    except Exception as problem:  # quantizers pass on many types of exceptions
+        if isinstance(problem, VitrimError | OSError):
+            raise
+        raise ExportError(f"ONNX Runtime must be able to quantize this model, but says: {reason(problem)}") from problem
+
+
+def _placed(source: Path, part: Path, threads: int | None) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """Write the quantized ONNX file to `part` in the format of its suffix, and open it."""
+    if part.suffix != ".xml":
+        shutil.copyfile(source, part)
+        return onnx_session(part, threads)
+    import openvino
+
+    openvino.save_model(openvino.convert_model(source), part, compress_to_fp16=False)
+    return openvino_session(part, threads)
+
+
+def _weights_quantized(source: Path, target: Path) -> None:
+    """Write `target` from the float file `source`, with the weights of linear layers in eight bits."""
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(onnx.load(source), bits=8, block_size=_SHARED, is_symmetric=True)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(target))
+
+
 def _quantized(source: Path, target: Path, held: Sequence[Any], percentile: float) -> None:
     """Write the quantized `target` from the float file `source` and batches of images (arrays)."""
     import onnx
@@ -196,28 +257,22 @@ def _quantized(source: Path, target: Path, held: Sequence[Any], percentile: floa
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared = source.with_name("prepared.onnx")
-    try:
-        with quiet("", prints=False):
-            quant_pre_process(source, prepared, skip_symbolic_shape=True)
-            graph = onnx.load(prepared).graph
-            quantize_static(
-                prepared,
-                target,
-                _reader(graph.input[0].name, held),
-                quant_format=QuantFormat.QDQ,
-                per_channel=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                op_types_to_quantize=["Conv", "Gemm", "MatMul"],
-                nodes_to_exclude=_weightless(graph),
-                calibrate_method=CalibrationMethod.Percentile,
-                # One batch at a time, because otherwise the activations of all images would be held at once.
-                extra_options={"CalibPercentile": percentile, "CalibStridedMinMax": 1},
-            )
-    except Exception as problem:  # the quantizer passes on many types of exceptions
-        if isinstance(problem, ExportError | OSError):
-            raise
-        raise ExportError(f"ONNX Runtime must be able to quantize this model, but says: {reason(problem)}") from problem
+    quant_pre_process(source, prepared, skip_symbolic_shape=True)
+    graph = onnx.load(prepared).graph
+    quantize_static(
+        prepared,
+        target,
+        _reader(graph.input[0].name, held),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+        nodes_to_exclude=_weightless(graph),
+        calibrate_method=CalibrationMethod.Percentile,
+        # One batch at a time, because otherwise the activations of all images would be held at once.
+        extra_options={"CalibPercentile": percentile, "CalibStridedMinMax": 1},
+    )
 
 
 def _reader(name: str, held: Sequence[Any]) -> Any:

@@ -3,18 +3,26 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    SafetensorsParsingError,
+)
+from safetensors import SafetensorError, safe_open
 
 from vitrim.words.errors import StoreError
 from vitrim.words.plain import reason
 
-__all__ = ["HUB", "cached", "fetch", "on_hub", "repository_of", "upload"]
+__all__ = ["HUB", "cached", "fetch", "header", "on_hub", "repository_of", "upload"]
 
 HUB = "hf-hub:"
 
 # The base classes include the errors of the HTTP library, which differs between versions of huggingface_hub. An invalid
 # repository name is a ValueError there, and a missing file need not be an OSError.
 _FAULTS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError, EntryNotFoundError)
+
+_UNREAD: tuple[type[Exception], ...] = (*_FAULTS, SafetensorsParsingError)
 
 
 def on_hub(path: str | Path) -> bool:
@@ -48,6 +56,37 @@ def fetch(name: str, file: str) -> Path | None:
         if isinstance(problem, EntryNotFoundError) and not isinstance(problem, LocalEntryNotFoundError):
             return None
         raise StoreError(f"{name}: the repository must be there to read, but {_said(problem)}") from None
+
+
+def header(name: str, file: str) -> dict[str, str] | None:
+    """Return the metadata in the header of a safetensors file; only this part of the file is downloaded.
+
+    Without a connection the header of the file in the cache is read.
+
+    Args:
+        name: ``hf-hub:owner/name[@revision]``.
+        file: its name in the repository.
+
+    Returns:
+        The metadata, empty if the file has none, or None if the repository has no such file.
+
+    Raises:
+        StoreError: if there is no such repository, the Hub cannot be reached, or the file is not safetensors.
+    """
+    repository, revision = repository_of(name)
+    try:
+        return dict(HfApi().parse_safetensors_file_metadata(repository, file, revision=revision).metadata or {})
+    except EntryNotFoundError:
+        return None
+    except _UNREAD:
+        path = fetch(name, file)  # from the cache, or with an error that says why not
+    if path is None:
+        return None
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return dict(opened.metadata() or {})
+    except (OSError, SafetensorError) as problem:
+        raise StoreError(f"{name}: {file} must be whole safetensors, but {reason(problem)}; push it again") from None
 
 
 def cached(repository: str, file: str) -> Path | None:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import timm
 import torch
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitrim import __version__
-from vitrim.deploy.remote import fetch, on_hub, repository_of, upload
+from vitrim.deploy.remote import fetch, header, on_hub, repository_of, upload
 from vitrim.families import blocks_of, build, describe
 from vitrim.nn.modes import without_data
 from vitrim.nn.parity import find_difference
@@ -100,12 +100,12 @@ def load(path_or_name: str | Path, *, device: str | torch.device = "cpu") -> nn.
 
 
 def read_spec(path_or_name: str | Path) -> Spec:
-    """Read the spec of a stored model without its weights.
+    """Read the spec of a stored model without its weights; from the Hub only the header of the file is downloaded.
 
     Raises:
         StoreError: as `load`.
     """
-    return _spec(_find(path_or_name))
+    return _spec(path_or_name)
 
 
 def provenance(path_or_name: str | Path) -> dict[str, Any]:
@@ -114,10 +114,9 @@ def provenance(path_or_name: str | Path) -> dict[str, Any]:
     Raises:
         StoreError: as `load`.
     """
-    path = _find(path_or_name)
-    known = _sheet(path).get("provenance", {})
+    known = _sheet(path_or_name).get("provenance", {})
     if not isinstance(known, dict):
-        raise StoreError(f"{path}: provenance must be a table, but is {known!r}; the file was changed by hand")
+        raise StoreError(f"{path_or_name}: provenance must be a table, but is {known!r}; the file was changed by hand")
     return known
 
 
@@ -141,7 +140,7 @@ def is_stored(path_or_name: str | Path) -> bool:
         StoreError: if the Hub cannot be reached.
     """
     if on_hub(path_or_name):
-        return hub_file(str(path_or_name)) is not None
+        return "vitrim" in (header(str(path_or_name), FILE) or {})
     path = Path(path_or_name)
     return path.suffix == ".safetensors" or is_file(path) or is_file(path / FILE)
 
@@ -158,11 +157,7 @@ def hub_file(name: str) -> Path | None:
     Raises:
         StoreError: if there is no such repository, or the Hub cannot be reached.
     """
-    path = fetch(name, FILE)
-    if path is None:
-        return None
-    with _opened(path) as file:
-        return path if "vitrim" in (file.metadata() or {}) else None
+    return fetch(name, FILE) if "vitrim" in (header(name, FILE) or {}) else None
 
 
 def _contents(model: nn.Module) -> tuple[Spec, dict[str, Tensor]]:
@@ -285,33 +280,39 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _find(path_or_name: str | Path) -> Path:
-    if not on_hub(path_or_name):
-        path = Path(path_or_name)
-        return path / FILE if not is_file(path) and is_file(path / FILE) else path
-    path_or_none = hub_file(str(path_or_name))
-    if path_or_none is None:
-        raise StoreError(
-            f"{path_or_name}: the repository must hold a model that vitrim stored, but it does not; "
-            "build a timm model with timm.create_model and adopt it"
-        )
-    return path_or_none
+    if on_hub(path_or_name):
+        return hub_file(str(path_or_name)) or _refuse_of_others(path_or_name)
+    path = Path(path_or_name)
+    return path / FILE if not is_file(path) and is_file(path / FILE) else path
 
 
-def _sheet(path: Path) -> dict[str, Any]:
-    with _opened(path) as file:
-        text = (file.metadata() or {}).get("vitrim")
+def _refuse_of_others(name: str | Path) -> NoReturn:
+    raise StoreError(
+        f"{name}: the repository must hold a model that vitrim stored, but it does not; "
+        "build a timm model with timm.create_model and adopt it"
+    )
+
+
+def _sheet(path_or_name: str | Path) -> dict[str, Any]:
+    text: str | None
+    if on_hub(path_or_name):
+        text = (header(str(path_or_name), FILE) or {}).get("vitrim") or _refuse_of_others(path_or_name)
+    else:
+        path_or_name = _find(path_or_name)
+        with _opened(path_or_name) as file:
+            text = (file.metadata() or {}).get("vitrim")
     if text is None:
         raise StoreError(
-            f"{path}: the file must hold a model that vitrim stored, but holds weights alone; "
+            f"{path_or_name}: the file must hold a model that vitrim stored, but holds weights alone; "
             "name the timm model and pass this file as --weights, or open its folder if transformers saved it"
         )
-    sheet = parse_json(text, StoreError, str(path))
-    check_format(sheet.get("format") if isinstance(sheet, dict) else None, str(path), StoreError)
+    sheet = parse_json(text, StoreError, str(path_or_name))
+    check_format(sheet.get("format") if isinstance(sheet, dict) else None, str(path_or_name), StoreError)
     return dict(sheet)
 
 
-def _spec(path: Path) -> Spec:
-    return parse_spec(_sheet(path).get("spec"), StoreError, f"{path}: spec")
+def _spec(path_or_name: str | Path) -> Spec:
+    return parse_spec(_sheet(path_or_name).get("spec"), StoreError, f"{path_or_name}: spec")
 
 
 def _read(path: Path) -> nn.Module:

@@ -1,10 +1,11 @@
 """Build the report as one self-contained HTML page, and its tables as Markdown or CSV."""
 
+import functools
 import importlib
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from vitrim.report import scenes, tables
 from vitrim.report.blocks import fates
@@ -47,19 +48,14 @@ def html(folders: Sequence[Path], baseline: str | None = None) -> str:
     """
     runs = read_runs(folders)
     baseline = baseline_of(runs, baseline)
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    body = _alone(runs[0]) if len(runs) == 1 else _together(runs, baseline)
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en">',
-            '<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)} · vitrim</title>",
-            f"<style>{STYLE}</style></head>",
-            f"<body><main>\n{body}\n</main></body>",
-            "</html>\n",
-        ]
+    many = _together(runs, baseline) if len(runs) > 1 else None
+    page: str = _template().render(
+        title=runs[0].name if many is None else f"{len(runs)} runs",
+        style=_safe(STYLE),
+        many=many,
+        runs=[{"name": run.name, "outcome": _outcome(run), **_run(run)} for run in runs],
     )
+    return page
 
 
 def markdown(folders: Sequence[Path], baseline: str | None = None) -> str:
@@ -95,65 +91,48 @@ def latex(folders: Sequence[Path], baseline: str | None = None) -> str:
     return tables.as_latex(group_table(read_runs(folders), baseline))
 
 
-def _alone(run: Run) -> str:
-    sentence = escape(_outcome(run))
-    return f'<header><h1>{escape(run.name)}</h1>\n<p class="outcome">{sentence}</p></header>\n{_run(run)}'
+@functools.cache
+def _template() -> Any:
+    # jinja2 is imported only here, as matplotlib in `_plots`: `vitrim explain` uses this package without it.
+    jinja2 = importlib.import_module("jinja2")
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("vitrim.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    ).get_template("page.html")
 
 
-def _together(runs: Sequence[Run], baseline: str | None) -> str:
+def _safe(markup: str | None) -> Any:
+    """Mark text of our own as HTML that is not escaped, such as SVG; None stays None."""
+    return None if not markup else importlib.import_module("markupsafe").Markup(markup)
+
+
+def _together(runs: Sequence[Run], baseline: str | None) -> dict[str, Any]:
+    """Return what the page shows about several runs before each of them."""
     groups, known = group_table(runs, baseline), looks(runs)
-    parts = [
-        f"<header><h1>{len(runs)} runs</h1>",
-        '<p class="outcome">Each run is a smaller model made from a parent; the sections below describe them one by '
-        "one.</p></header>",
-        _table(
+    cuts = [(run.name, fates(run.parent, run.plan)) for run in runs if run.parent is not None and run.plan is not None]
+    plots = _plots("fronts")
+    return {
+        "comparison": _table(
             tables.comparison(runs),
             "small",
             links=[f"run-{i}" for i in range(len(runs))],
             colors=[known[method_of(run)].css for run in runs],
         ),
-        "<h3>Over seeds</h3>",
-        f'<p class="note">{groups.caption}.</p>',
-        _table(groups, "small"),
-        _copies(runs, groups),
-    ]
-    many = _plots("fronts")
-    if plot := many.fronts(runs):
-        words = (
-            '<p class="note">Numbers refer to rows of the table; the gray line joins the runs on the Pareto front.</p>'
-        )
-        parts += ["<h3>Accuracy against cost</h3>", words, _figure(plot)]
-    cuts = [(run.name, fates(run.parent, run.plan)) for run in runs if run.parent is not None and run.plan is not None]
-    if cuts:
-        parts += [
-            "<h3>What is kept of every block</h3>",
-            '<figure><figcaption><span class="key cost">multiply-accumulates kept</span><span class="key whole">the '
-            f'parent\'s</span></figcaption><div class="wide">{strips(cuts)}</div></figure>',
-        ]
-    if plot := many.courses(runs):
-        parts += ["<h3>Training of all</h3>", _figure(plot)]
-    for index, run in enumerate(runs):
-        top = f'<section id="run-{index}">\n<h2>{escape(run.name)}</h2>\n<p class="outcome">{escape(_outcome(run))}</p>'
-        parts += [top, _run(run), "</section>"]
-    return "\n".join(parts)
-
-
-def _copies(runs: Sequence[Run], groups: TextTable) -> str:
-    """Return both tables as text to copy, and all measured values as CSV, unrounded."""
-    rest = "".join(
-        f"<details><summary>{words}</summary><pre>{escape(text)}</pre></details>"
-        for words, text in (
+        "groups": _table(groups, "small"),
+        "copies": [
             ("All runs in Markdown", tables.as_markdown(tables.comparison(runs))),
             ("Over seeds in Markdown", tables.as_markdown(groups)),
             ("Over seeds in LaTeX", tables.as_latex(groups)),
             ("All that was measured, as CSV", tables.as_csv(tables.everything(runs))),
-        )
-    )
-    return f'<div class="copies">{rest}</div>'
-
-
-def _figure(plot: str) -> str:
-    return f'<figure><div class="wide">{plot}</div></figure>'
+        ],
+        "fronts": _safe(plots.fronts(runs)),
+        "strips": _safe(strips(cuts)) if cuts else None,
+        "courses": _safe(plots.courses(runs)),
+    }
 
 
 def _segments(run: Run) -> bool:
@@ -181,41 +160,39 @@ def _tables_of_trials(run: Run) -> list[TextTable]:
     return [table for table in found if table is not None]
 
 
-def _run(run: Run) -> str:
-    if _segments(run):
-        figures, classes = scenes.segmented(run.measured), scenes.class_table(run.classes)
-        first = [_table(figures, "result"), "<h3>Every class</h3>", _table(classes, "small"), *scenes.gallery(run)]
-    else:
-        first = [*([_table(tables.result(run.measured), "result")] if run.finished else []), *_kept(run)]
-    remarks = tables.warnings(run.measured)
-    first = [*(f'<p class="warning"><strong>Warning:</strong> {escape(text)}.</p>' for text in remarks), *first]
-    return "\n".join([*first, *_course(run), *_origin(run)])
+def _run(run: Run) -> dict[str, Any]:
+    """Return what the page shows about one run; values that it does not have are None or empty."""
+    segments = _segments(run)
+    result = scenes.segmented(run.measured) if segments else tables.result(run.measured) if run.finished else None
+    provenance = tables.provenance(run.measured, run.parent)
+    return {
+        "warnings": tables.warnings(run.measured),
+        "result": None if result is None else _table(result, "result"),
+        "classes": _table(scenes.class_table(run.classes), "small") if segments else None,
+        "colors": scenes.colors(run),
+        "scenes": scenes.gallery(run) if segments else [],
+        **({"blocks": None} if segments else _kept(run)),
+        "course": _safe(_plots().curves(run.log)),
+        "trials": _safe(_plots().trials(run.trials)),
+        "tables_of_trials": [_table(table, "small") for table in _tables_of_trials(run)],
+        "facts": _table(provenance, "facts small", headless=True) if provenance.rows else None,
+        "recipe": run.recipe,
+    }
 
 
-def _kept(run: Run) -> list[str]:
+def _kept(run: Run) -> dict[str, Any]:
+    """Return the picture of what a plan keeps, its legend, and the table of blocks."""
     table = tables.block_table(run)
     if table is None or run.parent is None or run.plan is None:
-        return []
+        return {"blocks": None}
     blocks = fates(run.parent, run.plan)
     absent = {"conv"} if not any(fate.conv for fate in blocks) else set()
     absent |= {"tokens"} if not any(fate.tokens < fate.tokens_before for fate in blocks) else set()
-    shown = [(kind, words) for kind, words in LEGEND if kind not in absent]
-    keys = "".join(f'<span class="key {kind}">{words}</span>' for kind, words in shown)
-    drawn = picture(blocks)
-    return [
-        "<h3>What was kept</h3>",
-        f'<figure><figcaption>{keys}</figcaption><div class="wide">{drawn}</div></figure>',
-        f"<details><summary>Numbers of every block</summary>{_table(table, 'small sums')}</details>",
-    ]
-
-
-def _course(run: Run) -> list[str]:
-    parts = []
-    if plot := _plots().curves(run.log):
-        parts += ["<h3>Course of search and training</h3>", _figure(plot)]
-    plot, found = _plots().trials(run.trials), _tables_of_trials(run)
-    shown = [*([_figure(plot)] if plot else ()), *(_table(table, "small") for table in found)]
-    return [*parts, *(["<h3>Trials</h3>", *shown] if shown else ())]
+    return {
+        "blocks": _table(table, "small sums"),
+        "kept": _safe(picture(blocks)),
+        "legend": [(kind, words) for kind, words in LEGEND if kind not in absent],
+    }
 
 
 def _plots(name: str = "curves") -> ModuleType:
@@ -224,20 +201,10 @@ def _plots(name: str = "curves") -> ModuleType:
     return importlib.import_module(f"vitrim.report.{name}")
 
 
-def _origin(run: Run) -> list[str]:
-    parts = []
-    table = tables.provenance(run.measured, run.parent)
-    if table.rows:
-        parts += ["<h3>Settings and origin</h3>", _table(table, "facts small", headless=True)]
-    if run.recipe is not None:
-        parts.append(f"<details><summary>Recipe, as resolved</summary><pre>{escape(run.recipe)}</pre></details>")
-    return parts
-
-
 def _table(
     table: TextTable, kind: str, headless: bool = False, links: Sequence[str] = (), colors: Sequence[str] = ()
-) -> str:
-    """Return a table as HTML.
+) -> Mapping[str, Any]:
+    """Return a table as the template takes it.
 
     Args:
         table: the table.
@@ -246,24 +213,13 @@ def _table(
         links: ids of the sections that the rows link to, with the rows' numbers before.
         colors: a color of each row, shown before its name.
     """
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' if cell else "<td></td>" for cell in table.head)
-    names = [escape(row[0]) for row in table.rows]
-    if links:
-        names = [
-            f'<span class="place">{place}</span><a href="#{link}">{name}</a>'
-            for place, (link, name) in enumerate(zip(links, names, strict=True), 1)
-        ]
-    if colors:
-        names = [
-            f'<i class="swatch" style="background:{color}"></i>{name}'
-            for color, name in zip(colors, names, strict=True)
-        ]
-    rows = "\n".join(
-        f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
-        for name, row in zip(names, table.rows, strict=True)
-    )
-    top = "" if headless else f"<thead><tr>{head}</tr></thead>\n"
-    return (
-        f'<div class="wide"><table class="{kind}"><caption>{escape(table.caption)}</caption>\n'
-        f"{top}<tbody>\n{rows}\n</tbody></table></div>"
-    )
+    rows = [
+        {
+            "name": row[0],
+            "cells": row[1:],
+            "link": links[place] if links else None,
+            "color": colors[place] if colors else None,
+        }
+        for place, row in enumerate(table.rows)
+    ]
+    return {"kind": kind, "caption": table.caption, "head": () if headless else table.head, "rows": rows}

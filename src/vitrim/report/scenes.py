@@ -3,7 +3,6 @@
 import base64
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from vitrim.report.folder import Record, Run, number
 from vitrim.report.tables import DASH, TextTable, percent, short
 from vitrim.words.errors import RunError
 
-__all__ = ["class_table", "gallery", "segmented", "spoken"]
+__all__ = ["class_table", "colors", "gallery", "segmented", "spoken"]
 
 _COLOR = re.compile(r"#[0-9a-f]{6}")
 
@@ -62,24 +61,18 @@ def spoken(measured: Record) -> str:
     return "; ".join(parts) + "."
 
 
-def gallery(run: Run) -> list[str]:
-    """Return pictures of predictions with the colors of the classes, in HTML; empty if there are none."""
-    if not run.pictures:
-        return []
-    keys = "".join(
-        f'<span><i class="swatch" style="background:{color}"></i>{escape(str(each.get("name", "")))}</span>'
+def colors(run: Run) -> list[tuple[str, str]]:
+    """Return color and name of each class that has a color ``#rrggbb``."""
+    return [
+        (color, str(each.get("name", "")))
         for each in run.classes
         if _COLOR.fullmatch(color := str(each.get("colour", "")))
-    )
-    drawn = "\n".join(
-        f'<img class="scene" alt="scene, mask and prediction {escape(path.stem)}" src="{_embedded(path)}">'
-        for path in run.pictures
-    )
-    return [
-        "<h3>Predictions</h3>",
-        f'<p class="note">The scene, its mask (ignored pixels black) and the prediction.</p>'
-        f"<figure><figcaption>{keys}</figcaption>\n{drawn}</figure>",
     ]
+
+
+def gallery(run: Run) -> list[dict[str, str]]:
+    """Return name and bytes (base64) of each picture of predictions."""
+    return [{"name": path.stem, "data": _embedded(path)} for path in run.pictures]
 
 
 def _embedded(path: Path) -> str:
@@ -87,4 +80,4 @@ def _embedded(path: Path) -> str:
         data = path.read_bytes()
     except OSError as problem:
         raise RunError(f"{path}: the picture must be readable, but {problem}") from None
-    return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+    return base64.b64encode(data).decode("ascii")

@@ -3,10 +3,8 @@
 import functools
 import hashlib
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from vitrim.measure.turns import name_of, turns
 from vitrim.methods import Found
 from vitrim.run.recipe import Measure
 from vitrim.words.budget import Budget
+from vitrim.words.cache import cache_folder
 from vitrim.words.errors import BudgetError, ExportError, VitrimError
 from vitrim.words.plain import load, read_json, write_text
 from vitrim.words.table import FORMAT, TimeTable
@@ -46,9 +45,9 @@ def table_for(model: nn.Module, settings: Measure, *, say: Callable[[str], None]
     For ``onnxruntime`` and ``openvino`` it is the table of eager PyTorch, whose blocks need no export. It is less
     accurate for them, and measurements in the runtime itself correct it (`meet`).
 
-    The cache is ``$VITRIM_CACHE``, or ``~/.cache/vitrim`` if that is not set. The name of a cached file depends on the
-    structure of the model, the device, batch, threads, type, runtime, the versions of PyTorch and vitrim and the format
-    of the table, so that tables are not confused.
+    The cache is ``$VITRIM_CACHE``, or if that is not set the user's cache folder of this platform, on Linux
+    ``~/.cache/vitrim``. The name of a cached file depends on the structure of the model, the device, batch, threads,
+    type, runtime, the versions of PyTorch and vitrim and the format of the table, so that tables are not confused.
 
     Args:
         model: an adopted dense model.
@@ -65,8 +64,7 @@ def table_for(model: nn.Module, settings: Measure, *, say: Callable[[str], None]
     machine = machine_of(model, **given)
     about = [f"vitrim {__version__}, format {FORMAT}", describe(model).model_dump_json(), machine.model_dump_json()]
     key = hashlib.sha256("\n".join(about).encode()).hexdigest()[:20]
-    folder = Path(os.environ.get("VITRIM_CACHE") or Path.home() / ".cache" / "vitrim")
-    path = folder / "latency" / f"{key}.json"
+    path = cache_folder("VITRIM_CACHE") / "latency" / f"{key}.json"
     if path.is_file():
         say(f"reading the table of times {path}")
         known = load(TimeTable, read_json(path, BudgetError), BudgetError, at=str(path))

@@ -26,6 +26,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from vitrim.cut.spend import Policies, Space, project, within
+from vitrim.methods.mdc.owners import own, without_owner
 from vitrim.methods.mdc.policy import mutate, sample
 from vitrim.words.errors import MethodError
 
@@ -88,8 +89,9 @@ def search(
         first: policies to measure before any is drawn, ``(F, P)``; they count toward `initial`. Policies that do not
             fit the budget at any scale, or whose architecture was already measured, are left out.
         alone: whether no other process works on the study. Unfinished trials were then left by a killed process, and
-            are measured again at once; otherwise only after `PATIENCE` without a sign of life. A process whose trial
-            was taken over by mistake loses the value and goes on.
+            are measured again at once; otherwise those whose process has ended on this machine, and others only after
+            `PATIENCE` without a sign of life. A process whose trial was taken over by mistake loses the value and goes
+            on.
         told: called with every trial that this process measured.
 
     Raises:
@@ -99,6 +101,8 @@ def search(
     study.sampler = _Sampler(space, trials, initial, seed, proposal, first)
     if alone:
         drop_unfinished(study)
+    else:
+        _drop(study, without_owner(study, _of(study, TrialState.RUNNING)))
     longest, heard, known = 0.0, time.monotonic(), 0
     while True:
         done, running = len(_of(study, TrialState.COMPLETE)), _of(study, TrialState.RUNNING)
@@ -108,6 +112,7 @@ def search(
             heard, known = time.monotonic(), done
         if done + len(running) >= trials:
             _drop_stale(study)
+            _drop(study, without_owner(study, running))
             if time.monotonic() - heard > max(PATIENCE, 10 * longest):
                 _drop(study, running)
             time.sleep(0.2)
@@ -247,6 +252,10 @@ class _Sampler(optuna.samplers.BaseSampler):
     ) -> None:
         self.space, self.trials, self.initial, self.seed, self.proposal = space, trials, initial, seed, proposal
         self.first = np.empty((0, len(space.names))) if first is None else project(space, first)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Store whose trial this is."""
+        own(study, trial.number)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Every ratio."""
