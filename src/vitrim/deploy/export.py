@@ -5,7 +5,6 @@ of the file; the batch is dynamic where the runtime supports it.
 """
 
 import contextlib
-import copy
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from vitrim.deploy.writers import LOGGERS, WRITERS, Opened, need, onnx_session
 from vitrim.families import describe
 from vitrim.measure.model import home_of, image_of
 from vitrim.nn import fold_steps_
+from vitrim.nn.copying import copied
 from vitrim.nn.parity import TOLERANCES, features_of, relative, tells_images_apart
 from vitrim.nn.weights import why_not_held
 from vitrim.words.errors import ExportError, VitrimError
@@ -167,14 +167,14 @@ def _still(model: nn.Module) -> nn.Module:
     if missing is not None:
         raise ExportError(missing)
     place, kind = home_of(model)
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     return (twin if (place.type, kind) == ("cpu", torch.float32) else twin.to("cpu", torch.float32)).eval()
 
 
 def _form(still: nn.Module, as_stored: bool, to_quantize: bool) -> nn.Module:
     """Return the form of a model that is written."""
     if as_stored:
-        return fold(fold_steps_(copy.deepcopy(still))).eval()
+        return fold(fold_steps_(copied(still))).eval()
     return optimized(still, dtype=torch.int8 if to_quantize else None)
 
 

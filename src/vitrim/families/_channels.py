@@ -3,7 +3,6 @@
 D width of a stage.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from vitrim.nn.axis import Member
+from vitrim.nn.copying import copied
 from vitrim.words.errors import AdoptError
 from vitrim.words.spec import ChannelCost
 
@@ -195,7 +195,7 @@ def _slopes(
     shell: nn.Module, stages: Sequence[Channels], counted: Callable[[nn.Module], Counted], whole: Counted
 ) -> tuple[ChannelCost, ...]:
     def cost(*grown: int) -> Counted:
-        twin = copy.deepcopy(shell)
+        twin = copied(shell)
         narrow_(twin, stages, [(*range(one.width), 0) if i in grown else None for i, one in enumerate(stages)])
         return counted(twin)
 

@@ -6,7 +6,6 @@ timm's class is not changed. A model whose blocks cut tokens has these as instan
 of its class, and its own `feature_info`.
 """
 
-import copy
 import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from vitrim.nn import Attention, Conv, unmerge
+from vitrim.nn.copying import copied
 from vitrim.words.errors import DataError
 from vitrim.words.plan.tokens import why_not_pooled
 from vitrim.words.spec import Block, Relative
@@ -243,7 +243,7 @@ class InputSize:
             wrong = None if block.spec.tokens is None else block.spec.tokens.why_not_resized()
             if wrong is not None:
                 raise DataError(f"stages.0.blocks.{index}.tokens: the input size must not change, because {wrong}")
-        trial = copy.deepcopy(model.patch_embed)
+        trial = copied(model.patch_embed)
         trial.set_input_size(*arguments, **options)
         dense = (int(trial.grid_size[0]), int(trial.grid_size[1]))
         leaving = _leaving(model, dense)

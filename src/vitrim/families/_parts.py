@@ -1,6 +1,5 @@
 """Functions that families use to read a timm model: MLPs, norms, drop paths, cost outside the blocks, timm's config."""
 
-import copy
 import enum
 import functools
 import types
@@ -15,6 +14,7 @@ from timm.layers.mlp import GluMlp, SwiGLU
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
+from vitrim.nn.copying import copied
 from vitrim.nn.counter import operations
 from vitrim.nn.layers import activation_name, make_norm, norm_of
 from vitrim.nn.mlp import LAYERS
@@ -178,7 +178,7 @@ def bare(model: nn.Module, without: Iterable[nn.Module]) -> nn.Module:
         if id(p) not in inside
     }
     memo |= {id(b): b.to("meta") for b in model.buffers()} | {id(run): nn.Sequential() for run in runs}
-    return copy.deepcopy(model, memo).eval()
+    return copied(model, memo).eval()
 
 
 def params_outside(model: nn.Module, without: Iterable[nn.Module]) -> int:

@@ -6,7 +6,6 @@ These families differ in their stems and in the keyword arguments for them. Bloc
 here.
 """
 
-import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -36,6 +35,7 @@ from vitrim.families._parts import (
     same_norm,
 )
 from vitrim.nn import Block
+from vitrim.nn.copying import copied
 from vitrim.nn.layers import activation_name, input_channels, make_activation, make_norm, norm_of
 from vitrim.nn.mlp import LAYERS
 from vitrim.words.block import Rate
@@ -170,7 +170,7 @@ def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
         block.is_last = block is blocks[-1]
     run: nn.Module = nn.Sequential(*blocks) if isinstance(model.blocks, nn.Sequential) else nn.ModuleList(blocks)
     run.training = model.blocks.training
-    shell = copy.deepcopy(model, {id(model.blocks): run})
+    shell = copied(model, {id(model.blocks): run})
     give_methods_(shell)
     return shell  # type: ignore[no-any-return]
 

@@ -3,7 +3,6 @@
 It is not in `families.names()`, because no timm model is a segmentor, and its outputs are not those of a classifier.
 """
 
-import copy
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from vitrim import families
 from vitrim.families._channels import Channels, channels_of
 from vitrim.families._parts import count, pretrained
 from vitrim.nn import Block
+from vitrim.nn.copying import copied
 from vitrim.nn.modes import without_data
 from vitrim.nn.segment import HEADS, LEVELS, Head, Places, Segmentor, check_covered
 from vitrim.words.errors import AdoptError, DataError, RecipeError, SpecError
@@ -212,7 +212,7 @@ def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
         AdoptError: a map would lack patches.
     """
     backbone = families.host(model.backbone, blocks)
-    shell: Segmentor = copy.deepcopy(model, {id(model.backbone): backbone})
+    shell: Segmentor = copied(model, {id(model.backbone): backbone})
     places = _places(_inner(families.describe(backbone)), shell.form)
     shell.places = places
     shell.head.places = places  # type: ignore[assignment]

@@ -6,7 +6,6 @@ Only the blocks are replaced. Patch embedding, patch merging, final norm and hea
 patch merging is counted with stem and head, because no cut changes the grid or D.
 """
 
-import copy
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ from vitrim.families._parts import (
     same_norm,
 )
 from vitrim.nn import Block, WindowBlock
+from vitrim.nn.copying import copied
 from vitrim.nn.layers import input_channels
 from vitrim.words.block import Rate
 from vitrim.words.errors import AdoptError, SpecError
@@ -145,7 +145,7 @@ def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
         run = nn.Sequential(*mine) if isinstance(layer.blocks, nn.Sequential) else nn.ModuleList(mine)
         run.training = layer.blocks.training
         runs[id(layer.blocks)] = run
-    shell = copy.deepcopy(model, runs)
+    shell = copied(model, runs)
     return shell  # type: ignore[no-any-return]
 
 

@@ -1,6 +1,5 @@
 """Image size of a model, and copies of it on another device, with another type, or compiled."""
 
-import copy
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from torch import nn
 
 from vitrim.cut.optimized import optimized
 from vitrim.families import is_adopted
+from vitrim.nn.copying import copied
 from vitrim.nn.layers import input_channels
 from vitrim.nn.weights import home_of
 from vitrim.words.errors import RecipeError
@@ -48,7 +48,7 @@ def moved(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Modu
     """Return `model` itself if it has this device and type, else a copy that has them."""
     if home_of(model) == (device, dtype):
         return model
-    return copy.deepcopy(model).to(device, dtype)
+    return copied(model).to(device, dtype)
 
 
 def running(model: nn.Module, device: torch.device, dtype: torch.dtype, *, as_stored: bool = False) -> nn.Module:
@@ -64,7 +64,7 @@ def running(model: nn.Module, device: torch.device, dtype: torch.dtype, *, as_st
 
 def compiled_copy(model: nn.Module) -> nn.Module:
     """Return a copy of `model` that runs with `torch.compile`."""
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     twin.compile()
     return twin
 

@@ -3,7 +3,6 @@
 B images, N tokens, D width, H heads, K channels of a head, M hidden neurons.
 """
 
-import copy
 import datetime
 import functools
 import math
@@ -41,6 +40,7 @@ from vitrim.measure.turns import (
     waiting,
 )
 from vitrim.nn import Stream, computed, make_block, still
+from vitrim.nn.copying import copied
 from vitrim.nn.modes import evaluating, random_state_kept
 from vitrim.words.progress import progress
 from vitrim.words.spec import Attention, Block, Skip, Spec, Stage
@@ -155,12 +155,12 @@ def _share(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 def _wholes(model: nn.Module, spec: Spec) -> list[nn.Module]:
     """Copies of a dense model: itself, without branches, and with half of all widths."""
-    return [copy.deepcopy(model), _hollow(model), _rebuilt(model, half_widths(spec))]
+    return [copied(model), _hollow(model), _rebuilt(model, half_widths(spec))]
 
 
 def _hollow(model: nn.Module) -> nn.Module:
     """Return a copy whose blocks return their input."""
-    bare = copy.deepcopy(model)
+    bare = copied(model)
     for _, block in blocks_of(bare):
         block.attn = block.mlp = None
     return bare
@@ -187,7 +187,7 @@ def half_widths(spec: Spec) -> Spec:
 
 def _rebuilt(model: nn.Module, spec: Spec) -> nn.Module:
     """Return a copy with the branches of `spec`, with random weights."""
-    other = copy.deepcopy(model)
+    other = copied(model)
     like = next(model.parameters())
     for (_, block), (_, stage, node), arriving in zip(blocks_of(other), spec.blocks(), spec.arrivals(), strict=True):
         with torch.device(like.device):

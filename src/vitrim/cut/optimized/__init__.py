@@ -7,7 +7,6 @@ times, exports and runtimes, which all run models in it; `vitrim.deploy.optimize
 described, cut and trained is never this form.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from vitrim.cut.optimized.stem import replace_patches_
 from vitrim.cut.optimized.widths import pad_block_
 from vitrim.families import family_of, is_adopted
 from vitrim.nn import Block, Conv, fold_steps_
+from vitrim.nn.copying import copied
 from vitrim.words.errors import AdoptError, DataError, RecipeError, WeightsError
 
 __all__ = ["WIDEST", "optimize_block_", "optimized"]
@@ -82,7 +82,7 @@ def optimized(
     if own.device.type == "meta":
         raise WeightsError("a model to run must have weights, but this one is on the meta device; load them first")
     target = _target(torch.device(device or own.device), dtype or own.dtype, multiple, pad_heads)
-    twin: Any = copy.deepcopy(model).eval().requires_grad_(False)
+    twin: Any = copied(model).eval().requires_grad_(False)
     blocks: Any = [block for stage in family_of(twin).blocks_by_stage(twin) for block in stage]
     if target.norms:
         fold_host_(twin, target.dtype)

@@ -3,7 +3,6 @@
 B images, C channels, (h, w) height and width of the input.
 """
 
-import copy
 import inspect
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from vitrim.deploy.export import export
 from vitrim.deploy.writers import need, onnx_session, openvino_session
 from vitrim.measure.model import running
+from vitrim.nn.copying import copied
 from vitrim.nn.parity import TOLERANCES, relative
 from vitrim.nn.weights import why_not_held
 from vitrim.words.errors import ExportError
@@ -144,7 +144,7 @@ def _still(model: nn.Module, images: Tensor) -> nn.Module:
     missing = why_not_held(model)
     if missing is not None:
         raise ExportError(missing)
-    return copy.deepcopy(model).to(images.device, images.dtype).eval()
+    return copied(model).to(images.device, images.dtype).eval()
 
 
 def _eager(model: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -27,7 +27,6 @@ that pulls them to zero; only unmasked gates get the gradient of the loss. The s
 paper's matrix is a diagonal here.
 """
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,6 +42,7 @@ from vitrim.methods import Data, Found
 from vitrim.methods.cait.masks import Channels, Merge, free_axes, merge_plan, ramped, thirds
 from vitrim.methods.cait.slots import Rules, allocate_slots, plan_of
 from vitrim.methods.cait.told import block_records, choice_record
+from vitrim.nn.copying import copied
 from vitrim.nn.weights import home_of
 from vitrim.train import RATES, Distill, Fitted, Start, Train, fit, ranks, steps_of
 from vitrim.words.budget import SLACK, Budget
@@ -169,7 +169,7 @@ class Method(Node):
         spec = describe(model)
         steps = self.merging(spec, budget)
         counted = steps.child(spec)
-        trained = copy.deepcopy(model) if self.order == "channel_first" else apply(model, steps)
+        trained = copied(model) if self.order == "channel_first" else apply(model, steps)
         taken = steps_of(data.train, self.train, data.input)
         whole = round(taken / self.cut)
         channels = self._channels(trained, whole)

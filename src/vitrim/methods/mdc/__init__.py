@@ -26,7 +26,6 @@ Where we differ from the authors' published code, on purpose:
 - Its kept tokens are in the order of their scores, which moves a distillation token; here they stay in order.
 """
 
-import copy
 import functools
 import json
 import math
@@ -51,6 +50,7 @@ from vitrim.methods.mdc.scores import Settings, score
 from vitrim.methods.mdc.share import Chooser, Shared
 from vitrim.methods.mdc.steps import too_costly
 from vitrim.methods.mdc.study import joined, kept, open_study, reachable
+from vitrim.nn.copying import copied
 from vitrim.nn.modes import evaluating
 from vitrim.nn.weights import fingerprint, home_of
 from vitrim.train import Distill, Train, evaluate, fit, ranks, reference_logits
@@ -298,7 +298,7 @@ class Method(Node):
             return model
         if data.train is None:
             raise MethodError("train.epochs must be 0 without training images, but weights are to be shared; give data")
-        shared = Shared(copy.deepcopy(model), chooser, seed)
+        shared = Shared(copied(model), chooser, seed)
         fit(
             shared,
             data.train,

@@ -27,7 +27,6 @@ Where we differ from the authors' code, on purpose:
 - Norms over channels, q/k norms, other grids and any number of prefix tokens are supported if they change nothing.
 """
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -47,6 +46,7 @@ from vitrim.methods.spvit.planning import as_evaluated, check_reach, grafts, nea
 from vitrim.methods.spvit.prices import Counting, prices, times
 from vitrim.methods.spvit.published import check_budget, published
 from vitrim.methods.spvit.search import Layout, SinglePath, layout
+from vitrim.nn.copying import copied
 from vitrim.nn.weights import home_of
 from vitrim.train import Distill, Stop, Train, fit, ranks, steps_of
 from vitrim.words.budget import Budget
@@ -195,7 +195,7 @@ class Method(Node):
         steps = steps_of(data.train, self.train, data.input)
         start = self.start or (gates.START if steps >= _LONG else gates.SURE)
         draws = math.ceil(self.draws / (self.train.accumulate * ranks.count()))
-        single = SinglePath(copy.deepcopy(model), how, self.windowed, start=start, draws=draws)
+        single = SinglePath(copied(model), how, self.windowed, start=start, draws=draws)
         if how.fitted:
             self._start_(single, model, how, budget, start, images, probe, seed)
         gate_lr = self.gate_lr or max(_GATE_LR, 2 * start / max(1, steps))

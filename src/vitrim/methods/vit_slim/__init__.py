@@ -32,7 +32,6 @@ Where we differ from the authors' code, on purpose:
 - Shares count tokens before sets shrink with depth; the resulting numbers are in ``Found.trials``.
 """
 
-import copy
 import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -69,6 +68,7 @@ from vitrim.methods.vit_slim.gates import (
     token_scores,
 )
 from vitrim.methods.vit_slim.pressure import PRESSURE, curvatures
+from vitrim.nn.copying import copied
 from vitrim.nn.weights import home_of
 from vitrim.train import Distill, Train, fit, ranks
 from vitrim.train.leading import led
@@ -190,7 +190,7 @@ class Method(Node):
         if data is None or data.train is None:
             raise MethodError("vit_slim must train its gates, but no data was given; give data or use magnitude")
         gated = gate_model(
-            copy.deepcopy(model),
+            copied(model),
             attention=self.attention_l1 > 0,
             mlp=self.mlp_l1 > 0,
             tokens=self.token_l1 > 0,
@@ -219,7 +219,7 @@ class Method(Node):
             stage="search",
             device=home_of(model)[0],
         )
-        gates, parent = (copy.deepcopy(gated), gated.fold_()) if self.export == "fold" else (gated, gated.model)
+        gates, parent = (copied(gated), gated.fold_()) if self.export == "fold" else (gated, gated.model)
         parent.train(model.training)
 
         def read(budget: Budget) -> Found:

@@ -3,7 +3,6 @@
 K classes, (h, w) height and width of a scene, (R, C) height and width of the model's input.
 """
 
-import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from vitrim.data import IGNORE, Input, Scenes, to_pixels
 from vitrim.data.augment import normalize
 from vitrim.measure.model import home_of
+from vitrim.nn.copying import copied
 from vitrim.nn.modes import evaluating
 from vitrim.run.transfer.recipe import SceneTest
 from vitrim.train import ranks
@@ -171,7 +171,7 @@ def _at(model: Any, size: Size, own: Size) -> nn.Module:
     """Return the model, or a copy that takes images of `size`."""
     if size == own:
         return model  # type: ignore[no-any-return]
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     try:
         twin.set_input_size(size)
     except (AssertionError, RuntimeError, TypeError, ValueError) as problem:  # timm's, and ours, which are ValueErrors
