@@ -79,7 +79,7 @@ def rms(found, wanted):
     return float((found.double() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
 
 
-@EACH
+@(EACH if WHOLE else ONE_EACH)
 def test_rounding_in_bfloat16_is_that_of_the_stored_model(family, preset):
     x = images(describe(adopted(family, preset)), 6)
     dense, ratios = None, []
