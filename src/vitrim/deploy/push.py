@@ -110,22 +110,25 @@ def _place(folder: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="vitrim-push-") as name:
             yield Path(name)
         return
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    target = folder.resolve()
+    made = [path for path in target.parents if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        for path in reversed(made):
+            path.mkdir(exist_ok=True)
+        if target.exists() and any(target.iterdir()):
             raise StoreError(f"{folder}: the folder must be new or empty, but is not; choose another")
-    except OSError as problem:
-        if isinstance(problem, StoreError):
-            raise
-        raise _unwritable(folder, problem) from None
-    try:
-        yield folder
+        # Some of the files are no model, and whoever finds the folder would take them for one: it appears whole.
+        with tempfile.TemporaryDirectory(
+            dir=target.parent, prefix=f".{target.name}.", ignore_cleanup_errors=True
+        ) as beside:
+            place = Path(beside) / target.name
+            place.mkdir()
+            yield place
+            if target.exists():
+                target.rmdir()
+            place.rename(target)
     except BaseException as problem:
-        # Some of the files are no model: whoever finds the folder would take them for one.
         with contextlib.suppress(OSError):
-            for path in folder.iterdir():
-                path.unlink()
             for path in made:
                 path.rmdir()
         if isinstance(problem, OSError) and not isinstance(problem, VitrimError):
