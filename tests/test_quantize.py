@@ -2,6 +2,7 @@
 
 import logging
 import math
+import platform
 from collections import Counter
 
 import pytest
@@ -40,6 +41,13 @@ def model():
 def loaders(model):
     known = split("digits", seed=0, calibration=32)
     return [eval_loader(part, Input.of(model), batch=16) for part in (known.calibration, known.test)]
+
+
+def fixed(model):
+    """The same for images of one size, without the resampling of positions, for which these runtimes have no form."""
+    net = families.adopt(timm.create_model("test_vit", **TINY, dynamic_img_size=False))
+    net.load_state_dict(model.state_dict())
+    return net.eval()
 
 
 def test_most_answers_stay_and_the_loss_is_told(model, loaders, tmp_path):
@@ -105,6 +113,29 @@ def test_other_kinds(kind, weights_only, least, model, loaders, tmp_path):
     )
 
 
+@pytest.mark.parametrize(("weights_only", "least"), [(False, 80), (True, 97)])
+def test_executorch(weights_only, least, model, loaders, tmp_path):
+    pytest.importorskip("executorch")
+    done = quantize.quantize(fixed(model), tmp_path / "m.pte", loaders[0], test=loaders[1], weights_only=weights_only)
+    assert done.runtime.startswith("executorch ")
+    assert done.bytes == (tmp_path / "m.pte").stat().st_size < done.bytes_before
+    assert least < done.agreement < 100.01
+    _, run = writers.executorch_session(tmp_path / "m.pte")
+    x, _ = next(iter(loaders[1]))
+    with torch.no_grad():
+        same = torch.cat([run(image[None]) for image in x]).argmax(1) == model(x).argmax(1)
+    assert float(same.double().mean()) > 0.75
+
+
+def test_core_ml_has_weights_alone(model, loaders, tmp_path):
+    with pytest.raises(ExportError, match=r"an int8 file for Core ML must have weights alone .* use --int8-weights"):
+        quantize.quantize(fixed(model), tmp_path / "m.mlpackage", loaders[0])
+    pytest.importorskip("coremltools")
+    done = quantize.quantize(fixed(model), tmp_path / "m.mlpackage", loaders[0], weights_only=True)
+    assert done.bytes < done.bytes_before
+    assert (done.agreement is None) == (platform.system() != "Darwin")
+
+
 def test_weights_alone_take_a_byte_each(tmp_path):
     """Of a model whose weights outweigh the graph: 8.5 bits a weight, and nothing else is in eight bits."""
     import onnx
@@ -136,7 +167,7 @@ def test_a_segmentor_answers_for_each_pixel_and_without_a_test_split_the_calibra
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("m.pt2", {}, r"an int8 file must end in .onnx or .xml \(OpenVINO\), but got 'm.pt2'"),
+        ("m.pt2", {}, "an int8 file must end in .onnx, .xml, .pte, .mlpackage, but got 'm.pt2'"),
         ("m.onnx", {"percentile": 101}, "percentile must be above 50 and at most 100, but got 101"),
         ("m.onnx", {"opset": 13}, "opset must be at least 18, but got 13"),
         ("no/m.onnx", {}, "must be writable, but is not: no such file"),

@@ -62,7 +62,7 @@ def export(
     ] = False,
     int8_weights: Annotated[
         bool,
-        typer.Option("--int8-weights", help="Quantize only the weights of linear layers to eight bits; .onnx, .xml."),
+        typer.Option("--int8-weights", help="The weights of linear layers in eight bits, without calibration."),
     ] = False,
     data: Annotated[str | None, typer.Option("--data", help="Images to calibrate and to compare int8 on.")] = None,
     test: Annotated[str | None, typer.Option("--test", help="Images to measure the int8 model on.")] = None,
@@ -130,15 +130,14 @@ def _int8(net: "nn.Module", name: str, out: Path, how: dict[str, Any], asked: di
         ["same answer", "", percent(done.agreement, 2)],
     ]
     show_table(done.path, ["", "float32", "int8"], rows)
-    where = (
-        f"{done.test_images} test images"
-        if done.test_images
-        else "the training images"
-        if done.weights_only
-        else "the calibration images, which overstates agreement"
-    )
     how_done = "weights alone" if done.weights_only else f"calibrated on {done.calibration_images} images"
-    say(f"{how_done}, answers compared on {where}; opset {done.opset}")
+    opset = "" if done.opset is None else f"; opset {done.opset}"
+    if done.agreement is None and done.top1 is None and done.miou is None:
+        say(f"{how_done}; answers were not compared: {out.suffix} files do not run on this platform")
+    else:
+        where = "the training images" if done.weights_only else "the calibration images, which overstates agreement"
+        where = f"{done.test_images} test images" if done.test_images else where
+        say(f"{how_done}, answers compared on {where}{opset}")
     say(f"run by {done.runtime}")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitrim.cut.optimized import optimized
 from vitrim.cut.surgery import fold
 from vitrim.deploy.quiet import quiet
-from vitrim.deploy.writers import LOGGERS, WRITERS, Opened, need, onnx_session
+from vitrim.deploy.writers import LOGGERS, WRITERS, Opened, Program, need, onnx_session
 from vitrim.families import describe
 from vitrim.measure.model import home_of, image_of
 from vitrim.nn import fold_steps_
@@ -35,7 +35,9 @@ __all__ = [
     "beside",
     "check_target",
     "export",
+    "files_of",
     "onnx_session",
+    "program_of",
 ]
 
 OPSET = 20
@@ -114,7 +116,7 @@ def export(
             worst, told = _compare("logits", still, opened.run, image, batches)
             if not told:
                 _check_features(still, form, write, part.with_name(f"features{part.suffix}"), batches)
-        size = sum(entry.stat().st_size for entry in _files(part))
+        size = sum(entry.stat().st_size for entry in files_of(part))
     return Exported(
         path=str(file),
         kind=writer.kind,
@@ -178,7 +180,13 @@ def _form(still: nn.Module, as_stored: bool, to_quantize: bool) -> nn.Module:
     return optimized(still, dtype=torch.int8 if to_quantize else None)
 
 
-def _traced(model: nn.Module, image: tuple[int, int, int], batch: int | None) -> torch.export.ExportedProgram:
+def program_of(model: nn.Module, *, batch: int | None, as_stored: bool, to_quantize: bool) -> Program:
+    """Return the program of a model in the form that is written; see `export` for the arguments."""
+    still = _still(model)
+    return _traced(_form(still, as_stored, to_quantize), image_of(still), batch)
+
+
+def _traced(model: nn.Module, image: tuple[int, int, int], batch: int | None) -> Program:
     # An example of one image would make the batch a constant.
     example = torch.zeros(3 if batch is None else batch, *image)
     dims = None if batch is not None else ({0: torch.export.Dim("batch", min=1, max=4096)},)
@@ -192,7 +200,7 @@ def _traced(model: nn.Module, image: tuple[int, int, int], batch: int | None) ->
         ) from problem
 
 
-def _without_places(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+def _without_places(program: Program) -> Program:
     """Take out of a program the lines of source that each operator came from: they name folders of this machine."""
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
@@ -281,7 +289,7 @@ def beside(file: Path) -> Iterator[Path]:
         ):
             part = Path(folder) / file.name
             yield part
-            for other in _files(part, inside=False):
+            for other in files_of(part, inside=False):
                 if other != part:
                     other.replace(followed(file.with_name(other.name)))
             part.replace(place)
@@ -291,7 +299,7 @@ def beside(file: Path) -> Iterator[Path]:
         raise _unwritable(file, problem) from problem
 
 
-def _files(part: Path, *, inside: bool = True) -> list[Path]:
+def files_of(part: Path, *, inside: bool = True) -> list[Path]:
     """Return the files of an export: `part` and those with its stem, or all files in it if it is a folder."""
     if part.is_dir():
         return [path for path in part.rglob("*") if path.is_file()] if inside else [part]

@@ -14,11 +14,15 @@ Of weights alone: each 64 weights of a row of a linear layer share one scale (ON
 activations stay in float32. The file is as small, the answers are nearly the float model's, and no image is needed to
 calibrate; the time is about that of the float model. The classifier stays in float32.
 
-An OpenVINO model (``.xml``) is converted from the ONNX file.
+An OpenVINO model (``.xml``) is converted from the ONNX file. ExecuTorch (``.pte``) has the quantizer of XNNPACK: int8
+activations with one scale per tensor, or, where weights alone are asked for, with one scale per token that is computed
+when it runs. Core ML (``.mlpackage``) has weights alone.
 """
 
 import contextlib
+import importlib
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,15 +33,21 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.cut.outputs import as_classes, gives_values
-from vitrim.deploy.export import OPSET, beside, check_target, export
+from vitrim.deploy.export import OPSET, beside, check_target, export, files_of, program_of
 from vitrim.deploy.quiet import quiet
-from vitrim.deploy.writers import onnx_session, openvino_session
+from vitrim.deploy.writers import LOGGERS, WRITERS, Program, need, onnx_session, openvino_session
 from vitrim.families import describe
 from vitrim.nn.modes import evaluating
 from vitrim.words.errors import DataError, ExportError, VitrimError
 from vitrim.words.plain import Node, reason
 
 __all__ = ["PERCENTILE", "Quantized", "quantize"]
+
+_KINDS = {".onnx": ".onnx", ".xml": ".onnx", ".pte": ".pte", ".mlpackage": ".mlpackage"}
+"""Suffixes that can be written, and those of the float files that they are made from."""
+
+_Written = tuple[str, Callable[[Tensor], Tensor] | None]
+"""Name and version of what runs a file, and a function from images to logits; None if it does not run here."""
 
 _SHARED = 64
 """Weights that share one scale where only weights are quantized; widths of ViTs are mostly multiples of it."""
@@ -59,7 +69,7 @@ class Quantized(Node):
     """
 
     path: str
-    opset: int
+    opset: int | None
     weights_only: bool = False
     bytes: int
     bytes_before: int
@@ -92,7 +102,7 @@ def quantize(
 
     Args:
         model: an adopted model, on the CPU.
-        path: ``….onnx``, or ``….xml`` for OpenVINO.
+        path: ``….onnx``, ``….xml`` for OpenVINO, ``….pte`` for ExecuTorch, or ``….mlpackage`` for Core ML.
         calibration: batches of normalized images ``(B, C, h, w)`` and labels, which are not used. All images are held
             in memory, their activations one batch at a time. They are iterated twice if there is no `test`. If only
             weights are quantized, they are only compared on, and may be None if there is a `test`.
@@ -113,10 +123,15 @@ def quantize(
         DataError: if an image cannot be read.
     """
     file = Path(path)
-    if file.suffix not in (".onnx", ".xml"):
+    if file.suffix not in _KINDS:
         raise ExportError(
-            f"an int8 file must end in .onnx or .xml (OpenVINO), but got '{file.name}'; other kinds are exported in "
+            f"an int8 file must end in {', '.join(_KINDS)}, but got '{file.name}'; other kinds are exported in "
             "float32, without --int8"
+        )
+    if not weights_only and file.suffix == ".mlpackage":
+        raise ExportError(
+            f"an int8 file for Core ML must have weights alone in eight bits, but activations are asked for, too, of "
+            f"'{file.name}'; use --int8-weights"
         )
     if not 50 < percentile <= 100:
         raise ExportError(
@@ -131,23 +146,32 @@ def quantize(
         raise ExportError("int8 must be calibrated on images, but there are none; give some")
     with beside(file) as part, tempfile.TemporaryDirectory(prefix="vitrim-int8-") as folder:
         say("exporting in float32")
-        source, quantized = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
+        kind = _KINDS[file.suffix]
+        source = Path(folder) / f"float{kind}"
         before = export(model, source, opset=opset, as_stored=as_stored, to_quantize=True)
-        with _telling():
-            if weights_only:
-                say("quantizing weights")
-                _weights_quantized(source, quantized)
+        say("quantizing weights" if weights_only else "calibrating")
+        with _telling(kind):
+            if kind == ".pte":
+                program = program_of(model, batch=1, as_stored=as_stored, to_quantize=True)
+                runtime, run = _for_executorch(program, part, held, weights_only)
+            elif kind == ".mlpackage":
+                runtime, run = _for_coreml(source, part)
             else:
-                say("calibrating")
-                _quantized(source, quantized, held, percentile)
-            runtime, run = _placed(quantized, part, threads)
-        say("measuring both")
-        after = _compared(model, run, _readable(compared))
-        found = {} if miou is None else {"miou_before": miou(model), "miou": miou(_Running(run, model))}
-        size = sum(each.stat().st_size for each in (part, part.with_suffix(".bin")) if each.exists())
+                quantized = Path(folder) / "int8.onnx"
+                if weights_only:
+                    _weights_quantized(source, quantized)
+                else:
+                    _quantized(source, quantized, held, percentile)
+                runtime, run = _placed(quantized, part, threads)
+        after, found = _Compared(0, None, None, None), {}
+        if run is not None:
+            say("measuring both")
+            after = _compared(model, run, _readable(compared))
+            found = {} if miou is None else {"miou_before": miou(model), "miou": miou(_Running(run, model))}
+        size = sum(each.stat().st_size for each in files_of(part))
     return Quantized(
         path=str(file),
-        opset=opset,
+        opset=opset if kind == ".onnx" else None,
         weights_only=weights_only,
         bytes=size,
         bytes_before=before.bytes,
@@ -218,18 +242,58 @@ def _compared(model: nn.Module, run: Callable[[Tensor], Tensor], batches: Batche
 
 
 @contextlib.contextmanager
-def _telling() -> Iterator[None]:
+def _telling(kind: str) -> Iterator[None]:
     """Quiet the quantizers, and turn what they raise into one sentence."""
     try:
-        with quiet("", "onnxruntime", prints=False):
+        with quiet("", "onnxruntime", *LOGGERS, prints=False):
             yield
     except Exception as problem:  # quantizers pass on many types of exceptions
         if isinstance(problem, VitrimError | OSError):
             raise
-        raise ExportError(f"ONNX Runtime must be able to quantize this model, but says: {reason(problem)}") from problem
+        who = {".pte": "ExecuTorch", ".mlpackage": "Core ML"}.get(kind, "ONNX Runtime")
+        raise ExportError(f"{who} must be able to quantize this model, but says: {reason(problem)}") from problem
 
 
-def _placed(source: Path, part: Path, threads: int | None) -> tuple[str, Callable[[Tensor], Tensor]]:
+def _for_executorch(program: Program, part: Path, held: Sequence[Any], weights_only: bool) -> _Written:
+    """Write a program with the quantizer of XNNPACK; a file takes one image."""
+    need("torchao", extra="executorch")
+    steps = importlib.import_module("torchao.quantization.pt2e.quantize_pt2e")
+    xnnpack = importlib.import_module("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
+    config = xnnpack.get_symmetric_quantization_config(is_per_channel=True, is_dynamic=weights_only)
+    ready = steps.prepare_pt2e(program.module(), xnnpack.XNNPACKQuantizer().set_global(config))
+    example = program.example_inputs[0] if program.example_inputs is not None else ()
+    ready(*example)
+    for images in held:
+        for image in images:
+            ready(torch.from_numpy(image[None]))
+    with torch.no_grad():
+        again = torch.export.export(steps.convert_pt2e(ready), tuple(example))
+    runtime, run = WRITERS[".pte"].write(again, part, 0)
+    assert run is not None
+    return runtime, lambda images: torch.cat([run(image[None]) for image in images])
+
+
+def _for_coreml(source: Path, part: Path) -> _Written:
+    """Write a Core ML package with weights of eight bits, one scale per output channel; it runs on macOS alone."""
+    coremltools = importlib.import_module("coremltools")
+    optimize = importlib.import_module("coremltools.optimize.coreml")
+    config = optimize.OptimizationConfig(global_config=optimize.OpLinearQuantizerConfig(mode="linear_symmetric"))
+    model = coremltools.models.MLModel(str(source), skip_model_load=platform.system() != "Darwin")
+    written = optimize.linear_quantize_weights(model, config)
+    written.save(str(part))
+    version = f"coremltools {coremltools.__version__}"
+    if platform.system() != "Darwin":
+        return version, None
+    name = written.get_spec().description.input[0].name
+
+    def run(images: Tensor) -> Tensor:
+        outs = [next(iter(written.predict({name: image[None].numpy()}).values())) for image in images]
+        return torch.cat([torch.from_numpy(out) for out in outs])
+
+    return version, run
+
+
+def _placed(source: Path, part: Path, threads: int | None) -> _Written:
     """Write the quantized ONNX file to `part` in the format of its suffix, and open it."""
     if part.suffix != ".xml":
         shutil.copyfile(source, part)

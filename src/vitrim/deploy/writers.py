@@ -20,12 +20,23 @@ from vitrim.deploy.quiet import quiet
 from vitrim.words.errors import ExportError
 from vitrim.words.plain import reason
 
-__all__ = ["LOGGERS", "WRITERS", "Opened", "Writer", "need", "onnx_session", "openvino_session"]
+__all__ = [
+    "LOGGERS",
+    "WRITERS",
+    "Opened",
+    "Program",
+    "Writer",
+    "executorch_session",
+    "need",
+    "onnx_session",
+    "openvino_session",
+]
 
 LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "executorch", "coremltools")
 """Loggers of libraries that report progress to their developers."""
 
 Program = torch.export.ExportedProgram
+"""What PyTorch traces a model to."""
 
 
 class Opened(NamedTuple):
@@ -170,7 +181,6 @@ def _executorch(program: Program, part: Path, opset: int) -> Opened:
     with quiet("", *LOGGERS, prints=False):
         exir = importlib.import_module("executorch.exir")  # first: its parts import each other in a circle
         partitioner = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
-        runtime: Any = importlib.import_module("executorch.runtime").Runtime.get()
         try:
             lowered = exir.to_edge_transform_and_lower(program, partitioner=[partitioner.XnnpackPartitioner()])
             packed = lowered.to_executorch().buffer
@@ -179,14 +189,30 @@ def _executorch(program: Program, part: Path, opset: int) -> Opened:
                 f"every operator must have an ExecuTorch form, but the exporter says: {reason(problem)}; report it"
             ) from problem
     part.write_bytes(packed)
-    # The program is read from memory, so that the file can be moved while it is open.
-    method = runtime.load_program(part.read_bytes()).load_method("forward")
+    return Opened(*executorch_session(part))
+
+
+def executorch_session(path: Path) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """Open an ExecuTorch program on CPU.
+
+    Returns:
+        The runtime's name and version, and a function that maps images ``(B, C, h, w)`` to logits, with the B that the
+        program was written for.
+    """
+    with quiet("", *LOGGERS, prints=False):
+        importlib.import_module("executorch.exir")
+        runtime: Any = importlib.import_module("executorch.runtime").Runtime.get()
+    # The program is read from memory, so that the file can be moved while it is open. Nothing else holds the bytes and
+    # the program: a method that outlives them reads what was written there since, and ends the process.
+    packed = path.read_bytes()
+    program = runtime.load_program(packed)
+    held = (packed, program, program.load_method("forward"))
 
     def run(images: Tensor) -> Tensor:
-        logits: Tensor = method.execute([images])[0].clone()
+        logits: Tensor = held[2].execute([images])[0].clone()
         return logits
 
-    return Opened(f"executorch {importlib.metadata.version('executorch')} (XNNPACK)", run)
+    return f"executorch {importlib.metadata.version('executorch')} (XNNPACK)", run
 
 
 def _without_aliases(program: Program) -> Program:
