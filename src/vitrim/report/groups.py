@@ -169,8 +169,6 @@ def group_table(runs: Sequence[Run], baseline: str | None = None) -> TextTable:
         ("method", [row.group.method or DASH for row in rows]),
         ("model", [row.group.model if several else "" for row in rows]),
         ("budget", [row.group.budget or DASH for row in rows]),
-        ("epochs", [row.group.epochs for row in rows]),
-        ("data", [row.group.data for row in rows]),
         ("seeds", [_seeds(row) for row in rows]),
         ("MACs", [_shown(row.macs, 3) for row in rows]),
         (f"{words}, %", [_shown(row.score, 1) for row in rows]),
@@ -178,6 +176,8 @@ def group_table(runs: Sequence[Run], baseline: str | None = None) -> TextTable:
         ("against control", [_shown(row.control, 1, signed=True) for row in rows]),
         (f"against {chosen}", [_shown(row.baseline, 1, signed=True) for row in rows]),
         ("latency ratio", [_shown(row.latency, 2) for row in rows]),
+        ("epochs", [row.group.epochs for row in rows]),
+        ("data", [row.group.data for row in rows]),
     ]
     kept = [(name, cells) for name, cells in columns if name == "method" or any(c not in ("", DASH) for c in cells)]
     lines = [tuple(cells[index] for _, cells in kept) for index in range(len(rows))]

@@ -11,7 +11,7 @@ __all__ = ["INK", "MARKERS", "SERIES", "VARIABLES", "Look", "looks", "method_of"
 INK, SOFT, LINE = "#010101", "#020202", "#030303"
 """Placeholders of colors; see `vitrim.report.curves`."""
 
-SERIES = ("#040404", "#050505", "#060606", "#070707", "#080808")
+SERIES = ("#040404", "#050505", "#060606", "#070707", "#080808", "#090909", "#0a0a0a", "#0b0b0b")
 VARIABLES = {
     INK: "var(--ink)",
     SOFT: "var(--soft)",
@@ -21,6 +21,9 @@ VARIABLES = {
     SERIES[2]: "var(--v)",
     SERIES[3]: "var(--other)",
     SERIES[4]: "var(--conv)",
+    SERIES[5]: "var(--rose)",
+    SERIES[6]: "var(--leaf)",
+    SERIES[7]: "var(--bark)",
 }
 MARKERS = "osD^vP*X"
 

@@ -120,8 +120,8 @@ def _epochs(measured: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[str
     first, minutes = _number(search.get("epochs")), _number(train.get("minutes"))
     total = (first + last, minutes)
     if minutes and last:
-        return f"{minutes:g} min", total
-    return (f"{first:g} + {last:g}" if first else f"{last:g}"), total
+        return f"{minutes:.3g} min", total
+    return (f"{first:.3g} + {last:.3g}" if first else f"{last:.3g}"), total
 
 
 def _number(value: Any) -> float:

@@ -117,21 +117,21 @@ def comparison(runs: Sequence[Run]) -> TextTable:
     """Return the table of all runs, one row per run; the state of unfinished runs stands in place of their top-1."""
     columns: list[tuple[str, Callable[[Run], str]]] = [
         ("run", lambda run: run.titles.method or run.name),
-        ("seed", lambda run: run.titles.seed),
-        ("epochs", lambda run: run.titles.epochs),
         ("budget", lambda run: run.titles.budget),
-        ("data", lambda run: run.titles.data),
+        ("top-1", lambda run: run.state or _scored(run.measured, "top1")),
+        ("parent's", lambda run: _scored(run.measured, "top1_parent")),
+        ("latency ratio", lambda run: _ratio(number(run.measured, "latency_ratio"))),
         ("MACs", lambda run: short(number(run.measured, "macs"))),
         ("of parent", lambda run: _ratio(number(run.measured, "macs_ratio"))),
         ("parameters", lambda run: short(number(run.measured, "params"))),
         ("of parent", lambda run: _ratio(number(run.measured, "params_ratio"))),
-        ("top-1", lambda run: run.state or _scored(run.measured, "top1")),
-        ("parent's", lambda run: _scored(run.measured, "top1_parent")),
-        ("latency ratio", lambda run: _ratio(number(run.measured, "latency_ratio"))),
+        ("seed", lambda run: run.titles.seed),
+        ("epochs", lambda run: run.titles.epochs),
+        ("data", lambda run: run.titles.data),
         ("folder", lambda run: run.path),
     ]
     if any(number(run.measured, "miou") is not None for run in runs):
-        columns.insert(-1, ("mean IoU", lambda run: percent(number(run.measured, "miou"))))
+        columns.insert(3, ("mean IoU", lambda run: percent(number(run.measured, "miou"))))
     rows = [tuple(cell(run) or DASH for _, cell in columns) for run in runs]
     return TextTable("All runs", tuple(name for name, _ in columns), rows)
 
