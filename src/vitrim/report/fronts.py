@@ -16,6 +16,8 @@ __all__ = ["courses", "front", "fronts"]
 _COSTS = (("macs", "multiply-accumulates"), ("params", "parameters"), ("latency", "measured latency"))
 _PLACE = ("device", "runtime", "threads", "batch", "dtype")
 """Fields that must be equal for all runs before their times are shown on one axis."""
+_NEAR = 0.02
+"""Share of the width or height of all points within which two are drawn around one another."""
 NAMED = 12
 """Largest number of lines that are easy to distinguish."""
 _SCORES = (
@@ -44,8 +46,8 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def fronts(runs: Sequence[Run]) -> str | None:
     """Return plots of top-1 against MACs, parameters and latency, one panel each; mean IoU or agreement without top-1.
 
-    The number next to a point is the position of the run in `runs`, from 1. Runs at the same place are drawn as rings
-    around one another, with all their numbers.
+    The number next to a point is the position of the run in `runs`, from 1. Runs at about the same place are drawn as
+    rings around one another, with all their numbers.
 
     Costs are relative to the parent if all parents have the same cost, and absolute otherwise. Times of different
     machines or settings are always relative. The result is None if fewer than two runs have a score.
@@ -94,16 +96,27 @@ def _panels(runs: Sequence[Run], key: str) -> list[tuple[str, str, bool, list[_P
 def _panel(axes: Any, found: Sequence[_Point], known: Mapping[str, Look]) -> None:
     best = front([(point.cost, point.score) for point in found])
     axes.plot(*zip(*best, strict=True), color=LINE, linewidth=5, solid_capstyle="round", label="Pareto front", zorder=1)
-    places: dict[tuple[float, float], list[_Point]] = {}
-    for point in found:
-        places.setdefault((point.cost, point.score), []).append(point)
-    for points in places.values():
+    for points in _together(found):
         for ring, point in enumerate(points):
             _mark(axes, point, known, ring)
         numbers = ", ".join(str(point.place) for point in points)
         at = (points[0].cost, points[0].score)
         axes.annotate(numbers, at, (5 + 2 * len(points), 2), textcoords="offset points", fontsize=7.5, color=SOFT)
     axes.margins(0.12)
+
+
+def _together(found: Sequence[_Point]) -> list[list[_Point]]:
+    """Return the points in groups that lie so close together that their markers would hide each other."""
+    wide, high = (max(each) - min(each) or 1.0 for each in zip(*((p.cost, p.score) for p in found), strict=True))
+    groups: list[list[_Point]] = []
+    for point in found:
+        for group in groups:
+            if abs(point.cost - group[0].cost) <= _NEAR * wide and abs(point.score - group[0].score) <= _NEAR * high:
+                group.append(point)
+                break
+        else:
+            groups.append([point])
+    return groups
 
 
 def _mark(axes: Any, point: _Point, known: Mapping[str, Look], ring: int) -> None:
