@@ -6,6 +6,7 @@ for the loaders of timm and transformers, ``README.md``, the model card, and ``m
 
 import contextlib
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -117,16 +118,18 @@ def _place(folder: Path | None) -> Iterator[Path]:
             path.mkdir(exist_ok=True)
         if target.exists() and any(target.iterdir()):
             raise StoreError(f"{folder}: the folder must be new or empty, but is not; choose another")
-        # Some of the files are no model, and whoever finds the folder would take them for one: it appears whole.
-        with tempfile.TemporaryDirectory(
-            dir=target.parent, prefix=f".{target.name}.", ignore_cleanup_errors=True
-        ) as beside:
-            place = Path(beside) / target.name
-            place.mkdir()
+        # Some of the files are no model, and whoever finds the folder would take them for one: it appears whole. A
+        # disk that became read-only keeps what was written; the next push removes it.
+        place = target.with_name(f".{target.name}.unfinished")
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        try:
             yield place
             if target.exists():
                 target.rmdir()
             place.rename(target)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
     except BaseException as problem:
         with contextlib.suppress(OSError):
             for path in made:
