@@ -426,3 +426,8 @@ def test_dropout_and_checkpointing_come_along():
     assert [b.drop_path1.drop_prob for b in ours.blocks] == pytest.approx([0.0, 0.15, 0.3])
     assert (ours.blocks[0].attn.proj_drop.p, ours.blocks[0].attn.attn_drop.p) == (0.2, 0.1)
     assert (ours.blocks[0].mlp.drop1.p, ours.head_drop.p, ours.pos_drop.p) == (0.2, 0.4, 0.05)
+
+
+def test_an_image_that_does_not_divide_into_patches_is_refused():
+    with pytest.raises(AdoptError, match=r"must take images of its own size, but says: .*32.*17.*; choose another"):
+        adopt(timm.create_model("test_vit", img_size=32, patch_size=17))

@@ -27,7 +27,7 @@ from vitrim.words.parsing import shown
 from vitrim.words.plain import reason
 from vitrim.words.private import hide_passwords
 from vitrim.words.shorten import shortened
-from vitrim.words.stopping import Terminated, raising_terminated
+from vitrim.words.stopping import Terminated, raising_terminated, terminated
 
 __all__ = ["app", "compress", "curve", "deploy", "look", "main", "measure", "search", "sweep", "transfer"]
 
@@ -99,8 +99,10 @@ def _stop_behind(problem: BaseException) -> BaseException | None:
     """Return the ctrl-C or SIGTERM in whose handling an error was raised; None if there was none.
 
     A signal may come anywhere, also between two lines of a library that must both run: leaving a context of PyTorch's
-    then raises an error of its own.
+    then raises an error of its own, and compiled code may raise one that has no cause.
     """
+    if terminated():
+        return Terminated()
     seen: set[int] = set()
     behind: BaseException | None = problem
     while behind is not None and id(behind) not in seen:

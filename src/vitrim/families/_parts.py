@@ -208,6 +208,11 @@ def count(call: Any, x: Tensor) -> int:
     """Return the multiply-accumulates of ``call(x)``, counted by PyTorch."""
     try:
         return operations(lambda: call(x)) // 2
+    except AssertionError as problem:
+        raise AdoptError(
+            f"the model must take images of its own size, but says: {reason(problem)}; choose another img_size or "
+            "patch_size"
+        ) from None
     except RuntimeError as problem:
         raise AdoptError(
             f"stem and head must run on the meta device to be counted, but do not: {reason(problem)}; "

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["STOPS", "Terminated", "raising_terminated", "stopped"]
+__all__ = ["STOPS", "Terminated", "raising_terminated", "stopped", "terminated"]
 
 
 class Terminated(BaseException):
@@ -16,6 +16,18 @@ class Terminated(BaseException):
 
 STOPS: dict[int, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 """Signals that end a run, and what they raise."""
+
+
+_came: list[int] = []
+"""Signals that `raising_terminated` has raised in this process."""
+
+
+def terminated() -> bool:
+    """Return whether SIGTERM came inside `raising_terminated`, also where a library has lost the exception.
+
+    A signal may come while compiled code calls Python; some of it raises an error of its own then, without a cause.
+    """
+    return bool(_came)
 
 
 def stopped(number: int) -> BaseException:
@@ -38,8 +50,10 @@ def raising_terminated() -> Iterator[None]:
         if os.getpid() != owner:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+        _came.append(number)
         raise Terminated
 
+    _came.clear()
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
