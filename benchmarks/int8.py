@@ -3,8 +3,9 @@
     python benchmarks/int8.py WEIGHTS TRAIN TEST --out benchmarks/int8.jsonl
 
 WEIGHTS are those of timm's vit_tiny_patch16_224 (mean and std 0.5), TRAIN and TEST sources of ImageNet images. One
-line a row: a percentile that scales of activations cover, or `weights`; `xml` is OpenVINO. Then, on a quiet machine, the time of both files (one is kept by --keep, the other made by
-`vitrim export`): `vitrim bench float.onnx int8.onnx --runtimes onnxruntime,openvino`.
+line a row: a percentile that scales of activations cover, or `weights`; `xml` is OpenVINO. Then, on a quiet machine,
+the time of both files (one is kept by --keep, the other made by `vitrim export`):
+`vitrim bench float.onnx int8.onnx --runtimes onnxruntime,openvino`.
 """
 
 import argparse
