@@ -178,12 +178,12 @@ def read_only(name: str, root: Path, place: Path, moments: Iterable[float], say:
         if not moment:
             lock(0)
         ended = run(arguments, place / "told", lock if moment else None)
+        _set(place, "rw")
         why = None
         if ended.status == 0:
             fitted += 1
         else:
             why = ended.why_not_told()
-            _set(place, "rw")
             again = run(arguments, place / "told")
             if why is None and again.status:
                 why = f"writable again: {again.error[-400:]}"
