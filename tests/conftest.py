@@ -22,11 +22,15 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if not os.environ.get("VITRIM_WHOLE"):
+        whole = [item for item in items if item.get_closest_marker("whole")]
+        items[:] = [item for item in items if item not in set(whole)]
+        config.hook.pytest_deselected(items=whole)
 
 
 @pytest.fixture(autouse=True)

@@ -488,6 +488,7 @@ class TestGoingOn:
         with pytest.raises(RunError, match=r"head\.weight: the state to continue from must be of this model"):
             fit(model, data.train, Train(epochs=1, batch=16), input=data.input, seed=0, start=start)
 
+    @pytest.mark.whole
     def test_a_stopped_run_goes_on(self, tmp_path, monkeypatch):
         """Killed in the search or in the training after it, a run ends with the same bits."""
         store.save(adopt(timm_model("vit", "plain", torch.float32)), tmp_path / "parent.safetensors")

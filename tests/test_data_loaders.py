@@ -239,6 +239,7 @@ def test_a_damaged_picture_is_one_sentence_through_every_loader(workers):
             run()
 
 
+@pytest.mark.whole
 def test_an_epoch_of_digits_is_quick():
     loader = train_loader(split("digits", seed=0).train, Input(size=(32, 32)), Augment(), batch=64, seed=0)
     list(loader.epoch(0))

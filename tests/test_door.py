@@ -219,10 +219,10 @@ def test_most_names_are_welcome():
     said = [verdict(name) for name in candidates()]
     vits = [each for each in said if each is not None]
     welcome = [each for each in vits if not each.refusal]
-    assert len(vits) >= 200
+    assert len(vits) >= (200 if WHOLE else 90)
     assert len(welcome) >= 0.85 * len(vits)
     if timm.__version__ == "1.0.31":
-        assert len(welcome) >= 265
+        assert len(welcome) >= (265 if WHOLE else 85)
 
 
 def test_the_table_says_the_same():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import vitrim
-from tests.samples import digits
+from tests.samples import WHOLE, digits
 from tests.test_transfer import write_scenes
 from vitrim import methods
 from vitrim.cut.surgery import apply
@@ -25,7 +25,7 @@ from vitrim.train.widen import narrow_, widen_
 from vitrim.words.budget import Budget
 from vitrim.words.plain import load
 
-TYPES = (torch.float16, torch.bfloat16, torch.float64)
+TYPES = (torch.float16, torch.bfloat16, torch.float64) if WHOLE else (torch.bfloat16, torch.float64)
 SHORT = {"epochs": 0.5, "batch": 32, "augment": {"kind": "light"}, "mixup": 0, "cutmix": 0, "warmup_epochs": 0}
 QUICK: dict[str, Any] = {"train": SHORT, "trials": 3, "initial": 2}
 

@@ -53,7 +53,7 @@ def test_a_fixed_batch(suffix, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ("dead conv3-normed-norm grid-linear-sized merged top_k" if WHOLE else "conv3-normed-norm merged").split()
+    "kind", ("dead conv3-normed-norm grid-linear-sized merged top_k" if WHOLE else "merged").split()
 )
 def test_tensorrt_has_a_form_of_every_operator(kind, tmp_path):
     parent = families.adopt(families.get("vit").example(depth=2).eval())  # for a file takes as long as it has operators

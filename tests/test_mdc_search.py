@@ -447,6 +447,7 @@ sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 """
 
 
+@pytest.mark.whole
 def test_three_processes_share_a_search(tmp_path):
     """No trial lost or doubled, and each process ends with the same plan. Forked, for each import takes seconds."""
     from vitrim.deploy import store

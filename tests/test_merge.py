@@ -181,6 +181,7 @@ def test_what_cannot_be_merged_is_refused():
         blocks_of(child)[1][1](torch.zeros(1, 16, 49, dtype=torch.float64), is_causal=True)
 
 
+@pytest.mark.whole
 def test_merging_is_exported_with_static_counts(tmp_path):
     torch.manual_seed(0)
     parent = families.adopt(families.get("vit").example(depth=2).eval())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.samples import adopted, images, timm_model
+from tests.samples import WHOLE, adopted, images, timm_model
 from tests.tolerance import EXACT
 from vitrim import families, methods
 from vitrim.cut.fill import fill, quantiles
@@ -27,7 +27,12 @@ def small(family):
     return adopt(timm_model(family, FIRST[family], torch.float32))
 
 
-PAIRS = [pair for pair in itertools.product(methods.names(), families.names()) if pair != ("spvit", "swin_v2")]
+LONG = {("post_training", family) for family in ("beit", "relpos", "swin_v2")}
+PAIRS = [
+    pair
+    for pair in itertools.product(methods.names(), families.names())
+    if pair != ("spvit", "swin_v2") and (WHOLE or pair not in LONG)
+]
 
 
 @pytest.mark.parametrize(("name", "family"), PAIRS)

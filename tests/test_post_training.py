@@ -558,6 +558,7 @@ def test_fitted_neurons_are_never_worse(preset):
             place = walk.send([place.block(batch).detach() for batch in place.streams])
 
 
+@pytest.mark.whole
 def test_memory_is_bounded():
     """Per image: itself, token weights, and at most six streams of one block, whatever the depth."""
     spec = describe(adopted("vit", "plain"))

@@ -148,6 +148,7 @@ def test_weights_alone_take_a_byte_each(tmp_path):
     assert done.agreement == 100
 
 
+@pytest.mark.whole
 def test_a_segmentor_answers_for_each_pixel_and_without_a_test_split_the_calibration_images_tell(
     model, loaders, tmp_path
 ):

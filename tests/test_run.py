@@ -591,6 +591,7 @@ if WHOLE:
     ]
 
 
+@pytest.mark.whole
 def test_a_killed_run_ends_like_a_whole_one(tmp_path):
     recipe = asked(method={"name": "vit_slim", **SLIM}, train=SHORT)
     done = subprocess.run(

@@ -773,6 +773,7 @@ def test_a_run_ends_folded(inherit, teaching, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "levels"), [("vit", (1, 2, 3)), *([("swin", (2, 1, 3, 0))] if WHOLE else [])])
+@pytest.mark.whole
 def test_an_export_is_folded(family, levels, tmp_path):
     """A file holds plain layers alone, whether or not the model was folded before, and gives its logits."""
     torch.manual_seed(0)

@@ -413,6 +413,7 @@ def test_no_disk_space(file: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
+@pytest.mark.whole
 def test_a_file_that_may_not_grow(tmp_path: Path):
     """The operating system itself refuses in the middle of writing."""
     code = (

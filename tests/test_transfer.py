@@ -152,6 +152,7 @@ class TestSegmentor:
         with torch.no_grad():
             assert torch.equal(native(x), restored(x))
 
+    @pytest.mark.whole
     def test_exports_with_its_merges_folded(self, tmp_path):
         pytest.importorskip("onnxruntime")
         model = segmentor(vit(img_size=(24, 40), depth=3), 3, SMALL).eval()

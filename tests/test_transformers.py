@@ -571,7 +571,7 @@ def test_the_card_of_the_parent_states_its_licence(copied, tmp_path):
     (folder / "README.md").write_text("---\ntags: [x]\nlicense: apache-2.0\n---\n# Ants\n")
     compress(str(folder), method="magnitude", budget="macs=0.7", out=tmp_path / "run", measure={"latency": False})
     push.push(tmp_path / "run", "owner/ants", folder=tmp_path / "out")
-    assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8").startswith('---\nlicense: "apache-2.0"\n')
+    assert "\nlicense: apache-2.0\n" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_compress_takes_a_model_in_memory(folders):

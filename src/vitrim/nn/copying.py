@@ -44,6 +44,8 @@ def _module(module: Any, memo: dict[int, Any]) -> Any:
     memo[id(module)] = new
     attributes = vars(new)
     for name, value in vars(module).items():
+        if name == "_compiled_call_impl":
+            continue  # `nn.Module.__getstate__` leaves out what `compile` in place has made of the original
         if name == "_modules":
             attributes[name] = type(value)((key, _module(child, memo)) for key, child in value.items())
         elif type(value) in _ITSELF:
