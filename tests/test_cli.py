@@ -38,8 +38,8 @@ OPTIONS = {
     "channels epochs minutes recover calibration seed track preset set",
     "run": "recipe out track preset set",
     "pareto": "model data out test budgets weights weights-key random-weights image-size classes channels seed set",
-    "export": "model out opset batch as-stored int8 int8-weights data test weights weights-key random-weights image-size classes "
-    "channels set",
+    "export": "model out opset batch as-stored int8 int8-weights data test weights weights-key random-weights "
+    "image-size classes channels set",
     "released": "model weights out leaves fold",
     "push": "model repository license folder dry-run private revision also",
     "explain": "plan",
@@ -595,10 +595,10 @@ def test_a_wrong_request_as_a_process(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "told"),
-    [(signal.SIGINT, 130, "interrupted; "), (signal.SIGTERM, 143, "terminated; ")][: 2 if WHOLE else 1],
-)
+STOPPED = [(signal.SIGINT, 130, "interrupted; "), (signal.SIGTERM, 143, "terminated; ")]
+
+
+@pytest.mark.parametrize(("number", "code", "told"), STOPPED if WHOLE else STOPPED[:1])
 def test_a_stop_leaves_a_run_that_goes_on(number, code, told, files, tmp_path):
     weights = ["--weights", files / "weights.safetensors", "--set", ARGUMENTS]
     asked = ["test_vit", *weights, "--data", files / "images", "--method", "random", "--epochs", "5000", *QUICK]
