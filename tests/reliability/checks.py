@@ -217,8 +217,12 @@ def _set(place: Path, how: str) -> None:
     if how == "rw":
         subprocess.run(["umount", "-l", disk], check=True)
         return
-    subprocess.run(["mount", "--bind", disk, disk], check=True)
-    subprocess.run(["mount", "-o", "remount,bind,ro", disk], check=True)
+    for _ in range(1000):
+        subprocess.run(["mount", "--bind", disk, disk], check=True)
+        if subprocess.run(["mount", "-o", "remount,bind,ro", disk], capture_output=True).returncode == 0:
+            return
+        subprocess.run(["umount", "-l", disk], check=True)  # a file was opened for writing between the two
+    raise TimeoutError("the disk could not be made read-only")
 
 
 def _away(place: Path) -> None:
