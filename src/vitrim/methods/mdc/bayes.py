@@ -12,11 +12,13 @@ The study is the only state. The next proposal is a function of (seed, position 
 a search that was killed and resumed repeats the uninterrupted one, and any number of processes may share a study.
 """
 
+import contextlib
 import dataclasses
 import math
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +26,7 @@ import optuna
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from vitrim.cut.spend import Policies, Space, project, within
 from vitrim.methods.mdc.owners import own, without_owner
@@ -127,10 +130,15 @@ def _step(study: optuna.Study, space: Space, objective: Objective, trials: int, 
     """Run one trial: get a policy, measure it and store the value; return False if there is none left to measure."""
     turn = _Turn(space, objective)
     try:
-        study.optimize(turn, n_trials=1, catch=(_NothingLeft,))
+        with _heart_quiet():
+            study.optimize(turn, n_trials=1, catch=(_NothingLeft,))
     except BaseException as problem:
         if turn.problem is not None:
             raise turn.problem from None
+        lost = _of_storage(problem)
+        if lost is not None and lost is not problem:
+            # Where a trial cannot be told, Optuna ends with an assertion of its own that "should not be reached".
+            raise lost from lost.__cause__
         if not turn.lost(problem):
             if not isinstance(problem, Exception) and turn.number is not None:
                 study.tell(turn.number, state=TrialState.FAIL, skip_if_finished=True)
@@ -143,6 +151,32 @@ def _step(study: optuna.Study, space: Space, objective: Objective, trials: int, 
         return _place(study.get_trials(deepcopy=False), turn.number) >= trials
     told(turn.trial)
     return True
+
+
+@contextlib.contextmanager
+def _heart_quiet() -> Iterator[None]:
+    """Let the thread that beats for a trial end silently where the storage fails; the search meets the same error."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if arguments.exc_value is None or _of_storage(arguments.exc_value) is None:
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def _of_storage(problem: BaseException) -> Exception | None:
+    """Return the error of the storage that an error is or was raised after; None if there was none."""
+    behind: BaseException | None = problem
+    for _ in range(20):
+        if behind is None or isinstance(behind, optuna.exceptions.StorageInternalError | SQLAlchemyError):
+            return behind
+        behind = behind.__cause__ or behind.__context__
+    return None
 
 
 class _NothingLeft(Exception):

@@ -69,8 +69,9 @@ def open_study(url: str | None, name: str, identity: Mapping[str, str]) -> optun
     Raises:
         RunError: if the storage cannot be used, or the study is of another model or space.
     """
-    # A trial that fails is told by the error that it raises; Optuna would print its parameters, too.
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # A trial that fails is told by the error that it raises; Optuna would print its parameters, too, and the traceback
+    # of a storage that cannot be written.
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     if url is None:
         return optuna.create_study(study_name=name, direction="maximize")
     if f"{HIDDEN}@" in url:
