@@ -28,9 +28,9 @@ def pytest_collection_modifyitems(config, items):
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     if not os.environ.get("VITRIM_WHOLE"):
-        whole = [item for item in items if item.get_closest_marker("whole")]
-        items[:] = [item for item in items if item not in set(whole)]
-        config.hook.pytest_deselected(items=whole)
+        long = [item for item in items if item.get_closest_marker("whole")]
+        items[:] = [item for item in items if not item.get_closest_marker("whole")]
+        config.hook.pytest_deselected(items=long)
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ def same(a, b, seen=None):
         return list(a) == list(b) and all(same(a[key], b[key], seen) for key in a)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(same(x, y, seen) for x, y in zip(a, b, strict=True))
-    return a == b or a is b or vars(a).keys() == vars(b).keys()
+    return a == b or a is b or same(vars(a), vars(b), seen)
 
 
 @pytest.mark.parametrize(("family", "preset"), PRESETS)

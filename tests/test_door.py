@@ -50,7 +50,7 @@ HUGE = 40_000_000 if WHOLE else 4_000_000
 def candidates() -> list[str]:
     """Every name of a timm module that knows the class at all; it spares building a thousand other models.
 
-    Names of one module and patch size differ in width and depth, so every third stands for them.
+    Every third of them, or all with ``VITRIM_WHOLE``.
     """
     found = [name for name in timm.list_models() if _knows_vit(timm.model_entrypoint(name).__module__)]
     return found if WHOLE else found[::3]

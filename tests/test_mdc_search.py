@@ -345,6 +345,17 @@ class TestSearch:
         )
         assert not without_owner(study, study.trials[:2])
 
+    def test_a_storage_that_cannot_be_written_is_the_error(self, tmp_path, monkeypatch):
+        """Optuna ends with an assertion of its own where a trial cannot be told."""
+        study = open_study(f"sqlite:///{tmp_path / 'trials.db'}", "s", {})
+
+        def locked(*_, **__):
+            raise optuna.exceptions.StorageInternalError("attempt to write a readonly database")
+
+        monkeypatch.setattr(study._storage, "set_trial_state_values", locked)
+        with pytest.raises(optuna.exceptions.StorageInternalError, match="readonly"):
+            self.run(study, alone=False)
+
     def test_a_flat_objective(self):
         trials = self.run(self.memory(), objective=lambda _: (1.0, {}))
         assert len({few().realised(t.policy[None]).tobytes() for t in trials}) == 9

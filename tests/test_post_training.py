@@ -565,8 +565,8 @@ def test_memory_is_bounded():
     model = adopt(timm_model("vit", "plain", torch.float32))
     image, stream = 4 * 3 * 32 * 32, 4 * 17 * 48
     peaks, cpu = [], [torch.profiler.ProfilerActivity.CPU]
-    for count in (4, 8):
-        x = [part.float() for part in images(spec, count).split(2)]
+    for count in (10, 20):
+        x = [part.float() for part in images(spec, count).split(5)]
         worth = importances(model, x, seed=0)
         with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as watched:
             compensated(model, narrow(spec), x, worth, alpha=0.3)
@@ -574,4 +574,4 @@ def test_memory_is_bounded():
         sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
         peaks.append(max(itertools.accumulate(sizes)))
     assert peaks[0] > 0
-    assert peaks[1] - peaks[0] <= 4 * (image + 6 * stream)
+    assert peaks[1] - peaks[0] <= 10 * (image + 6 * stream)

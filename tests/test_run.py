@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vitrim
 from tests.conftest import HANGS
-from tests.samples import WHOLE
 from vitrim.run import job, log
 from vitrim.run.machine import on_machine
 from vitrim.run.pipeline import Result, compress, run
@@ -577,18 +576,15 @@ print(json.dumps(codes))
 MOMENTS = [
     "rename recipe.toml",
     "step search 3",
+    "rename plan.json",
     "rename cut.safetensors",
     "step train 3",
+    "rename train-00000004.safetensors",
+    "rename model.safetensors",
     "rename measured.json",
+    "rename report.html",
     "ctrl-C",
 ]
-if WHOLE:
-    MOMENTS += [
-        "rename plan.json",
-        "rename train-00000004.safetensors",
-        "rename model.safetensors",
-        "rename report.html",
-    ]
 
 
 @pytest.mark.whole

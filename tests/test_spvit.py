@@ -9,7 +9,7 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from tests.samples import PRESETS, WHOLE, adopted, apart, images, timm_model, without_data
+from tests.samples import PRESETS, adopted, apart, images, timm_model, without_data
 from tests.tolerance import EXACT
 from vitrim import families, methods
 from vitrim.cut.surgery import apply, fold
@@ -772,8 +772,8 @@ def test_a_run_ends_folded(inherit, teaching, tmp_path):
     assert counted(again.model) == cost_of(describe(again.model))
 
 
-@pytest.mark.parametrize(("family", "levels"), [("vit", (1, 2, 3)), *([("swin", (2, 1, 3, 0))] if WHOLE else [])])
 @pytest.mark.whole
+@pytest.mark.parametrize(("family", "levels"), [("vit", (1, 2, 3)), ("swin", (2, 1, 3, 0))])
 def test_an_export_is_folded(family, levels, tmp_path):
     """A file holds plain layers alone, whether or not the model was folded before, and gives its logits."""
     torch.manual_seed(0)

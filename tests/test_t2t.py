@@ -209,6 +209,17 @@ def test_timm_builds_feature_backbones():
     assert [tuple(each.shape) for each in backbone(torch.zeros(1, 3, 32, 32))] == [(1, 256, 2, 2)] * 2
 
 
+@pytest.mark.whole
+def test_compile_and_export():
+    model: Any = adopt(small())
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert apart(compiled(x), model(x)) < SINGLE
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+        assert apart(exported(x[:2]), model(x[:2])) < SINGLE
+
+
 def test_it_compiles_whole():
     model: Any = adopt(small())
     x = torch.randn(3, 3, 32, 32)

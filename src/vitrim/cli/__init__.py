@@ -4,26 +4,25 @@ Exit 0: done. Exit 1: a bug in vitrim. Exit 2: a wrong request, or a full disk o
 Exit 130: ctrl-C. Exit 143: SIGTERM.
 
 Packages are imported inside the commands that use them, so that `vitrim explain` finishes before torch would have been
-imported. Each command is in the file of its kind and is registered with `app` from `shared`; a command of `look` is run
-without the other files.
+imported. Each command is in the file of its kind and is registered with `app` from `shared`.
 """
 
 import errno
-import gc
-import importlib
 import os
 import signal
 import sys
 import warnings
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from vitrim import __version__
-from vitrim.cli import shared
+from vitrim.cli import compress, curve, deploy, look, measure, search, sweep, transfer
+from vitrim.cli.shared import app
 from vitrim.words import launched
+from vitrim.words.chain import behind
 from vitrim.words.errors import VitrimError
 from vitrim.words.parsing import shown
 from vitrim.words.plain import reason
@@ -31,11 +30,8 @@ from vitrim.words.private import hide_passwords
 from vitrim.words.shorten import shortened
 from vitrim.words.stopping import Terminated, raising_terminated, terminated
 
-__all__ = ["main"]
+__all__ = ["app", "compress", "curve", "deploy", "look", "main", "measure", "search", "sweep", "transfer"]
 
-_FILES = ("compress", "curve", "deploy", "look", "measure", "search", "sweep", "transfer")
-_LOOKING = frozenset({"explain", "methods", "recipes", "report"})
-"""Commands of `look`. Registering the others takes Typer longer than ``vitrim explain`` takes for its own work."""
 _INTERRUPTED, _TERMINATED, _PIPE_CLOSED = 130, 143, 141
 """Exit codes by the convention of shells: 128 and the number of the signal. Typer returns the first for ctrl-C."""
 
@@ -49,33 +45,13 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@shared.app.callback()
+@app.callback()
 def _start(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
-
-
-def __getattr__(name: str) -> Any:
-    """Return the files, and `app` with the commands of all of them."""
-    if name == "app":
-        for file in _FILES:
-            importlib.import_module(f"vitrim.cli.{file}")
-        return shared.app
-    if name in _FILES:
-        return importlib.import_module(f"vitrim.cli.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _app(command: str) -> Any:
-    """Return the application, with the files that a command needs."""
-    if command not in _LOOKING:
-        gc.enable()  # `vitrim.__main__` turns it off
-        return sys.modules[__name__].app
-    importlib.import_module("vitrim.cli.look")
-    return shared.app
 
 
 def main() -> None:
@@ -89,7 +65,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         with raising_terminated():
-            code = _app(asked[0])(args=asked, prog_name="vitrim", standalone_mode=False)
+            code = app(args=asked, prog_name="vitrim", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except Terminated as problem:
@@ -128,14 +104,7 @@ def _stop_behind(problem: BaseException) -> BaseException | None:
     """
     if terminated():
         return Terminated()
-    seen: set[int] = set()
-    behind: BaseException | None = problem
-    while behind is not None and id(behind) not in seen:
-        if isinstance(behind, KeyboardInterrupt | Terminated):
-            return behind
-        seen.add(id(behind))
-        behind = behind.__cause__ or behind.__context__
-    return None
+    return next((each for each in behind(problem) if isinstance(each, KeyboardInterrupt | Terminated)), None)
 
 
 def _terminated(problem: BaseException) -> NoReturn:

@@ -57,7 +57,7 @@ def export(
     int8: Annotated[
         bool,
         typer.Option(
-            "--int8", help="Quantize weights and activations to eight bits, calibrated on --data; .onnx, .xml."
+            "--int8", help="Quantize weights and activations to eight bits, calibrated on --data; .onnx, .xml, .pte."
         ),
     ] = False,
     int8_weights: Annotated[

@@ -125,9 +125,11 @@ def _place(folder: Path | None) -> Iterator[Path]:
         place.mkdir()
         try:
             yield place
-            if target.exists():
-                target.rmdir()
-            place.rename(target)
+            if target.exists():  # it may be the current folder of a shell
+                for path in place.iterdir():
+                    path.rename(target / path.name)
+            else:
+                place.rename(target)
         finally:
             shutil.rmtree(place, ignore_errors=True)
     except BaseException as problem:

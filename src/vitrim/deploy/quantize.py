@@ -1,18 +1,18 @@
-"""Write eight-bit files for ONNX Runtime and OpenVINO with ONNX Runtime's quantizers, and measure their accuracy.
+"""Write eight-bit files with the quantizers of their runtimes, and measure their accuracy.
 
 B images, C channels, (h, w) height and width of the input.
 
-Static quantization: weights become int8, with one scale per output channel. Activations become uint8, with one scale
-per tensor, wide enough for 99.99 % of the activations on the calibration images: LayerNorm leaves a few channels with
-outliers, and a scale that covered them would waste most of its steps (`benchmarks/int8.py` has the comparison). Only
-products with weights are quantized (linear layers and convolutions). Products of two activations (queries with keys,
-attention with values), softmax, norms and GELU stay in float32, because they are few of the multiply-accumulates. The
-file contains QDQ pairs (QuantizeLinear, DequantizeLinear), which ONNX Runtime and OpenVINO each fuse in their own way.
-TensorRT takes only zero points of 0, which these activations do not have.
+Static quantization, of ONNX Runtime: weights become int8, with one scale per output channel. Activations become uint8,
+with one scale per tensor, wide enough for 99.99 % of the activations on the calibration images: LayerNorm leaves a few
+channels with outliers, and a scale that covered them would waste most of its steps (`benchmarks/int8.py` has the
+comparison). Only products with weights are quantized (linear layers and convolutions). Products of two activations
+(queries with keys, attention with values), softmax, norms and GELU stay in float32, because they are few of the
+multiply-accumulates. The file contains QDQ pairs (QuantizeLinear, DequantizeLinear), which ONNX Runtime and OpenVINO
+each fuse in their own way. TensorRT takes only zero points of 0, which these activations do not have.
 
 Of weights alone: each 64 weights of a row of a linear layer share one scale (ONNX Runtime's `MatMulNBits`), and
-activations stay in float32. The file is as small, the answers are nearly the float model's, and no image is needed to
-calibrate; the time is about that of the float model. The classifier stays in float32.
+activations stay in float32, as does the classifier. The answers are nearly the float model's, and no image is needed to
+calibrate.
 
 An OpenVINO model (``.xml``) is converted from the ONNX file. ExecuTorch (``.pte``) has the quantizer of XNNPACK: int8
 activations with one scale per tensor, or, where weights alone are asked for, with one scale per token that is computed
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from vitrim.cut.outputs import as_classes, gives_values
 from vitrim.deploy.export import OPSET, beside, check_target, export, files_of, program_of
 from vitrim.deploy.quiet import quiet
-from vitrim.deploy.writers import LOGGERS, WRITERS, Program, need, onnx_session, openvino_session
+from vitrim.deploy.writers import LOGGERS, WRITERS, Program, as_openvino, coreml_session, need, onnx_session
 from vitrim.families import describe
 from vitrim.nn.modes import evaluating
 from vitrim.words.errors import DataError, ExportError, VitrimError
@@ -171,7 +171,7 @@ def quantize(
         size = sum(each.stat().st_size for each in files_of(part))
     return Quantized(
         path=str(file),
-        opset=opset if kind == ".onnx" else None,
+        opset=opset if file.suffix == ".onnx" else None,
         weights_only=weights_only,
         bytes=size,
         bytes_before=before.bytes,
@@ -268,9 +268,12 @@ def _for_executorch(program: Program, part: Path, held: Sequence[Any], weights_o
             ready(torch.from_numpy(image[None]))
     with torch.no_grad():
         again = torch.export.export(steps.convert_pt2e(ready), tuple(example))
-    runtime, run = WRITERS[".pte"].write(again, part, 0)
-    assert run is not None
-    return runtime, lambda images: torch.cat([run(image[None]) for image in images])
+    return _one_by_one(*WRITERS[".pte"].write(again, part, 0))
+
+
+def _one_by_one(runtime: str, run: Callable[[Tensor], Tensor] | None) -> _Written:
+    """Return the same for any number of images, of a file that takes one."""
+    return runtime, None if run is None else lambda images: torch.cat([run(image[None]) for image in images])
 
 
 def _for_coreml(source: Path, part: Path) -> _Written:
@@ -281,16 +284,7 @@ def _for_coreml(source: Path, part: Path) -> _Written:
     model = coremltools.models.MLModel(str(source), skip_model_load=platform.system() != "Darwin")
     written = optimize.linear_quantize_weights(model, config)
     written.save(str(part))
-    version = f"coremltools {coremltools.__version__}"
-    if platform.system() != "Darwin":
-        return version, None
-    name = written.get_spec().description.input[0].name
-
-    def run(images: Tensor) -> Tensor:
-        outs = [next(iter(written.predict({name: image[None].numpy()}).values())) for image in images]
-        return torch.cat([torch.from_numpy(out) for out in outs])
-
-    return version, run
+    return _one_by_one(*coreml_session(written))
 
 
 def _placed(source: Path, part: Path, threads: int | None) -> _Written:
@@ -298,10 +292,7 @@ def _placed(source: Path, part: Path, threads: int | None) -> _Written:
     if part.suffix != ".xml":
         shutil.copyfile(source, part)
         return onnx_session(part, threads)
-    import openvino
-
-    openvino.save_model(openvino.convert_model(source), part, compress_to_fp16=False)
-    return openvino_session(part, threads)
+    return as_openvino(source, part, threads)
 
 
 def _weights_quantized(source: Path, target: Path) -> None:

@@ -26,6 +26,8 @@ __all__ = [
     "Opened",
     "Program",
     "Writer",
+    "as_openvino",
+    "coreml_session",
     "executorch_session",
     "need",
     "onnx_session",
@@ -141,13 +143,18 @@ def onnx_session(path: Path, threads: int | None = None) -> tuple[str, Callable[
 
 
 def _openvino(program: Program, part: Path, opset: int) -> Opened:
-    import openvino
-
     with tempfile.TemporaryDirectory(prefix="vitrim-") as folder:
         file = Path(folder) / "model.onnx"
         _onnx(program, file, opset)
-        openvino.save_model(openvino.convert_model(file), part, compress_to_fp16=False)
-    return Opened(*openvino_session(part))
+        return Opened(*as_openvino(file, part))
+
+
+def as_openvino(source: Path, part: Path, threads: int | None = None) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """Write an ONNX file as an OpenVINO model, and open that; see `openvino_session`."""
+    import openvino
+
+    openvino.save_model(openvino.convert_model(source), part, compress_to_fp16=False)
+    return openvino_session(part, threads)
 
 
 def openvino_session(path: Path, threads: int | None = None) -> tuple[str, Callable[[Tensor], Tensor]]:
@@ -242,15 +249,20 @@ def _coreml(program: Program, part: Path, opset: int) -> Opened:
                 f"every operator must have a Core ML form, but coremltools says: {reason(problem)}; please report it"
             ) from problem
         model.save(str(part))
-    version = f"coremltools {coremltools.__version__}"
+    return Opened(*coreml_session(model))
+
+
+def coreml_session(model: Any) -> tuple[str, Callable[[Tensor], Tensor] | None]:
+    """Return the version of coremltools, and a function from images to logits; None elsewhere than on macOS."""
+    version = f"coremltools {importlib.metadata.version('coremltools')}"
     if platform.system() != "Darwin":
-        return Opened(version, None)
+        return version, None
     name = model.get_spec().description.input[0].name
 
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(next(iter(model.predict({name: images.numpy()}).values())))
 
-    return Opened(version, run)
+    return version, run
 
 
 _ONNX = ("onnx", "onnxscript", "onnxruntime")

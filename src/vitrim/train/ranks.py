@@ -21,6 +21,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from vitrim.words import launched
+from vitrim.words.chain import behind
 from vitrim.words.errors import RecipeError, RunError, VitrimError
 from vitrim.words.plain import reason
 from vitrim.words.stopping import Terminated
@@ -211,13 +212,11 @@ def losing() -> Iterator[None]:
 
 def lost_before(problem: BaseException) -> LostError | None:
     """Return the loss of another process that this one was handling when `problem`, such as a SIGTERM, came."""
-    context = problem.__context__
-    while context is not None:
-        if isinstance(context, LostError):
-            return context
-        if isinstance(context, RuntimeError) and _is_lost(context):
-            return LostError(_lost(context))
-        context = context.__context__
+    for each in behind(problem):
+        if isinstance(each, LostError):
+            return each
+        if isinstance(each, RuntimeError) and _is_lost(each):
+            return LostError(_lost(each))
     return None
 
 

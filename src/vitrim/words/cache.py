@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import platformdirs
+
 __all__ = ["cache_folder"]
 
 
@@ -12,6 +14,4 @@ def cache_folder(variable: str) -> Path:
     On Linux that is ``~/.cache/vitrim``, on macOS ``~/Library/Caches/vitrim``, on Windows ``vitrim`` and ``Cache``
     below the user's local application data.
     """
-    import platformdirs
-
     return Path(os.environ.get(variable) or platformdirs.user_cache_path("vitrim", appauthor=False)).expanduser()

@@ -31,6 +31,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from vitrim.cut.spend import Policies, Space, project, within
 from vitrim.methods.mdc.owners import own, without_owner
 from vitrim.methods.mdc.policy import mutate, sample
+from vitrim.words.chain import behind
 from vitrim.words.errors import MethodError
 
 __all__ = ["Objective", "Proposal", "Trial", "best_of", "drop_unfinished", "search", "trials_of"]
@@ -135,10 +136,10 @@ def _step(study: optuna.Study, space: Space, objective: Objective, trials: int, 
     except BaseException as problem:
         if turn.problem is not None:
             raise turn.problem from None
-        lost = _of_storage(problem)
-        if lost is not None and lost is not problem:
+        failed = _of_storage(problem)
+        if failed is not None and failed is not problem:
             # Where a trial cannot be told, Optuna ends with an assertion of its own that "should not be reached".
-            raise lost from lost.__cause__
+            raise failed from failed.__cause__
         if not turn.lost(problem):
             if not isinstance(problem, Exception) and turn.number is not None:
                 study.tell(turn.number, state=TrialState.FAIL, skip_if_finished=True)
@@ -171,12 +172,8 @@ def _heart_quiet() -> Iterator[None]:
 
 def _of_storage(problem: BaseException) -> Exception | None:
     """Return the error of the storage that an error is or was raised after; None if there was none."""
-    behind: BaseException | None = problem
-    for _ in range(20):
-        if behind is None or isinstance(behind, optuna.exceptions.StorageInternalError | SQLAlchemyError):
-            return behind
-        behind = behind.__cause__ or behind.__context__
-    return None
+    kinds = optuna.exceptions.StorageInternalError | SQLAlchemyError
+    return next((each for each in behind(problem) if isinstance(each, kinds)), None)
 
 
 class _NothingLeft(Exception):
