@@ -18,7 +18,8 @@ from vitrim.families import adopt, describe
 from vitrim.families.vit import example
 from vitrim.measure import counted
 from vitrim.methods import cait
-from vitrim.methods.cait.masks import Channels, free_axes, merge_plan, ramped
+from vitrim.methods._ramp import ramped
+from vitrim.methods.cait.masks import Channels, free_axes, merge_plan
 from vitrim.methods.cait.slots import Rules, allocate_slots, ladders_of, plan_of
 from vitrim.run.pipeline import run
 from vitrim.run.recipe import Recipe, read_recipe

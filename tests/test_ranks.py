@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import HANGS
 from tests.steps import SETTINGS, check_draws, check_step, step, take
-from vitrim import cli, cost
+from vitrim import cli, cost, train
 from vitrim.measure import Latency
 from vitrim.run import cutting, pipeline
 from vitrim.run.recipe import Recipe, write_recipe
@@ -134,6 +134,20 @@ class Script:
 
         patch.setattr(Loop, "_report", report)
 
+    def evaluate(self, model):
+        """Measure a stored model, on all pictures and, with its own argument, on those of this process."""
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = "evaluate"
+        found, real = [], train.evaluate
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                train, "evaluate", lambda net, loader, **how: found.append(
+                    (real(net, loader).count, real(net, loader, **how))
+                ) or found[-1][1]
+            )  # fmt: skip
+            code, errors, _ = command("evaluate", model, "--data", self.pictures)
+        ((own, whole),) = found
+        self.told["evaluate"] = {"code": code, "errors": errors, "own": own, "count": whole.count, "top1": whole.top1}
+
     def main(self):
         for name in METHODS:
             self.do(name, recipe=recipe(self.pictures, name))
@@ -160,6 +174,7 @@ class Script:
         self.do("others", recipe=recipe(here))
         unreachable = {"name": "mdc", "storage": f"sqlite:///{self.root}/no/folder.db"}
         self.do("storage", recipe=recipe(self.pictures, "mdc", method=unreachable))
+        self.evaluate(self.root / "taylor-0" / "model.safetensors")
         (self.root / f"told-{self.number}.json").write_text(json.dumps(self.told))
 
 
@@ -281,6 +296,16 @@ def check_refused(told, name):
     assert not told[1][name]["folder"]
 
 
+def check_evaluation(told):
+    """Each process measured a part of the pictures, and both know what the run of this model had measured on all."""
+    first, second = (each["evaluate"] for each in told)
+    assert (first["code"], second["code"]) == (None, None)
+    assert (first["own"], second["own"]) == (10, 11)
+    assert (first["count"], second["count"]) == (21, 21)
+    assert first["top1"] == second["top1"] == told[0]["taylor"]["top1"]
+    assert second["errors"] == ""
+
+
 def test_two_processes_do_what_one_does(tmp_path):
     draw(tmp_path / "pictures")
     label = draw(tmp_path / "others") / "train"
@@ -294,6 +319,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     check_shared_policies(tmp_path)
     check_mixed_precision(tmp_path, told)
     check_signal(tmp_path, told)
+    check_evaluation(told)
     for name in REFUSED:
         check_refused(told, name)
     assert (tmp_path / "sweep-0" / "magnitude_macs=0.6_seed=0" / "report.html").is_file()

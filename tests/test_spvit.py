@@ -839,7 +839,7 @@ def test_a_search_stops_at_the_first_epoch_that_meets_its_budget():
     model = adopt(timm_model("vit", "plain", torch.float32))
     train = {**SHORT, "epochs": 12, "drop_path": None, "lr": 1e-4}
     records = []
-    settings = {"train": train, "gate_lr": 0.15, "first": 50.0}
+    settings = {"train": train, "gate_lr": 0.15, "first": 50.0, "closing": "penalty"}
     found = methods.get("spvit", settings).search(
         model, digits(model), Budget.parse("macs=0.6"), seed=0, log=records.append
     )

@@ -18,10 +18,12 @@ from vitrim.families import adopt, describe
 from vitrim.methods import spvit
 from vitrim.methods.spvit import gates, planning
 from vitrim.methods.spvit.fitted import fits, start_
+from vitrim.methods.spvit.planning import as_evaluated, planned
 from vitrim.methods.spvit.prices import prices
 from vitrim.methods.spvit.released import open_released
 from vitrim.methods.spvit.search import SinglePath, layout
 from vitrim.testing import SHORT, digits
+from vitrim.train import steps_of
 from vitrim.words.budget import SLACK, Budget
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import MethodError
@@ -234,7 +236,7 @@ def test_it_stops_within_an_epoch():
     """The budget is looked at every five steps, and gates that start apart do not run far past it in these."""
     model = adopt(timm_model("vit", "plain", torch.float32))
     train, steps = {**SHORT, "epochs": 100, "drop_path": None, "batch": 4, "log_every": 1}, []
-    settings = {"train": train, "gate_lr": 0.1, "first": 500.0, "init": "closed_form"}
+    settings = {"train": train, "gate_lr": 0.1, "first": 500.0, "init": "closed_form", "closing": "penalty"}
     found = methods.get("spvit", settings).search(
         model, digits(model), Budget.parse("macs=0.6"), seed=0, log=lambda record: steps.append(record["step"])
     )
@@ -242,6 +244,36 @@ def test_it_stops_within_an_epoch():
     assert (max(steps) + 1) % 5 == 0
     assert (max(steps) + 1) % 16
     assert 0.5 < found.trials[0]["macs_of_gates"] / cost_of(describe(model)).macs <= 0.6
+
+
+@pytest.mark.parametrize("init", ["published", "closed_form"])
+def test_a_ramp_closes_gates_while_it_trains(init):
+    """The structure costs less and less, meets the budget at 0.8 of the search, and stays there."""
+    model = adopt(timm_model("vit", "plain", torch.float32))
+    spec, budget = describe(model), Budget.parse("macs=0.6")
+    costs: list[float] = []
+    method = methods.get("spvit", {"train": {**SHORT, "epochs": 5, "drop_path": None}, "init": init})
+    ramp = method._ramp
+
+    def watched(spec, how, budget, steps, start):
+        after = ramp(spec, how, budget, steps, start)
+
+        def both(single, step):
+            after(single, step)
+            levels, neurons = as_evaluated(single)
+            costs.append(cost_of(folded(planned(spec, how, levels, neurons).child(spec))).macs / cost_of(spec).macs)
+
+        return both
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(method), "_ramp", lambda _, *args: watched(*args))
+        found = method.search(model, digits(model), budget, seed=0)
+    count = len(costs)
+    assert count == steps_of(digits(model).train, method.train, digits(model).input)
+    assert costs[0] == 1
+    assert 0.7 < costs[count // 4] < 0.98
+    assert max(costs[math.ceil(0.8 * count) :]) <= 0.6
+    assert 0.98 * 0.6 <= cost_of(folded(found.plan.child(spec))).macs / cost_of(spec).macs <= 0.6
 
 
 class TestReading:

@@ -35,7 +35,7 @@ __all__ = ["app", "compress", "curve", "deploy", "look", "main", "measure", "sea
 _INTERRUPTED, _TERMINATED, _PIPE_CLOSED = 130, 143, 141
 """Exit codes by the convention of shells: 128 and the number of the signal. Typer returns the first for ctrl-C."""
 
-_TOGETHER = {"compress", "pareto", "run", "search", "sweep", "transfer"}
+_TOGETHER = {"compress", "evaluate", "pareto", "run", "search", "sweep", "transfer"}
 """Commands that all processes of a launcher do together; the first one does any other alone."""
 
 

@@ -43,19 +43,22 @@ def evaluate(
     set_: Settings = None,
 ) -> None:
     """Measure the top-1 accuracy of a model, or the mean IoU of a segmentation model on the scenes of --data."""
-    import torch
-
     from vitrim import measure
     from vitrim.data import Input, eval_loader
     from vitrim.deploy.parent import open_parent
     from vitrim.families import describe
+    from vitrim.nn.weights import fingerprint
     from vitrim.report.tables import percent
     from vitrim.run.images import open_test
+    from vitrim.run.machine import device_of
     from vitrim.run.recipe import DataRecipe, ModelRecipe, merged, overrides
     from vitrim.run.remarks import chance_of, standard_error, why_at_chance
     from vitrim.train import evaluate as evaluate_model
+    from vitrim.train import ranks
+    from vitrim.train.leading import check_alike
     from vitrim.words.plain import dump
 
+    ranks.join()
     asked = {
         "model": model_table(model, weights, weights_key, random_weights, image_size, classes, channels),
         "data": {"test": data},
@@ -71,11 +74,13 @@ def evaluate(
         scored(net, model, data, source)
         return
     chosen = {key: value for key in ("mean", "std") if (value := getattr(source, key)) is not None}
-    net = net.to("cuda" if torch.cuda.is_available() else "cpu")
+    net = net.to(device_of("auto"))
     input = Input.of(net, **chosen)
     images = open_test(source, data, model=net, input=input, classes=spec.classes, say=say)
-    place = next(net.parameters()).device
-    found = evaluate_model(net, eval_loader(images, input, workers="auto", device=place))
+    if ranks.count() > 1:
+        check_alike({"model": fingerprint(net), "images": images.fingerprint()})
+    place, mine = next(net.parameters()).device, ranks.part(len(images))
+    found = evaluate_model(net, eval_loader(images, input, workers="auto", device=place, places=mine), shared=True)
     error = standard_error(found.top1, found.count)
     cost = measure.cost(spec)
     rows = [

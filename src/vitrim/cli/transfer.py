@@ -82,15 +82,14 @@ def scenes_of(source: str, recipe: Any, split: str | None = None) -> Any:
 
 def scored(net: Any, name: str, data: str, over: Any) -> None:
     """Measure a stored segmentation model with its recipe's settings, and print a row for each class."""
-    import torch
-
     from vitrim.report import class_table
+    from vitrim.run.machine import device_of
     from vitrim.run.transfer import score
     from vitrim.run.transfer.score import by_class
 
     recipe, input = written_by(net, name, over)
     scenes = scenes_of(data, recipe)
-    found, _ = score(net.to("cuda" if torch.cuda.is_available() else "cpu"), scenes, input, recipe.test)
+    found, _ = score(net.to(device_of("auto")), scenes, input, recipe.test, shared=True)
     rows = [[name, f"{found.miou:.2f} %", f"{found.accuracy:.2f} %", str(found.scenes)]]
     show_table("", ["model", "mean IoU", "pixel accuracy", "scenes"], rows)
     table = class_table(by_class(found, scenes.names, [""] * scenes.classes))

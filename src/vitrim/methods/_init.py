@@ -1,15 +1,17 @@
-"""What a search starts from: the losses of closed forms on the calibration images."""
+"""What closed forms give a search: channels in the order of their value, losses, and weights for what it found."""
 
-from torch import nn
+from torch import Tensor, nn
 
+from vitrim.cut.compensate import recovered, turned
 from vitrim.cut.compensate.losses import Removal, removals
 from vitrim.data import eval_loader
 from vitrim.families import blocks_of
 from vitrim.methods._contract import Data
 from vitrim.words.errors import MethodError
+from vitrim.words.plan import Plan
 from vitrim.words.progress import progress
 
-__all__ = ["closed_form"]
+__all__ = ["closed_form", "compensation", "in_order"]
 
 
 def closed_form(model: nn.Module, data: Data, seed: int) -> dict[str, Removal]:
@@ -18,8 +20,35 @@ def closed_form(model: nn.Module, data: Data, seed: int) -> dict[str, Removal]:
     Raises:
         MethodError: if there are no calibration images.
     """
-    if data.calibration is None:
-        raise MethodError("init=closed_form must have calibration images, but there are none; give data.calibration")
-    images = [x for x, _ in eval_loader(data.calibration, data.input, batch=32)]
+    images = _images(data)
     with progress("closed forms", len(blocks_of(model))) as advance:
         return removals(model, images, seed=seed, advance=advance)
+
+
+def in_order(model: nn.Module, data: Data, seed: int) -> nn.Module:
+    """Return a copy of `model` with the channels of each head in order, see `vitrim.cut.compensate.turned`.
+
+    Raises:
+        MethodError: if there are no calibration images.
+    """
+    images = _images(data)
+    with progress("channels in order", len(blocks_of(model))) as advance:
+        return turned(model, images, seed=seed, advance=advance)
+
+
+def compensation(parent: nn.Module, plan: Plan, data: Data, seed: int) -> dict[str, Tensor]:
+    """Return the weights that compensate for a plan in closed form, see `vitrim.cut.compensate.recovered`.
+
+    They are none if the plan cuts the residual width, for which there is no closed form.
+    """
+    if any(stage.width is not None for stage in plan.stages):
+        return {}
+    images = _images(data)
+    with progress("compensation", len(plan.blocks())) as advance:
+        return recovered(parent, plan, images, seed=seed, advance=advance)
+
+
+def _images(data: Data) -> list[Tensor]:
+    if data.calibration is None:
+        raise MethodError("init=closed_form must have calibration images, but there are none; give data.calibration")
+    return [x for x, _ in eval_loader(data.calibration, data.input, batch=32)]

@@ -6,6 +6,7 @@ from vitrim.cut.compensate.hear import arriving, passed, resumed
 from vitrim.cut.compensate.importance import Importance, importances
 from vitrim.cut.compensate.neurons import NeuronCut
 from vitrim.cut.compensate.place import BlockChoice, Place
+from vitrim.cut.compensate.turned import turned
 from vitrim.cut.compensate.walk import Walk, compensated, cut_block, recovered
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "passed",
     "recovered",
     "resumed",
+    "turned",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vitrim.cut.compensate.closed_form import (
     Moments,
+    balanced,
     directions,
     least_squares_queries,
     query_key_maps,
@@ -69,6 +70,23 @@ class AttentionCut:
         mixer = self.node.of(alive, widths, [len(rows) for rows in heads.v])
         fields: Fields = {"qk": self._with_dead_heads(alive, qk, widths), "v": kept}
         return mixer, fields, heads.state() | self._biases(alive)
+
+    def turned(self) -> State:
+        """Return parameters of the same function whose channels are ordered in each head, the most valuable first.
+
+        Queries and keys are rotated into the directions that matter for their products, and values into those that
+        matter for the output, see `directions` and `value_map`. What a norm or a rotation by position ties stays.
+        """
+        heads, form = self.heads, self.place.block.form
+        if not form.ties_qk:
+            bases = [torch.linalg.qr(best)[0] for best in self.directions]
+            turned = [[basis.mT @ old for basis, old in zip(bases, part, strict=True)] for part in (heads.q, heads.k)]
+            heads = replace(heads, q=turned[0], k=turned[1])
+        if form.mixed_norm is None:
+            values = [new.mT @ old for (new, _), old in zip(self.value_maps, heads.v, strict=True)]
+            values, columns = self._balanced(heads, values, [columns for _, columns in self.value_maps])
+            heads = replace(heads, v=values, proj=columns)
+        return heads.state()
 
     @functools.cached_property
     def heads(self) -> Heads:
@@ -217,8 +235,23 @@ class AttentionCut:
         bias = None if heads.bias is None else moments.target - weight @ (both.mT @ moments.mean)
         values = [new.mT @ old for new, old in zip(maps, heads.v, strict=True)]
         new_sizes = tuple(new.shape[1] for new in maps)
-        made = replace(heads, v=values, proj=list(torch.split(weight, list(new_sizes), dim=1)), bias=bias)
+        columns = list(torch.split(weight, list(new_sizes), dim=1))
+        if bases:
+            values, columns = self._balanced(heads, values, columns)
+        made = replace(heads, v=values, proj=columns, bias=bias)
         return made, self._with_dead_heads(alive, widths, new_sizes)
+
+    def _balanced(self, heads: Heads, values: list[Tensor], columns: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return values and columns whose channels have norms in the parent's ratio."""
+        last = values[0].shape[1] - heads.biased
+        factors = [
+            balanced(new[:, :last], after, float(old_after.norm() / old[:, :last].norm().clamp_min(1e-30)) or 1.0)
+            for new, after, old, old_after in zip(values, columns, heads.v, heads.proj, strict=True)
+        ]
+        return (
+            [new / factor[:, None] for new, factor in zip(values, factors, strict=True)],
+            [after * factor for after, factor in zip(columns, factors, strict=True)],
+        )
 
     def _with_dead_heads(self, alive: Kept, widths: Widths, sizes: tuple[int, ...]) -> tuple[Kept, ...]:
         """Return the kept channels of each head of the parent; channels of a new basis are given as the first ones."""

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitrim.cut.compensate.closed_form import Moments, low_rank_fit
+from vitrim.cut.compensate.closed_form import Moments, balanced, low_rank_fit
 from vitrim.cut.compensate.hear import Mixed, mixed
 from vitrim.cut.compensate.place import Place, part
-from vitrim.nn import WindowBlock
+from vitrim.nn import Attention, WindowBlock
 from vitrim.nn.conv import EPS
 from vitrim.nn.feed import exact
 from vitrim.nn.stream import tokens_of
@@ -111,11 +111,11 @@ class ConvCut:
         state: State = {}
         if conv.act == "relu":
             low, mean, square = self._ranges(conv.kernel, inner, start)
-            # One standard deviation (channels have variance 1) is left for images that were not seen.
-            shift = 1.0 - low
+            spread = (square - mean.square()).clamp_min(0)
+            # One standard deviation is left for images that were not seen.
+            shift = torch.where(spread > 0, spread.sqrt(), 1.0) - low
             bias = None if bias is None else bias - back @ shift
             if conv.norm:
-                spread = (square - mean.square()).clamp_min(0)
                 state |= {"bn.weight": (spread + EPS).sqrt(), "bn.bias": mean + shift}
                 state |= {"bn.running_mean": mean, "bn.running_var": spread}
                 state["bn.num_batches_tracked"] = torch.zeros((), dtype=torch.long)
@@ -135,9 +135,20 @@ class ConvCut:
         """Return the kernel ``(d, F)`` and its bias, and the output layer ``(D, d)`` and its bias."""
         moments = self.moments(kernel)
         inner, back = low_rank_fit(moments.gram, moments.cross, self.worth.metric, width, self.strength, self.path)
+        factors = balanced(inner, back, self._ratio)
+        inner, back = inner / factors[:, None], back * factors
         if self.biased:
             return inner, -inner @ moments.mean, back, moments.target
         return inner[:, :-1].contiguous(), inner[:, -1].contiguous(), back, None
+
+    @functools.cached_property
+    def _ratio(self) -> float:
+        """The norm of the attention's projection over that of its values; 1 if another operator stands in its place."""
+        attention = self.place.block.attn
+        if not isinstance(attention, Attention):
+            return 1.0
+        after, before = attention.proj.weight, attention.rows_of("v")[0]
+        return float(after.detach().norm() / before.detach().norm().clamp_min(1e-30)) or 1.0
 
     def moments(self, kernel: int) -> Moments:
         """Return the moments of the features of all patches and of the targets for them.

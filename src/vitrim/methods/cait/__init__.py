@@ -39,7 +39,9 @@ from vitrim.cut.surgery import apply, cut_tensors
 from vitrim.data import Augment
 from vitrim.families import describe
 from vitrim.methods import Data, Found
-from vitrim.methods.cait.masks import Channels, Merge, free_axes, merge_plan, ramped, thirds
+from vitrim.methods._init import in_order
+from vitrim.methods._ramp import ramped
+from vitrim.methods.cait.masks import Channels, Merge, free_axes, merge_plan, thirds
 from vitrim.methods.cait.slots import Rules, allocate_slots, plan_of
 from vitrim.methods.cait.told import block_records, choice_record
 from vitrim.nn.copying import copied
@@ -79,6 +81,8 @@ class Method(Node):
         warmup, ramp_end, cut: ends of the phases, as shares of the whole run.
         refresh: steps between two choices of masks; None for 200 (100 below 20,000 steps), with at least 20 choices on
             the ramp.
+        init: what the search starts from; the function of the model is the same. ``published``: the model as it is.
+            ``closed_form``: heads get channels in the order of their value (`vitrim.cut.compensate.turned`).
         order: ``joint`` merges from the beginning; ``channel_first`` scores and ranks channels on all tokens and merges
             at the cut.
         gate_lr: learning rate of the gates of ``resrep``; None for one with which a masked gate falls to zero within
@@ -124,6 +128,7 @@ class Method(Node):
     ramp_end: Share = 0.5
     cut: Annotated[float, Field(gt=0, le=1)] = 0.6
     refresh: PositiveInt | None = None
+    init: Literal["published", "closed_form"] = "published"
     order: Literal["joint", "channel_first"] = "joint"
     gate_lr: Annotated[float, Field(gt=0)] | None = None
     gate_l1: Annotated[float, Field(ge=0)] = 1e-4
@@ -169,7 +174,8 @@ class Method(Node):
         spec = describe(model)
         steps = self.merging(spec, budget)
         counted = steps.child(spec)
-        trained = copied(model) if self.order == "channel_first" else apply(model, steps)
+        start = in_order(model, data, seed) if self.init == "closed_form" else model
+        trained = copied(start) if self.order == "channel_first" else apply(start, steps)
         taken = steps_of(data.train, self.train, data.input)
         whole = round(taken / self.cut)
         channels = self._channels(trained, whole)

@@ -12,7 +12,7 @@ from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.spec import Spec, why_not_mixed
 from vitrim.words.steps.grid_merge import GridMerge
 
-__all__ = ["Channels", "Merge", "free_axes", "merge_plan", "ramped", "thirds"]
+__all__ = ["Channels", "Merge", "free_axes", "merge_plan", "thirds"]
 
 Merge = tuple[int, Literal["w", "h"]]
 """The block after which to merge, counted from 1, and the axis that is halved."""
@@ -208,9 +208,3 @@ def free_axes(model: nn.Module, attention: bool, mlp: bool) -> tuple[str, ...]:
         for path, axis in axes(model).items()
         if axis.scales and not axis.tied and (mlp if axis.name == "hidden" else attention)
     )
-
-
-def ramped(share: float, start: float, end: float, warmup: float, ramp_end: float) -> float:
-    """Return the budget after a `share` of the run: `start` until `warmup`, then falling along a cubic to `end`."""
-    part = min(max((share - warmup) / (ramp_end - warmup), 0.0), 1.0)
-    return end + (start - end) * (1 - part) ** 3

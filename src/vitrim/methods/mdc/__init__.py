@@ -26,10 +26,11 @@ Where we differ from the authors' published code, on purpose:
 - Its kept tokens are in the order of their scores, which moves a distillation token; here they stay in order.
 """
 
+import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -38,12 +39,14 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from vitrim.cut.compensate import recovered
 from vitrim.cut.outputs import as_classes, divergence, logits_of
 from vitrim.cut.spend import Policies, Scaled, scaled, spend
+from vitrim.cut.surgery import apply
 from vitrim.data import eval_loader
 from vitrim.families import describe
 from vitrim.methods import Data, Found
-from vitrim.methods._init import closed_form
+from vitrim.methods._init import closed_form, compensation
 from vitrim.methods.mdc.bayes import Objective, Proposal, Trial, best_of, search, trials_of
 from vitrim.methods.mdc.decode import PRESETS, Bounds, Frame, Rounding, natural, selection_blocks
 from vitrim.methods.mdc.scores import Settings, score
@@ -91,8 +94,11 @@ class Method(Node):
         neurons_by: ``hsic``, or the published code's mix with activation size.
         heads_by: ``released``: relevance less a tenth of the mean redundancy; ``greedy``: one after another by what
             each adds to those chosen; only ``greedy`` detects copies.
-        init: ``published``: heads and neurons are ranked as `heads_by` and `neurons_by` say. ``closed_form``: by what
-            is lost if they are removed and the others compensate (`vitrim.cut.compensate.losses`).
+        init: ``published``: heads and neurons are ranked as `heads_by` and `neurons_by` say, and policies are masked to
+            be measured. ``closed_form``: they are ranked by what is lost if they are removed and the others compensate
+            (`vitrim.cut.compensate.losses`), each policy is cut and compensated on at most 64 calibration images before
+            it is measured, and the child starts from the compensated weights. Masks alone prefer cuts of tokens, which
+            lose least at once; compensation makes up for neurons and hardly for tokens.
         tokens_by: ``cls_attn``: by the class token's attention; ``hsic_attn``: at the first selection, that attention
             times the dependence of the grid position. At later selections positions are ranks without meaning.
         estimator: ``unbiased_median``, or the published code's ``biased_multi``.
@@ -145,7 +151,8 @@ class Method(Node):
     def passes(self, spec: Spec, calibration: int, validation: int) -> float:
         """See `vitrim.methods.Method`: scores, and a measurement of each policy on the held-out images."""
         steps = (1 + len(spec.blocks())) * min(calibration, _FEW) if self._measures_heads else 0
-        return 3.0 * calibration + steps + (self.trials * validation if self.held_out else 0.0)
+        each = validation + (4.0 * min(calibration, _FEW) if self.init == "closed_form" else 0.0)
+        return 3.0 * calibration + steps + (self.trials * each if self.held_out else 0.0)
 
     @property
     def _measures_heads(self) -> bool:
@@ -195,7 +202,7 @@ class Method(Node):
                 search(
                     study,
                     frame.space,
-                    self._objective(parent, model, chooser, data),
+                    self._objective(parent, model, chooser, data, seed),
                     trials=self.trials,
                     initial=self.initial,
                     seed=seed,
@@ -208,7 +215,9 @@ class Method(Node):
         best = best_of(trials)
         told = [{"trial": t.number, "score": t.value, "best": t.number == best.number} | dict(t.notes) for t in trials]
         plan = spend(spec, Scaled(lambda _: frame.space, chooser.plan, best.policy), budget)
-        return Found(plan=plan, parent=parent, trials=tuple(told))
+        compensates = self.init == "closed_form" and ranks.first()  # what the others return is not used
+        grafts = compensation(parent, plan, data, seed) if compensates else {}
+        return Found(plan=plan, parent=parent, grafts=grafts, trials=tuple(told))
 
     def _bounds(self, spec: Spec) -> Bounds:
         whole = len(spec.stages) == 1 and why_not_mixed(spec.stages[0]) is None
@@ -314,8 +323,8 @@ class Method(Node):
         )
         return shared.model.train(model.training)
 
-    def _objective(self, parent: nn.Module, dense: nn.Module, chooser: Chooser, data: Data) -> Objective:
-        """Return a function that measures a policy on the held-out images, with the parent's weights and masks."""
+    def _objective(self, parent: nn.Module, dense: nn.Module, chooser: Chooser, data: Data, seed: int) -> Objective:
+        """Return a function that measures a policy on the held-out images, with the parent's weights."""
         images = data.validation
         if images is None or (isinstance(images, Sized) and not len(images)):
             raise MethodError(
@@ -330,19 +339,33 @@ class Method(Node):
             reference_logits(dense, loader, **how) if self.measure in ("auto", "agreement") or not labeled else None
         )
 
+        few = [next(iter(self._loader(dense, data.calibration, data, _FEW)))[0]] if self.init == "closed_form" else []
+
         def objective(policy: Policies) -> tuple[float, dict[str, Any]]:
             told = dict(chooser.told(policy))
-            with chooser.chosen(parent, policy):
+            with self._cut(parent, chooser, policy, few, seed) as child:
                 if theirs is not None and not labeled:
-                    with evaluating(parent):
-                        found = as_classes(logits_of(parent, [x for x, _ in loader]))
+                    with evaluating(child):
+                        found = as_classes(logits_of(child, [x for x, _ in loader]))
                     return -divergence(as_classes(theirs), found), told | {"measure": "divergence"}
-                name, value = self._value(evaluate(parent, loader, reference=theirs, **how))
+                name, value = self._value(evaluate(child, loader, reference=theirs, **how))
             if value is None:
                 raise MethodError(f"measure={name} must have labels, but some are missing; use loss or agreement")
             return value, told | {"measure": name}
 
         return objective
+
+    @contextlib.contextmanager
+    def _cut(
+        self, parent: nn.Module, chooser: Chooser, policy: Policies, few: Sequence[Tensor], seed: int
+    ) -> Iterator[nn.Module]:
+        """Give the model of a policy: the parent under masks, or with images cut and compensated."""
+        if not few:
+            with chooser.chosen(parent, policy):
+                yield parent
+            return
+        plan = chooser.plan(policy)
+        yield apply(parent, plan, grafts=recovered(parent, plan, few, seed=seed)).eval()
 
     def _loader(self, model: nn.Module, images: Any, data: Data, batch: int = 64) -> Any:
         """Return a loader of images for `model`, with the workers of `train`."""

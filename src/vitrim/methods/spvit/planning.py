@@ -29,7 +29,7 @@ from vitrim.words.spec import Attention, Conv, Spec, Stage, folded
 from vitrim.words.spec import Block as BlockSpec
 from vitrim.words.steps import Tokens
 
-__all__ = ["Gates", "as_evaluated", "check_reach", "decide", "grafts", "nearest", "planned", "told"]
+__all__ = ["Gates", "as_evaluated", "check_reach", "close_", "decide", "grafts", "nearest", "planned", "told"]
 
 LEVELS = ("skip", "1x1", "3x3", "attention")
 
@@ -206,6 +206,28 @@ def decide(
         if spent > best:
             best, found = spent, other
     return found
+
+
+@torch.no_grad()
+def close_(single: SinglePath, spec: Spec, how: Layout, budget: Budget, sure: float) -> None:
+    """Close the gates that a budget does not allow, the lowest logits first; none is opened.
+
+    Args:
+        single: the search model.
+        spec: the parent.
+        how: how attentions become convolutions.
+        budget: what the structure of the gates may cost.
+        sure: closed gates get a logit of at most minus this, > 0.
+    """
+    levels, neurons = as_evaluated(single)
+    if budget.admits(budget.cost(folded(planned(spec, how, levels, neurons).child(spec))), budget.cost(spec)):
+        return
+    levels, neurons = decide(spec, single, how, budget)
+    for path, level in levels.items():
+        single.step(path)[level:].clamp_(max=-sure)
+    for path, kept in neurons.items():
+        gate = single.gate(path)
+        gate.copy_(torch.where(kept.to(gate.device), gate, gate.clamp(max=-sure)))
 
 
 @torch.no_grad()

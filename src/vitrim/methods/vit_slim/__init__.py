@@ -58,7 +58,7 @@ from vitrim.cut.shares import (
 from vitrim.data import Augment, eval_loader
 from vitrim.families import describe
 from vitrim.methods import Data, Found
-from vitrim.methods._init import closed_form
+from vitrim.methods._init import closed_form, compensation, in_order
 from vitrim.methods.vit_slim.gates import (
     TokenGated,
     gate_model,
@@ -115,9 +115,11 @@ class Method(Node):
         ranking: ``signed`` cuts the most negative gate first, as published; ``absolute`` the one nearest to 0.
         export: ``fold`` multiplies the gates into the weights, ``binarize`` drops them.
         choice: which widths are allowed, see `vitrim.cut.fill.Choice`; ``free`` is the published one.
-        init: initial gates of channels. ``published``: all 1. ``closed_form``: between 0.9 and 1 in the order of what
-            each channel loses if it alone is removed and the others compensate (`vitrim.cut.compensate.losses`), with
-            the weights divided by them, so that the model is the same. For short searches.
+        init: what the search starts from; the function of the model is the same. ``published``: all gates are 1.
+            ``closed_form``: heads get channels in the order of their value (`vitrim.cut.compensate.turned`), and gates
+            start between 0.9 and 1 in the order of what each channel loses if it alone is removed and the others
+            compensate (`vitrim.cut.compensate.losses`), with the weights divided by them; what stays after the search
+            compensates for the cut. For short searches.
     """
 
     needs: ClassVar[str] = "images"
@@ -189,8 +191,9 @@ class Method(Node):
         """See `vitrim.methods.Method.search`."""
         if data is None or data.train is None:
             raise MethodError("vit_slim must train its gates, but no data was given; give data or use magnitude")
+        start = in_order(model, data, seed) if self.init == "closed_form" else copied(model)
         gated = gate_model(
-            copied(model),
+            start,
             attention=self.attention_l1 > 0,
             mlp=self.mlp_l1 > 0,
             tokens=self.token_l1 > 0,
@@ -198,7 +201,7 @@ class Method(Node):
             width=self.width_l1 > 0,
         )
         if self.init == "closed_form":
-            set_apart(gated, {path: one.losses for path, one in closed_form(model, data, seed).items()})
+            set_apart(gated, {path: one.losses for path, one in closed_form(start, data, seed).items()})
         kinds = gate_scores(gated, self.ranking)[1]
         check_shares(describe(model), kinds, self._fixed(set(kinds.values())), budget, bool(gated.tokens))
         weights = led(lambda: self.weights(gated, data, seed))
@@ -224,7 +227,9 @@ class Method(Node):
 
         def read(budget: Budget) -> Found:
             plan, trials = self.decide(describe(model), gates, budget)
-            return Found(plan=plan, parent=parent, trials=trials, again=read)
+            compensates = self.init == "closed_form" and ranks.first()  # what the others return is not used
+            grafts = compensation(parent, plan, data, seed) if compensates else {}
+            return Found(plan=plan, parent=parent, grafts=grafts, trials=trials, again=read)
 
         return read(budget)
 
