@@ -113,6 +113,7 @@ def rows(size: Size) -> dict[str, tuple[dict[str, Any], float]]:
             {
                 "name": "mdc",
                 "init": "closed_form",
+                "neurons": 0.9,
                 "train": training(size, 0),
                 "trials": size.trials,
                 "initial": max(1, size.trials * 2 // 5),
@@ -125,6 +126,7 @@ def rows(size: Size) -> dict[str, tuple[dict[str, Any], float]]:
             {
                 "name": "spvit",
                 "init": "closed_form",
+                "rank": 32,
                 "train": training(size, part, **flat),
                 "inherit": "search",
             },

@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from vitrim.cut.compensate.balance import balanced
 from vitrim.cut.compensate.closed_form import (
     Moments,
-    balanced,
     directions,
     least_squares_queries,
     query_key_maps,

@@ -23,7 +23,6 @@ from vitrim.words.errors import MethodError
 
 __all__ = [
     "Moments",
-    "balanced",
     "directions",
     "least_squares_queries",
     "low_rank_fit",
@@ -240,26 +239,6 @@ def root(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     half: Tensor = (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mT
     return half
-
-
-def balanced(inner: Tensor, outer: Tensor, ratio: float) -> Tensor:
-    """Return positive factors of channels that divide `inner` and multiply `outer`, so that their norms are as given.
-
-    The product of both layers stays the same. What changes is how they train: a step of AdamW moves every weight by
-    about the learning rate, so weights far below the others are overwritten within a few steps. Channels of variance 1
-    have outer weights of a twentieth to a half of a ViT-Ti's usual ones.
-
-    Args:
-        inner: weights of the layer before the channels, ``(C, F)``.
-        outer: weights of the layer after them, ``(D, C)``.
-        ratio: of the norm of a channel's outer weights to that of its inner ones, > 0.
-
-    Returns:
-        ``(C,)``; 1 for channels without weights.
-    """
-    before, after = inner.norm(dim=1), outer.norm(dim=0)
-    alive = (before > 0) & (after > 0)
-    return torch.where(alive, (ratio * before / torch.where(alive, after, 1.0)).sqrt(), 1.0)
 
 
 def _divided(left: Tensor, right: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitrim.cut.compensate.closed_form import Moments, balanced, low_rank_fit
+from vitrim.cut.compensate.balance import balanced
+from vitrim.cut.compensate.closed_form import Moments, low_rank_fit
 from vitrim.cut.compensate.hear import Mixed, mixed
 from vitrim.cut.compensate.place import Place, part
 from vitrim.nn import Attention, WindowBlock

@@ -26,11 +26,10 @@ Where we differ from the authors' published code, on purpose:
 - Its kept tokens are in the order of their scores, which moves a distillation token; here they stay in order.
 """
 
-import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sized
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -39,10 +38,8 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from vitrim.cut.compensate import recovered
 from vitrim.cut.outputs import as_classes, divergence, logits_of
 from vitrim.cut.spend import Policies, Scaled, scaled, spend
-from vitrim.cut.surgery import apply
 from vitrim.data import eval_loader
 from vitrim.families import describe
 from vitrim.methods import Data, Found
@@ -53,6 +50,7 @@ from vitrim.methods.mdc.scores import Settings, score
 from vitrim.methods.mdc.share import Chooser, Shared
 from vitrim.methods.mdc.steps import too_costly
 from vitrim.methods.mdc.study import joined, kept, open_study, reachable
+from vitrim.methods.mdc.valued import first
 from vitrim.nn.copying import copied
 from vitrim.nn.modes import evaluating
 from vitrim.nn.weights import fingerprint, home_of
@@ -97,8 +95,9 @@ class Method(Node):
         init: ``published``: heads and neurons are ranked as `heads_by` and `neurons_by` say, and policies are masked to
             be measured. ``closed_form``: they are ranked by what is lost if they are removed and the others compensate
             (`vitrim.cut.compensate.losses`), each policy is cut and compensated on at most 64 calibration images before
-            it is measured, and the child starts from the compensated weights. Masks alone prefer cuts of tokens, which
-            lose least at once; compensation makes up for neurons and hardly for tokens.
+            it is measured, and the child starts from the compensated weights. The first policies are those that cut
+            what loses least for its cost. Masks alone prefer cuts of tokens, which lose least at once; compensation
+            makes up for neurons and hardly for tokens.
         tokens_by: ``cls_attn``: by the class token's attention; ``hsic_attn``: at the first selection, that attention
             times the dependence of the grid position. At later selections positions are ranks without meaning.
         estimator: ``unbiased_median``, or the published code's ``biased_multi``.
@@ -182,7 +181,7 @@ class Method(Node):
         frame = Frame(spec, natural(spec), budget, bounds, self.rounding)
         url, study = joined(lambda url: self._open(model, data, budget, seed, url), self.storage, folder)
         with reachable(url or "memory"):
-            ranking, places = led(lambda: self._scores(model, spec, data, study, seed))
+            ranking, places, losses = led(lambda: self._scores(model, spec, data, study, seed))
         frame = Frame(spec, ranking, budget, bounds, self.rounding)
         chooser, whole = Chooser(frame, self.fused, places), np.zeros(len(frame.space.names))
         if frame.space.spent(whole[None])[0] <= 1:
@@ -207,7 +206,7 @@ class Method(Node):
                     initial=self.initial,
                     seed=seed,
                     proposal="gp" if self.proposal == "gp" else "random",
-                    first=frame.corners() if self.corners and self.proposal == "gp" else None,
+                    first=first(frame, losses, self.corners) if self.proposal == "gp" else None,
                     alone=self.storage is None and ranks.count() == 1,
                     told=functools.partial(_tell, log, advance),
                 )
@@ -241,8 +240,8 @@ class Method(Node):
 
     def _scores(
         self, model: nn.Module, spec: Spec, data: Data, study: Any, seed: int
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Return rankings, and scores of grid positions, read from the study if it contains them."""
+    ) -> tuple[dict[str, Tensor], Tensor | None, dict[str, Policies]]:
+        """Return rankings, scores of grid positions, and losses of closed forms; read from the study if it has them."""
         images = data.calibration
         assert images is not None
         wanted = [f"ranking.{path}" for path in natural(spec)]
@@ -262,16 +261,16 @@ class Method(Node):
             with progress("scores", len(batches)) as advance:
                 found = score(model, counted(batches, advance), settings)
             ranking = dict(found.ranking)
-            if self.init == "closed_form":
-                fits = closed_form(model, data, seed)
-                ranking |= {path: one.best for path, one in fits.items() if path in ranking}
+            fits = closed_form(model, data, seed) if self.init == "closed_form" else {}
+            ranking |= {path: one.best for path, one in fits.items() if path in ranking}
             values: dict[str, Any] = {f"ranking.{path}": best.tolist() for path, best in ranking.items()}
+            values["losses"] = {path: one.losses.tolist() for path, one in fits.items()}
             return values | {"places": None if found.places is None else found.places.tolist()}
 
-        known = kept(study, made, [*wanted, "places"])
-        places = known.pop("places")
+        known = kept(study, made, [*wanted, "losses", "places"])
+        places, losses = known.pop("places"), {path: np.array(each) for path, each in known.pop("losses").items()}
         ranking = {path.removeprefix("ranking."): torch.tensor(best) for path, best in known.items()}
-        return ranking, None if places is None else torch.tensor(places)
+        return ranking, None if places is None else torch.tensor(places), losses
 
     def _costly(self, model: nn.Module, frame: Frame, chooser: Chooser, data: Data, study: Any) -> list[str]:
         """Return the ratios of heads that are not searched, read from the study if it contains them."""
@@ -343,7 +342,7 @@ class Method(Node):
 
         def objective(policy: Policies) -> tuple[float, dict[str, Any]]:
             told = dict(chooser.told(policy))
-            with self._cut(parent, chooser, policy, few, seed) as child:
+            with chooser.child(parent, policy, few, seed) as child:
                 if theirs is not None and not labeled:
                     with evaluating(child):
                         found = as_classes(logits_of(child, [x for x, _ in loader]))
@@ -354,18 +353,6 @@ class Method(Node):
             return value, told | {"measure": name}
 
         return objective
-
-    @contextlib.contextmanager
-    def _cut(
-        self, parent: nn.Module, chooser: Chooser, policy: Policies, few: Sequence[Tensor], seed: int
-    ) -> Iterator[nn.Module]:
-        """Give the model of a policy: the parent under masks, or with images cut and compensated."""
-        if not few:
-            with chooser.chosen(parent, policy):
-                yield parent
-            return
-        plan = chooser.plan(policy)
-        yield apply(parent, plan, grafts=recovered(parent, plan, few, seed=seed)).eval()
 
     def _loader(self, model: nn.Module, images: Any, data: Data, batch: int = 64) -> Any:
         """Return a loader of images for `model`, with the workers of `train`."""

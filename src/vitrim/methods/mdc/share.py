@@ -4,15 +4,17 @@ P ratios of a policy, H heads, M hidden neurons, N tokens.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitrim.cut.compensate import recovered
 from vitrim.cut.observe import masked, stepping
 from vitrim.cut.spend import Policies
+from vitrim.cut.surgery import apply
 from vitrim.methods.mdc.decode import Frame
 from vitrim.methods.mdc.policy import sample
 from vitrim.nn.steps.top_k import Chosen
@@ -99,6 +101,16 @@ class Chooser:
         steps = {path: Chosen(step, prefix).to(like.device) for path, step in self.steps(policy).items()}
         with masked(model, self.masks(policy, like)), stepping(model, steps):
             yield
+
+    @contextlib.contextmanager
+    def child(self, parent: nn.Module, policy: Policies, images: Sequence[Tensor], seed: int) -> Iterator[nn.Module]:
+        """Give the model of a policy: the parent as `chosen` makes it, or with images cut and compensated on them."""
+        if images:
+            plan = self.plan(policy)
+            yield apply(parent, plan, grafts=recovered(parent, plan, images, seed=seed)).eval()
+            return
+        with self.chosen(parent, policy):
+            yield parent
 
     def told(self, policy: Policies) -> Mapping[str, Any]:
         """Return what a policy keeps and costs, as a flat record."""
