@@ -67,7 +67,9 @@ def searched(name: str, parent: nn.Module, data: Data, budget: str, seed: int, s
     """What a method finds."""
     settings: dict[str, Any] = {"choice": "heads"}
     if name == "spvit":
-        settings = {"train": dump(search), "gate_lr": gate_lr, "inherit": "search"}
+        # The published start and penalty, which short searches do not use by default.
+        known = {"start": 1.5, "closing": "penalty", "inherit": "search"}
+        settings = {"train": dump(search), "gate_lr": gate_lr, **known}
     return methods.get("spvit" if name == "spvit" else "taylor", settings).search(
         parent, data, Budget.parse(budget), seed=seed, teacher=parent
     )

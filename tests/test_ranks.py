@@ -38,10 +38,10 @@ METHODS = {
     "taylor": ({}, SHORT | {"ema": 0.9, "mixup": 0.8, "accumulate": 2}),
     "post_training": ({"probe": 4, "batch": 8, "merge": "none", "candidates": 1, "swaps": 0}, {}),
     # Each process draws which branches it drops, so two draw more than one does.
-    "vit_slim": ({"train": SHORT | {"drop_path": 0.0}, "token_l1": 1e-4}, {}),
-    "cait": ({"train": SHORT, **CAIT}, {"augment": {"kind": "none"}, "workers": 0}),
+    "vit_slim": ({"train": SHORT | {"drop_path": 0.0}, "token_l1": 1e-4, "init": "closed_form"}, {}),
+    "cait": ({"train": SHORT, "init": "closed_form", **CAIT}, {"augment": {"kind": "none"}, "workers": 0}),
     "mdc": ({"trials": 4, "initial": 4, "corners": False, "train": SHORT, "measure": "loss", "batch": 8}, SHORT),
-    "spvit": ({"train": SHORT}, SHORT | {"epochs": 0.5}),
+    "spvit": ({"train": SHORT, "init": "closed_form"}, SHORT | {"epochs": 0.5}),
 }
 """Settings of each kind of method, and of the training of its child."""
 

@@ -27,6 +27,7 @@ from vitrim.train import steps_of
 from vitrim.words.budget import SLACK, Budget
 from vitrim.words.costs import cost_of
 from vitrim.words.errors import MethodError
+from vitrim.words.plain import dump
 from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.spec import Conv, folded
 from vitrim.words.steps.grid_merge import GridMerge
@@ -274,6 +275,27 @@ def test_a_ramp_closes_gates_while_it_trains(init):
     assert 0.7 < costs[count // 4] < 0.98
     assert max(costs[math.ceil(0.8 * count) :]) <= 0.6
     assert 0.98 * 0.6 <= cost_of(folded(found.plan.child(spec))).macs / cost_of(spec).macs <= 0.6
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "ramps"),
+    [
+        ({}, 185, True),
+        ({}, 3000, False),
+        ({"closing": "ramp"}, 3000, True),
+        ({"closing": "penalty"}, 185, False),
+        ({"pressure": 2.0}, 185, False),
+        ({"first": 8.0}, 185, False),
+        ({"target": 1.0}, 185, False),
+        ({"counting": "counted"}, 185, False),
+        ({"stop": False}, 185, False),
+    ],
+)
+def test_settings_of_the_penalty_are_not_lost(settings, steps, ramps):
+    """A ramp does not use them, so naming one keeps the penalty; a stored recipe, which names all, changes nothing."""
+    method = methods.get("spvit", settings)
+    assert method._ramps(steps) == ramps
+    assert methods.get("spvit", dump(method))._ramps(steps) == ramps
 
 
 class TestReading:

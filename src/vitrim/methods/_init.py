@@ -7,6 +7,8 @@ from vitrim.cut.compensate.losses import Removal, removals
 from vitrim.data import eval_loader
 from vitrim.families import blocks_of
 from vitrim.methods._contract import Data
+from vitrim.nn.copying import copied
+from vitrim.train.leading import led
 from vitrim.words.errors import MethodError
 from vitrim.words.plan import Plan
 from vitrim.words.progress import progress
@@ -28,12 +30,21 @@ def closed_form(model: nn.Module, data: Data, seed: int) -> dict[str, Removal]:
 def in_order(model: nn.Module, data: Data, seed: int) -> nn.Module:
     """Return a copy of `model` with the channels of each head in order, see `vitrim.cut.compensate.turned`.
 
+    Of several processes, which must all call this, the first computes it.
+
     Raises:
         MethodError: if there are no calibration images.
     """
-    images = _images(data)
-    with progress("channels in order", len(blocks_of(model))) as advance:
-        return turned(model, images, seed=seed, advance=advance)
+
+    def made() -> dict[str, Tensor]:
+        images = _images(data)
+        with progress("channels in order", len(blocks_of(model))) as advance:
+            twin = turned(model, images, seed=seed, advance=advance)
+        return {name: value.cpu() for name, value in twin.state_dict().items()}
+
+    twin = copied(model)
+    twin.load_state_dict(led(made))
+    return twin
 
 
 def compensation(parent: nn.Module, plan: Plan, data: Data, seed: int) -> dict[str, Tensor]:

@@ -50,6 +50,7 @@ from vitrim.methods.spvit.search import Layout, SinglePath, layout
 from vitrim.nn.copying import copied
 from vitrim.nn.weights import home_of
 from vitrim.train import Distill, Stop, Train, fit, ranks, steps_of
+from vitrim.train.leading import led
 from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError
 from vitrim.words.plain import Node
@@ -71,6 +72,9 @@ _LOOK = 5
 
 _WARMUP, _RAMP_END = 0.05, 0.8
 """Shares of a search between which a ramp closes gates."""
+
+_OF_PENALTY = ("pressure", "first", "target", "counting", "stop")
+"""Settings that only matter where the penalty closes gates."""
 
 _PROBE, _BATCH = 80, 32
 """Number of images on which choices are measured, and images of a batch."""
@@ -96,7 +100,8 @@ class Method(Node):
         closing: how gates come to meet the budget. ``penalty``: by gradients of the penalty, as published. ``ramp``: no
             penalty; from 0.05 to 0.8 of the search the budget falls along a cubic from the parent's cost to its own,
             and gates beyond it are closed, the lowest logits first. None for a ramp in a search of less than 3,000
-            steps, in which the penalty hardly moves a gate: at 185 steps, 4 of 50 % of the cost (ViT-Ti, 64 px).
+            steps, unless `pressure`, `first`, `target`, `counting` or `stop` is not the default: in so few steps the
+            penalty hardly moves a gate, at 185 steps 4 of 50 % of the cost (ViT-Ti, 64 px).
         pressure: weight of the penalty, for a cost in G; None for a weight that makes the penalty start at `first`.
         first: initial value of the penalty if no `pressure` is given; the authors advise slightly above the task loss.
         target: cost in G that the penalty pulls toward; None for 0.95 of the budget. All published recipes aim below
@@ -208,7 +213,7 @@ class Method(Node):
         if how.fitted:
             self._start_(single, model, how, budget, start, images, probe, seed)
         gate_lr = self.gate_lr or max(_GATE_LR, 2 * start / max(1, steps))
-        ramps = self.closing == "ramp" or (self.closing is None and steps < _LONG)
+        ramps = self._ramps(steps)
         fit(
             single,
             data.train,
@@ -265,7 +270,8 @@ class Method(Node):
             )
         priced = prices(spec, how, "counted") if budget.latency is None else times(spec, how, budget)
         with progress("fits", len(spec.blocks())) as advance:
-            start_(single, fits(model, how, images, probe, seed=seed, advance=advance), priced, start)
+            found = led(lambda: fits(model, how, images, probe, seed=seed, advance=advance))
+        start_(single, found, priced, start)
 
     def penalty(self, spec: Spec, how: Layout, budget: Budget) -> Callable[[nn.Module], Tensor]:
         """Return the penalty ``pressure * (F - target)^2`` of a `SinglePath`, F and target in G, or in seconds."""
@@ -301,6 +307,13 @@ class Method(Node):
                 raise Stop
 
         return after
+
+    def _ramps(self, steps: int) -> bool:
+        """Return whether a search of so many steps closes gates along a ramp."""
+        if self.closing is not None:
+            return self.closing == "ramp"
+        fields = type(self).model_fields
+        return steps < _LONG and all(getattr(self, name) == fields[name].default for name in _OF_PENALTY)
 
     def _ramp(
         self, spec: Spec, how: Layout, budget: Budget, steps: int, start: float

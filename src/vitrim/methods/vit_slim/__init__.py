@@ -201,7 +201,7 @@ class Method(Node):
             width=self.width_l1 > 0,
         )
         if self.init == "closed_form":
-            set_apart(gated, {path: one.losses for path, one in closed_form(start, data, seed).items()})
+            set_apart(gated, {path: one.losses for path, one in led(lambda: closed_form(start, data, seed)).items()})
         kinds = gate_scores(gated, self.ranking)[1]
         check_shares(describe(model), kinds, self._fixed(set(kinds.values())), budget, bool(gated.tokens))
         weights = led(lambda: self.weights(gated, data, seed))
