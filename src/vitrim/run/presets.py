@@ -26,8 +26,9 @@ def preset(name: str) -> dict[str, Any]:
 def laid_under(asked: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return `asked` merged over `presets`: settings of `asked` override those of the presets.
 
-    If the method does not train while it searches, the presets' ``method.train`` is left out. If search and child share
-    one learning rate schedule, those settings of the presets' ``train`` that must equal the search's are left out.
+    Settings of the presets that the method does not have are left out, such as ``method.train`` if it does not train
+    while it searches. If search and child share one learning rate schedule, those settings of the presets' ``train`` that
+    must equal the search's are left out.
 
     Args:
         asked: tables of a `vitrim.run.recipe.Recipe`.
@@ -47,8 +48,9 @@ def laid_under(asked: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]
                     "one of them out"
                 )
         under = merged(under, table)
-    if "train" not in _fields(asked):
-        under.pop("method", None)
+    if "method" in under:
+        known = _fields(asked)
+        under["method"] = {name: value for name, value in under["method"].items() if name in known}
     whole = merged(under, asked)
     shared, mine = _shared(whole), _table(asked, "train")
     if shared and isinstance(whole.get("train"), Mapping):
