@@ -27,7 +27,7 @@ def laid_under(asked: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]
     """Return `asked` merged over `presets`: settings of `asked` override those of the presets.
 
     Settings of the presets that the method does not have are left out, such as ``method.train`` if it does not train
-    while it searches. If search and child share one learning rate schedule, those settings of the presets' ``train`` that
+    while it searches. If search and child share one learning rate schedule, those of the presets' ``train`` that
     must equal the search's are left out.
 
     Args:
