@@ -284,21 +284,35 @@ def table(folder: Path) -> str:
 
 
 def figure(folder: Path) -> None:
-    """Draw top-1 against MACs, a point for each method and budget."""
+    """Draw the top-1 of each row with its standard error over seeds, a color for each budget, and the dense control."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
 
     records = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    groups: dict[tuple[str, float], list[float]] = {}
+    for record in records:
+        groups.setdefault((record["row"], record["budget"]), []).append(record["top1"])
+    dense = groups.pop(("dense", 1.0), [])
+    names = list(dict.fromkeys(row for row, _ in sorted(groups, key=lambda group: np.mean(groups[group]))))
     plt.rcParams.update({"svg.hashsalt": "vitrim", "svg.fonttype": "path"})
-    drawn, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for row in dict.fromkeys(record["row"] for record in records):
-        budgets = sorted({r["budget"] for r in records if r["row"] == row})
-        means = [np.mean([r["top1"] for r in records if (r["row"], r["budget"]) == (row, b)]) for b in budgets]
-        axes.plot(budgets, means, marker="o", label=row)
-    axes.set_xlabel("multiply-accumulates, dense = 1")
-    axes.set_ylabel("top-1, %")
+    drawn, axes = plt.subplots(figsize=(6.4, 0.7 + 0.4 * max(4, len(names))), layout="constrained")
+    for budget in sorted({budget for _, budget in groups}, reverse=True):
+        mine = [name for name in names if (name, budget) in groups]
+        each = [groups[name, budget] for name in mine]
+        axes.errorbar(
+            [float(np.mean(top1)) for top1 in each],
+            [names.index(name) for name in mine],
+            xerr=[float(np.std(top1, ddof=1) / math.sqrt(len(top1))) if len(top1) > 1 else 0.0 for top1 in each],
+            fmt="o",
+            capsize=3,
+            label=f"{budget:g} of the MACs",
+        )
+    if dense:
+        axes.axvline(float(np.mean(dense)), color="0.4", linestyle="--", linewidth=1, label="dense, trained on")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("top-1, %")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     drawn.savefig(folder / "campaign.svg", metadata={"Date": None}, facecolor="white")
