@@ -6,6 +6,7 @@ import itertools
 import math
 
 import pytest
+import timm
 import torch
 
 from tests.samples import adopted, apart, images, timm_model
@@ -296,6 +297,19 @@ def test_settings_of_the_penalty_are_not_lost(settings, steps, ramps):
     method = methods.get("spvit", settings)
     assert method._ramps(steps) == ramps
     assert methods.get("spvit", dump(method))._ramps(steps) == ramps
+
+
+def test_a_structure_has_mixtures_whatever_searches_start_from():
+    """Fitted convolutions without a fit would be noise; a preset may ask for closed forms."""
+    model = adopt(timm.create_model("deit_tiny_patch16_224"))
+    plans = [
+        methods.get("spvit", {"structure": "deit_ti", "init": init})
+        .search(model, None, Budget.parse("macs=1.04G"), seed=0)
+        .plan
+        for init in ("published", "closed_form")
+    ]
+    assert plans[0] == plans[1]
+    assert plans[1].stages[0].blocks[0].mixer.mixture is not None
 
 
 class TestReading:

@@ -209,23 +209,22 @@ def test_timm_builds_feature_backbones():
     assert [tuple(each.shape) for each in backbone(torch.zeros(1, 3, 32, 32))] == [(1, 256, 2, 2)] * 2
 
 
-@pytest.mark.whole
-def test_compile_and_export():
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.whole)])
+def test_it_compiles_whole(backend):
     model: Any = adopt(small())
     x = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
         assert apart(compiled(x), model(x)) < SINGLE
+
+
+@pytest.mark.whole
+def test_it_is_exported_for_any_batch():
+    model: Any = adopt(small())
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
         exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
         assert apart(exported(x[:2]), model(x[:2])) < SINGLE
-
-
-def test_it_compiles_whole():
-    model: Any = adopt(small())
-    x = torch.randn(3, 3, 32, 32)
-    with torch.no_grad():
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
-        assert apart(compiled(x), model(x)) < SINGLE
 
 
 def test_an_image_does_not_see_its_batch():

@@ -70,6 +70,8 @@ def evaluate(
         raise RecipeError(f"a setting of evaluate must be of model or data, but got '{next(iter(asked))}'")
     net = open_parent(**dump(named), say=say)
     spec = describe(net)
+    if ranks.count() > 1:
+        check_alike({"model": fingerprint(net)})
     if spec.family == "segmentor":
         scored(net, model, data, source)
         return
@@ -78,7 +80,7 @@ def evaluate(
     input = Input.of(net, **chosen)
     images = open_test(source, data, model=net, input=input, classes=spec.classes, say=say)
     if ranks.count() > 1:
-        check_alike({"model": fingerprint(net), "images": images.fingerprint()})
+        check_alike({"images": images.fingerprint()})
     place, mine = next(net.parameters()).device, ranks.part(len(images))
     found = evaluate_model(net, eval_loader(images, input, workers="auto", device=place, places=mine), shared=True)
     error = standard_error(found.top1, found.count)

@@ -8,6 +8,7 @@ from vitrim.data import eval_loader
 from vitrim.families import blocks_of
 from vitrim.methods._contract import Data
 from vitrim.nn.copying import copied
+from vitrim.train import ranks
 from vitrim.train.leading import led
 from vitrim.words.errors import MethodError
 from vitrim.words.plan import Plan
@@ -50,9 +51,10 @@ def in_order(model: nn.Module, data: Data, seed: int) -> nn.Module:
 def compensation(parent: nn.Module, plan: Plan, data: Data, seed: int) -> dict[str, Tensor]:
     """Return the weights that compensate for a plan in closed form, see `vitrim.cut.compensate.recovered`.
 
-    They are none if the plan cuts the residual width, for which there is no closed form.
+    They are none if the plan cuts the residual width, for which there is no closed form, and on all processes but the
+    first, whose result is not used.
     """
-    if any(stage.width is not None for stage in plan.stages):
+    if any(stage.width is not None for stage in plan.stages) or not ranks.first():
         return {}
     images = _images(data)
     with progress("compensation", len(plan.blocks())) as advance:

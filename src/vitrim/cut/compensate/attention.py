@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vitrim.cut.compensate.balance import balanced
+from vitrim.cut.compensate.balance import balanced, ratio_of
 from vitrim.cut.compensate.closed_form import (
     Moments,
     directions,
@@ -243,15 +243,11 @@ class AttentionCut:
 
     def _balanced(self, heads: Heads, values: list[Tensor], columns: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return values and columns whose channels have norms in the parent's ratio."""
-        last = values[0].shape[1] - heads.biased
-        factors = [
-            balanced(new[:, :last], after, float(old_after.norm() / old[:, :last].norm().clamp_min(1e-30)) or 1.0)
+        pairs = [
+            balanced(new, after, ratio_of(old[:, : old.shape[1] - heads.biased], old_after), heads.biased)
             for new, after, old, old_after in zip(values, columns, heads.v, heads.proj, strict=True)
         ]
-        return (
-            [new / factor[:, None] for new, factor in zip(values, factors, strict=True)],
-            [after * factor for after, factor in zip(columns, factors, strict=True)],
-        )
+        return [value for value, _ in pairs], [column for _, column in pairs]
 
     def _with_dead_heads(self, alive: Kept, widths: Widths, sizes: tuple[int, ...]) -> tuple[Kept, ...]:
         """Return the kept channels of each head of the parent; channels of a new basis are given as the first ones."""

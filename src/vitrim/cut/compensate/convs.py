@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitrim.cut.compensate.balance import balanced
+from vitrim.cut.compensate.balance import balanced, ratio_of
 from vitrim.cut.compensate.closed_form import Moments, low_rank_fit
 from vitrim.cut.compensate.hear import Mixed, mixed
 from vitrim.cut.compensate.place import Place, part
@@ -136,8 +136,7 @@ class ConvCut:
         """Return the kernel ``(d, F)`` and its bias, and the output layer ``(D, d)`` and its bias."""
         moments = self.moments(kernel)
         inner, back = low_rank_fit(moments.gram, moments.cross, self.worth.metric, width, self.strength, self.path)
-        factors = balanced(inner, back, self._ratio)
-        inner, back = inner / factors[:, None], back * factors
+        inner, back = balanced(inner, back, self._ratio)
         if self.biased:
             return inner, -inner @ moments.mean, back, moments.target
         return inner[:, :-1].contiguous(), inner[:, -1].contiguous(), back, None
@@ -148,8 +147,7 @@ class ConvCut:
         attention = self.place.block.attn
         if not isinstance(attention, Attention):
             return 1.0
-        after, before = attention.proj.weight, attention.rows_of("v")[0]
-        return float(after.detach().norm() / before.detach().norm().clamp_min(1e-30)) or 1.0
+        return ratio_of(attention.rows_of("v")[0].detach(), attention.proj.weight.detach())
 
     def moments(self, kernel: int) -> Moments:
         """Return the moments of the features of all patches and of the targets for them.

@@ -214,8 +214,7 @@ class Method(Node):
         best = best_of(trials)
         told = [{"trial": t.number, "score": t.value, "best": t.number == best.number} | dict(t.notes) for t in trials]
         plan = spend(spec, Scaled(lambda _: frame.space, chooser.plan, best.policy), budget)
-        compensates = self.init == "closed_form" and ranks.first()  # what the others return is not used
-        grafts = compensation(parent, plan, data, seed) if compensates else {}
+        grafts = compensation(parent, plan, data, seed) if self.init == "closed_form" else {}
         return Found(plan=plan, parent=parent, grafts=grafts, trials=tuple(told))
 
     def _bounds(self, spec: Spec) -> Bounds:

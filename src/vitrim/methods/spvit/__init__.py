@@ -43,7 +43,7 @@ from vitrim.methods import Data, Found
 from vitrim.methods._ramp import ramped
 from vitrim.methods.spvit import gates
 from vitrim.methods.spvit.fitted import fits, refitted, start_
-from vitrim.methods.spvit.planning import as_evaluated, check_reach, close_, grafts, nearest, planned, told
+from vitrim.methods.spvit.planning import check_reach, close_, grafts, meets, nearest, planned, told
 from vitrim.methods.spvit.prices import Counting, prices, times
 from vitrim.methods.spvit.published import check_budget, published
 from vitrim.methods.spvit.search import Layout, SinglePath, layout
@@ -55,7 +55,7 @@ from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError
 from vitrim.words.plain import Node
 from vitrim.words.progress import progress
-from vitrim.words.spec import Spec, folded
+from vitrim.words.spec import Spec
 
 __all__ = ["Method"]
 
@@ -87,7 +87,7 @@ class Method(Node):
         train: the search's training; the published one by default. The gates are trained with it.
         init: what the convolutions start from. ``published``: mixtures of the attention's value and output projections,
             with a new batch norm. ``closed_form``: least-squares fits to the attention on the calibration images; the
-            gates then start in the order of what each choice loses.
+            gates then start in the order of what each choice loses. A `structure` always has mixtures.
         rank: width of the bottleneck of fitted convolutions; None for that of a head.
         start: initial logit of the gates. None for the published 1.5, or for 4 in a search of less than 3,000 steps,
             which is too short to repair what the drawn gates of 1.5 destroy: such a network is 8 nats from the dense
@@ -101,7 +101,7 @@ class Method(Node):
             penalty; from 0.05 to 0.8 of the search the budget falls along a cubic from the parent's cost to its own,
             and gates beyond it are closed, the lowest logits first. None for a ramp in a search of less than 3,000
             steps, unless `pressure`, `first`, `target`, `counting` or `stop` is not the default: in so few steps the
-            penalty hardly moves a gate, at 185 steps 4 of 50 % of the cost (ViT-Ti, 64 px).
+            penalty may not close enough gates, and the rest of the cut comes after the search, at once.
         pressure: weight of the penalty, for a cost in G; None for a weight that makes the penalty start at `first`.
         first: initial value of the penalty if no `pressure` is given; the authors advise slightly above the task loss.
         target: cost in G that the penalty pulls toward; None for 0.95 of the budget. All published recipes aim below
@@ -246,7 +246,7 @@ class Method(Node):
 
     def layout(self, spec: Spec) -> Layout:
         """Return how the attentions of `spec` become convolutions under these settings."""
-        if self.init == "published":
+        if self.init == "published" or self.structure is not None:
             return layout(spec, temperature=self.temperature, prefix=self.prefix, leaves=self.skip)
         return layout(spec, prefix="mean", leaves=self.skip, fitted=True, rank=self.rank)
 
@@ -295,15 +295,12 @@ class Method(Node):
 
     def _stopper(self, spec: Spec, how: Layout, budget: Budget) -> Callable[[nn.Module, int], None]:
         """Return a function that ends the search at the first step, of those looked at, that meets the budget."""
-        parent = budget.cost(spec)
 
         def after(single: nn.Module, step: int) -> None:
             if not self.stop or (step + 1) % _LOOK:
                 return
             assert isinstance(single, SinglePath)
-            levels, neurons = as_evaluated(single)
-            child = folded(planned(spec, how, levels, neurons).child(spec))
-            if budget.admits(budget.cost(child), parent):
+            if meets(single, spec, how, budget):
                 raise Stop
 
         return after

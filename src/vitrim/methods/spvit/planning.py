@@ -29,7 +29,7 @@ from vitrim.words.spec import Attention, Conv, Spec, Stage, folded
 from vitrim.words.spec import Block as BlockSpec
 from vitrim.words.steps import Tokens
 
-__all__ = ["Gates", "as_evaluated", "check_reach", "close_", "decide", "grafts", "nearest", "planned", "told"]
+__all__ = ["Gates", "as_evaluated", "check_reach", "close_", "decide", "grafts", "meets", "nearest", "planned", "told"]
 
 LEVELS = ("skip", "1x1", "3x3", "attention")
 
@@ -208,6 +208,12 @@ def decide(
     return found
 
 
+def meets(single: SinglePath, spec: Spec, how: Layout, budget: Budget) -> bool:
+    """Return whether the structure that evaluation runs is within a budget, with convolutions folded."""
+    child = folded(planned(spec, how, *as_evaluated(single)).child(spec))
+    return budget.admits(budget.cost(child), budget.cost(spec))
+
+
 @torch.no_grad()
 def close_(single: SinglePath, spec: Spec, how: Layout, budget: Budget, sure: float) -> None:
     """Close the gates that a budget does not allow, the lowest logits first; none is opened.
@@ -219,8 +225,7 @@ def close_(single: SinglePath, spec: Spec, how: Layout, budget: Budget, sure: fl
         budget: what the structure of the gates may cost.
         sure: closed gates get a logit of at most minus this, > 0.
     """
-    levels, neurons = as_evaluated(single)
-    if budget.admits(budget.cost(folded(planned(spec, how, levels, neurons).child(spec))), budget.cost(spec)):
+    if meets(single, spec, how, budget):
         return
     levels, neurons = decide(spec, single, how, budget)
     for path, level in levels.items():

@@ -227,8 +227,7 @@ class Method(Node):
 
         def read(budget: Budget) -> Found:
             plan, trials = self.decide(describe(model), gates, budget)
-            compensates = self.init == "closed_form" and ranks.first()  # what the others return is not used
-            grafts = compensation(parent, plan, data, seed) if compensates else {}
+            grafts = compensation(parent, plan, data, seed) if self.init == "closed_form" else {}
             return Found(plan=plan, parent=parent, grafts=grafts, trials=trials, again=read)
 
         return read(budget)
