@@ -118,6 +118,14 @@ def _grid(spec: Spec, form: str, sized: bool) -> Plan:
     return _each(spec, lambda i, stage, block: BlockPlan(tokens=steps[i] if i < 2 else None))
 
 
+def _grid_conv(spec: Spec) -> Plan:
+    """A convolution on a merged grid, whose prefix tokens read tokens that count several times."""
+    steps = GridMerge(axis="w", form="mean", size_bias=True)
+    conv = Conv(kernel=1, width=spec.stages[0].width // 2, prefix="attention", act="none")
+    decisions = [BlockPlan(tokens=steps), BlockPlan(mixer=conv)]
+    return _each(spec, lambda i, stage, block: decisions[i] if i < 2 else BlockPlan())
+
+
 def _merged(spec: Spec) -> Plan:
     """Merging in both forms, the second one with sizes."""
     steps = [Merge(count=3), Merge(count=3, by="tokens", keeps_norm=True)]
@@ -169,9 +177,11 @@ KINDS: dict[str, Callable[[Spec], Plan]] = {
         for prefix in ("norm", "zero")
     },
     **{
-        f"conv{kernel}-linear-mean": functools.partial(_conv, kernel=kernel, state="linear", prefix="mean")
+        f"conv{kernel}-{state}-{prefix}": functools.partial(_conv, kernel=kernel, state=state, prefix=prefix)
         for kernel in (1, 3)
+        for state, prefix in (("linear", "mean"), ("linear", "attention"), ("mixed", "attention"))
     },
+    "grid-conv1-read": _grid_conv,
     "dropped": functools.partial(_dropped, exact=False),
     "dropped-exact": functools.partial(_dropped, exact=True),
     **{

@@ -31,6 +31,7 @@ OTHERS = {
     "conv3",
     "linear",
     "mixture",
+    "reads",
     "skip",
     "skip_norm",
     "dead_attention",

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vitrim.cut.optimized import WIDEST
+from vitrim.words.block import why_not_read
 from vitrim.words.plain import FrozenDict
 from vitrim.words.spec import Attention, Block, Conv, Stage, why_not_mixed, why_not_placed
 from vitrim.words.steps import Step, Tokens, flow_of, kinds
@@ -107,6 +108,10 @@ def other_parts(stage: Stage, mixer: Attention) -> Iterator[Part]:
         for kernel in (1, 3):
             for inner in {width, stage.width}:
                 yield f"conv{kernel}.{inner}", (Block(mixer=Conv(kernel=kernel, width=inner), hidden=None), here)
+        if why_not_read(stage.form, stage.prefix) is None:
+            reader = Attention(qk=(width,) * count, v=(width,) * count, scale=mixer.scale)
+            beside = Conv(kernel=1, width=width, prefix="attention", heads=reader)
+            yield "reads", (Block(mixer=beside, hidden=None), here)
     if stage.window is not None or not whole or here.patches < 4:
         return
     dense = ([width] * count, [width] * count)
@@ -136,6 +141,8 @@ def factors_of(times: StageTimes, stage: Stage, mixer: Attention, found: Mapping
     if f"conv1.{inner[0]}" in found:
         told["conv_widths"] = inner
         told["conv"] = FrozenDict({str(k): tuple(found[f"conv{k}.{n}"] for n in inner) for k in (1, 3)})
+    if "reads" in found:
+        told["reads"] = max(0.0, found["reads"] - found[f"conv1.{width}"]) / count
     if "unequal" in found:
         told["unequal"] = max(1.0, found["unequal"] / expected(stage.tokens, count * (half + width) / 2))
     if "uneven" in found:

@@ -217,6 +217,11 @@ class Block(nn.Module):
     ) -> Tensor:
         """Return the output of the attention, or of its replacement, for the tokens whose output is computed."""
         assert self.attn is not None
+        if isinstance(self.attn, Conv):
+            raised = None if self.step is None else self.step.keys(x)[1]
+            key_bias = key_bias if raised is None else raised
+            placed: Tensor = self.attn(x, attn_mask, is_causal, key_bias)
+            return placed
         if not isinstance(self.attn, Attention):
             alone: Tensor = self.attn(x[:, : self.n_queries], attn_mask=attn_mask, is_causal=is_causal)
             return alone

@@ -10,7 +10,8 @@ projection, and its output layer is a mixture of the output projection. Every sl
 Differences from the authors' code: the grid need not be square, any number of prefix tokens is allowed, and folding
 gives two plain layers (theirs keeps the batch norm, and for Swin reads the slots in DeiT's order).
 
-Ours: the bottleneck may have any width, the activation may be left out, and prefix tokens may get a stored constant.
+Ours: the bottleneck may have any width, the activation may be left out, and prefix tokens may get a stored constant, or
+keep the attention (`vitrim.nn.read`).
 Such convolutions are fitted to an attention (`vitrim.cut.compensate.ConvCut`); without a fit, surgery makes them of
 some of its value channels, as if each token attended to itself or equally to its neighborhood.
 """
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 from vitrim.nn.axis import Member, columns, rows
 from vitrim.nn.projections import values_of
+from vitrim.nn.read import PrefixAttention
 from vitrim.words.errors import DataError
 from vitrim.words.spec import NO_RATES, Form, Mixture, Rates
 from vitrim.words.spec import Attention as AttentionSpec
@@ -96,11 +98,13 @@ def state_of(
         have: the parameters and buffers of `was`, by name.
         prefix: number of prefix tokens. Their constants are the attention's output for an input of zeros.
     """
-    first = {name: value for name, value in have.items() if name == "mean"}
+    first = {name: value for name, value in have.items() if name == "mean" or name.startswith("read.")}
     if isinstance(was, AttentionSpec):
         weight, bias = values_of(have, sum(was.v))
         value = {"weight": weight} | ({} if bias is None else {"bias": bias})
         first = _constants(have, value, prefix) if conv.prefix == "mean" and prefix else {}
+        if conv.prefix == "attention":
+            first = {f"read.{name}": tensor for name, tensor in have.items()}
         if conv.act == "none" or set(was.v) != {conv.width}:
             return _chosen(have, value, conv) | first
         mixture = conv.mixture or Mixture(heads=len(was.v), temperature=1.0)
@@ -220,19 +224,28 @@ class Conv(nn.Module):
         else:
             self.conv = nn.Conv2d(width, spec.width, 3, padding=1)
             self.proj = nn.Conv2d(spec.width, width, 1, bias=form.out_bias)
+        if spec.heads is not None:
+            self.read = PrefixAttention(width, spec.heads, form, rates)
         if spec.prefix == "mean" and prefix:
             self.mean = nn.Parameter(torch.zeros(prefix, width))
         if spec.norm:
             self.bn = nn.BatchNorm1d(spec.width, EPS) if spec.kernel == 1 else nn.BatchNorm2d(spec.width, EPS)
         self.proj_drop = nn.Dropout(rates.projection)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        key_bias: Tensor | None = None,
+    ) -> Tensor:
         """Mix neighboring patches.
 
         Args:
             x: normed tokens, ``(B, N, D)``, prefix tokens first; or a map without prefix tokens, ``(B, R, C, D)``.
             attn_mask: must be None because a convolution reads every neighbor.
             is_causal: must be False.
+            key_bias: see `vitrim.nn.read.PrefixAttention.forward`; nothing else needs it.
 
         Returns:
             A tensor of the shape of `x`.
@@ -257,13 +270,17 @@ class Conv(nn.Module):
             out = self._map(torch.unflatten(patches, 1, self._grid(patches.shape[1]))).flatten(1, 2)
         if not self.prefix:
             return self._drop(out)
-        return self._drop(torch.cat([self._first(x[:, : self.prefix]), out], dim=1))
+        return self._drop(torch.cat([self._first(x, key_bias), out], dim=1))
 
-    def _first(self, x: Tensor) -> Tensor:
-        """Return the output for the prefix tokens `x`, ``(B, P, D)``."""
+    def _first(self, x: Tensor, key_bias: Tensor | None) -> Tensor:
+        """Return the output for the prefix tokens of `x`, ``(B, P, D)``."""
+        if self.spec.prefix == "attention":
+            read: Tensor = self.read(x, self.prefix, key_bias)
+            return read
+        first = x[:, : self.prefix]
         if self.spec.prefix == "mean":
-            return self.mean.to(x.dtype).expand_as(x)
-        return x if self.spec.prefix == "norm" else torch.zeros_like(x)
+            return self.mean.to(x.dtype).expand_as(first)
+        return first if self.spec.prefix == "norm" else torch.zeros_like(first)
 
     def _drop(self, x: Tensor) -> Tensor:
         dropped: Tensor = self.proj_drop(x)
@@ -321,4 +338,5 @@ class Conv(nn.Module):
         """Return the slices of parameters that the channels of the residual stream index, relative to the block."""
         first = "conv" if self.spec.mixture is None else "v"
         constants = [Member(parameter="attn.mean", dim=1, offset=0)] if hasattr(self, "mean") else []
-        return (*columns(f"attn.{first}", getattr(self, first)), *rows("attn.proj", self.proj), *constants)
+        reads = self.read.stream() if hasattr(self, "read") else ()
+        return (*columns(f"attn.{first}", getattr(self, first)), *rows("attn.proj", self.proj), *constants, *reads)

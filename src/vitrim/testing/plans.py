@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from vitrim.words.block import why_not_read
 from vitrim.words.errors import PlanError
 from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.spec import Attention, Block, Conv, Form, Mixture, Skip, Spec, Stage
@@ -140,7 +141,8 @@ def _convolutions(draw: st.DrawFn, mixer: Any, stage: Stage) -> dict[str, Any]:
         return {"mixer": mixer.model_copy(update={"mixture": state[0], "norm": state[1]})}
     if not isinstance(mixer, Attention) or not mixer.v:
         return {}
-    kernel, prefix = draw(st.sampled_from([1, 3])), draw(st.sampled_from(["norm", "zero", "mean"]))
+    reads = ["attention", "attention"] if why_not_read(stage.form, stage.prefix) is None else []
+    kernel, prefix = draw(st.sampled_from([1, 3])), draw(st.sampled_from(["norm", "zero", "mean", *reads]))
     if draw(st.sampled_from([False, False, False, True])):
         rank = draw(st.integers(1, stage.width + 1))
         return {"mixer": Conv(kernel=kernel, width=rank, prefix=prefix, act="none")}
@@ -176,8 +178,9 @@ def _some(size: int) -> st.SearchStrategy[tuple[int, ...]]:
 def kinds_in(spec: Spec) -> set[str]:
     """Names of the kinds of cuts that stand in `spec`, for a test to count that each one was drawn.
 
-    A token step is named by its `kind`; then there are ``conv1``, ``conv3``, ``mixture``, ``linear``, ``skip``,
-    ``skip_norm``, ``dead_attention``, ``dead_mlp``, ``skipped_mlp`` and ``only_prefix``.
+    A token step is named by its `kind`; then there are ``conv1``, ``conv3``, ``mixture``, ``linear``, ``reads`` (prefix
+    tokens keep the attention beside a convolution), ``skip``, ``skip_norm``, ``dead_attention``, ``dead_mlp``,
+    ``skipped_mlp`` and ``only_prefix``.
     """
     found: set[str] = set()
     for _, _, block in spec.blocks():
@@ -185,6 +188,7 @@ def kinds_in(spec: Spec) -> set[str]:
         if isinstance(mixer, Conv):
             found |= {f"conv{mixer.kernel}"} | ({"mixture"} if mixer.mixture is not None else set())
             found |= {"linear"} if mixer.act == "none" else set()
+            found |= {"reads"} if mixer.heads is not None else set()
         elif isinstance(mixer, Skip):
             found.add("skip" if mixer.leaves == "zero" else "skip_norm")
         elif not mixer.v:

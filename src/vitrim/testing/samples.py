@@ -16,8 +16,9 @@ from vitrim import families
 from vitrim.data import Images, Input, split
 from vitrim.families import adopt, describe
 from vitrim.methods import Data
+from vitrim.words.block import why_not_read
 from vitrim.words.plan import BlockPlan, Plan
-from vitrim.words.spec import Attention, Conv, Form, Mixture, Skip, Spec
+from vitrim.words.spec import Attention, Conv, Form, Mixture, Skip, Spec, Stage
 from vitrim.words.spec import Block as BlockSpec
 from vitrim.words.steps.drop import Drop
 
@@ -134,7 +135,7 @@ def random_plan(
     if convs:
         dynamic, rng = bool(spec.host.arguments.get("dynamic_img_size")), random.Random(seed + 2000)
         blocks = [
-            _with_conv(rng, stage.form, block, decision, convs, dynamic)
+            _with_conv(rng, stage, block, decision, convs, dynamic)
             for (_, stage, block), decision in zip(spec.blocks(), blocks, strict=True)
         ]
     rng = random.Random(seed + 3000)
@@ -143,9 +144,11 @@ def random_plan(
 
 
 def _with_conv(
-    rng: random.Random, form: Form, block: BlockSpec, decision: BlockPlan, convs: str, dynamic: bool
+    rng: random.Random, stage: Stage, block: BlockSpec, decision: BlockPlan, convs: str, dynamic: bool
 ) -> BlockPlan:
-    mixer = block.mixer
+    mixer, form = block.mixer, stage.form
+    firsts: tuple[Any, ...] = ("norm", "zero", "mean")
+    firsts += ("attention",) if why_not_read(form, stage.prefix) is None else ()
     if isinstance(mixer, Conv):
         states = {(mixer.mixture, mixer.norm), (None, mixer.norm), (None, False)}
         mixture, norm = rng.choice(sorted(states, key=str))
@@ -156,7 +159,8 @@ def _with_conv(
     if rng.random() < 0.15:
         return decision.model_copy(update={"mixer": Skip(leaves="norm"), "qk": None, "v": None})
     if rng.random() < 0.2:
-        linear = Conv(kernel=1 if dynamic else rng.choice((1, 3)), width=rng.randint(1, 32), prefix="mean", act="none")
+        kernel: Literal[1, 3] = 1 if dynamic else rng.choice((1, 3))
+        linear = Conv(kernel=kernel, width=rng.randint(1, 32), prefix=rng.choice(firsts[2:]), act="none")
         return decision.model_copy(update={"mixer": linear, "qk": None, "v": None})
     width = rng.randint(1, min(mixer.v))
     v = [tuple(sorted(rng.sample(range(n), width))) if rng.random() < 0.8 else () for n in mixer.v]
@@ -169,7 +173,7 @@ def _with_conv(
     conv = Conv(
         kernel=1 if dynamic else rng.choice((1, 3)),
         width=width,
-        prefix=rng.choice(("norm", "zero", "mean")),
+        prefix=rng.choice(firsts),
         mixture=mixed,
         norm=mixed is not None or (convs != "folded" and rng.random() < 0.5),
     )

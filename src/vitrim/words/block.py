@@ -26,6 +26,8 @@ __all__ = [
     "Relative",
     "Rotary",
     "Skip",
+    "why_not_beside",
+    "why_not_read",
 ]
 
 
@@ -256,7 +258,10 @@ class Conv(Node):
         kernel: rows and columns of the first convolution; the second is 1 x 1.
         width: channels between both; the rank of the map if there is no activation.
         prefix: output of the branch for prefix tokens, which have no position on the grid: their own normed input
-            (``norm``), zero (``zero``), or a constant for each of them that is a parameter of the model (``mean``).
+            (``norm``), zero (``zero``), a constant for each of them that is a parameter of the model (``mean``), or
+            what they read from all tokens with an attention of their own (``attention``).
+        heads: that attention; None with any other `prefix`. In a plan it may be left out: it is then the attention that
+            the convolution replaces.
         mixture: how kernels are mixed from an attention's projections; None if they are plain tensors.
         norm: whether there is a batch norm before the activation.
         act: ``relu``, as published, or ``none``. Without activation there is no norm and no mixture; the convolution is
@@ -266,7 +271,8 @@ class Conv(Node):
     kind: Literal["conv"] = "conv"
     kernel: Literal[1, 3]
     width: Size
-    prefix: Literal["norm", "zero", "mean"] = "norm"
+    prefix: Literal["norm", "zero", "mean", "attention"] = "norm"
+    heads: Attention | None = None
     mixture: Mixture | None = None
     norm: bool = False
     act: Literal["relu", "none"] = "relu"
@@ -277,7 +283,40 @@ class Conv(Node):
             raise ValueError("norm must be true where kernels are mixed, but is false; fold the mixture first")
         if self.act == "none" and (self.norm or self.mixture is not None):
             raise ValueError("a convolution without activation must have no norm and no mixture, but has one; drop it")
+        if self.heads is not None and (self.prefix != "attention" or not self.heads.v):
+            raise ValueError(
+                f"heads must be those of an attention of prefix tokens, but {len(self.heads.v)} are given with "
+                f"prefix={self.prefix}; leave them out, or set prefix=attention"
+            )
         return self
+
+
+def why_not_read(form: Form, prefix: int) -> str | None:
+    """Return why prefix tokens cannot read with an attention beside a convolution, as a sentence; None if they can.
+
+    The logits of such an attention are products of its input and of nothing else, so that keys need not be computed.
+
+    Args:
+        form: of the stage.
+        prefix: number of prefix tokens.
+    """
+    if not prefix:
+        return "only prefix tokens can read with an attention beside a convolution, but the model has none"
+    if form.ties_qk or form.positions is not None or form.mixed_norm is not None:
+        return (
+            "prefix tokens can read beside a convolution only with an attention without norms and positions of its "
+            "own, but this one has them; use prefix=mean"
+        )
+    return None
+
+
+def why_not_beside(mixer: object, form: Form, prefix: int) -> str | None:
+    """Return why a convolution cannot stand beside the attention of its prefix tokens; None if it can, or has none."""
+    if not isinstance(mixer, Conv) or mixer.prefix != "attention":
+        return None
+    if mixer.heads is None:
+        return "a convolution with prefix=attention must name the heads of that attention, but names none; add heads"
+    return why_not_read(form, prefix)
 
 
 class Skip(Node):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from vitrim.words.spec import Attention, Block, Conv, Form, Skip, Spec, Stage
 from vitrim.words.steps import Tokens, flow_of
 
-__all__ = ["Cost", "attention_macs", "block_cost", "conv_macs", "cost_of", "mlp_macs"]
+__all__ = ["Cost", "attention_macs", "block_cost", "conv_macs", "cost_of", "mlp_macs", "read_macs"]
 
 
 class Cost(NamedTuple):
@@ -50,6 +50,20 @@ def conv_macs(patches: int, width: int, channels: Any, kernel: int) -> Any:
     done once for each forward pass, independent of the number of images, and is not needed after folding.
     """
     return patches * width * channels * (kernel**2 + 1)
+
+
+def read_macs(prefix: int, tokens: int, width: int, heads: Attention) -> int:
+    """Return the multiply-accumulates of prefix tokens that read with an attention of their own, ``2 X D (E + H N)``.
+
+    Keys and values are not computed (`vitrim.nn.read`): queries and what they read are mapped instead.
+
+    Args:
+        prefix: X, the prefix tokens.
+        tokens: N, all tokens.
+        width: D.
+        heads: H heads with E query and value channels together.
+    """
+    return 2 * prefix * width * (sum(heads.qk) + sum(heads.v) + len(heads.v) * tokens)
 
 
 def mlp_macs(tokens: int, width: int, hidden: Any, factors: int = 1) -> Any:
@@ -123,6 +137,9 @@ def _priced(blocks: Sequence[Block], stage: Stage, arriving: Tokens | None) -> t
         elif isinstance(mixer, Conv):
             macs += conv_macs(patches, width, mixer.width, mixer.kernel)
             params += _conv_params(form, width, mixer, prefix)
+            if mixer.heads is not None:
+                macs += read_macs(prefix, prefix + patches, width, mixer.heads)
+                params += _read_params(form, width, mixer.heads)
         elif isinstance(mixer, Skip) and mixer.leaves == "norm":
             params += form.norm.params(width) + (width if form.layer_scale else 0)
         if hidden:
@@ -176,6 +193,12 @@ def _params(form: Form, width: int) -> _Params:
     if form.inner_norm is not None:
         mlp += form.inner_norm.params(width)
     return _Params(dead_attention, attention, qk, v, dead_mlp, mlp, neuron)
+
+
+def _read_params(form: Form, width: int, heads: Attention) -> int:
+    """Return the parameters of an attention with which prefix tokens read, without norm and layer scale."""
+    each = _params(form, width)
+    return sum(heads.qk) * each.qk + sum(heads.v) * each.v + each.dead_attention
 
 
 def _conv_params(form: Form, width: int, conv: Conv, prefix: int) -> int:

@@ -23,6 +23,7 @@ from vitrim.words.block import (
     Relative,
     Rotary,
     Skip,
+    why_not_beside,
 )
 from vitrim.words.plain import Frozen, FrozenDict, Node
 from vitrim.words.sizes import MOST_BLOCKS, MOST_STAGES, Count, Size, Total
@@ -232,6 +233,9 @@ def why_not_blocks(stage: Stage) -> tuple[str, str] | None:
     """Return the path (``3.tokens``) and a sentence on the first block whose tokens are not valid; None if all are."""
     here = stage.enters
     for index, block in enumerate(stage.blocks):
+        wrong = why_not_beside(block.mixer, stage.form, stage.prefix)
+        if wrong is not None:
+            return f"{index}.mixer", wrong
         if stage.window is not None:
             if block.tokens is not None or block.only_prefix:
                 return f"{index}.tokens", NO_WINDOWS

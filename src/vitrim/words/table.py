@@ -69,6 +69,7 @@ class StageTimes(Node):
         conv_widths: measured widths of the bottleneck of a convolution, increasing.
         conv: seconds of a convolution by its kernel, on the whole grid: one number for each of `conv_widths`, or one
             number if there are none. On a merged grid they are in proportion to its patches.
+        reads: seconds that each head adds with which prefix tokens read beside a convolution, on the whole grid.
         unequal: factor on the time of attention if values have another width than queries.
         bare: seconds of a branch that computes nothing, by tokens: its norm and its residual addition, which no width
             touches. Empty for tables that do not say.
@@ -92,6 +93,7 @@ class StageTimes(Node):
     step: int = 1
     conv_widths: tuple[int, ...] = ()
     conv: Frozen = FrozenDict()
+    reads: float = 0.0
     unequal: float = 1.0
     run: float = 0.0
     with_sizes: float = 1.0
@@ -118,9 +120,10 @@ class StageTimes(Node):
         return max(found, self.rests(rows))
 
     def convolves(self, conv: Conv) -> float:
-        """Return the seconds of a convolution on the whole grid."""
+        """Return the seconds of a convolution on the whole grid, with the attention of its prefix tokens."""
         measured = self.conv.get(str(conv.kernel), 0.0)
-        return _between((self.conv_widths,) if self.conv_widths else (), measured, (conv.width,))
+        alone = _between((self.conv_widths,) if self.conv_widths else (), measured, (conv.width,))
+        return alone + (0.0 if conv.heads is None else self.reads * len(conv.heads.v))
 
     def feeds(self, rows: int, hidden: int) -> float:
         """Return the seconds of an MLP branch."""
@@ -227,6 +230,7 @@ class TimeTable(Node):
                     "mlp": tuple(tuple(t * factor for t in row) for row in times.mlp),
                     "bare": tuple(t * factor for t in times.bare),
                     "conv": FrozenDict({kernel: _scaled(t, factor) for kernel, t in times.conv.items()}),
+                    "reads": times.reads * factor,
                     "run": times.run * factor,
                     "steps": FrozenDict({kind: t * factor for kind, t in times.steps.items()}),
                 }

@@ -5,8 +5,8 @@ of the kernel, F = k^2 D features of a patch: the normed tokens of its neighborh
 
 One block at a time, a convolution without activation is the low-rank linear map of F features that is nearest to what
 the attention adds for the patches. The squared error is weighted by the importance of each token, and its directions by
-the metric (`vitrim.cut.compensate.importance`). Prefix tokens, which have no neighborhood, get the mean of the
-attention's output for them.
+the metric (`vitrim.cut.compensate.importance`). Prefix tokens, which have no neighborhood, keep the attention
+(`vitrim.nn.read`) or get the mean of its output for them.
 
 Source: reduced-rank regression, Izenman 1975. Its use for attention is new; SPViT (arXiv 2111.11802) starts its
 convolutions as mixtures of the attention's own projections.
@@ -130,6 +130,9 @@ class ConvCut:
             state["proj.bias"] = bias
         if conv.prefix == "mean" and self.place.stage.prefix:
             state["mean"] = self.constants
+        attention = self.place.block.attn
+        if conv.prefix == "attention" and isinstance(attention, Attention):
+            state |= {f"read.{name}": value for name, value in attention.state_dict().items()}
         return conv, {"mixer": conv}, {f"attn.{name}": value for name, value in state.items()}
 
     def _fitted(self, kernel: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

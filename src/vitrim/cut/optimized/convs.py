@@ -22,7 +22,13 @@ class FixedConv(Conv):
 
     zero: Tensor
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        key_bias: Tensor | None = None,
+    ) -> Tensor:
         """See `Conv.forward`."""
         if attn_mask is not None or is_causal:
             return super().forward(x, attn_mask, is_causal)  # which refuses
@@ -38,7 +44,7 @@ class FixedConv(Conv):
             return out
         if self.spec.prefix == "zero":
             return torch.cat([self.zero.expand(x.shape[0], prefix, x.shape[2]), out], dim=1)
-        return torch.cat([self._first(x[:, :prefix]), out], dim=1)
+        return torch.cat([self._first(x, key_bias), out], dim=1)
 
 
 def plain_conv(conv: Conv, block: Block) -> Conv:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vitrim.families._t2t import TokenLayer
 from vitrim.nn import Attention, Block, Constant, Conv, Mlp, WindowBlock
 from vitrim.nn.layers import norm_of
+from vitrim.nn.projections import Projections
 from vitrim.words.errors import AdoptError
 
 __all__ = ["Layer", "fold_block_", "fold_host_", "give_", "precise_"]
@@ -69,11 +70,12 @@ def fold_block_(block: Block, dtype: torch.dtype, *, norms: bool = True) -> None
     mixer, mlp = block.attn, block.mlp
     _plain_(block)
     passes = isinstance(mixer, Conv) and mixer.prefix > 0 and mixer.spec.prefix == "norm"
-    if isinstance(mixer, Attention | Conv) and not passes and _fold_scale_(block.ls1, mixer.proj, dtype):
+    outs = _outs(mixer) if isinstance(mixer, Attention | Conv) and not passes else []
+    if outs and _fold_scale_(block.ls1, outs, dtype):
         if isinstance(mixer, Conv) and mixer.prefix > 0 and mixer.spec.prefix == "mean":
             mixer.mean = nn.Parameter(mixer.mean * block.ls1.get_parameter("gamma"), requires_grad=False)
         block.ls1 = nn.Identity()
-    if isinstance(mlp, Mlp) and _fold_scale_(block.ls2, mlp.get_submodule(mlp.last), dtype):
+    if isinstance(mlp, Mlp) and _fold_scale_(block.ls2, [mlp.get_submodule(mlp.last)], dtype):
         block.ls2 = nn.Identity()
     _fold_constants_(block)
     if not norms:
@@ -84,7 +86,8 @@ def fold_block_(block: Block, dtype: torch.dtype, *, norms: bool = True) -> None
     if isinstance(mixer, Attention) and not block.form.post_norm:
         _fold_norm_(block.norm1, [mixer.qkv], dtype, shift=not _zeros_join(block))
     elif isinstance(mixer, Conv) and not passes and not block.form.post_norm:
-        _fold_norm_(block.norm1, [mixer.conv], dtype, shift=mixer.spec.kernel == 1)
+        readers = [mixer.read.qkv] if hasattr(mixer, "read") else []
+        _fold_norm_(block.norm1, [mixer.conv, *readers], dtype, shift=mixer.spec.kernel == 1)
     if isinstance(mlp, Mlp):
         firsts = [mlp.get_submodule(name) for name in mlp.firsts]
         inner = mlp.kind == "geglu" and not isinstance(mlp.norm, nn.Identity)
@@ -95,8 +98,9 @@ def fold_block_(block: Block, dtype: torch.dtype, *, norms: bool = True) -> None
 
 def _plain_(block: Block) -> None:
     """Bring a block's layers into the modules of a ViT's, in place."""
-    if isinstance(block.attn, Attention):
-        block.attn.join_()
+    for part in (block.attn, getattr(block.attn, "read", None)):
+        if isinstance(part, Projections):
+            part.join_()
     for name, place in (("gamma_1", "ls1"), ("gamma_2", "ls2")):
         gamma = getattr(block, name)
         if gamma is not None:
@@ -136,15 +140,25 @@ def _zeros_join(block: Block) -> bool:
     return block.step is not None and block.step.adds_zeros
 
 
-def _fold_scale_(scale: Any, layer: nn.Module, dtype: torch.dtype) -> bool:
-    """Multiply the outputs of `layer` by a layer scale; whether that was possible."""
-    if type(scale) is not LayerScale or not isinstance(layer, Layer):
+def _outs(mixer: Attention | Conv) -> list[nn.Module]:
+    """Return the layers whose outputs a mixer adds to the stream, up to layer scale."""
+    return [mixer.proj, mixer.read.proj] if isinstance(mixer, Conv) and hasattr(mixer, "read") else [mixer.proj]
+
+
+def _fold_scale_(scale: Any, layers: Sequence[nn.Module], dtype: torch.dtype) -> bool:
+    """Multiply the outputs of all `layers` by a layer scale; whether that was possible."""
+    if type(scale) is not LayerScale:
         return False
-    weight = layer.weight * scale.gamma.view(-1, *[1] * (layer.weight.dim() - 1))
-    bias = None if layer.bias is None else layer.bias * scale.gamma
-    if not _resolved([weight], [bias], dtype):
+    made: list[tuple[Any, Tensor, Tensor | None]] = []
+    for layer in layers:
+        if not isinstance(layer, Layer):
+            return False
+        weight = layer.weight * scale.gamma.view(-1, *[1] * (layer.weight.dim() - 1))
+        made.append((layer, weight, None if layer.bias is None else layer.bias * scale.gamma))
+    if not _resolved([weight for _, weight, _ in made], [bias for *_, bias in made], dtype):
         return False
-    give_(layer, weight, bias)
+    for layer, weight, bias in made:
+        give_(layer, weight, bias)
     return True
 
 

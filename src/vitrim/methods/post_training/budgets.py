@@ -72,10 +72,11 @@ def _least(block: Block, kinds: Kinds) -> Block:
 
 def _convolving(block: Block, stage: Stage, arriving: Tokens, kinds: Kinds) -> Block:
     """Return the smallest block with its smallest convolution, if it can have one."""
-    small, convs = _least(block, kinds), convolutions(stage.width, min(kinds.operators), stage.form)
-    if not convs or why_not_convolve(block, stage, arriving) is not None:
+    small = _least(block, kinds)
+    if why_not_convolve(block, stage, arriving) is not None or not isinstance(block.mixer, Attention):
         return small
-    return small.model_copy(update={"mixer": convs[-1]})
+    convs = convolutions(stage, block.mixer, min(kinds.operators))
+    return small.model_copy(update={"mixer": convs[-1]}) if convs else small
 
 
 def _with(spec: Spec, blocks: Sequence[Block]) -> Spec:

@@ -30,8 +30,9 @@ from vitrim.words.spec import Attention, Spec
 
 __all__ = ["Calibration", "read_calibration", "write_calibration"]
 
-FORMAT = 3
-"""Format 1 had another hash of the weights; format 2 holds losses of merging by keys."""
+FORMAT = 4
+"""Format 1 had another hash of the weights; format 2 holds losses of merging by keys; format 3 those of convolutions
+whose prefix tokens get a constant."""
 _KEY = "vitrim_calibration"
 
 

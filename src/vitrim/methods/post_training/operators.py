@@ -6,7 +6,7 @@ D width, r rank.
 from collections.abc import Iterator, Sequence
 
 from vitrim.cut.compensate import images_needed
-from vitrim.words.block import Conv, Form
+from vitrim.words.block import Conv, why_not_read
 from vitrim.words.errors import MethodError
 from vitrim.words.spec import Attention, Block, Spec, Stage
 from vitrim.words.steps import Tokens, flow_of
@@ -20,12 +20,19 @@ attention of a ViT-Ti at 224 pixels, a 1 x 1 one 0.11."""
 _STEP = 8
 
 
-def convolutions(width: int, kernel: int, form: Form) -> list[Conv]:
-    """Return the convolutions of a kernel that are measured, the widest first; none where heads share a norm."""
-    if form.mixed_norm is not None:
+def convolutions(stage: Stage, mixer: Attention, kernel: int) -> list[Conv]:
+    """Return the convolutions of a kernel that are measured, the widest first; none where heads share a norm.
+
+    Prefix tokens keep the attention if they can, which costs a hundredth of it, and else get a constant.
+    """
+    if stage.form.mixed_norm is not None:
         return []
+    width, reads = stage.width, why_not_read(stage.form, stage.prefix) is None
     ranks = sorted({max(_STEP, round(share * width / _STEP) * _STEP) for share in _RANKS[kernel]}, reverse=True)
-    return [Conv(kernel=kernel, width=rank, prefix="mean", act="none") for rank in ranks if rank < width]
+    first = {"prefix": "attention", "heads": mixer} if reads else {"prefix": "mean"}
+    return [
+        Conv.model_validate({"kernel": kernel, "width": rank, "act": "none", **first}) for rank in ranks if rank < width
+    ]
 
 
 def share_of(conv: Conv, width: int) -> float:

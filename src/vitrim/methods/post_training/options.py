@@ -120,7 +120,8 @@ def block_options(
     first, counts = _attention(calibration, path, block, kinds)
     first.costs.extend(map(relative, _heads_priced(counts, block, stage, arriving, budget)))
     if kinds.operators and why_not_convolve(block, stage, arriving) is None:
-        for conv, loss in _convolutions(calibration, path, stage, kinds.operators):
+        assert isinstance(block.mixer, Attention)
+        for conv, loss in _convolutions(calibration, path, stage, block.mixer, kinds.operators):
             choice = BlockChoice(conv=conv)
             first.choices.append(choice)
             first.losses.append(loss)
@@ -219,13 +220,13 @@ def _attention(calibration: Calibration, path: str, block: Block, kinds: Kinds) 
 
 
 def _convolutions(
-    calibration: Calibration, path: str, stage: Stage, kernels: Sequence[int]
+    calibration: Calibration, path: str, stage: Stage, mixer: Attention, kernels: Sequence[int]
 ) -> Iterator[tuple[Conv, float]]:
     """Yield the convolutions that were measured in place of an attention, and their losses."""
     for kernel in kernels:
         name = f"{path}.conv{kernel}"
         losses = dict(zip(calibration.shares.get(name, ()), calibration.losses.get(name, ()), strict=True))
-        for conv in convolutions(stage.width, kernel, stage.form):
+        for conv in convolutions(stage, mixer, kernel):
             if share_of(conv, stage.width) in losses:
                 yield conv, losses[share_of(conv, stage.width)]
 

@@ -193,9 +193,10 @@ class _Row:
         return name, shares, lambda: [self._attention(cut, choice) for choice in choices]
 
     def _convolutions(self) -> Iterator[Cell]:
-        cut, width = ConvCut(self.place), self.place.stage.width
+        cut, width, mixer = ConvCut(self.place), self.place.stage.width, self.place.block.spec.mixer
+        assert isinstance(mixer, AttentionSpec)
         for kernel in self.kernels:
-            convs = convolutions(width, kernel, self.place.stage.form)
+            convs = convolutions(self.place.stage, mixer, kernel)
             if convs:
                 shares = tuple(share_of(conv, width) for conv in convs)
                 yield f"conv{kernel}", shares, functools.partial(self._convolved, cut, convs)

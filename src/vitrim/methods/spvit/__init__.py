@@ -23,7 +23,8 @@ Where we differ from the authors' code, on purpose:
   (``windowed``); no released Swin has such a convolution.
 - Gates of the cheaper choices are not detached if the more expensive ones are open: the gradient is zero anyway.
 - Convolutions may start from fits to their attention (``init = "closed_form"``, `vitrim.methods.spvit.fitted`), with
-  weights of their own and a constant for prefix tokens. Published ones are mixtures of the attention's projections.
+  weights of their own, and prefix tokens then keep the attention: what a class token reads in late blocks is what the
+  classifier is made of. Published ones are mixtures of the attention's projections.
 - Norms over channels, q/k norms, other grids and any number of prefix tokens are supported if they change nothing.
 """
 
@@ -46,11 +47,12 @@ from vitrim.methods.spvit.fitted import fits, refitted, start_
 from vitrim.methods.spvit.planning import check_reach, close_, grafts, meets, nearest, planned, told
 from vitrim.methods.spvit.prices import Counting, prices, times
 from vitrim.methods.spvit.published import check_budget, published
-from vitrim.methods.spvit.search import Layout, SinglePath, layout
+from vitrim.methods.spvit.search import Layout, Prefix, SinglePath, layout
 from vitrim.nn.copying import copied
 from vitrim.nn.weights import home_of
 from vitrim.train import Distill, Stop, Train, fit, ranks, steps_of
 from vitrim.train.leading import led
+from vitrim.words.block import why_not_read
 from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError
 from vitrim.words.plain import Node
@@ -114,8 +116,9 @@ class Method(Node):
         inherit: the weights that training starts from: ``dense``, the model's own weights, as published, or ``search``,
             the weights that the search has trained, with mixtures and batch norms. With fitted convolutions, ``dense``
             fits them again, together with the neurons that stay, to the structure that was found.
-        prefix: the output of a published convolution for prefix tokens, see `vitrim.words.spec.Conv`; fitted ones give
-            them a constant.
+        prefix: the output of a convolution for prefix tokens, see `vitrim.words.spec.Conv`. None for their normed input
+            (``norm``), as published, or, for fitted convolutions, ``attention``: they go on reading all tokens, for a
+            hundredth of an attention's MACs. Where attention has norms or positions, that is a constant (``mean``).
         skip: the output of a skipped attention, see `vitrim.words.spec.Skip`.
         windowed: whether a Swin's 3 x 3 convolutions read single windows while searching, as published.
         structure: name of a released structure (``deit_ti``, ``swin_s`` …) to use instead of a search; see
@@ -159,7 +162,7 @@ class Method(Node):
     stop: bool = True
     temperature: PositiveFloat | None = None
     inherit: Literal["dense", "search"] = "dense"
-    prefix: Literal["norm", "zero"] = "norm"
+    prefix: Prefix | None = None
     skip: Literal["zero", "norm"] = "zero"
     windowed: bool = False
     structure: str | None = None
@@ -171,6 +174,8 @@ class Method(Node):
                 f"train.batch must give batch norms at least 2 images at a time, but is {self.train.batch} in "
                 f"{self.train.accumulate} parts; raise it, or lower train.accumulate"
             )
+        if self.prefix == "mean" and self.init == "published":
+            raise ValueError("prefix=mean must have fitted convolutions, but init is published; set init=closed_form")
         return self
 
     @property
@@ -247,8 +252,12 @@ class Method(Node):
     def layout(self, spec: Spec) -> Layout:
         """Return how the attentions of `spec` become convolutions under these settings."""
         if self.init == "published" or self.structure is not None:
-            return layout(spec, temperature=self.temperature, prefix=self.prefix, leaves=self.skip)
-        return layout(spec, prefix="mean", leaves=self.skip, fitted=True, rank=self.rank)
+            return layout(spec, temperature=self.temperature, prefix=self.prefix or "norm", leaves=self.skip)
+        prefix = self.prefix
+        if prefix is None:
+            refused = any(why_not_read(stage.form, stage.prefix) for stage in spec.stages)
+            prefix = "mean" if refused else "attention"
+        return layout(spec, prefix=prefix, leaves=self.skip, fitted=True, rank=self.rank)
 
     def _start_(
         self,

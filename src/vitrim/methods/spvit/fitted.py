@@ -133,7 +133,8 @@ def _fit_convs(found: Fits, place: Place, how: Layout, loss: _Loss) -> None:
         state: dict[str, Tensor] = {}
         if isinstance(chosen, Conv):
             chosen, _, state = cut.cut(chosen)
-            states.append({name.removeprefix("attn."): value for name, value in state.items()})
+            own = {name.removeprefix("attn."): value for name, value in state.items()}
+            states.append({name: value for name, value in own.items() if not name.startswith("read.")})
         # A cheaper choice with a smaller loss is chance: what follows in the order contains it.
         losses.append(max(loss(place.rebuilt(chosen, hidden, state)), losses[-1] if losses else 0.0))
     found.convs[place.path] = (states[1], states[0])

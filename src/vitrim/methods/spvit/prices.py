@@ -11,8 +11,8 @@ from vitrim.methods.spvit import gates
 from vitrim.methods.spvit.search import Layout, SinglePath
 from vitrim.nn.feed import summing
 from vitrim.words.budget import Budget
-from vitrim.words.costs import block_cost, conv_macs, cost_of, mlp_macs
-from vitrim.words.spec import Attention, Conv, Spec
+from vitrim.words.costs import block_cost, cost_of, mlp_macs
+from vitrim.words.spec import Attention, Spec
 
 __all__ = ["Counting", "Prices", "prices", "times"]
 
@@ -64,8 +64,9 @@ def prices(spec: Spec, how: Layout, counting: Counting) -> Prices:
     for (path, stage, block), here, flow in rows:
         mixer, ours = block_cost(block.model_copy(update={"hidden": None}), stage, here)[0], path in how.mixtures
         if ours and isinstance(block.mixer, Attention):
-            width, patches = how.width(block.mixer), flow.mixed.patches
-            one, three = (conv_macs(patches, stage.width, width, kernel) for kernel in (1, 3))
+            chosen = [how.mixer(path, block.mixer, level) for level in (1, 2)]
+            bare = [block.model_copy(update={"mixer": conv, "hidden": None}) for conv in chosen]
+            one, three = (block_cost(node, stage, here)[0] for node in bare)
             steps[path] = (one, three - one, mixer - three)
         else:
             constant += mixer
@@ -90,7 +91,7 @@ def times(spec: Spec, how: Layout, budget: Budget) -> Prices:
     for ((path, stage, block), here), whole in zip(rows, blocks, strict=True):
         mixer = budget.block(block.model_copy(update={"hidden": None}), stage, here).latency
         if path in how.mixtures and isinstance(block.mixer, Attention):
-            convs = [Conv(kernel=kernel, width=how.width(block.mixer)) for kernel in (1, 3)]
+            convs = [how.mixer(path, block.mixer, level) for level in (1, 2)]
             bare = [block.model_copy(update={"mixer": conv, "hidden": None}) for conv in convs]
             one, three = (budget.block(node, stage, here).latency for node in bare)
             steps[path] = (one, three - one, mixer - three)

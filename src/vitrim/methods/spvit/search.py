@@ -26,6 +26,9 @@ from vitrim.words.spec import Conv, Mixture, Skip, Spec
 __all__ = ["Layout", "SinglePath", "layout"]
 
 
+Prefix = Literal["norm", "zero", "mean", "attention"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """How attentions of a model become convolutions.
@@ -39,7 +42,7 @@ class Layout:
     """
 
     mixtures: Mapping[str, Mixture]
-    prefix: Literal["norm", "zero", "mean"]
+    prefix: Prefix
     leaves: Literal["zero", "norm"]
     fitted: bool = False
     rank: int | None = None
@@ -51,8 +54,14 @@ class Layout:
         if level == 0:
             return Skip(leaves=self.leaves)
         kernel: Literal[1, 3] = 1 if level == 1 else 3
-        mixture = None if self.fitted else self.mixtures[path]
-        return Conv(kernel=kernel, width=self.width(mixer), prefix=self.prefix, mixture=mixture, norm=True)
+        mixture, heads = None if self.fitted else self.mixtures[path], mixer if self.reads else None
+        width = self.width(mixer)
+        return Conv(kernel=kernel, width=width, prefix=self.prefix, heads=heads, mixture=mixture, norm=True)
+
+    @property
+    def reads(self) -> bool:
+        """Whether prefix tokens keep the attention where patches have a convolution."""
+        return self.prefix == "attention"
 
     def width(self, mixer: AttentionSpec) -> int:
         """Return the width of the bottleneck of the convolutions in place of an attention."""
@@ -63,7 +72,7 @@ def layout(
     spec: Spec,
     *,
     temperature: float | None = None,
-    prefix: Literal["norm", "zero", "mean"] = "norm",
+    prefix: Prefix = "norm",
     leaves: Literal["zero", "norm"] = "zero",
     fitted: bool = False,
     rank: int | None = None,
@@ -136,7 +145,7 @@ class SinglePath(Gated):
             if axis.name == "hidden" and axis.scales
         }
         super().__init__(model, neurons)
-        self.windowed, self.draws = windowed, draws
+        self.windowed, self.draws, self.reads = windowed, draws, how.reads
         spec = describe(model)
         self.grids = {
             path: flow.mixed.grid or stage.grid
@@ -163,6 +172,8 @@ class SinglePath(Gated):
         _, stage, block = next(row for row in spec.blocks() if row[0] == path)
         assert isinstance(block.mixer, AttentionSpec)
         specs = [how.mixer(path, block.mixer, level) for level in (1, 2)]
+        if how.reads:  # with the attention that runs anyway
+            specs = [conv and conv.model_copy(update={"prefix": "zero", "heads": None}) for conv in specs]
         one, three = (
             ConvModule(stage.width, conv, stage.form, block.rates, grid=self.grids[path], prefix=stage.prefix)
             for conv in specs
@@ -186,13 +197,13 @@ class SinglePath(Gated):
         try:
             open_ = {path: gates.weights(gates.opened(self._drawn[key_of(path)])) for path in self.names}
             scaled = self.scaled()
-            for path, (_, _, attention) in open_.items():
+            for path, (_, _, attention) in () if self.reads else open_.items():
                 out = _attention(self.model.get_submodule(self.names[path])).proj
                 for leaf, value in out.named_parameters():
                     scaled[f"{self.names[path]}.attn.proj.{leaf}"] = value * attention
             with contextlib.ExitStack() as stack:
-                for path, (one, three, _) in open_.items():
-                    self._beside(stack, path, one, three)
+                for path, weights in open_.items():
+                    self._beside(stack, path, *weights)
                 return functional_call(self.model, scaled, (x,))
         finally:
             self._drawn = {}
@@ -207,13 +218,23 @@ class SinglePath(Gated):
     def _piece(self, gate: str | None, size: int, like: Tensor) -> Tensor:
         return super()._piece(None, size, like) if gate is None else self._drawn[gate].to(like.dtype)
 
-    def _beside(self, stack: contextlib.ExitStack, path: str, one: Tensor, three: Tensor) -> None:
+    def _beside(self, stack: contextlib.ExitStack, path: str, one: Tensor, three: Tensor, whole: Tensor) -> None:
         """Add the outputs of a block's convolutions to its attention's output, until the stack is closed.
 
         This takes three hooks: for the attention's input, for its values, and to add the outputs before layer scale.
+        Where prefix tokens keep the attention, a fourth one multiplies the output by the gates: of the attention for
+        patches, of all three choices for prefix tokens.
         """
         block, beside = self.model.get_submodule(self.names[path]), self.beside(path)
         assert isinstance(block, Block)
+        if self.reads:
+            first = block.prefix
+
+            def gated(_: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+                (x,) = given
+                return (torch.cat([x[:, :first] * (one + three + whole), x[:, first:] * whole], dim=1),)
+
+            stack.callback(block.ls1.register_forward_pre_hook(gated).remove)
         if isinstance(beside, FittedPaths):
             self._add_fitted(stack, block, beside, one, three)
             return

@@ -70,17 +70,20 @@ class BlockPlan(Node):
         return self.attention(mixer, form, at)
 
     def _conv(self, conv: Conv, mixer: Attention | Conv | Skip, form: Form, at: str) -> Conv:
-        if self.qk is not None:
+        reads = conv.prefix == "attention"
+        if self.qk is not None and not reads:
             raise PlanError(f"{at}.qk: a convolution has no queries and keys to keep, but qk is given; leave it out")
         if isinstance(mixer, Conv):
+            conv = conv.model_copy(update={"heads": conv.heads or mixer.heads}) if reads else conv
             state = {"mixture": conv.mixture, "norm": conv.norm}
-            later = (conv.mixture in (mixer.mixture, None), conv.norm <= mixer.norm, self.v is None)
+            later = (conv.mixture in (mixer.mixture, None), conv.norm <= mixer.norm, self.v is None, self.qk is None)
             if not all(later) or mixer.model_copy(update=state) != conv:
                 raise PlanError(f"{at}.mixer: a convolution must stay as it is or be folded, but another is requested")
             return conv
         if not isinstance(mixer, Attention):
             raise PlanError(f"{at}.mixer: a convolution must be made of an attention, but the mixer is {mixer.kind}")
-        widths = [n for n in self.attention(mixer, form, at).v if n]
+        made_of = self.attention(mixer, form, at)
+        widths = [n for n in made_of.v if n]
         if form.mixed_norm is not None:
             raise PlanError(
                 f"{at}.mixer: a convolution must be made of values that go straight to the output projection, but "
@@ -97,7 +100,12 @@ class BlockPlan(Node):
             raise PlanError(
                 f"{at}.mixer: a mixture must be one of the {len(widths)} heads, but is of {conv.mixture.heads}"
             )
-        return conv
+        if reads and conv.heads not in (None, made_of):
+            raise PlanError(
+                f"{at}.mixer: prefix tokens must read with the heads that qk and v keep, but heads names others; leave "
+                "heads out"
+            )
+        return conv.model_copy(update={"heads": made_of}) if reads else conv
 
     def attention(self, mixer: Attention, form: Form, at: str) -> Attention:
         """Return the attention that has only the kept channels of `mixer`."""
@@ -174,11 +182,16 @@ class BlockPlan(Node):
         elif isinstance(self.mixer, Conv):
             update |= {"mixer": later.mixer or self.mixer}
         elif isinstance(later.mixer, Conv) and isinstance(block.mixer, Attention):
-            v, cut = self.heads(block.mixer)[1], self.qk is not None or self.v is not None
+            (qk, v), cut = self.heads(block.mixer), self.qk is not None or self.v is not None
             living = [head for head, kept in enumerate(v) if kept]
-            chosen = later.v if later.v is not None else tuple(tuple(range(len(v[i]))) for i in living)
-            composed = _compose(v, living, chosen, f"{at}.v") if cut else later.v
-            update |= {"mixer": later.mixer, "qk": None, "v": composed}
+            small = block.mixer.of(living, [len(qk[i]) for i in living], [len(v[i]) for i in living])
+            chosen = later.heads(small)
+            made: list[tuple[Kept, ...] | None] = [
+                _compose(kept, living, own, f"{at}.{name}") if cut else own if given is not None else None
+                for name, kept, own, given in zip(("qk", "v"), (qk, v), chosen, (later.qk, later.v), strict=True)
+            ]
+            reads = later.mixer.prefix == "attention"
+            update |= {"mixer": later.mixer, "qk": made[0] if reads else None, "v": made[1]}
         elif later.mixer is not None:
             update |= {"mixer": later.mixer}
         elif (later.qk is not None or later.v is not None) and isinstance(block.mixer, Attention):
