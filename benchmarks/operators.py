@@ -10,7 +10,7 @@ share of equal answers. No image of a test split is read, so these numbers may c
 
 Structures are written as in the paper: M attention, 3 and 1 convolutions, - nothing. A row is one structure and one
 change of the settings that are the default: bottleneck 64, ridge 1e-3, tokens weighted by their importance and
-directions by the metric, prefix tokens get their mean, each block fitted to its own output on the stream as it is.
+directions by the metric, prefix tokens keep the attention, each block fitted to its own output on the stream as it is.
 
 Appends a line a row to FILE; rows that are there are skipped. ``--table`` prints FILE as Markdown, means over draws.
 """
@@ -58,14 +58,15 @@ class Row:
     weighted: bool = True
     metric: bool = True
     alpha: float = 0.0
-    prefix: str = "mean"
+    prefix: str = "attention"
 
 
 def rows() -> Iterator[Row]:
     """Every row that is measured."""
     early, sparse = "33MMMMMMMMMM", "M1MMM1MM1M1M"
-    for structure in (sparse, early, "11MMMMMMMMMM", "MMMMMM333333"):
+    for structure in (sparse, early, "11MMMMMMMMMM", "MMMMMM333333", "MMMMMM111111", "MMMMMMMM1111"):
         yield Row("default", structure)
+        yield Row("prefix mean", structure, prefix="mean")
     for structure in (sparse, early):
         yield Row("published", structure)
         yield Row("nothing", structure)
@@ -110,13 +111,15 @@ def child_of(bench: Bench, row: Row) -> nn.Module:
     spec = describe(bench.model)
     if row.name in ("published", "nothing"):
         return apply(bench.model, Plan.of(spec, [without_fit(row, mark) for mark in row.structure])).eval()
+    reads = row.prefix == "attention"
     choices = [
         BlockChoice()
         if mark == "M"
         else BlockChoice(conv=Conv.model_validate(
-            {"kernel": int(mark), "width": row.width, "prefix": row.prefix, "act": "none"}
+            {"kernel": int(mark), "width": row.width, "prefix": row.prefix, "act": "none",
+             "heads": block.mixer if reads else None}
         ))
-        for mark in row.structure
+        for mark, (_, _, block) in zip(row.structure, spec.blocks(), strict=True)
     ]  # fmt: skip
     worth = {path: flat(one, row) for path, one in bench.worth.items()}
     plan, grafts = compensated(bench.model, choices, bench.images, worth, alpha=row.alpha, ridge=row.ridge)

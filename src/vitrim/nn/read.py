@@ -49,26 +49,32 @@ class PrefixAttention(Projections):
             key_bias: numbers that are added to the logits; broadcasts to ``(B, H, P, N)``.
         """
         (weight, bias), (keys, _), (values, shift) = (self.rows_of(part) for part in ("q", "k", "v"))
-        logits = self._asked(F.linear(x[:, :prefix], weight, bias), keys) @ x.mT[:, None] * self.scale
+        # Heads are joined with the prefix tokens: a product that broadcasts over heads would copy all tokens for each.
+        logits = self._asked(F.linear(x[:, :prefix], weight, bias) * self.scale, keys, prefix) @ x.mT
         if key_bias is not None:
-            logits = logits + key_bias.to(logits.dtype)
-        mixed = self._mapped(self.attn_drop(logits.softmax(dim=-1)) @ x[:, None], values)
+            heads = torch.unflatten(logits, 1, (len(self.qk), prefix))
+            logits = (heads + key_bias.to(logits.dtype)).flatten(1, 2)
+        mixed = self._mapped(self.attn_drop(logits.softmax(dim=-1)) @ x, values, prefix)
         out: Tensor = self.proj(mixed if shift is None else mixed + shift)
         return out
 
-    def _asked(self, q: Tensor, keys: Tensor) -> Tensor:
-        """Return the queries in the space of the tokens, ``(B, H, P, D)``."""
+    def _asked(self, q: Tensor, keys: Tensor, prefix: int) -> Tensor:
+        """Return the queries ``(B, P, Q)`` in the space of the tokens, ``(B, H P, D)``."""
         if self.even:
-            heads, each = torch.unflatten(q, -1, (len(self.qk), -1)), torch.unflatten(keys, 0, (len(self.qk), -1))
-            return heads.transpose(1, 2) @ each
+            heads = torch.unflatten(q, -1, (len(self.qk), -1)).permute(2, 0, 1, 3).flatten(1, 2)
+            asked = heads @ torch.unflatten(keys, 0, (len(self.qk), -1))
+            return torch.unflatten(asked, 1, (-1, prefix)).transpose(0, 1).flatten(1, 2)
         parts = zip(torch.split(q, list(self.qk), dim=-1), torch.split(keys, list(self.qk)), strict=True)
-        return torch.stack([one @ own for one, own in parts], dim=1)
+        return torch.cat([one @ own for one, own in parts], dim=1)
 
-    def _mapped(self, heard: Tensor, values: Tensor) -> Tensor:
-        """Return the values of the mean tokens ``(B, H, P, D)``, all heads together, ``(B, P, V)``."""
+    def _mapped(self, heard: Tensor, values: Tensor, prefix: int) -> Tensor:
+        """Return the values of the mean tokens ``(B, H P, D)``, all heads together, ``(B, P, V)``."""
+        heads = torch.unflatten(heard, 1, (len(self.v), prefix))
         if self.even:
-            return (heard @ torch.unflatten(values, 0, (len(self.v), -1)).mT).transpose(1, 2).flatten(2)
-        parts = zip(heard.unbind(1), torch.split(values, list(self.v)), strict=True)
+            each = torch.unflatten(values, 0, (len(self.v), -1))
+            mapped = torch.unflatten(heads.transpose(0, 1).flatten(1, 2) @ each.mT, 1, (-1, prefix))
+            return mapped.permute(1, 2, 0, 3).flatten(2)
+        parts = zip(heads.unbind(1), torch.split(values, list(self.v)), strict=True)
         return torch.cat([F.linear(one, own) for one, own in parts], dim=-1)
 
     def stream(self) -> tuple[Member, ...]:
