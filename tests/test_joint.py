@@ -131,7 +131,7 @@ def test_a_stopped_calibration_goes_on(tmp_path):
 
 def test_a_block_that_is_gone_is_two_constants(known):
     """Its loss is measured with both branches gone at once, and the child keeps the constants."""
-    one = found(known, "macs=0.5", tokens=False, heads=False, widths=False, candidates=0)
+    one = found(known, "macs=0.5", tokens=False, heads=False, widths=False, operators=False, candidates=0)
     child = apply(one.parent, one.plan, grafts=one.grafts)
     assert any(not block.hidden and not block.mixer.v for _, _, block in describe(child).blocks())
 
@@ -182,7 +182,7 @@ def test_operators_alone_take_attentions_away(known):
     child = apply(one.parent, one.plan, grafts=one.grafts).eval()
     mixers = [block.mixer for _, _, block in describe(child).blocks()]
     assert any(isinstance(mixer, Conv) for mixer in mixers)
-    assert all(mixer.prefix == "mean" and mixer.act == "none" for mixer in mixers if isinstance(mixer, Conv))
+    assert all(mixer.prefix == "attention" and mixer.act == "none" for mixer in mixers if isinstance(mixer, Conv))
     assert 0.98 * 0.85 <= cost_of(describe(child)).macs / cost_of(describe(model())).macs <= 0.85
     assert {"3 x 3", "1 x 1"} & {way for trial in one.trials[1:] for way in " / ".join(trial["ways"]).split(" / ")}
 

@@ -242,7 +242,8 @@ def nearest(
     """Return the structure that the gates prefer, or one that lets prefix tokens read at the end, if that is nearer.
 
     A head that reads prefix tokens alone gets nothing from the patches after the last attention: convolutions there
-    have no effect, and what the patches learn is lost. Losses of single choices hardly show that.
+    have no effect, and what the patches learn is lost. Losses of single choices hardly show that. Where prefix tokens
+    keep the attention beside convolutions, only a skip at the end is compared.
 
     Args:
         single: the search model.
@@ -258,7 +259,8 @@ def nearest(
     levels, neurons = decide(spec, single, how, budget)
     last = spec.blocks()[-1][0]
     reads = spec.host.arguments.get("global_pool") == "token" and spec.stages[-1].prefix > 0
-    if not reads or not probe or levels.get(last, 3) == 3:
+    mixed = levels.get(last, 3)
+    if not reads or not probe or mixed == 3 or (mixed and how.reads):
         return levels, neurons, {}
     held = decide(spec, single, how, budget, {last: 3})
     if held[0][last] != 3:
