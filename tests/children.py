@@ -132,6 +132,13 @@ def _merged(spec: Spec) -> Plan:
     return _each(spec, lambda i, stage, block: BlockPlan(tokens=steps[i] if i < 2 else None))
 
 
+def _merged_conv(spec: Spec) -> Plan:
+    """1 x 1 convolutions behind merged patches, whose prefix tokens read tokens of several patches."""
+    merge = Merge(count=3, by="tokens", keeps_norm=True)
+    conv = Conv(kernel=1, width=spec.stages[0].width // 2, prefix="attention", act="none")
+    return _each(spec, lambda i, stage, block: BlockPlan(tokens=merge) if i == 0 else BlockPlan(mixer=conv))
+
+
 def _merged_dead(spec: Spec) -> Plan:
     """Merging by the stream itself, between two branches that are constants."""
     if any(stage.form.mixed_norm or stage.form.hidden_norm for stage in spec.stages):
@@ -192,6 +199,7 @@ KINDS: dict[str, Callable[[Spec], Plan]] = {
     "conv1-dead": _conv_dead,
     "merged": _merged,
     "merged-dead": _merged_dead,
+    "merged-conv1-read": _merged_conv,
     "top_k": functools.partial(_top_k, fused=True, weighed=False),
     "top_k-weighed": functools.partial(_top_k, fused=False, weighed=True),
     "only_prefix": _prefix,

@@ -266,8 +266,9 @@ class TestRefusals:
         merged = surgery.apply(model, merge)
         x = [images(describe(model), 8)]
         place = place_of(merged, x, 1, worth=importances(merged, x, seed=0))
-        with pytest.raises(MethodError, match="must have patches that fill a grid"):
-            ConvCut(place)
+        with pytest.raises(MethodError, match="3 x 3 convolution must have patches that fill a grid"):
+            ConvCut(place).cut(linear(3, 8))
+        ConvCut(place).cut(linear(1, 8))
 
     def test_norms_that_follow_their_branch(self):
         model = adopted("swin_v2", "windows")

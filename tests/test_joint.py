@@ -20,6 +20,7 @@ from vitrim.families import adopt, describe
 from vitrim.methods.post_training import CELLS, FILE, LOOKED
 from vitrim.methods.post_training.calibration import read_calibration
 from vitrim.methods.post_training.notes import Notes
+from vitrim.methods.post_training.operators import why_not_convolve
 from vitrim.methods.post_training.options import ALL, block_options
 from vitrim.methods.post_training.schedule import merging
 from vitrim.report.tables import tried
@@ -187,15 +188,17 @@ def test_operators_alone_take_attentions_away(known):
     assert {"3 x 3", "1 x 1"} & {way for trial in one.trials[1:] for way in " / ".join(trial["ways"]).split(" / ")}
 
 
-def test_no_convolution_stands_behind_merged_patches(known):
+def test_only_pointwise_convolutions_stand_behind_merged_patches(known):
     spec, table = describe(model()), read_calibration(Path(known))
     small = merging(spec, (2, 2, 0), False).child(spec)
     budget = Budget(macs=0.5)
-    able = []
+    able, placed = [], []
     for (path, stage, block), here in zip(small.blocks(), small.arrivals(), strict=True):
+        placed.append([kernel for kernel in (1, 3) if why_not_convolve(block, stage, here, kernel) is None])
         group = block_options(table, path, block, stage, here, budget, ALL)
-        able.append(any(choice.conv is not None for choice in group.choices))
-    assert able == [True, False, False]
+        able.append({choice.conv.kernel for choice in group.choices if choice.conv is not None})
+    assert placed == [[1, 3], [1], [1]]
+    assert able[1] | able[2] == {1}
 
 
 def test_wanted_operators_say_what_they_need():

@@ -26,7 +26,7 @@ __all__ = [
     "Relative",
     "Rotary",
     "Skip",
-    "why_not_beside",
+    "why_not_conv",
     "why_not_read",
 ]
 
@@ -310,15 +310,6 @@ def why_not_read(form: Form, prefix: int) -> str | None:
     return None
 
 
-def why_not_beside(mixer: object, form: Form, prefix: int) -> str | None:
-    """Return why a convolution cannot stand beside the attention of its prefix tokens; None if it can, or has none."""
-    if not isinstance(mixer, Conv) or mixer.prefix != "attention":
-        return None
-    if mixer.heads is None:
-        return "a convolution with prefix=attention must name the heads of that attention, but names none; add heads"
-    return why_not_read(form, prefix)
-
-
 class Skip(Node):
     """No branch: the residual stream is unchanged.
 
@@ -352,3 +343,35 @@ class Block(Node):
     shifted: bool = False
     tokens: Step | None = None
     only_prefix: bool = False
+
+
+def why_not_conv(block: Block, form: Form, prefix: int, patches: int, grid: tuple[int, int] | None) -> str | None:
+    """Return why the convolution of a block cannot run, as a sentence; None if it can, or if there is none.
+
+    Args:
+        block: the block.
+        form: of the stage.
+        prefix: number of prefix tokens.
+        patches: number of patches that the convolution gets.
+        grid: rows and columns that they fill; None if some were dropped or merged.
+    """
+    conv = block.mixer
+    if not isinstance(conv, Conv):
+        return None
+    if block.only_prefix or not patches:
+        return "a convolution must have patches, but the block computes prefix tokens alone; keep attention here"
+    if conv.kernel > 1 and grid is None:
+        return (
+            "a 3 x 3 convolution must have patches that fill a grid, but some were dropped or merged; keep attention "
+            "here, or all patches, or take a 1 x 1 convolution"
+        )
+    if conv.prefix != "attention":
+        return None
+    if conv.heads is None:
+        return "a convolution with prefix=attention must name the heads of that attention, but names none; add heads"
+    if block.tokens is not None and block.tokens.adds_zeros:
+        return (
+            "prefix tokens can read beside a convolution only the tokens that are there, but an exact drop adds one; "
+            "set exact=false, or use prefix=mean"
+        )
+    return why_not_read(form, prefix)

@@ -23,7 +23,7 @@ from vitrim.words.block import (
     Relative,
     Rotary,
     Skip,
-    why_not_beside,
+    why_not_conv,
 )
 from vitrim.words.plain import Frozen, FrozenDict, Node
 from vitrim.words.sizes import MOST_BLOCKS, MOST_STAGES, Count, Size, Total
@@ -233,12 +233,12 @@ def why_not_blocks(stage: Stage) -> tuple[str, str] | None:
     """Return the path (``3.tokens``) and a sentence on the first block whose tokens are not valid; None if all are."""
     here = stage.enters
     for index, block in enumerate(stage.blocks):
-        wrong = why_not_beside(block.mixer, stage.form, stage.prefix)
-        if wrong is not None:
-            return f"{index}.mixer", wrong
         if stage.window is not None:
             if block.tokens is not None or block.only_prefix:
                 return f"{index}.tokens", NO_WINDOWS
+            wrong = why_not_conv(block, stage.form, stage.prefix, stage.patches, stage.grid)
+            if wrong is not None:
+                return f"{index}.mixer", wrong
             continue
         wrong = why_not_tokens(block.tokens, here, stage.patches) or _why_not_step(block)
         wrong = wrong or why_not_placed(block.tokens, stage)
@@ -248,11 +248,9 @@ def why_not_blocks(stage: Stage) -> tuple[str, str] | None:
         if wrong is not None:
             return f"{index}.only_prefix", wrong
         flow = flow_of(block.tokens, here, stage.patches, block.only_prefix)
-        if isinstance(block.mixer, Conv) and (block.only_prefix or flow.mixed.grid is None):
-            return f"{index}.mixer", (
-                "a convolution must have patches that fill a grid, but some were dropped or merged; keep attention "
-                "here, or all patches"
-            )
+        wrong = why_not_conv(block, stage.form, stage.prefix, flow.mixed.patches, flow.mixed.grid)
+        if wrong is not None:
+            return f"{index}.mixer", wrong
         here = flow.leaves
     return None
 

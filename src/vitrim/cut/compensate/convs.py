@@ -58,29 +58,23 @@ class ConvCut:
     Activations and their moments are recorded once for each kernel; a further width costs one eigendecomposition.
 
     Args:
-        place: the block; its first branch must read a norm, and its tokens must fill a grid.
+        place: the block; its first branch must read a norm.
         strength: strength of the ridge.
 
     Raises:
-        MethodError: if the patches of the block do not fill a grid, or its norm follows the branch.
+        MethodError: if the norm of the block follows the branch.
     """
 
     def __init__(self, place: Place, strength: float = RIDGE) -> None:
         block, stage = place.block, place.stage
-        grid = (
-            flow_of(block.spec.tokens, place.arrives, stage.patches).mixed.grid if stage.window is None else stage.grid
-        )
+        flow = flow_of(block.spec.tokens, place.arrives, stage.patches)
+        here = stage.enters if stage.window is not None else flow.mixed
         if stage.form.post_norm:
             raise MethodError(
                 f"{place.path}: a convolution is fitted where the norm comes before its branch, but here it follows; "
                 "keep attention here"
             )
-        if grid is None:
-            raise MethodError(
-                f"{place.path}: a convolution must have patches that fill a grid, but some were dropped or merged; "
-                "keep attention here"
-            )
-        self.place, self.strength, self.grid = place, strength, grid
+        self.place, self.strength, self.count, self.grid = place, strength, here.patches, here.grid or (0, 0)
         self.path, self.worth = f"{place.path}.mixer", place.worth[f"{place.path}.mixer"]
         self.biased = block.form.out_bias
         self._moments: dict[int, Moments] = {}
@@ -183,7 +177,12 @@ class ConvCut:
 
     def _check_images(self, kernel: int) -> None:
         few = sum(len(tokens_of(batch)) for batch in self.place.streams)
-        needed = images_needed(self.place.stage.width, self.grid[0] * self.grid[1], kernel)
+        if kernel > 1 and self.grid == (0, 0):
+            raise MethodError(
+                f"{self.place.path}: a 3 x 3 convolution must have patches that fill a grid, but some were dropped or "
+                "merged; keep attention here, or take a 1 x 1 convolution"
+            )
+        needed = images_needed(self.place.stage.width, self.count, kernel)
         if few < needed:
             raise MethodError(
                 f"{self.path}: the fit of a {kernel} x {kernel} convolution must have at least {needed} images, but "

@@ -72,10 +72,10 @@ def _least(block: Block, kinds: Kinds) -> Block:
 
 def _convolving(block: Block, stage: Stage, arriving: Tokens, kinds: Kinds) -> Block:
     """Return the smallest block with its smallest convolution, if it can have one."""
-    small = _least(block, kinds)
-    if why_not_convolve(block, stage, arriving) is not None or not isinstance(block.mixer, Attention):
+    small, kernel = _least(block, kinds), min(kinds.operators)
+    if why_not_convolve(block, stage, arriving, kernel) is not None or not isinstance(block.mixer, Attention):
         return small
-    convs = convolutions(stage, block.mixer, min(kinds.operators))
+    convs = convolutions(stage, block.mixer, kernel)
     return small.model_copy(update={"mixer": convs[-1]}) if convs else small
 
 

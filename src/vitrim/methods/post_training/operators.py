@@ -40,16 +40,16 @@ def share_of(conv: Conv, width: int) -> float:
     return 1 - conv.width / width
 
 
-def why_not_convolve(block: Block, stage: Stage, arriving: Tokens) -> str | None:
-    """Return why a block cannot convolve; None if it can."""
+def why_not_convolve(block: Block, stage: Stage, arriving: Tokens, kernel: int) -> str | None:
+    """Return why a convolution of a kernel cannot stand in place of a block's attention; None if it can."""
     if not isinstance(block.mixer, Attention) or not block.mixer.v:
         return "a convolution is made of an attention, but the block has none"
     if stage.form.post_norm:
         return "a convolution is fitted where the norm comes before its branch, but here it follows"
     if block.only_prefix:
         return "a convolution must have patches, but the block computes only prefix tokens"
-    if stage.window is None and flow_of(block.tokens, arriving, stage.patches).mixed.grid is None:
-        return "a convolution must have patches that fill a grid, but some were dropped or merged"
+    if stage.window is None and kernel > 1 and flow_of(block.tokens, arriving, stage.patches).mixed.grid is None:
+        return "a 3 x 3 convolution must have patches that fill a grid, but some were dropped or merged"
     if block.tokens is not None and block.tokens.needs_attention:
         return "tokens are chosen by the attention of their block, which must stay"
     return None

@@ -119,9 +119,9 @@ def block_options(
 
     first, counts = _attention(calibration, path, block, kinds)
     first.costs.extend(map(relative, _heads_priced(counts, block, stage, arriving, budget)))
-    if kinds.operators and why_not_convolve(block, stage, arriving) is None:
-        assert isinstance(block.mixer, Attention)
-        for conv, loss in _convolutions(calibration, path, stage, block.mixer, kinds.operators):
+    kernels = [kernel for kernel in kinds.operators if why_not_convolve(block, stage, arriving, kernel) is None]
+    if kernels and isinstance(block.mixer, Attention):
+        for conv, loss in _convolutions(calibration, path, stage, block.mixer, kernels):
             choice = BlockChoice(conv=conv)
             first.choices.append(choice)
             first.losses.append(loss)

@@ -179,8 +179,7 @@ class _Row:
             alone = [tuple(h for h in heads if h != gone) for gone in heads] if not form.mixed_norm else []
             sets = [BlockChoice(heads=kept) for kept in (*(kept for kept in alone if kept), ())]
             yield self._cell("heads", (1.0,) * len(sets), cut, sets)
-            if why_not_convolve(block.spec, self.place.stage, self.place.arrives) is None:
-                yield from self._convolutions()
+            yield from self._convolutions()
         hidden = block.spec.hidden
         if hidden:
             neurons = NeuronCut(self.place, block)
@@ -193,11 +192,14 @@ class _Row:
         return name, shares, lambda: [self._attention(cut, choice) for choice in choices]
 
     def _convolutions(self) -> Iterator[Cell]:
-        cut, width, mixer = ConvCut(self.place), self.place.stage.width, self.place.block.spec.mixer
+        width, mixer = self.place.stage.width, self.place.block.spec.mixer
         assert isinstance(mixer, AttentionSpec)
-        for kernel in self.kernels:
+        where = self.place.block.spec, self.place.stage, self.place.arrives
+        kernels = [kernel for kernel in self.kernels if why_not_convolve(*where, kernel) is None]
+        cut = ConvCut(self.place) if kernels else None
+        for kernel in kernels:
             convs = convolutions(self.place.stage, mixer, kernel)
-            if convs:
+            if convs and cut is not None:
                 shares = tuple(share_of(conv, width) for conv in convs)
                 yield f"conv{kernel}", shares, functools.partial(self._convolved, cut, convs)
 
