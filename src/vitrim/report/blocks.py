@@ -36,7 +36,8 @@ class Fate(NamedTuple):
 
     `heads` lists every head of the parent; it is empty if the parent has no attention. `attention` and `mlp` are
     ``"kept"``, ``"skipped"`` if the plan removes the branch, or ``"none"`` if the parent has no such branch. `conv` is
-    the side of the kernel if attention is replaced by a convolution, else 0.
+    the side of the kernel if attention is replaced by a convolution, else 0; then `reads` says whether prefix tokens keep
+    the attention.
     """
 
     path: str
@@ -52,6 +53,7 @@ class Fate(NamedTuple):
     tokens: int
     tokens_before: int
     conv: int = 0
+    reads: bool = False
 
 
 class Row(NamedTuple):
@@ -118,6 +120,7 @@ def _fate(path: str, place: _Place, plan: BlockPlan, child: _Place) -> Fate:
         tokens=child.tokens,
         tokens_before=place.tokens,
         conv=child.block.mixer.kernel if isinstance(child.block.mixer, Conv) else 0,
+        reads=isinstance(child.block.mixer, Conv) and child.block.mixer.heads is not None,
     )
 
 
@@ -169,7 +172,9 @@ def _row(fate: Fate) -> Row:
 
 def convolution(fate: Fate) -> str:
     """Return a description of the convolution that replaces attention; empty if there is none."""
-    return f"{fate.conv} x {fate.conv} convolution" if fate.conv else ""
+    if not fate.conv:
+        return ""
+    return f"{fate.conv} x {fate.conv} convolution" + (", prefix tokens attend" if fate.reads else "")
 
 
 def _host_row(parent: Spec, plan: Plan) -> Row:

@@ -90,7 +90,7 @@ def _sentence(fate: Fate) -> str:
 
 def _attention(fate: Fate, y: float, bar: int, width: float) -> str:
     if fate.conv:
-        words = f"{convolution(fate)} in place of attention"
+        words = convolution(fate) if fate.reads else f"{convolution(fate)} in place of attention"
         middle = HEADS_AT + width / 2, y + bar / 2 + 4
         return _rect(HEADS_AT, y, width, bar, "conv") + _text(*middle, words, "on")
     if fate.attention != "kept":
