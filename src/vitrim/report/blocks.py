@@ -36,8 +36,8 @@ class Fate(NamedTuple):
 
     `heads` lists every head of the parent; it is empty if the parent has no attention. `attention` and `mlp` are
     ``"kept"``, ``"skipped"`` if the plan removes the branch, or ``"none"`` if the parent has no such branch. `conv` is
-    the side of the kernel if attention is replaced by a convolution, else 0; then `reads` says whether prefix tokens keep
-    the attention.
+    the side of the kernel if attention is replaced by a convolution, else 0; then `reads` says whether prefix tokens
+    keep the attention.
     """
 
     path: str
