@@ -3,8 +3,9 @@
 #   WEIGHTS, TRAIN, TEST as in imagenet_vit_tiny.sh
 # SPViT's two epochs of search train its weights too (dense model as teacher, no labels' loss), so the same budget by
 # whole heads and neurons (`taylor`) is trained for two epochs in the same way, and shown without as well. Both are clipped at 1,
-# which the published search is not. SPViT searches twice: with the published start and penalty, and from closed forms with a ramp.
-# Ends with a Markdown table of all runs on the screen. The second search was not measured; the others take a quarter of an hour.
+# which the published search is not. SPViT searches twice: with the published start and penalty, and from closed forms with a ramp (and prefix tokens that
+# keep the attention).
+# Ends with a Markdown table of all runs on the screen. The two searches and the trainings take about a quarter of an hour each.
 set -euo pipefail
 weights=$1 train=$2 test=$3 out=$4
 common=(vit_tiny_patch16_224 --weights "$weights" --data "$train" --test "$test" --budget macs=0.8
