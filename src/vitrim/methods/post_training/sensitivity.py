@@ -187,7 +187,7 @@ class _Row:
             sizes = [*(_left(hidden, share) for share in _CUTS), 0] if form.hidden_norm is None else [0]
             yield "hidden", (*_CUTS, 1.0)[-len(sizes) :], lambda: [self._neurons(neurons, width) for width in sizes]
         if hidden and isinstance(block.attn, Attention):
-            yield "block", (1.0,), lambda: [self._gone()]
+            yield "block", (1.0,), lambda: [self._gone(cut)]
 
     def _cell(self, name: str, shares: tuple[float, ...], cut: AttentionCut, choices: Sequence[BlockChoice]) -> Cell:
         return name, shares, lambda: [self._attention(cut, choice) for choice in choices]
@@ -215,10 +215,10 @@ class _Row:
         kept, state = cut.cut(width)
         return self._loss(self.place.rebuilt(self.place.block.spec.mixer, len(kept), state))
 
-    def _gone(self) -> float:
+    def _gone(self, cut: AttentionCut) -> float:
         """Return the loss if both branches are constants."""
         block = self.place.block
-        mixer, _, state = AttentionCut(self.place).cut(BlockChoice(heads=()))
+        mixer, _, state = cut.cut(BlockChoice(heads=()))
         half = self.place.rebuilt(mixer, block.spec.hidden, state)
         _, more = NeuronCut(self.place, half).cut(0)
         return self._loss(self.place.rebuilt(mixer, 0, state | more))
