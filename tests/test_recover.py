@@ -9,12 +9,13 @@ from tests.tolerance import EXACT
 from vitrim.cut.compensate.closed_form import (
     Moments,
     directions,
+    divider,
     query_key_maps,
     refit,
-    removal_order,
     root,
     value_map,
 )
+from vitrim.cut.compensate.removal import removal_order, working_type
 from vitrim.cut.spend import choose_options, power_law
 from vitrim.words.errors import BudgetError, MethodError
 
@@ -184,6 +185,70 @@ def test_removal_in_chunks_is_removal_one_by_one():
     assert removal_order(squares, weight, 1e-2, half=half).tolist() == order
 
 
+def spread(size, largest, seed=3):
+    """A Gram matrix with eigenvalues from 1 to `largest` in random directions."""
+    basis = torch.linalg.qr(matrix(size, size, seed=seed))[0]
+    return (basis * torch.logspace(0, largest, size, dtype=torch.float64)) @ basis.mT
+
+
+def lost_after(order, squares, weight, half, count):
+    """Loss after the first `count` neurons of `order` were removed and the others fitted, over that of removing all."""
+    kept = order[count:].sort().values
+    target, cross = half @ weight @ squares, (half @ weight @ squares)[:, kept]
+    whole = float((target * (half @ weight)).sum())
+    fitted = cross @ torch.linalg.inv(squares[kept][:, kept])
+    return error(fitted, cross, squares[kept][:, kept], whole) / whole
+
+
+@pytest.mark.parametrize(("largest", "kind"), [(1, torch.float32), (9, torch.float64)])
+def test_removal_in_float32_loses_what_float64_loses(largest, kind):
+    """On well conditioned moments within 1e-3 of the loss; on ill conditioned ones it is the order of float64."""
+    squares, weight, half = spread(200, largest), matrix(6, 200), root(gram(6, 8))
+    noise = torch.finfo(torch.float32).eps
+    assert working_type(squares, torch.linalg.inv(squares), noise) == kind
+    double, single = (removal_order(squares, weight, 0.0, half=half, noise=n) for n in (0.0, noise))
+    assert sorted(single.tolist()) == list(range(200))
+    if kind == torch.float64:
+        assert single.tolist() == double.tolist()
+    for count in (50, 100, 150):
+        lost = [lost_after(order, squares, weight, half, count) for order in (double, single)]
+        assert lost[1] == pytest.approx(lost[0], rel=1e-3, abs=1e-9)
+
+
+def test_moments_of_float64_are_worked_on_in_float64():
+    squares = spread(20, 0)
+    for noise in (0.0, torch.finfo(torch.float64).eps):
+        assert working_type(squares, torch.linalg.inv(squares), noise) == torch.float64
+
+
+@pytest.mark.parametrize("size", [1, 5, 384, 385, 800])
+def test_gram_matrix_in_blocks_is_the_product(size):
+    """Only columns from the diagonal on are multiplied; sums of two batches, against the plain product."""
+    moments, x, w = Moments("layer"), matrix(2, 30, size, seed=7), matrix(2, 30, seed=8).abs()
+    moments.add(w[:1], x[:1], x[:1, :, :1])
+    moments.add(w[1:], x[1:], x[1:, :, :1])
+    flat = (x - moments.origin).flatten(0, 1)
+    whole = flat.mT @ (w.reshape(-1, 1) * flat)
+    assert torch.allclose(moments.squares, whole, rtol=0, atol=EXACT * float(whole.abs().max()))
+
+
+def test_products_that_overflow_are_named():
+    """The activations are finite, but the square of one of them is not in float32."""
+    moments, x = Moments("layer"), torch.randn(1, 9, 500, generator=torch.Generator().manual_seed(0))
+    x[0, 4, 499] = 1e25
+    with pytest.raises(MethodError, match="layer: activations must be finite"):
+        moments.add(torch.ones(1, 9), x, x[..., :3])
+
+
+def test_rows_are_divided_by_matrices_that_are_not_positive():
+    """Rounding leaves negative eigenvalues; the factors of a general matrix take over."""
+    sound, broken, rows = gram(6, 0), gram(6, 0), matrix(4, 6)
+    broken -= 1.5 * torch.linalg.eigvalsh(broken)[0] * torch.eye(6, dtype=torch.float64)
+    assert torch.linalg.cholesky_ex(broken)[1] > 0
+    for one in (sound, broken, torch.stack([sound, broken])):
+        assert torch.allclose(divider(one)(rows.expand(*one.shape[:-2], 4, 6)) @ one, rows, rtol=0, atol=1e-8)
+
+
 def test_maps_of_several_heads_at_once_are_those_of_each():
     q, k, weight = torch.stack([gram(8, 0), gram(8, 4)]), torch.stack([gram(8, 2), gram(8, 6)]), matrix(2, 12, 8)
     half = root(gram(12, 9))
@@ -191,4 +256,8 @@ def test_maps_of_several_heads_at_once_are_those_of_each():
     for head in range(2):
         assert torch.allclose(both[head], directions(q[head], k[head]), rtol=0, atol=LOW_RANK)
         for mine, one in zip(maps, value_map(q[head], weight[head], half), strict=True):
+            assert torch.allclose(mine[head], one, rtol=0, atol=LOW_RANK)
+    narrow = query_key_maps(both, k, 5)
+    for head in range(2):
+        for mine, one in zip(narrow, query_key_maps(both[head], k[head], 5), strict=True):
             assert torch.allclose(mine[head], one, rtol=0, atol=LOW_RANK)

@@ -5,7 +5,7 @@ B images, N tokens, D width, H heads, K channels of a head.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,22 @@ State = dict[str, Tensor]
 Fields = dict[str, object]
 
 
+@dataclass(frozen=True, eq=False)
+class _Heard:
+    """What one pass of all batches through the attention of the parent gives.
+
+    Attributes:
+        targets: targets of the projection for each batch: its own output, moved towards the dense stream by alpha.
+        moments: moments of the outputs of all heads.
+        squares: moments of queries, and of keys around the mean key of their image, ``(K, K)`` for each head; None if
+            they were not asked for, because the attention that a key receives costs a backward pass.
+    """
+
+    targets: list[Tensor]
+    moments: Moments
+    squares: tuple[list[Tensor], list[Tensor]] | None
+
+
 class AttentionCut:
     """Cuts of one attention to one or more choices of widths; activations of the parent are recorded only once.
 
@@ -46,7 +62,9 @@ class AttentionCut:
         assert isinstance(module, Attention)
         assert isinstance(node, AttentionSpec)
         self.place, self.module, self.node = place, module, node
-        self.worth = place.worth[f"{place.path}.mixer"]
+        self._at = f"{place.path}.mixer"
+        self.worth = place.worth[self._at]
+        self._known: _Heard | None = None
 
     def cut(self, choice: BlockChoice) -> tuple[AttentionSpec, Fields, State]:
         """Return the new mixer, its part of the plan, and its new parameters by name, relative to the block.
@@ -93,29 +111,67 @@ class AttentionCut:
         """The parent's layers, split by heads."""
         return Heads.of(self.module)
 
-    @functools.cached_property
+    @property
     def targets(self) -> list[Tensor]:
-        """Targets of the projection for each batch: its own output, moved towards the dense stream by alpha."""
-        place = self.place
-        own = [attended(place.block, batch).out for batch in place.streams]
-        if place.dense is None or place.stage.window is not None:
-            return own
-        theirs = [attended(place.block, batch).out for batch in place.dense]
-        return [
-            place.toward(mine, other, (tokens_of(there) - tokens_of(here))[:, : mine.shape[1]], 1)
-            for mine, other, here, there in zip(own, theirs, place.streams, place.dense, strict=True)
-        ]
+        """Targets of the projection for each batch, ``(B, N, D)``."""
+        return self._heard(False).targets
 
-    @functools.cached_property
+    @property
     def moments(self) -> Moments:
         """Moments of the outputs of all heads, with the parent's queries and keys."""
-        return self._moments(self.heads, tuple(range(len(self.node.v))))
+        return self._heard(False).moments
+
+    @property
+    def squares(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Moments of queries, and of keys around the mean key of their image, ``(K, K)`` for each head."""
+        found = self._heard(True).squares
+        assert found is not None
+        return found
+
+    def _heard(self, asked: bool) -> _Heard:
+        """Return the records of the parent; `asked`: with those of queries and keys, then in the same pass."""
+        if self._known is None or (asked and self._known.squares is None):
+            self._known = self._hear(asked)
+        return self._known
+
+    def _hear(self, asked: bool) -> _Heard:
+        place, widths = self.place, list(self.module.qk)
+        targets, moments = [], Moments(self._at, centred=self.heads.bias is not None)
+        home = self.worth.metric
+        queries = [home.new_zeros(k, k) for k in widths]
+        keys = [home.new_zeros(k, k) for k in widths]
+        for number, batch in enumerate(place.streams):
+            weights = part(self.worth, place.streams, number)
+            heard = attended(place.block, batch, weights if asked else None)
+            targets.append(self._toward(heard.out, number))
+            moments.add(weights, heard.mixed, targets[-1])
+            if heard.received is None:
+                continue
+            split = [torch.split(x, widths, dim=-1) for x in (heard.queries, heard.keys)]
+            for head, (q, k) in enumerate(zip(*split, strict=True)):
+                received = heard.received[..., head]
+                total = received.sum(1, keepdim=True).clamp_min(1e-30)
+                mean = (received[..., None] * k).sum(1, keepdim=True) / total[..., None]
+                queries[head] += _square(q, weights)
+                keys[head] += _square(k - mean, received)
+        if asked:
+            _check(place.path, [*queries, *keys])
+        return _Heard(targets, moments, (queries, keys) if asked else None)
+
+    def _toward(self, own: Tensor, number: int) -> Tensor:
+        """Return the target of batch `number` for the projection's own output."""
+        place = self.place
+        if place.dense is None or place.stage.window is not None:
+            return own
+        here, there = place.streams[number], place.dense[number]
+        other = attended(place.block, there).out
+        return place.toward(own, other, (tokens_of(there) - tokens_of(here))[:, : own.shape[1]], 1)
 
     def _moments(self, heads: Heads, alive: Kept) -> Moments:
         mixer = self.node.of(alive, [len(rows) for rows in heads.q], [len(rows) for rows in heads.v])
         hidden = self.place.block.spec.hidden
         block = self.place.rebuilt(mixer, hidden, heads.state() | self._biases(alive))
-        moments = Moments(f"{self.place.path}.mixer", centred=heads.bias is not None)
+        moments = Moments(self._at, centred=heads.bias is not None)
         for number, batch in enumerate(self.place.streams):
             moments.add(
                 part(self.worth, self.place.streams, number), attended(block, batch).mixed, self.targets[number]
@@ -151,39 +207,25 @@ class AttentionCut:
             return {}
         return {"attn.bias": self.place.added(self.moments.target, 1)}
 
-    @functools.cached_property
-    def squares(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Moments of queries, and of keys around the mean key of their image, ``(K, K)`` for each head."""
-        place, widths = self.place, self.module.qk
-        home = self.worth.metric
-        queries = [home.new_zeros(k, k) for k in widths]
-        keys = [home.new_zeros(k, k) for k in widths]
-        for number, batch in enumerate(place.streams):
-            weights = part(self.worth, place.streams, number)
-            heard = attended(place.block, batch, weights)
-            assert heard.received is not None
-            split = [torch.split(x, list(widths), dim=-1) for x in (heard.queries, heard.keys)]
-            for head, (q, k) in enumerate(zip(*split, strict=True)):
-                received = heard.received[..., head]
-                total = received.sum(1, keepdim=True).clamp_min(1e-30)
-                mean = (received[..., None] * k).sum(1, keepdim=True) / total[..., None]
-                queries[head] += _square(q, weights, place.path)
-                keys[head] += _square(k - mean, received, place.path)
-        return queries, keys
-
     def _queries_and_keys(self, heads: Heads, widths: int | tuple[Kept, ...], alive: Kept) -> Heads:
-        _, keys = self.squares
-        new_q, new_k = [], []
-        for number, head in enumerate(alive):
-            at, size = f"{self.place.path}.heads.{head}.qk", self.node.qk[head]
-            if isinstance(widths, int):
-                a, b = query_key_maps(self.directions[head], keys[head], min(widths, size), at)
-            else:
-                b = _identity(keys[head])[:, list(widths[head])]
-                a = least_squares_queries(keys[head], b, at)
-            new_q.append(a.mT @ heads.q[number])
-            new_k.append(b.mT @ heads.k[number])
-        return replace(heads, q=new_q, k=new_k)
+        keys = [self.squares[1][head] for head in alive]
+        a: Sequence[Tensor] | Tensor
+        b: Sequence[Tensor] | Tensor
+        sizes, at = {self.node.qk[head] for head in alive}, f"{self.place.path}.qk"
+        if isinstance(widths, int) and len(sizes) == 1:
+            best = torch.stack([self.directions[head] for head in alive])
+            a, b = query_key_maps(best, torch.stack(keys), min(widths, *sizes), at)
+        elif isinstance(widths, int):
+            each = zip(alive, keys, strict=True)
+            maps = [
+                query_key_maps(self.directions[head], own, min(widths, self.node.qk[head]), at) for head, own in each
+            ]
+            a, b = [one for one, _ in maps], [other for _, other in maps]
+        else:
+            b = [_identity(own)[:, list(widths[head])] for own, head in zip(keys, alive, strict=True)]
+            a = [least_squares_queries(own, basis, at) for own, basis in zip(keys, b, strict=True)]
+        new_q = [new.mT @ old for new, old in zip(a, heads.q, strict=True)]
+        return replace(heads, q=new_q, k=[new.mT @ old for new, old in zip(b, heads.k, strict=True)])
 
     @functools.cached_property
     def directions(self) -> list[Tensor]:
@@ -265,12 +307,15 @@ def _identity(like: Tensor) -> Tensor:
     return torch.eye(len(like), dtype=like.dtype, device=like.device)
 
 
-def _square(x: Tensor, weights: Tensor, at: str) -> Tensor:
+def _square(x: Tensor, weights: Tensor) -> Tensor:
     flat = wide(x.flatten(0, 1))
-    found = exact(flat.mT @ (weights.reshape(-1, 1).to(flat.dtype) * flat))
-    if not bool(torch.isfinite(found).all()):
+    return exact(flat.mT @ (weights.reshape(-1, 1).to(flat.dtype) * flat))
+
+
+def _check(at: str, squares: Sequence[Tensor]) -> None:
+    """Raise an error if a matrix is not finite; all are read at once, because each reading waits for the device."""
+    if not bool(torch.stack([square.sum() for square in squares]).isfinite().all()):
         raise MethodError(
             f"{at}.qk: activations must be finite on the calibration images, but some are NaN or infinite; "
             "check weights and normalization"
         )
-    return found

@@ -8,9 +8,10 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from vitrim.cut.compensate.closed_form import Moments, refit, removal_order
+from vitrim.cut.compensate.closed_form import Moments, refit
 from vitrim.cut.compensate.hear import hidden
 from vitrim.cut.compensate.place import Kept, Place, part
+from vitrim.cut.compensate.removal import removal_order
 from vitrim.nn import Block, Mlp
 from vitrim.nn.feed import exact
 
@@ -43,7 +44,7 @@ class NeuronCut:
         """
         biased = self.last.bias is not None
         if width == 0 or width == ():
-            state = {"mlp.bias": self.place.added(self.moments.target, 2)} if biased else {}
+            state = {"mlp.bias": self.place.added(self.target, 2)} if biased else {}
             return (), state
         kept = tuple(sorted(self.order[-width:].tolist())) if isinstance(width, int) else width
         index = torch.tensor(kept, dtype=torch.long)
@@ -58,11 +59,22 @@ class NeuronCut:
     @functools.cached_property
     def order(self) -> Tensor:
         """All neurons, in order of removal."""
-        return removal_order(self.moments.gram, self.weight, self.place.strength, self.at, half=self.worth.half)
+        known, strength, half = self.moments, self.place.strength, self.worth.half
+        return removal_order(known.gram, self.weight, strength, self.at, half=half, noise=known.noise)
 
     @functools.cached_property
     def moments(self) -> Moments:
         """Moments of the neurons and of the target output of the last layer."""
+        return self._moments(self.last.in_features)
+
+    @functools.cached_property
+    def target(self) -> Tensor:
+        """Mean of the target output, ``(D,)``, for which no products of neurons are needed."""
+        known = self.moments if "moments" in self.__dict__ else self._moments(0)
+        return known.target
+
+    def _moments(self, count: int) -> Moments:
+        """Return the moments of the first `count` neurons and of the target."""
         place = self.place
         moments = Moments(self.at, centred=self.last.bias is not None)
         for number, batch in enumerate(place.streams):
@@ -70,7 +82,7 @@ class NeuronCut:
             if place.dense is not None:
                 _, theirs, there = hidden(place.block, place.dense[number])
                 out = place.toward(out, theirs, (there - middle).reshape(out.shape), 2)
-            moments.add(part(self.worth, place.streams, number), features, out)
+            moments.add(part(self.worth, place.streams, number), features[..., :count], out)
         return moments
 
     def _rows(self, kept: Kept) -> dict[str, Tensor]:

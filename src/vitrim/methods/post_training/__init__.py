@@ -31,6 +31,7 @@ from vitrim.methods.post_training.look import Bench, clock_of, look, record_of, 
 from vitrim.methods.post_training.notes import Notes
 from vitrim.methods.post_training.operators import images_for, kernels_for
 from vitrim.methods.post_training.options import Kinds
+from vitrim.methods.post_training.probe import Precision
 from vitrim.methods.post_training.schedule import Kind, merging, schedules
 from vitrim.methods.post_training.sensitivity import calibrate, needed
 from vitrim.words.budget import Budget
@@ -70,6 +71,9 @@ class Method(Node):
         alpha: share of a refit's target that corrects the residual stream toward the dense one, in [0, 1]; used only
             without merging.
         probe: number of validation images on which single cuts and candidates are measured.
+        precision: type of the passes that measure single cuts: ``fp32`` is the model's own; ``bf16`` rounds the inputs
+            of products, and what this adds is measured and subtracted; ``auto``: bf16 on CPUs that multiply it in
+            tiles (AMX), for models in float32.
         candidates: number of best choices, at most one for each schedule of merging, that are cut, compensated and
             measured, in time too if the budget bounds time; 0 takes the choice with the least predicted loss unseen.
         swaps: largest number of changes of the best candidate that are measured after that: one part of one block is
@@ -94,6 +98,7 @@ class Method(Node):
     strength: NonNegativeFloat = 1e-2
     alpha: float = Field(default=0.3, ge=0, le=1)
     probe: PositiveInt = 80
+    precision: Precision = "auto"
     candidates: NonNegativeInt = 8
     swaps: NonNegativeInt = 8
     look: PositiveInt = 64
@@ -313,6 +318,7 @@ class Method(Node):
                 exact=self._exact(self._merges(spec)),
                 advance=advance,
                 operators=self.operators,
+                precision=self.precision,
                 notes=notes or Notes(None),
             )
 

@@ -20,18 +20,17 @@ from vitrim.cut.compensate import (
     arriving,
     importances,
     passed,
-    resumed,
 )
 from vitrim.cut.outputs import divergence, logits_of
 from vitrim.cut.surgery import apply
 from vitrim.data import Input
-from vitrim.families import describe
+from vitrim.families import blocks_of, describe
 from vitrim.methods.post_training.calibration import Calibration
 from vitrim.methods.post_training.notes import Notes
 from vitrim.methods.post_training.operators import convolutions, kernels_for, share_of, why_not_convolve
+from vitrim.methods.post_training.probe import Precision, Probe, precision_for
 from vitrim.methods.post_training.schedule import Kind, last_exact, merging, schedules
 from vitrim.nn import Attention, Block
-from vitrim.nn.feed import fed
 from vitrim.nn.modes import evaluating
 from vitrim.nn.stream import Residual
 from vitrim.nn.weights import fingerprint
@@ -75,6 +74,7 @@ def calibrate(
     merge: Kind,
     exact: bool,
     operators: bool | None = None,
+    precision: Precision = "fp32",
     notes: Notes | None = None,
     advance: Callable[[float], None] = lambda _: None,
 ) -> Calibration:
@@ -91,6 +91,7 @@ def calibrate(
         exact: whether the last block computes only prefix tokens if it can.
         operators: whether convolutions are measured in place of attentions; None if the images suffice for their fits
             and the grid is known.
+        precision: type of the passes that measure single cuts, see `vitrim.methods.post_training.probe`.
         notes: losses that are known already; None if none are.
         advance: called with 1 after each block, and with 1 in all for the schedules.
     """
@@ -104,16 +105,17 @@ def calibrate(
     kernels = kernels_for(spec, few, operators)
     leaving = last_exact(spec, exact)
     base = apply(model, leaving) if leaving != Plan.keep(spec) else model
-    dense = logits_of(base, probe)
-    divergence(dense, dense)
+    measure = Probe(base, [block for _, block in blocks_of(base)], probe, precision_for(precision, base))
     worth = importances(base, images, seed=seed)
     shares: dict[str, tuple[float, ...]] = {}
     losses: dict[str, tuple[float, ...]] = {}
     with evaluating(base, frozen=True), torch.no_grad():
         walk = Walk(base, images, worth, strength, 0.0)
         place, entering = walk.first(), arriving(base, walk.blocks, 0, probe, None)
+        if len(spec.stages) == 1:
+            measure.skip_stem(entering)
         for index in range(len(walk.rows)):
-            table = _Row(base, walk.blocks, place, entering, probe, dense, kernels)
+            table = _Row(measure, place, entering, kernels)
             for cell, removed, measured in table.cells():
                 name = f"{place.path}.{cell}"
                 shares[name], losses[name] = removed, tuple(notes.of(name, measured))
@@ -130,7 +132,7 @@ def calibrate(
 
         def measured(row: tuple[int, ...] = row) -> list[float]:
             child = apply(model, merging(spec, row, exact)).eval()
-            return [divergence(dense, logits_of(child, probe))]
+            return [divergence(measure.dense, logits_of(child, probe))]
 
         merged += notes.of(f"merging {row}", measured) if any(row) else [0.0]
         advance(1 / len(counts))
@@ -150,20 +152,13 @@ def calibrate(
 class _Row:
     """The cuts of one block: each is made and compensated, and the rest of the model is run."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        blocks: Sequence[Block],
-        place: Place,
-        entering: Sequence[Residual],
-        probe: Sequence[Tensor],
-        dense: Tensor,
-        kernels: Sequence[int],
-    ) -> None:
-        self.kernels = kernels
-        self.model, self.blocks, self.place = model, blocks, place
-        self.after = [id(block) for block in blocks].index(id(place.block)) + 1
-        self.entering, self.probe, self.dense = entering, probe, dense
+    def __init__(self, measure: Probe, place: Place, entering: Sequence[Residual], kernels: Sequence[int]) -> None:
+        self.measure, self.place, self.entering, self.kernels = measure, place, entering, kernels
+
+    @functools.cached_property
+    def floor(self) -> float:
+        """What rounding adds to each loss."""
+        return self.measure.floor(self.place.block, self.entering)
 
     def cells(self) -> Iterator[Cell]:
         """Yield name, removed shares, and a function that measures the losses, of each kind of cut."""
@@ -186,7 +181,7 @@ class _Row:
             sizes = [*(_left(hidden, share) for share in _CUTS), 0] if form.hidden_norm is None else [0]
             yield "hidden", (*_CUTS, 1.0)[-len(sizes) :], lambda: [self._neurons(neurons, width) for width in sizes]
         if hidden and isinstance(block.attn, Attention):
-            yield "block", (1.0,), lambda: [self._gone()]
+            yield "block", (1.0,), lambda: [self._gone(cut)]
 
     def _cell(self, name: str, shares: tuple[float, ...], cut: AttentionCut, choices: Sequence[BlockChoice]) -> Cell:
         return name, shares, lambda: [self._attention(cut, choice) for choice in choices]
@@ -218,20 +213,16 @@ class _Row:
         kept, state = cut.cut(width)
         return self._loss(self.place.rebuilt(self.place.block.spec.mixer, len(kept), state))
 
-    def _gone(self) -> float:
+    def _gone(self, cut: AttentionCut) -> float:
         """Return the loss if both branches are constants."""
         block = self.place.block
-        mixer, _, state = AttentionCut(self.place).cut(BlockChoice(heads=()))
+        mixer, _, state = cut.cut(BlockChoice(heads=()))
         half = self.place.rebuilt(mixer, block.spec.hidden, state)
         _, more = NeuronCut(self.place, half).cut(0)
         return self._loss(self.place.rebuilt(mixer, 0, state | more))
 
     def _loss(self, block: Block) -> float:
-        found = []
-        for x, images in zip(self.entering, self.probe, strict=True):
-            with resumed(self.blocks, self.after, block(x)):
-                found.append(self.model(fed(images, self.model)).float().cpu())
-        return divergence(self.dense, torch.cat(found))
+        return self.measure.loss(self.place.block, self.entering, block, self.floor)
 
 
 def _left(size: int, share: float) -> int:
