@@ -104,7 +104,7 @@ def norm_over(norm: nn.Module, places: Tensor) -> nn.Module:
         norm: one of those that `norm_of` describes.
         places: indices of the channels, ``(K,)``.
     """
-    small = copy.copy(norm)
+    small: Any = copy.copy(norm)
     small.normalized_shape = (len(places),)
     small._parameters = {
         name: None if value is None else nn.Parameter(value.detach()[places.to(value.device)])
