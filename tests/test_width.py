@@ -457,11 +457,13 @@ def test_a_budget_out_of_reach_is_refused():
         BudgetError, match="smallest residual width that is tried, 16 of 48 channels: budget of macs must be at least"
     ):
         fill(spec, scores, Budget(macs=0.01))
-    with pytest.raises(BudgetError, match="must be made by macs or parameters"):
+    with pytest.raises(BudgetError, match="must be made by a table with times at two of them"):
         fill(spec, scores, Budget(latency=0.5, table=proportional(spec)))
     for name, settings in (("taylor", {"width": True}), ("vit_slim", {"width_l1": 1e-4})):
         assert methods.get(name).plans_by_time
-        assert not methods.get(name, settings).plans_by_time
+        assert methods.get(name, settings).plans_by_time
+        assert not methods.get(name).cuts_width
+        assert methods.get(name, settings).cuts_width
     with pytest.raises(MethodError, match=r"stages.0.width: scores must fit the 48 channels"):
         fill(spec, scores | {"stages.0.width": torch.rand(3)}, Budget(macs=0.5))
 

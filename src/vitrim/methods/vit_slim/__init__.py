@@ -123,6 +123,7 @@ class Method(Node):
     """
 
     needs: ClassVar[str] = "images"
+    plans_by_time: ClassVar[bool] = True
     sentence: ClassVar[str] = "trains l1-penalized gates on channels together with the weights and keeps the largest"
 
     train: Train = Train(
@@ -159,9 +160,9 @@ class Method(Node):
     init: Literal["published", "closed_form"] = "published"
 
     @property
-    def plans_by_time(self) -> bool:
-        """Return whether plans are made by measured times; a table of times knows one residual width."""
-        return not self.width_l1
+    def cuts_width(self) -> bool:
+        """Return whether plans may cut the residual width."""
+        return self.width_l1 > 0
 
     @model_validator(mode="after")
     def _searched(self) -> Self:
