@@ -29,7 +29,7 @@ _LEAST = 4
 """The smallest width that is tried is this part of the parent's."""
 
 Rank = tuple[int, float]
-"""0 and the loss of a plan that spends the budget; 1 and less the more is spent of one that does not. The least wins."""
+"""0 and the loss of a plan that spends the budget; 1 and minus the share that another one spends. The least wins."""
 
 
 def best_of(values: Array, count: int) -> Kept:

@@ -129,7 +129,7 @@ class Gated(nn.Module):
     Args:
         model: an adopted model; trained in place together with the gates.
         gates: by path, C values or a tensor that broadcasts to them; several axes may use one gate (`share`). A gate of
-            a residual stream (``stages.0.width``) multiplies what all norms give that read it, `vitrim.cut.width`.
+            a residual stream (``stages.0.width``) multiplies it wherever it is read, `vitrim.cut.width.readers`.
         share: by path of an axis, the path of the gate that it uses.
         once: whether only the first of two members that are multiplied with each other (queries and keys) is gated, so
             that the product is scaled by the gate and not by its square.

@@ -28,7 +28,7 @@ Where we differ from the authors' code, on purpose:
   another function: masked tokens still act as keys, with their biases. ``"drop_exact"`` keeps one key in their place.
 - A token's gate cannot be folded into weights that all tokens share; those of kept tokens become 1 in either export.
 - The weights of the penalty are measured on the model by default (`penalty`, `vitrim.methods.vit_slim.pressure`).
-- The residual width may have gates, too (`width_l1`), at the norms that read the stream; the paper cuts it nowhere.
+- The residual width may have gates, too (`width_l1`), wherever the stream is read; the paper cuts it nowhere.
 - Shares count tokens before sets shrink with depth; the resulting numbers are in ``Found.trials``.
 """
 
