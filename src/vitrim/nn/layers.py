@@ -110,7 +110,7 @@ def norm_over(norm: nn.Module, places: Tensor) -> nn.Module:
         name: None if value is None else nn.Parameter(value.detach()[places.to(value.device)])
         for name, value in norm._parameters.items()
     }
-    return small
+    return small  # type: ignore[no-any-return]
 
 
 def activation_name(module: nn.Module, at: str) -> str:
