@@ -7,7 +7,7 @@ import torch
 
 from vitrim import families
 from vitrim.nn import modes
-from vitrim.testing.samples import apart, digits, kept_widths, masks_of, places, random_plan
+from vitrim.testing.samples import apart, digits, keeps_constants, kept_widths, masks_of, places, random_plan
 from vitrim.testing.samples import random_images as images
 from vitrim.testing.samples import sample_model as timm_model
 
@@ -20,6 +20,7 @@ __all__ = [
     "apart",
     "digits",
     "images",
+    "keeps_constants",
     "kept_widths",
     "masks_of",
     "places",

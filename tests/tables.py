@@ -7,8 +7,31 @@ from vitrim.words.table import Machine, StageTimes, TimeTable
 MACHINE = Machine(device="none", batch=8, threads=1, dtype="float32", torch="0")
 
 
-def proportional(spec, host=1e-4):
-    """A table of a machine whose times are exactly proportional to macs."""
+def proportional(spec, host=1e-4, narrow=()):
+    """A table of a machine whose times are exactly proportional to macs.
+
+    With `narrow`, shares of the residual width, it also knows the times there; `host` is then in proportion to it.
+    """
+    stages = _stages(spec)
+    smaller = [
+        _stages(
+            spec.model_copy(update={"stages": [s.model_copy(update={"width": _part(s, one)}) for s in spec.stages]})
+        )
+        for one in narrow
+    ]
+    stages = [
+        times.model_copy(update={"narrower": tuple(others[index] for others in smaller)})
+        for index, times in enumerate(stages)
+    ]
+    hosts = tuple(host * _part(spec.stages[0], one) / spec.stages[0].width for one in narrow)
+    return TimeTable(machine=MACHINE, stages=stages, host=host, hosts=hosts, dense=1.0)
+
+
+def _part(stage, share):
+    return round(share * stage.width)
+
+
+def _stages(spec):
     stages = []
     for stage in spec.stages:
         mixer = next(block.mixer for block in stage.blocks if isinstance(block.mixer, Attention))
@@ -32,4 +55,4 @@ def proportional(spec, host=1e-4):
                 mlp=[[1e-9 * mlp_macs(n, stage.width, m, stage.form.factors) for m in hidden] for n in tokens],
             )
         )
-    return TimeTable(machine=MACHINE, stages=stages, host=host, dense=1.0)
+    return stages

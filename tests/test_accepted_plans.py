@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.samples import FEW as FIRST
-from tests.samples import IDS, PRESETS, WHOLE, apart, images, timm_model
+from tests.samples import IDS, PRESETS, WHOLE, apart, images, keeps_constants, timm_model
 from tests.tolerance import SINGLE
 from vitrim import families
 from vitrim.cut import surgery
@@ -168,7 +168,7 @@ def works_or_says(child: torch.nn.Module, change, size=None) -> None:
 def test_plans_compose_over_every_kind(family, preset):
     """Two plans in a row are one plan, bit for bit, and both are refused together.
 
-    Kernels that are made at another residual width may round otherwise.
+    Kernels that are made at another residual width may round otherwise; `keeps_constants` says what is no law.
     """
     model = parent(family, preset)
     spec = describe(model)
@@ -189,6 +189,8 @@ def test_plans_compose_over_every_kind(family, preset):
         assert describe(steps) == describe(whole) == once.child(spec)
         x = images(spec, dtype=torch.float32)
         with torch.no_grad():
+            if not keeps_constants(first, second, spec):
+                return
             rounds = any(first.widths() + second.widths()) and {"conv1", "conv3"} & kinds_in(once.child(spec))
             assert apart(steps(x), whole(x)) < SINGLE if rounds else torch.equal(steps(x), whole(x))
 

@@ -439,6 +439,7 @@ def test_a_runtime_that_is_not_there_is_refused_before_anything_is_measured(monk
 def here(model, **given):
     """A made-up table of the machine that was asked for."""
     given.pop("seconds", None)
+    given.pop("width", None)
     return proportional(describe(model)).model_copy(update={"machine": machine_of(model, **given)})
 
 

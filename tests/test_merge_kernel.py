@@ -1,6 +1,7 @@
 """The fused kernels of merging, in Triton's interpreter, against PyTorch's operators: the same pairs, sums, sizes."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -38,7 +39,14 @@ def both(x, keys, sizes, prefix, count, *more):
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize(
     ("tokens", "prefix", "count", "width", "channels", "sized"),
-    [(17, 1, 8, 24, 12, True), (16, 0, 3, 20, 70, False), (40, 5, 17, 48, 48, True), (71, 2, 34, 10, 6, True)],
+    [
+        (17, 1, 8, 24, 12, True),
+        (16, 0, 3, 20, 70, False),
+        (40, 5, 17, 48, 48, True),
+        (71, 2, 34, 10, 6, True),
+        (9, 1, 0, 12, 8, True),
+        (4, 2, 1, 8, 8, False),
+    ],
 )
 def test_the_kernel_merges_as_the_operators_do(tokens, prefix, count, width, channels, sized, dtype, more):
     draw = torch.Generator().manual_seed(tokens)
@@ -78,6 +86,40 @@ def test_ties_are_broken_alike(levels):
         for j in partner[:9]:
             want[j] += 1
         assert fused.sizes[0, -len(second) :, 0].tolist() == want.tolist()
+
+
+def test_a_merge_is_two_launches(monkeypatch):
+    """One that matches, one that chooses, merges and counts; nothing else runs on the card but making empty tensors."""
+    launched, kernels = [], sys.modules[merged.__module__]
+    named = {name: value for name, value in vars(kernels).items() if hasattr(value, "arg_names")}
+    assert set(named) == {"_match", "_merge"}
+
+    class Counting:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            launched.append((self.name, grid))
+            return self.kernel[grid]
+
+    for name, kernel in named.items():
+        monkeypatch.setattr(kernels, name, Counting(name, kernel))
+    both(torch.randn(3, 41, 12), None, None, 1, 7)
+    assert launched == [("_match", (3, 1)), ("_merge", (3, 3))]
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN")
+def test_many_patches_of_few_kinds_are_chosen_alike_by_all_programs():
+    """More patches than the programs are made for at least, with ties in most scores, and one that is not a number."""
+    draw = torch.Generator().manual_seed(9)
+    keys = torch.eye(6)[torch.randint(0, 6, (1, 530), generator=draw)]
+    x = torch.randn(1, 530, 8, generator=draw)
+    plain, fused = both(x, keys, None, 3, 130)
+    assert torch.equal(fused.sizes, plain.sizes)
+    assert apart(fused.x, plain.x) < 1e-6
+    keys[0, 11, 0] = float("nan")
+    _, fused = both(x, keys, None, 3, 130)
+    assert fused.sizes.sum(dim=1).flatten().tolist() == [530.0]
 
 
 def test_a_whole_model_runs_with_it():

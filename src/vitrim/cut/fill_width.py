@@ -28,6 +28,9 @@ _TRIES = 12
 _LEAST = 4
 """The smallest width that is tried is this part of the parent's."""
 
+Rank = tuple[int, float]
+"""0 and the loss of a plan that spends the budget; 1 and minus the share that another one spends. The least wins."""
+
 
 def best_of(values: Array, count: int) -> Kept:
     """Return the indices of the `count` largest values, increasing; of equal values the first are kept."""
@@ -55,25 +58,25 @@ def fill_with_width(
             the mean ranks lost from the streams and from the other axes is least; both then lose about the same share.
 
     Raises:
-        BudgetError: if no width meets the budget, or the budget bounds time.
+        BudgetError: if no width meets the budget, or it bounds time by a table of one residual width.
         MethodError: if scores do not fit the streams.
     """
-    if budget.latency is not None:
+    if budget.latency is not None and budget.table is not None and not budget.table.narrows:
         raise BudgetError(
-            "a plan that cuts the residual width must be made by macs or parameters, because a table of times knows "
-            "one width, but latency is bounded; bound macs, or leave the width"
+            "a plan that cuts the residual width must be made by a table with times at two of them, but this table of "
+            "times knows one; make it with width=True, or bound macs"
         )
     streams = _checked(spec, scores)
     others = {path: values for path, values in scores.items() if path not in streams}
     ranked = {path: values.detach().cpu().double().numpy().reshape(-1) for path, values in others.items()}
     top = spec.stages[0].width
-    tried: dict[int, tuple[float, Plan] | BudgetError | None] = {}
+    tried: dict[int, tuple[Rank, Plan] | BudgetError | None] = {}
 
-    def loss(width: int) -> float:
+    def loss(width: int) -> Rank:
         if width not in tried:
             tried[width] = _at(spec, width, streams, others, ranked, budget, fill, by)
         found = tried[width]
-        return found[0] if isinstance(found, tuple) else float("inf")
+        return found[0] if isinstance(found, tuple) else (2, 0.0)
 
     step = max(ALIGN, round(top / _TRIES / ALIGN) * ALIGN)
     coarse = [top, *range((top - 1) // step * step, max(top // _LEAST, 1) - 1, -step)]
@@ -123,8 +126,8 @@ def _at(
     budget: Budget,
     fill: Callable[[Spec, Mapping[str, Tensor], Budget], Plan],
     by: Literal["score", "density"],
-) -> tuple[float, Plan] | BudgetError | None:
-    """Return loss and plan at one residual width, why it does not meet the budget, or None if it is not spent."""
+) -> tuple[Rank, Plan] | BudgetError | None:
+    """Return rank and plan at one residual width, why it does not meet the budget, or None if it is not spent."""
     parent = budget.cost(spec)
     plan = _narrow(spec, width, streams)
     small = plan.child(spec)
@@ -136,19 +139,20 @@ def _at(
             cost = budget.cost(plan.child(spec))
     except BudgetError as problem:
         return problem
-    if not budget.admits(cost, parent) or budget.spent(cost, parent) < 1 - SLACK:
+    spent = budget.spent(cost, parent)
+    if not budget.admits(cost, parent) or (budget.latency is None and spent < 1 - SLACK):
         return None
+    if spent < 1 - SLACK:  # times come in steps: it may be that nothing spends them
+        return (1, -spent), plan
     inside = sum(_lost(spec, plan, ranked).values())
     stream = sum(
         0.0 if kept is None else float(values.sum() - values[list(kept)].sum())
         for kept, values in zip(plan.widths(), streams.values(), strict=True)
     )
-    if by == "density":
-        return inside + stream, plan
-    return (
-        inside / max(sum(map(len, ranked.values())), 1) + stream / max(sum(map(len, streams.values())), 1),
-        plan,
-    )
+    if by == "score":
+        inside /= max(sum(map(len, ranked.values())), 1)
+        stream /= max(sum(map(len, streams.values())), 1)
+    return (0, inside + stream), plan
 
 
 def _lost(spec: Spec, plan: Plan, ranked: Mapping[str, Array]) -> dict[str, float]:

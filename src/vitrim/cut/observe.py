@@ -129,7 +129,7 @@ class Gated(nn.Module):
     Args:
         model: an adopted model; trained in place together with the gates.
         gates: by path, C values or a tensor that broadcasts to them; several axes may use one gate (`share`). A gate of
-            a residual stream (``stages.0.width``) multiplies what all norms give that read it, `vitrim.cut.width`.
+            a residual stream (``stages.0.width``) multiplies it wherever it is read, `vitrim.cut.width.readers`.
         share: by path of an axis, the path of the gate that it uses.
         once: whether only the first of two members that are multiplied with each other (queries and keys) is gated, so
             that the product is scaled by the gate and not by its square.
@@ -158,11 +158,12 @@ class Gated(nn.Module):
     def scaled(self) -> dict[str, Tensor]:
         """Return the gated parameters by name, which are the model's parameters after folding the gates in."""
         parameters = dict(self.model.named_parameters())
-        scaled = {}
-        for name, (dim, pieces) in self._scales.items():
+        scaled: dict[str, Tensor] = {}
+        for (name, dim), pieces in self._scales.items():
             parameter = parameters[name]
             vector = torch.cat([self._piece(gate, size, parameter) for gate, size in pieces])
-            scaled[name] = parameter * (vector if dim == parameter.dim() - 1 else vector[:, None])
+            shape = [-1 if other == dim else 1 for other in range(parameter.dim())]
+            scaled[name] = scaled.get(name, parameter) * vector.view(shape)
         return scaled
 
     def _piece(self, gate: str | None, size: int, like: Tensor) -> Tensor:
@@ -200,16 +201,16 @@ def key_of(path: str) -> str:
 
 def _scales(
     model: nn.Module, uses: Mapping[str, str], once: bool
-) -> dict[str, tuple[int, list[tuple[str | None, int]]]]:
-    """Return, for each gated parameter, the dimension and the gates (None for ones) with their sizes along it."""
+) -> dict[tuple[str, int], list[tuple[str | None, int]]]:
+    """Return, for each gated parameter and dimension, the gates (None for ones) with their sizes along it."""
     known = axes(model)
     modules = {id(module): name for name, module in model.named_modules()}
     blocks: dict[str, Block] = dict(blocks_of(model))
-    runs: dict[str, tuple[int, dict[int, tuple[str, int]]]] = {}
+    runs: dict[tuple[str, int], dict[int, tuple[str, int]]] = {}
     for path, gate in uses.items():
         if path.endswith(".width"):
             for member, size in scaled_by(model, path):
-                runs.setdefault(member.parameter, (member.dim, {}))[1][member.offset] = (gate, size)
+                runs.setdefault((member.parameter, member.dim), {})[member.offset] = (gate, size)
             continue
         if path not in known:
             raise MethodError(f"an axis must be one of the model's, but got '{path}'{did_you_mean(path, known)}")
@@ -219,8 +220,8 @@ def _scales(
         for member in axis.scales:
             if once and member.second:
                 continue
-            runs.setdefault(f"{prefix}.{member.parameter}", (member.dim, {}))[1][member.offset] = (gate, axis.size)
-    return {name: (dim, _fill(model, name, dim, pieces)) for name, (dim, pieces) in runs.items()}
+            runs.setdefault((f"{prefix}.{member.parameter}", member.dim), {})[member.offset] = (gate, axis.size)
+    return {(name, dim): _fill(model, name, dim, pieces) for (name, dim), pieces in runs.items()}
 
 
 def _fill(model: nn.Module, name: str, dim: int, pieces: Mapping[int, tuple[str, int]]) -> list[tuple[str | None, int]]:

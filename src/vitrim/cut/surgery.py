@@ -184,8 +184,7 @@ def _cut(
         elif block.step is not None and name.startswith("step."):
             value = block.step.initial(name.removeprefix("step."), like)
         else:
-            value = _constant(*constants[name])
-            value = value if width is None else value[torch.tensor(width, device=value.device)]
+            value = _constant(*constants[name], width)
         if value.shape != empty.shape:
             raise PlanError(f"{name}: the plan must give {tuple(empty.shape)}, but gives {tuple(value.shape)}")
         owner, _, leaf = name.rpartition(".")
@@ -227,14 +226,18 @@ def _trained(name: str, wanted: Mapping[str, bool]) -> bool:
     return any(branch or wanted.values()) or not wanted
 
 
-def _constant(branch: nn.Module | None, leaving: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the constant that a branch without channels adds: its output bias after layer scale and later norms."""
+def _constant(branch: nn.Module | None, leaving: Callable[[Tensor, Tensor | None], Tensor], width: Width) -> Tensor:
+    """Return the constant that a branch without channels adds: its output bias after layer scale and later norms.
+
+    Norms run over the kept channels. So where they follow the branches, a branch that is lost together with channels of
+    the stream leaves another constant than one that is lost before them.
+    """
     if branch is None or isinstance(branch, Constant):
         raise PlanError("a branch must have channels to lose, but it has none")
     last = branch.get_submodule(branch.last)  # type: ignore[arg-type]
     bias = last.bias
     assert isinstance(bias, Tensor)
-    return leaving(bias)
+    return leaving(bias, None if width is None else torch.tensor(width, dtype=torch.long))
 
 
 def _graft(model: nn.Module, grafts: Mapping[str, Tensor]) -> None:

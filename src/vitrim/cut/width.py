@@ -2,14 +2,15 @@
 
 B images, N tokens, D width of a stage.
 
-Its path is ``stages.0.width``. A channel of the residual stream is read through norms alone in a pre-norm model, so its
-taps are the outputs of these norms: those of all branches, of patch merging, and the one before the head.
+Its path is ``stages.0.width``. A channel of the residual stream is read through norms alone in most pre-norm models, so
+its taps are the outputs of these norms: those of all branches, of patch merging, and the one before the head. Where
+norms follow the branches, and where no norm stands before a layer outside the blocks, the taps are what comes to the
+layers that read.
 """
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import LayerNorm2d
@@ -19,11 +20,12 @@ from vitrim.families import blocks_of, family_of
 from vitrim.families._channels import channels_of, named
 from vitrim.nn import Block
 from vitrim.nn.axis import Member
+from vitrim.nn.layers import norm_over
 from vitrim.nn.stream import Stream
 from vitrim.words.errors import MethodError
 from vitrim.words.plain import did_you_mean
 
-__all__ = ["by_channel", "check_narrowable", "hearing", "keeping", "readers", "scaled_by", "widths"]
+__all__ = ["Reader", "by_channel", "check_narrowable", "hearing", "keeping", "readers", "scaled_by", "widths"]
 
 
 def widths(model: nn.Module) -> dict[str, int]:
@@ -40,81 +42,137 @@ def check_narrowable(model: nn.Module) -> None:
     """
     if not widths(model):
         raise MethodError(
-            "width must not be cut in this model, for something outside its blocks cannot follow (attention pooling, a "
-            "stem of another kind, a family that does not say how); cut heads and neurons"
+            "width must not be cut in this model, for something outside its blocks cannot follow (attention pooling "
+            "without weights, a stem of another kind, a family that does not say how); cut heads and neurons"
         )
 
 
-def readers(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """Return the norms through which the channels of each stage are read, by path.
+class Reader(NamedTuple):
+    """Where the channels of a stream are read.
+
+    Attributes:
+        module: a norm, or a layer without a norm before it, or the tap through which a branch without one reads.
+        enters: whether the channels are what comes to the module, not what it gives.
+        members: slices of the model's parameters on which a gate of the channels acts as it does there, each of D
+            entries; None if there are none.
+    """
+
+    module: nn.Module
+    enters: bool
+    members: tuple[Member, ...] | None
+
+
+def readers(model: nn.Module) -> dict[str, list[Reader]]:
+    """Return where the channels of each stage are read, by path.
 
     Raises:
-        MethodError: if a head reads the stream without a norm.
+        MethodError: if nothing outside the blocks reads them, as in a model without norm and head.
     """
-    found: dict[str, list[nn.Module]] = {}
+    names = {id(module): name for name, module in model.named_modules()}
+    found: dict[str, list[Reader]] = {}
     for index, one in enumerate(channels_of(family_of(model), model)):
-        norms = [named(model, name) for name in one.norms]
-        outside = [norm for norm in norms if norm is not None]
+        outside = [_norm(name, named(model, name), one.width) for name in one.norms if named(model, name) is not None]
+        for name in one.direct:
+            layer = named(model, name)
+            if layer is not None:
+                outside.append(Reader(layer, True, _runs(f"{name}.weight", 1, layer.weight, one.width)))
         if not outside:
             raise MethodError(
-                f"stages.{index}.width: the channels must be read through a norm to be scored or gated, but the head "
-                "of this model reads them without one; cut heads and neurons"
+                f"stages.{index}.width: the channels must be read outside the blocks to be scored or gated, but this "
+                "model has neither norm nor head; cut heads and neurons"
             )
-        inside = [
-            norm for block in _stage(model, index) for name, norm in block.norms().items() if name in ("norm1", "norm2")
-        ]
+        inside: list[Reader] = []
+        for block in _stage(model, index):
+            at = names[id(block)]
+            if not block.form.post_norm:
+                norms = [(name, norm) for name, norm in block.norms().items() if name in ("norm1", "norm2")]
+                inside += [_norm(f"{at}.{name}", norm, one.width) for name, norm in norms]
+            for tap, members in block.reading().items():
+                own = None if members is None else tuple(_within(at, member) for member in members)
+                inside.append(Reader(block.get_submodule(tap), False, own))
         found[f"stages.{index}.width"] = inside + outside
     return found
 
 
-def by_channel(x: Tensor, norm: nn.Module, width: int) -> Tensor:
-    """Return the sums over all tokens of what a norm gives, ``(B, D)``.
+def _norm(name: str, norm: Any, width: int) -> Reader:
+    scaled = getattr(norm, "weight", None) is not None
+    own = [m for leaf, value in norm.named_parameters(recurse=False) for m in _runs(f"{name}.{leaf}", 0, value, width)]
+    return Reader(norm, False, tuple(own) if scaled else None)
+
+
+def _runs(name: str, dim: int, value: Any, width: int) -> tuple[Member, ...]:
+    return tuple(Member(parameter=name, dim=dim, offset=offset) for offset in range(0, value.shape[dim], width))
+
+
+def _within(at: str, member: Member) -> Member:
+    return Member(parameter=f"{at}.{member.parameter}", dim=member.dim, offset=member.offset)
+
+
+def by_channel(x: Tensor, module: nn.Module, width: int) -> Tensor:
+    """Return the sums over all tokens of what is read, ``(B, D)``.
 
     Args:
-        x: of the shape of the norm's output, ``(B, ..., D)``, or several runs of D one after the other. For norms of
-            maps ``(B, D, h, w)``.
-        norm: the norm.
+        x: what comes to a reader or what it gives, ``(B, ..., D)``, or several runs of D one after the other. For maps
+            ``(B, D, h, w)``.
+        module: that of the reader.
         width: D.
     """
-    return x.flatten(2).sum(2) if isinstance(norm, LayerNorm2d) else x.reshape(len(x), -1, width).sum(1)
+    return x.flatten(2).sum(2) if isinstance(module, _MAPPED) else x.reshape(len(x), -1, width).sum(1)
+
+
+_MAPPED = (LayerNorm2d, nn.Conv2d)
+"""Modules that take maps."""
 
 
 def scaled_by(model: nn.Module, path: str) -> Iterator[tuple[Member, int]]:
     """Yield the slices of parameters on which a gate of a stream's channels acts as it does at `readers`, and D.
 
     Raises:
-        MethodError: if a norm has no scale, so that a gate cannot act through the weights.
+        MethodError: if a norm has no scale, or a branch passes channels on without one, so that a gate cannot act
+            through the weights.
     """
     names = {id(module): name for name, module in model.named_modules()}
     size = widths(model).get(path)
     if size is None:
         raise MethodError(f"an axis must be one of the model's, but got '{path}'{did_you_mean(path, widths(model))}")
-    for norm in readers(model)[path]:
-        if getattr(norm, "weight", None) is None:
+    for reader in readers(model)[path]:
+        if reader.members is None:
             raise MethodError(
-                f"{names[id(norm)]}: a gated stream must be read through norms with a scale, but this one has none"
+                f"{names[id(reader.module)]}: a gated stream must be read through norms with a scale or by weights, "
+                "but here it is not; cut the width without gates"
             )
-        for own, value in norm.named_parameters(recurse=False):
-            for offset in range(0, len(value), size):
-                yield Member(parameter=f"{names[id(norm)]}.{own}", dim=0, offset=offset), size
+        yield from ((member, size) for member in reader.members)
 
 
 @contextlib.contextmanager
 def hearing(model: nn.Module, hear: Callable[[str, nn.Module, Tensor], Any]) -> Iterator[None]:
-    """Call a function with what each norm gives that reads a residual stream, within the context.
+    """Call a function with what is read of a residual stream, wherever it is read, within the context.
 
     Args:
         model: an adopted model.
-        hear: function of the path of the stream, the norm and its output.
+        hear: function of the path of the stream, the module of the `Reader`, and what is read.
     """
+
+    def hook_of(path: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        def read(x: Tensor) -> Tensor:
+            # A view, so that a gradient by it is by what is read here alone, not by the stream that goes on.
+            own = x.view_as(x)
+            hear(path, module, own)
+            return own
+
+        return read
+
     with contextlib.ExitStack() as stack:
-        for path, norms in readers(model).items():
-            for norm in norms:
-
-                def hook(norm: nn.Module, _: Any, out: Tensor, path: str = path) -> None:
-                    hear(path, norm, out)
-
-                stack.callback(norm.register_forward_hook(hook).remove)
+        for path, found in readers(model).items():
+            for reader in found:
+                read = hook_of(path, reader.module)
+                if reader.enters:
+                    handle = reader.module.register_forward_pre_hook(
+                        lambda _m, given, read=read: (read(given[0]), *given[1:])
+                    )
+                else:
+                    handle = reader.module.register_forward_hook(lambda _m, _i, out, read=read: read(out))
+                stack.callback(handle.remove)
         yield
 
 
@@ -158,12 +216,7 @@ def _over(index: Tensor, width: int) -> Callable[[nn.Module, Any, Tensor], Tenso
         x: Tensor = given[0]
         runs = norm.normalized_shape[0] // width
         places = torch.cat([run * width + index for run in range(runs)]).to(x.device)
-        small = copy.copy(norm)
-        small.normalized_shape = (len(places),)
-        small._parameters = {
-            name: None if value is None else nn.Parameter(value.detach()[places])
-            for name, value in norm._parameters.items()
-        }
+        small: Any = norm_over(norm, places)
         dim = 1 if isinstance(norm, LayerNorm2d) else -1
         return torch.zeros_like(x).index_copy(dim, places, small.forward(x.index_select(dim, places)))
 

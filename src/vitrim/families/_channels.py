@@ -12,6 +12,7 @@ from torch import nn
 
 from vitrim.nn.axis import Member
 from vitrim.nn.copying import copied
+from vitrim.nn.pooling import widen_
 from vitrim.words.errors import AdoptError
 from vitrim.words.spec import ChannelCost
 
@@ -32,6 +33,8 @@ class Channels:
         readers: linear layers and convolutions whose inputs are the channels.
         norms: norms through which layers outside the blocks read the channels.
         stem_norms: norms over the channels before the first block.
+        direct: those of the readers that read the channels as they are, without a norm in between.
+        pools: attention poolings of timm whose inside keeps its width (`vitrim.nn.pooling`).
         tensors: parameters and buffers whose last dimension are the channels (positions, class token).
         sizes: attributes that are D or a multiple of it.
     """
@@ -41,6 +44,8 @@ class Channels:
     readers: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
     stem_norms: tuple[str, ...] = ()
+    direct: tuple[str, ...] = ()
+    pools: tuple[str, ...] = ()
     tensors: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
 
@@ -130,6 +135,8 @@ def narrow_(model: nn.Module, stages: Sequence[Channels], kept: Sequence[Sequenc
             norm = named(model, name)
             if norm is not None:
                 norm.normalized_shape = (norm.normalized_shape[0] // channels.width * len(chosen),)
+        for name in channels.pools:
+            widen_(named(model, name))
         for name in channels.sizes:
             owner, _, leaf = name.rpartition(".")
             holder = named(model, owner) if owner else model

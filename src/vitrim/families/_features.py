@@ -41,7 +41,8 @@ def give_methods_(model: Any) -> None:
     placed = any(isinstance(block.attn, Conv) or isinstance(block.form.positions, Relative) for block in blocks)
     if cut or placed or any(_without_table(model, block) for block in blocks):
         model.set_input_size = InputSize(model)
-    if cut and not _leaving(model)[-1].patches:
+    pool = getattr(model, "attn_pool", None)
+    if (cut and not _leaving(model)[-1].patches) or getattr(pool, "out_features", model.embed_dim) != model.embed_dim:
         model.reset_classifier = Classifier(model)
 
 
@@ -58,21 +59,34 @@ def _without_table(model: Any, block: Any) -> bool:
 
 @dataclass(eq=False)
 class Classifier:
-    """Replaces timm's `reset_classifier` for a model whose last block returns no patches."""
+    """Replaces timm's `reset_classifier` for a model whose last block returns no patches, or whose pooling is wider."""
 
     model: Any
 
     def __call__(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Reset the classifier as timm does, for a head that uses the prefix tokens.
+        """Reset the classifier as timm does, for a head that uses what the model has.
 
         Raises:
-            DataError: the new head would pool patches, but there are none.
+            DataError: the new head would pool patches, but there are none; or the pooling would go, but not its norm.
         """
-        pool = self.model.global_pool if global_pool is None else global_pool
-        wrong = why_not_pooled(pool, self.model.blocks[-1].spec.only_prefix)
+        model, pool = self.model, self.model.global_pool if global_pool is None else global_pool
+        wrong = None if _leaving(model)[-1].patches else why_not_pooled(pool, model.blocks[-1].spec.only_prefix)
         if wrong is not None:
             raise DataError(f"global_pool: {wrong}; or set the head of the dense model, and cut tokens afterwards")
-        type(self.model).reset_classifier(self.model, num_classes, global_pool)
+        wide = getattr(getattr(model, "attn_pool", None), "out_features", model.embed_dim)
+        if wide != model.embed_dim and pool != "map" and not isinstance(model.fc_norm, nn.Identity):
+            raise DataError(
+                f"global_pool: must stay 'map' where a norm of {wide} channels follows the pooling, but got '{pool}' "
+                f"for tokens of {model.embed_dim}; set the head of the dense model, and cut the width afterwards"
+            )
+        type(model).reset_classifier(model, num_classes, global_pool)
+        if wide == model.embed_dim:
+            return
+        if model.attn_pool is None:
+            model.head_hidden_size = model.embed_dim
+        elif num_classes:
+            like = model.head.weight
+            model.head = nn.Linear(wide, num_classes, device=like.device, dtype=like.dtype).train(model.training)
 
 
 @dataclass(eq=False)

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import timm
 import torch
 from pydantic import Field, PositiveFloat, field_validator
+from timm.layers import AttentionPoolLatent
 from timm.models import vision_transformer as timm_vit
 from torch import nn
 
-from vitrim.families._channels import Channels, Counted, channel_costs
+from vitrim.families._channels import Channels, Counted, channel_costs, named, narrow_
 from vitrim.families._features import give_methods_
 from vitrim.families._parts import (
     Hole,
@@ -38,6 +39,7 @@ from vitrim.nn import Block
 from vitrim.nn.copying import copied
 from vitrim.nn.layers import activation_name, input_channels, make_activation, make_norm, norm_of
 from vitrim.nn.mlp import LAYERS
+from vitrim.nn.pooling import WidePool
 from vitrim.words.block import Rate
 from vitrim.words.errors import AdoptError, SpecError
 from vitrim.words.plain import Node
@@ -45,7 +47,17 @@ from vitrim.words.sizes import Size
 from vitrim.words.spec import Attention, ChannelCost, Form, Host, Norm, Spec
 from vitrim.words.spec import Block as BlockSpec
 
-__all__ = ["PlainArguments", "arguments", "blocks_by_stage", "build", "channels", "describe", "host", "keywords"]
+__all__ = [
+    "PlainArguments",
+    "arguments",
+    "blocks_by_stage",
+    "build",
+    "built_width",
+    "channels",
+    "describe",
+    "host",
+    "keywords",
+]
 
 
 class PlainArguments(Node):
@@ -66,6 +78,7 @@ class PlainArguments(Node):
     norm: Norm
     activation: str
     pool_include_prefix: bool = False
+    pool_width: Size | None = None
 
     @field_validator("activation")
     @classmethod
@@ -128,7 +141,7 @@ def describe(
         form=forms[0],
         blocks=tuple(blocks),
     )
-    macs, per_token, slopes = _host_macs(model, image, () if forms[0].post_norm else outside)
+    macs, per_token, slopes = _host_macs(model, image, outside)
     known = Host(
         name=str(pretrained(model).get("architecture", "")),
         arguments=arguments(model, forms[0]) | host_arguments,
@@ -144,22 +157,26 @@ def describe(
 def channels(model: Any) -> tuple[Channels, ...]:
     """Return where the channels of the residual stream lie outside the blocks; empty if something cannot follow a cut.
 
-    A stem may hide them, timm's attention pooling is as wide inside as the stream, and where norms follow the branches
-    the stream is read without a norm.
+    A stem may hide them, and a pooling without weights takes them for the channels of its heads. Attention pooling
+    with weights reads them by its keys and values; what it gives, with norm and head, is of a width of its own.
     """
-    pooled = getattr(model, "attn_pool", None) is not None
-    follows = any(block.form.post_norm for block in model.blocks if isinstance(block, Block))
-    if pooled or follows or not isinstance(getattr(model.patch_embed, "proj", None), nn.Conv2d | nn.Linear):
+    pool: Any = getattr(model, "attn_pool", None)
+    stem = isinstance(getattr(model.patch_embed, "proj", None), nn.Conv2d | nn.Linear)
+    if not stem or not (pool is None or type(pool) in (AttentionPoolLatent, WidePool)):
         return ()
+    norms = ("norm", "fc_norm") if pool is None else ("norm",)
+    readers = ("head", "head_dist") if pool is None else ("attn_pool.kv",)
     return (
         Channels(
             width=model.embed_dim,
             writers=("patch_embed.proj",),
-            readers=("head", "head_dist"),
-            norms=("norm", "fc_norm"),
+            readers=readers,
+            norms=norms,
             stem_norms=("patch_embed.norm", "norm_pre"),
-            tensors=("cls_token", "reg_token", "dist_token", "pos_embed"),
-            sizes=("embed_dim", "num_features", "head_hidden_size"),
+            direct=() if any(named(model, norm) is not None for norm in norms) else readers,
+            pools=() if pool is None else ("attn_pool",),
+            tensors=("cls_token", "reg_token", "dist_token", "pos_embed", "attn_pool.pos_embed"),
+            sizes=("embed_dim", "num_features", *(("head_hidden_size",) if pool is None else ())),
         ),
     )
 
@@ -193,18 +210,36 @@ def build(spec: Spec, construct: Callable[[], Any]) -> Any:
     form = spec.stages[0].form
     if form.norm.bias is False and isinstance(model.norm, nn.LayerNorm) and model.norm.bias is not None:
         raise SpecError("host: a final LayerNorm without bias cannot be built by timm; keep the model in memory")
+    width = spec.stages[0].width
+    if model.embed_dim != width:
+        outside = channels(model)
+        if not outside or model.embed_dim < width:
+            raise SpecError(
+                f"host.arguments.pool_width: must be the width {width} of the blocks, or more where the stem is "
+                f"plain, but got {model.embed_dim}"
+            )
+        narrow_(model, outside, [range(width)])
     give_pretrained_(model, spec.host.pretrained)
     return model
+
+
+def built_width(spec: Spec) -> int:
+    """Return the width at which timm builds the host: that of its attention pooling, which `build` cuts to the blocks'.
+
+    timm's pooling is as wide as the blocks; a cut of theirs leaves its inside.
+    """
+    return int(spec.host.arguments.get("pool_width") or spec.stages[0].width)
 
 
 def keywords(spec: Spec) -> dict[str, Any]:
     """Return the keyword arguments for timm's constructor."""
     known = dict(spec.host.arguments)
+    known.pop("pool_width", None)
     norm, activation = Norm(**known.pop("norm")), known.pop("activation")
     return known | {
         "img_size": spec.image,
         "num_classes": spec.classes,
-        "embed_dim": spec.stages[0].width,
+        "embed_dim": built_width(spec),
         "depth": len(spec.stages[0].blocks),
         "norm_layer": norm_maker(norm),
         "act_layer": functools.partial(make_activation, activation),
@@ -267,13 +302,16 @@ def arguments(model: Any, form: Form) -> dict[str, Any]:
     `set_input_size`). The arguments of the stem are read by the family.
     """
     pool: Any = getattr(model, "attn_pool", None)
+    pool_width = pool.kv.out_features // 2 if isinstance(pool, AttentionPoolLatent) else None
     before = getattr(model, "norm_pre", nn.Identity())
     final = next((n for n in (model.norm, model.fc_norm, before) if not isinstance(n, nn.Identity)), None)
     known = {
         "in_chans": input_channels(model),
         "global_pool": model.global_pool,
         "num_heads": 1 if pool is None else pool.num_heads,
-        "mlp_ratio": 4.0 if getattr(pool, "mlp", None) is None else pool.mlp.fc1.out_features / model.embed_dim,
+        "mlp_ratio": 4.0
+        if getattr(pool, "mlp", None) is None
+        else pool.mlp.fc1.out_features / (pool_width or model.embed_dim),
         "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
         "fc_norm": not isinstance(model.fc_norm, nn.Identity),
         "drop_rate": model.head_drop.p,
@@ -284,6 +322,8 @@ def arguments(model: Any, form: Form) -> dict[str, Any]:
     }
     if hasattr(model, "pool_include_prefix"):
         known["pool_include_prefix"] = bool(model.pool_include_prefix)
+    if pool_width is not None:
+        known["pool_width"] = pool_width
     return known
 
 

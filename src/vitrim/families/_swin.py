@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import timm
 import torch
 from pydantic import Field
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
 from vitrim.families._channels import Channels, Counted, channel_costs, narrow_
@@ -116,8 +117,9 @@ def channels(model: Any) -> tuple[Channels, ...]:
     """Return where the channels of each stage's residual stream lie outside the blocks.
 
     Patch merging reads four runs of one stage's channels and writes those of the next, so every stage has a width of
-    its own.
+    its own. Its norm is over what it reads in the first version, and over what it writes in the second.
     """
+    late = isinstance(model, SwinTransformerV2)
     found, last = [], len(model.layers) - 1
     for index, layer in enumerate(model.layers):
         here = f"layers.{index}.downsample"
@@ -127,13 +129,26 @@ def channels(model: Any) -> tuple[Channels, ...]:
             width=width,
             writers=(f"{here}.reduction",) if index else ("patch_embed.proj",),
             readers=(f"{following}.reduction",) if index < last else ("head.fc",),
-            norms=(f"{following}.norm",) if index < last else ("norm",),
-            stem_norms=() if index else ("patch_embed.norm",),
-            sizes=(f"{here}.out_dim", f"layers.{index}.dim") if index else ("embed_dim", "layers.0.dim"),
+            norms=(("norm",) if index == last else () if late else (f"{following}.norm",)),
+            stem_norms=("patch_embed.norm",) if not index else (f"{here}.norm",) if late else (),
+            direct=_unnormed(model, index == last, late, following),
+            sizes=(f"{here}.out_dim",) if index else ("embed_dim", "layers.0.dim"),
         )
-        more = (f"{following}.dim",) if index < last else ("num_features", "head_hidden_size", *_HEAD_SIZES)
+        # A stage of timm's is made for the channels that come to it.
+        more = (
+            (f"{following}.dim", f"layers.{index + 1}.dim")
+            if index < last
+            else ("num_features", "head_hidden_size", *_HEAD_SIZES)
+        )
         found.append(dataclasses.replace(one, sizes=(*one.sizes, *more)))
     return tuple(found)
+
+
+def _unnormed(model: Any, is_last: bool, late: bool, following: str) -> tuple[str, ...]:
+    """Return the layers that read the channels of a stage without a norm in between."""
+    if is_last:
+        return ("head.fc",) if isinstance(model.norm, nn.Identity) else ()
+    return (f"{following}.reduction",) if late else ()
 
 
 def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
@@ -149,13 +164,12 @@ def host(model: Any, blocks: Sequence[Block]) -> nn.Module:
     return shell  # type: ignore[no-any-return]
 
 
-def build(spec: Spec, kind: type[nn.Module], outside: Callable[[Any], Sequence[Channels]] | None, **more: Any) -> Any:
+def build(spec: Spec, kind: type[nn.Module], **more: Any) -> Any:
     """Return a model for `spec`, built by timm's own constructor with placeholders for the blocks.
 
     Args:
         spec: the spec.
         kind: timm's class.
-        outside: the family's ``channels``, if it offers that.
         more: arguments of its constructor that the spec does not have.
 
     Raises:
@@ -170,12 +184,12 @@ def build(spec: Spec, kind: type[nn.Module], outside: Callable[[Any], Sequence[C
             f"host: the installed timm {timm.__version__} must build {spec.host.name or kind.__name__}, "
             f"but fails: {type(problem).__name__}: {problem}"
         ) from None
-    if outside is not None:
-        kept = [
-            None if one.width == stage.width else range(stage.width)
-            for one, stage in zip(outside(model), spec.stages, strict=True)
-        ]
-        narrow_(model, outside(model), kept)
+    outside = channels(model)
+    kept = [
+        None if one.width == stage.width else range(stage.width)
+        for one, stage in zip(outside, spec.stages, strict=True)
+    ]
+    narrow_(model, outside, kept)
     for layer, stage in zip(model.layers, spec.stages, strict=True):
         layer.blocks, layer.depth = type(layer.blocks)(), len(stage.blocks)
         layer.blocks.extend(Hole() for _ in stage.blocks)

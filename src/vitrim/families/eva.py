@@ -164,13 +164,14 @@ def _construct(spec: Spec) -> Any:
         "use_post_transformer_norm": known.pop("final_norm"),
         "use_fc_norm": known.pop("fc_norm"),
     }
-    known.pop("activation")
+    for other in ("activation", "pool_width"):
+        known.pop(other, None)
     model: Any = Eva(
         **known,
         **renamed,
         img_size=spec.image,
         num_classes=spec.classes,
-        embed_dim=spec.stages[0].width,
+        embed_dim=_plain.built_width(spec),
         depth=0,
         num_heads=1,
         norm_layer=norm_maker(norm),

@@ -79,7 +79,7 @@ def build(spec: Spec) -> Any:
     Raises:
         SpecError: the installed timm cannot build it.
     """
-    return _swin.build(spec, SwinTransformer, channels, weight_init="skip")
+    return _swin.build(spec, SwinTransformer, weight_init="skip")
 
 
 def _read_block(block: Any, at: str, grid: tuple[int, int]) -> _swin.Parts:

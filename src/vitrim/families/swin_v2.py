@@ -4,8 +4,7 @@ D width, R x C rows and columns of the grid of patches.
 
 A compressed model *is* a ``timm.models.SwinTransformerV2``; `_swin` has what all versions share. Queries and keys of a
 head are divided by their lengths, so they stay as wide as they are or go with their head. A head takes along its scale
-and its output of the network that gives the biases. The other layer of that network is shared by all heads and stays,
-and so does the width, over which norms after the branches run.
+and its output of the network that gives the biases. The other layer of that network is shared by all heads and stays.
 """
 
 from typing import Any
@@ -15,12 +14,23 @@ from torch import nn
 
 from vitrim.families import _swin
 from vitrim.families._parts import check_linear, read_mlp, read_rates, same_norm
-from vitrim.families._swin import SwinArguments, blocks_by_stage, convert, host
+from vitrim.families._swin import SwinArguments, blocks_by_stage, channels, convert, host
 from vitrim.words.errors import AdoptError
 from vitrim.words.spec import Attention, Form, Spec, Window
 from vitrim.words.spec import Block as BlockSpec
 
-__all__ = ["ARGUMENTS", "HOSTS", "TEST_PRESETS", "blocks_by_stage", "build", "convert", "describe", "example", "host"]
+__all__ = [
+    "ARGUMENTS",
+    "HOSTS",
+    "TEST_PRESETS",
+    "blocks_by_stage",
+    "build",
+    "channels",
+    "convert",
+    "describe",
+    "example",
+    "host",
+]
 
 _SMALL = {
     "img_size": 32,
@@ -54,7 +64,7 @@ def describe(model: Any) -> Spec:
     Raises:
         AdoptError: a part cannot be represented; the message has the path and the reason.
     """
-    return _swin.describe(model, "swin_v2", _read_block)
+    return _swin.describe(model, "swin_v2", _read_block, channels(model))
 
 
 def build(spec: Spec) -> Any:
@@ -63,7 +73,7 @@ def build(spec: Spec) -> Any:
     Raises:
         SpecError: the installed timm cannot build it.
     """
-    return _swin.build(spec, SwinTransformerV2, None, pretrained_window_sizes=(0,) * len(spec.stages))
+    return _swin.build(spec, SwinTransformerV2, pretrained_window_sizes=(0,) * len(spec.stages))
 
 
 def _read_block(block: Any, at: str, grid: tuple[int, int]) -> _swin.Parts:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.cut.optimized import optimize_block_
+from vitrim.cut.surgery import apply
+from vitrim.cut.width import check_narrowable
 from vitrim.families import blocks_of, describe
 from vitrim.measure.model import home_of, image_of, running
 from vitrim.measure.shapes import (
@@ -42,12 +44,13 @@ from vitrim.measure.turns import (
 from vitrim.nn import Stream, computed, make_block, still
 from vitrim.nn.copying import copied
 from vitrim.nn.modes import evaluating, random_state_kept
+from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.progress import progress
 from vitrim.words.spec import Attention, Block, Skip, Spec, Stage
 from vitrim.words.steps import Tokens
 from vitrim.words.table import TICKS, Machine, StageTimes, TimeTable
 
-__all__ = ["fitted", "half_widths", "machine_of", "make_table"]
+__all__ = ["fitted", "fitted_narrow", "half_widths", "machine_of", "make_table", "narrowed"]
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """Shares of heads and of tokens for which times are measured."""
@@ -94,6 +97,7 @@ def make_table(
     as_stored: bool = False,
     seconds: float = 8.0,
     rounds: int = ROUNDS,
+    width: bool = False,
 ) -> TimeTable:
     """Measure the times of the branches of `model` for several widths and numbers of tokens.
 
@@ -111,20 +115,30 @@ def make_table(
         as_stored: whether models and parts run as they are stored instead.
         seconds: time to spend on the whole dense model.
         rounds: samples of each part, at least 1.
+        width: whether everything is measured at half of the residual width, too, so that plans that cut it can be
+            priced; it takes twice as long.
+
+    Raises:
+        MethodError: if `width` is asked for, but that of the model cannot be cut.
     """
     start = time.perf_counter()
     spec = describe(model)
+    if width:
+        check_narrowable(model)
+    narrow = [apply(model, narrowed(spec))] if width else []
     home, kind = home_of(model)
     place = place_of(device) if device is not None else home
     bench = _Bench(batch, place, dtype or kind, compiled, as_stored)
     inputs = torch.randn(batch, *image_of(model), generator=torch.Generator().manual_seed(0)).to(place, bench.dtype)
     with random_state_kept(place):
-        nets = [running(net, place, bench.dtype, as_stored=as_stored) for net in _wholes(model, spec)]
+        wholes = [*_wholes(model, spec), *(net for one in narrow for net in (one, _hollow(one)))]
+        nets = [running(net, place, bench.dtype, as_stored=as_stored) for net in wholes]
     with evaluating(*nets), torch.inference_mode(), threading(threads), random_state_kept(place):
         calls = [functools.partial(bench.ready(net), inputs) for net in nets]
-        full, bare, less = turns(calls, wait=waiting(place), seconds=seconds).samples
+        full, bare, less, *others = turns(calls, wait=waiting(place), seconds=seconds).samples
         low, middle, high = percentiles(full)
         host = middle * min(_share(bare, full), _MOST)
+        slim = [describe(one).stages for one in narrow]
         table = TimeTable(
             machine=machine_of(
                 model,
@@ -135,12 +149,22 @@ def make_table(
                 compiled=compiled,
                 as_stored=as_stored,
             ),
-            stages=tuple(_stage(stage, bench, rounds) for stage in spec.stages if stage.blocks),
+            stages=tuple(
+                _stage(stage, bench, rounds).model_copy(
+                    update={"narrower": tuple(_stage(stages[index], bench, rounds) for stages in slim)}
+                )
+                for index, stage in enumerate(spec.stages)
+                if stage.blocks
+            ),
             host=host,
+            hosts=tuple(min(middle * _share(other, full), host) for other in others[1::2]),
             dense=middle,
             spread=(high - low) / middle,
         )
-    return fitted(table, spec, middle * _share(less, full)).model_copy(
+    table = fitted(table, spec, middle * _share(less, full))
+    if narrow:
+        table = fitted_narrow(table, describe(narrow[0]), middle * _share(others[0], full))
+    return table.model_copy(
         update={
             "seconds": time.perf_counter() - start,
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -185,6 +209,14 @@ def half_widths(spec: Spec) -> Spec:
     return spec.model_copy(update={"stages": tuple(stages)})
 
 
+def narrowed(spec: Spec) -> Plan:
+    """Return the plan that keeps half of the residual width of every stage, in multiples of 8 channels if it can."""
+    halves = [
+        max(stage.width // 2 // 8 * 8, 8) if stage.width > 8 else max(stage.width // 2, 1) for stage in spec.stages
+    ]
+    return Plan.of(spec, [BlockPlan()] * len(spec.blocks()), [tuple(range(half)) for half in halves])
+
+
 def _rebuilt(model: nn.Module, spec: Spec) -> nn.Module:
     """Return a copy with the branches of `spec`, with random weights."""
     other = copied(model)
@@ -213,6 +245,29 @@ def fitted(table: TimeTable, spec: Spec, seconds: float) -> TimeTable:
     if factor <= 0 or each < 0:
         factor, each = rest / whole, 0.0
     return table.scaled(factor).model_copy(update={"branch": each})
+
+
+def fitted_narrow(table: TimeTable, spec: Spec, seconds: float) -> TimeTable:
+    """Return a fitted table whose times at the smaller residual width are scaled so that `spec` takes `seconds`.
+
+    Args:
+        table: the result of `fitted`, with one smaller width.
+        spec: the dense model at that width.
+        seconds: its measured time. If noise makes it less than what is outside the blocks, nothing is scaled.
+    """
+    alone = table.model_copy(update={"branch": 0.0})
+    blocks = (alone.latency(spec) / TICKS) - table.hosts[0]
+    branches = (table.latency(spec) - alone.latency(spec)) / TICKS
+    left = seconds - table.hosts[0] - branches
+    if not (left > 0 and blocks > 0):
+        return table
+    stages = [
+        times.model_copy(
+            update={"narrower": table.model_copy(update={"stages": times.narrower}).scaled(left / blocks).stages}
+        )
+        for times in table.stages
+    ]
+    return table.model_copy(update={"stages": tuple(stages)})
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ class Method(Protocol):
 
     - ``plans_by_time = True`` says that the search prices specs by `Budget.cost` alone, and so by measured times too.
       For the others a budget of latency is turned into one of macs, see `vitrim.run.latency_budget`.
+    - ``cuts_width`` says whether plans may cut the residual width, for which a table of times must be measured at two.
     - ``asks`` says in place of `needs` what an instance needs, where that depends on its settings.
     - ``passes(spec, calibration, validation)`` says how many forward passes of an image the search takes, beside its
       training, given the model's spec and the numbers of calibration and validation images; for the estimate of time

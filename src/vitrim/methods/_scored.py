@@ -27,6 +27,7 @@ class ScoreMethod(Node):
     Attributes:
         needs: see `vitrim.methods.Method`.
         sentence: see `vitrim.methods.Method`.
+        plans_by_time: see `vitrim.methods.Method`.
         by: what is cut first, see `vitrim.cut.fill.fill`: ``score`` where scores are ranks, ``density`` where they add
             up.
         choice: which widths are allowed, see `vitrim.cut.fill.Choice`.
@@ -34,14 +35,15 @@ class ScoreMethod(Node):
 
     needs: ClassVar[str] = "nothing"
     sentence: ClassVar[str]
+    plans_by_time: ClassVar[bool] = True
     by: ClassVar[Literal["score", "density"]] = "score"
 
     choice: Choice = "even"
 
     @property
-    def plans_by_time(self) -> bool:
-        """Return whether plans are made by measured times; a table of times knows one residual width."""
-        return not getattr(self, "width", False)
+    def cuts_width(self) -> bool:
+        """Return whether plans may cut the residual width: the setting ``width`` of methods that have it."""
+        return bool(getattr(self, "width", False))
 
     def passes(self, spec: Spec, calibration: int, validation: int) -> float:
         """See `vitrim.methods.Method`; a forward and a backward pass of each calibration image, if it needs images."""

@@ -11,9 +11,9 @@ Without labels the loss is the divergence from the dense model's own output. Its
 second-order term is the same mean of squares with labels drawn from the model's own softmax (the Fisher matrix), so
 ``target = "output"`` draws them. For models with one logit or without classes see `vitrim.cut.outputs`.
 
-The residual width is scored in the same way at the norms that read the stream: a gate on one of its channels multiplies
-what all of them give, so their changes are summed, over tokens and norms, before they are squared. That the norms'
-statistics change, too, is left out.
+The residual width is scored in the same way wherever the stream is read (`vitrim.cut.width.readers`): a gate on one of
+its channels multiplies what is read at all these places, so their changes are summed, over tokens and places, before
+they are squared. That the norms' statistics change, too, is left out.
 """
 
 import contextlib

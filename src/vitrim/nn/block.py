@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vitrim.nn.attention import Attention, Heard
 from vitrim.nn.axis import Axis, Member, Tap, rows
 from vitrim.nn.conv import Conv, Same
-from vitrim.nn.layers import make_norm
+from vitrim.nn.layers import make_norm, norm_over
 from vitrim.nn.mlp import Mlp
 from vitrim.nn.steps import StepModule, make_step
 from vitrim.nn.stream import Residual, Stream
@@ -127,19 +127,25 @@ class Block(nn.Module):
         """The module whose output the MLP reads."""
         return self.norm2 if self.before2 is None else self.before2
 
-    def leaving1(self, x: Tensor) -> Tensor:
-        """Return what the attention branch adds, of the output of its last layer."""
+    def leaving1(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Return what the attention branch adds, of the output of its last layer.
+
+        Args:
+            x: that output, ``(..., D)``.
+            kept: channels of the residual stream that are left, as indices ``(K,)``; the result then has only these,
+                with a later norm over them, ``(..., K)``. None for all.
+        """
         scaled: Tensor = self.ls1(x)
         scaled = scaled if self.gamma_1 is None else self.gamma_1 * scaled
-        return (
-            scaled if self.before1 is None or not isinstance(self.attn, Attention | Conv | Same) else self.norm1(scaled)
-        )
+        normed = self.before1 is not None and isinstance(self.attn, Attention | Conv | Same)
+        return _after(scaled, self.norm1 if normed else None, kept)
 
-    def leaving2(self, x: Tensor) -> Tensor:
-        """Return what the MLP adds, of the output of its last layer."""
+    def leaving2(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Return what the MLP adds, of the output of its last layer; see `leaving1`."""
         scaled: Tensor = self.ls2(x)
         scaled = scaled if self.gamma_2 is None else self.gamma_2 * scaled
-        return scaled if self.before2 is None or not isinstance(self.mlp, Mlp) else self.norm2(scaled)
+        normed = self.before2 is not None and isinstance(self.mlp, Mlp)
+        return _after(scaled, self.norm2 if normed else None, kept)
 
     def scale(self, branch: Literal[1, 2]) -> Tensor | None:
         """Return the layer scale of attention (1) or MLP (2), ``(D,)``; None if there is none."""
@@ -272,3 +278,26 @@ class Block(nn.Module):
         inner = {"mlp.norm": self.mlp.norm} if isinstance(self.mlp, Mlp) and self.mlp.kind == "geglu" else {}
         found = {"norm1": self.norm1, "norm2": self.norm2, **inner}
         return {name: norm for name, norm in found.items() if not isinstance(norm, nn.Identity)}
+
+    def reading(self) -> dict[str, tuple[Member, ...] | None]:
+        """Return what reads the stream as it is, where norms follow the branches.
+
+        Returns:
+            By name of the tap through which a branch reads, the slices of its parameters that the channels index; None
+            in place of the slices if the branch also passes channels on without a weight. Empty where norms come before
+            the branches.
+        """
+        found: dict[str, tuple[Member, ...] | None] = {}
+        for tap, part in (("before1", self.attn), ("before2", self.mlp)) if self.form.post_norm else ():
+            if isinstance(part, Same) or (isinstance(part, Conv) and self.prefix and part.spec.prefix == "norm"):
+                found[tap] = None
+            elif isinstance(part, Attention | Conv | Mlp):
+                found[tap] = tuple(m for m in part.stream() if m.dim == 1 and m.parameter != "attn.mean")
+        return found
+
+
+def _after(x: Tensor, norm: nn.Module | None, kept: Tensor | None) -> Tensor:
+    """Return `x` after a norm, if there is one, both over `kept` channels alone if they are given."""
+    if kept is not None:
+        x, norm = x[..., kept.to(x.device)], None if norm is None else norm_over(norm, kept)
+    return x if norm is None else norm(x)

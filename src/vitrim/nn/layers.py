@@ -4,18 +4,19 @@ A name consists of the library and the class: ``timm.LayerNorm``, ``torch.GELU``
 the last dimension and elementwise activations.
 """
 
+import copy
 import functools
 from typing import Any
 
 import timm.layers
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim.words.errors import AdoptError, SpecError
 from vitrim.words.plain import did_you_mean
 from vitrim.words.spec import Norm
 
-__all__ = ["activation_name", "input_channels", "make_activation", "make_norm", "norm_of"]
+__all__ = ["activation_name", "input_channels", "make_activation", "make_norm", "norm_of", "norm_over"]
 
 _NORMS = frozenset(
     {
@@ -94,6 +95,22 @@ def make_norm(norm: Norm, width: int) -> nn.Module:
     if not norm.bias and getattr(layer, "bias", None) is not None:
         layer.bias = None
     return layer  # type: ignore[no-any-return]
+
+
+def norm_over(norm: nn.Module, places: Tensor) -> nn.Module:
+    """Return a norm like `norm`, with detached copies of its weights, over some of its channels.
+
+    Args:
+        norm: one of those that `norm_of` describes.
+        places: indices of the channels, ``(K,)``.
+    """
+    small: Any = copy.copy(norm)
+    small.normalized_shape = (len(places),)
+    small._parameters = {
+        name: None if value is None else nn.Parameter(value.detach()[places.to(value.device)])
+        for name, value in norm._parameters.items()
+    }
+    return small  # type: ignore[no-any-return]
 
 
 def activation_name(module: nn.Module, at: str) -> str:

@@ -176,8 +176,9 @@ def prepare(
     parent = together(lambda: _opened(recipe, parent, say))
     order = led(lambda: known_order(folder))
     if budget.latency is not None:
-        timed = parent
-        budget = budget.model_copy(update={"table": led(lambda: table_for(timed, recipe.measure, say=say))})
+        timed, width = parent, bool(getattr(method, "cuts_width", False))
+        table = led(lambda: table_for(timed, recipe.measure, width=width, say=say))
+        budget = budget.model_copy(update={"table": table})
     job = together(lambda: _ready(recipe, method, budget, folder, parent, order, data, say))
     found = about(job.splits) if ranks.count() > 1 else None
     if found is not None:

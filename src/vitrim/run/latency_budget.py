@@ -39,7 +39,9 @@ _READINGS = 6
 """Largest number of macs budgets tried for one latency budget."""
 
 
-def table_for(model: nn.Module, settings: Measure, *, say: Callable[[str], None] = lambda _: None) -> TimeTable:
+def table_for(
+    model: nn.Module, settings: Measure, *, width: bool = False, say: Callable[[str], None] = lambda _: None
+) -> TimeTable:
     """Return the table of times of `model` on this machine: measured once, then read from the cache.
 
     For ``onnxruntime`` and ``openvino`` it is the table of eager PyTorch, whose blocks need no export. It is less
@@ -52,6 +54,7 @@ def table_for(model: nn.Module, settings: Measure, *, say: Callable[[str], None]
     Args:
         model: an adopted dense model.
         settings: measurement settings.
+        width: whether plans may cut the residual width, so that the table must know how times change with it.
         say: called with a line of text before slow steps.
     """
     given: dict[str, Any] = {
@@ -63,6 +66,7 @@ def table_for(model: nn.Module, settings: Measure, *, say: Callable[[str], None]
     }
     machine = machine_of(model, **given)
     about = [f"vitrim {__version__}, format {FORMAT}", describe(model).model_dump_json(), machine.model_dump_json()]
+    about += ["and at half of the residual width"] if width else []
     key = hashlib.sha256("\n".join(about).encode()).hexdigest()[:20]
     path = cache_folder("VITRIM_CACHE") / "latency" / f"{key}.json"
     if path.is_file():
@@ -74,7 +78,7 @@ def table_for(model: nn.Module, settings: Measure, *, say: Callable[[str], None]
             )
         return known
     say(f"making a table of times on {machine}")
-    table = make_table(model, seconds=settings.seconds, **given)
+    table = make_table(model, seconds=settings.seconds, width=width, **given)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, table.model_dump_json())
     return table

@@ -38,7 +38,7 @@ def plans(draw: st.DrawFn, spec: Spec, *, tokens: bool = True, convolutions: boo
         if tokens and draw(st.booleans()):
             parts.append({"tokens": draw(steps(stage))})
         if tokens and index == len(rows) - 1:
-            parts.append({"only_prefix": draw(st.integers(0, 3)) == 0})
+            parts.append({"only_prefix": draw(st.booleans())})
         careless = draw(st.integers(0, 15)) == 0
         fields: dict[str, Any] = {}
         for part in draw(st.permutations(parts)):

@@ -25,6 +25,7 @@ from vitrim.words.steps.drop import Drop
 __all__ = [
     "apart",
     "digits",
+    "keeps_constants",
     "kept_widths",
     "masks_of",
     "places",
@@ -235,6 +236,22 @@ def _random_heads(rng: random.Random, form: Form, mixer: Attention) -> dict[str,
 def kept_widths(plan: Plan) -> dict[str, tuple[int, ...]]:
     """The kept channels that `vitrim.cut.width.keeping` takes, by path, for what `plan` cuts."""
     return {f"stages.{i}.width": kept for i, kept in enumerate(plan.widths()) if kept is not None}
+
+
+def keeps_constants(first: Plan, second: Plan, spec: Spec) -> bool:
+    """Whether `first` and `second` in a row leave the same constants in place of branches as one plan does.
+
+    Not if norms follow the branches, `first` takes all channels of a branch, and `second` cuts the residual width.
+    """
+    pairs = zip(spec.stages, first.child(spec).stages, second.widths(), strict=True)
+    return not any(
+        stage.form.post_norm and width is not None and _constants(small) != _constants(stage)
+        for stage, small, width in pairs
+    )
+
+
+def _constants(stage: Stage) -> list[tuple[bool, bool]]:
+    return [(isinstance(b.mixer, Attention) and not b.mixer.v, b.hidden == 0) for b in stage.blocks]
 
 
 def masks_of(spec: Spec, plan: Plan) -> dict[str, Tensor]:

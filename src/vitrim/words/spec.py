@@ -312,7 +312,8 @@ class Host(Node):
     `macs` and `params` were counted on the model without its blocks. `macs_per_token` is the cost of the head for each
     token after the last block (attention pooling). `channels` says, for each stage, how these depend on the width of
     the residual stream; if it is empty, that width cannot be cut. Two hosts are equal if they differ only in dropout
-    rates, in the metadata of their pretrained weights, or in `channels`, which follows from the rest.
+    rates, in the metadata of their pretrained weights, or in `channels` and the argument ``pool_width``, which follow
+    from the rest.
     """
 
     name: str
@@ -347,8 +348,9 @@ class Host(Node):
         return hash(self._structure())
 
     def _structure(self) -> tuple[Any, ...]:
-        """Return all fields except dropout rates and timm's metadata of the pretrained weights."""
-        arguments = FrozenDict({key: value for key, value in self.arguments.items() if not key.endswith("drop_rate")})
+        """Return all fields except dropout rates, timm's metadata of the pretrained weights, and what follows."""
+        aside = ("drop_rate", "pool_width")
+        arguments = FrozenDict({key: value for key, value in self.arguments.items() if not key.endswith(aside)})
         return self.name, arguments, self.macs, self.macs_per_token, self.params
 
 

@@ -4,12 +4,13 @@ N tokens, H heads, K channels of a head, M hidden neurons.
 
 A table contains the measured times of the branches of each stage for a few widths and numbers of tokens, and the time
 of everything outside the blocks. Times are interpolated linearly between the measured points, so sizes that the
-hardware prefers (whole heads, multiples of 8 or 16) are taken into account only if they were measured. The table is an
-estimate; measure the model itself for its exact latency.
+hardware prefers (whole heads, multiples of 8 or 16) are taken into account only if they were measured. If a table also
+has times at a smaller residual width, those of any other width are on the line through both. The table is an estimate;
+measure the model itself for its exact latency.
 """
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from vitrim.words.costs import attention_macs
@@ -79,6 +80,7 @@ class StageTimes(Node):
         with_sizes: factor on the time of attention if tokens represent several patches.
         steps: seconds of a token step by its kind, on the whole grid, without its effect on the time of attention and
             MLP.
+        narrower: the same times at smaller residual widths, the largest first. Empty for a table of one width.
     """
 
     width: int
@@ -98,6 +100,7 @@ class StageTimes(Node):
     run: float = 0.0
     with_sizes: float = 1.0
     steps: Frozen = FrozenDict()
+    narrower: tuple["StageTimes", ...] = ()
 
     def attends(self, mixer: Attention, flow: Flow, with_sizes: bool) -> float:
         """Return the seconds of an attention branch."""
@@ -130,8 +133,20 @@ class StageTimes(Node):
         return max(_between((self.tokens, self.hidden), self.mlp, (rows, hidden)), self.rests(rows)) if hidden else 0.0
 
     def rests(self, rows: int) -> float:
-        """Return the seconds of a branch that no width touches."""
+        """Return the seconds of a branch that no width of its own touches."""
         return _between((self.tokens,), self.bare, (rows,)) if self.bare else 0.0
+
+    def at_width(self, width: int, seconds: Callable[["StageTimes"], float]) -> float:
+        """Return what `seconds` gives at a residual width, on the line through the measured ones.
+
+        Args:
+            width: D, at most that of this stage.
+            seconds: function of the times at a measured width.
+        """
+        if width == self.width:
+            return seconds(self)
+        known = (*reversed(self.narrower), self)
+        return _between((tuple(one.width for one in known),), [seconds(one) for one in known], (width,))
 
 
 class TimeTable(Node):
@@ -141,6 +156,7 @@ class TimeTable(Node):
         machine: the hardware and software on which they were measured.
         stages: the times of each stage.
         host: seconds of everything outside the blocks.
+        hosts: the same at the residual widths of `StageTimes.narrower`, the largest first.
         branch: seconds that each attention and each MLP takes in the model in addition to the times in `stages`.
         dense: seconds of the whole dense model, measured in the same run.
         spread: spread of the measurements of the dense model: 90th minus 10th percentile, divided by the median.
@@ -151,6 +167,7 @@ class TimeTable(Node):
     machine: Machine
     stages: tuple[StageTimes, ...]
     host: float
+    hosts: tuple[float, ...] = ()
     branch: float = 0.0
     dense: float
     spread: float = 0.0
@@ -163,7 +180,22 @@ class TimeTable(Node):
             self.block(block, stage, arriving)
             for (_, stage, block), arriving in zip(spec.blocks(), spec.arrivals(), strict=True)
         )
-        return round(self.host * TICKS) + blocks
+        return round(self.outside(spec) * TICKS) + blocks
+
+    @property
+    def narrows(self) -> bool:
+        """Whether the table knows how times change with the residual width."""
+        return bool(self.hosts)
+
+    def outside(self, spec: Spec) -> float:
+        """Return the seconds of everything outside the blocks; with several stages, the mean over their widths."""
+        found = []
+        for stage in (stage for stage in spec.stages if self.hosts and stage.blocks):
+            times = self._of(stage)
+            axis = tuple(one.width for one in (*reversed(times.narrower), times))
+            seconds = (*reversed(self.hosts), self.host)
+            found.append(self.host if stage.width == times.width else _between((axis,), seconds, (stage.width,)))
+        return sum(found) / len(found) if found else self.host
 
     def block(self, block: Block, stage: Stage, arriving: Tokens | None = None) -> int:
         """Return the nanoseconds of one block.
@@ -176,9 +208,13 @@ class TimeTable(Node):
         Raises:
             BudgetError: if the table has no stage of this width and grid.
         """
-        times = self._of(stage)
         here = stage.enters if arriving is None else arriving
         flow = flow_of(block.tokens, here, stage.patches, block.only_prefix)
+        seconds = self._of(stage).at_width(stage.width, lambda times: self._seconds(times, block, stage, flow, here))
+        return round(seconds * TICKS)
+
+    def _seconds(self, times: StageTimes, block: Block, stage: Stage, flow: Flow, here: Tokens) -> float:
+        """Return the seconds of one block at the residual width of `times`."""
         mixed = fed = 0.0
         if isinstance(block.mixer, Attention):
             mixed = times.attends(block.mixer, flow, flow.mixed.stands_for is not None or flow.mixed.constant_sizes)
@@ -189,27 +225,35 @@ class TimeTable(Node):
         seconds = mixed + fed + self.branch * (bool(mixed) + bool(fed))
         if block.tokens is not None and block.tokens.kind in times.steps:
             seconds += times.steps[block.tokens.kind] * here.total / stage.tokens
-        return round(seconds * TICKS)
+        return seconds
 
     def fixed(self, spec: Spec) -> int:
         """Return the nanoseconds of a model that no width touches, unless a branch, a block or tokens go.
 
         They are those of everything outside the blocks, and of the norm and the residual addition of each branch.
         """
-        seconds = self.host
+        seconds = self.outside(spec)
         for (_, stage, block), arriving in zip(spec.blocks(), spec.arrivals(), strict=True):
             times, flow = self._of(stage), flow_of(block.tokens, arriving, stage.patches, block.only_prefix)
             for rows, there in ((flow.projected, not isinstance(block.mixer, Skip)), (flow.rows, bool(block.hidden))):
-                seconds += (times.rests(rows) + self.branch) * there
+                rest = times.at_width(stage.width, lambda one, rows=rows: one.rests(rows))  # type: ignore[misc]
+                seconds += (rest + self.branch) * there
         return round(seconds * TICKS)
 
     def _of(self, stage: Stage) -> StageTimes:
-        """Return the times of a stage.
+        """Return the times of a stage, or of the dense one that it is a narrower form of.
 
         Raises:
             BudgetError: if the table has none.
         """
-        times = next((t for t in self.stages if (t.width, t.grid) == (stage.width, stage.grid)), None)
+        wider = [t for t in self.stages if t.grid == stage.grid and t.width > stage.width and t.narrower]
+        whole = [t for t in self.stages if (t.width, t.grid) == (stage.width, stage.grid)]
+        times = next(iter((*whole, *sorted(wider, key=lambda t: t.width))), None)
+        if times is None and any(t.grid == stage.grid and t.width > stage.width for t in self.stages):
+            raise BudgetError(
+                f"a table of times must have two residual widths to price a third, but has no stage of width "
+                f"{stage.width} on {stage.grid[0]} x {stage.grid[1]} patches; make one with width=True"
+            )
         if times is None:
             raise BudgetError(
                 f"a table of times must be of this model, but has no stage of width {stage.width} on "
@@ -233,6 +277,7 @@ class TimeTable(Node):
                     "reads": times.reads * factor,
                     "run": times.run * factor,
                     "steps": FrozenDict({kind: t * factor for kind, t in times.steps.items()}),
+                    "narrower": self.model_copy(update={"stages": times.narrower}).scaled(factor).stages,
                 }
             )
             for times in self.stages

@@ -28,7 +28,7 @@ Where we differ from the authors' code, on purpose:
   another function: masked tokens still act as keys, with their biases. ``"drop_exact"`` keeps one key in their place.
 - A token's gate cannot be folded into weights that all tokens share; those of kept tokens become 1 in either export.
 - The weights of the penalty are measured on the model by default (`penalty`, `vitrim.methods.vit_slim.pressure`).
-- The residual width may have gates, too (`width_l1`), at the norms that read the stream; the paper cuts it nowhere.
+- The residual width may have gates, too (`width_l1`), wherever the stream is read; the paper cuts it nowhere.
 - Shares count tokens before sets shrink with depth; the resulting numbers are in ``Found.trials``.
 """
 
@@ -123,6 +123,7 @@ class Method(Node):
     """
 
     needs: ClassVar[str] = "images"
+    plans_by_time: ClassVar[bool] = True
     sentence: ClassVar[str] = "trains l1-penalized gates on channels together with the weights and keeps the largest"
 
     train: Train = Train(
@@ -159,9 +160,9 @@ class Method(Node):
     init: Literal["published", "closed_form"] = "published"
 
     @property
-    def plans_by_time(self) -> bool:
-        """Return whether plans are made by measured times; a table of times knows one residual width."""
-        return not self.width_l1
+    def cuts_width(self) -> bool:
+        """Return whether plans may cut the residual width."""
+        return self.width_l1 > 0
 
     @model_validator(mode="after")
     def _searched(self) -> Self:

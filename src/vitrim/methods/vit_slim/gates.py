@@ -77,7 +77,7 @@ def gate_model(
         mlp: whether neurons have gates.
         tokens: whether patches have gates.
         prefix: whether prefix tokens have gates too.
-        width: whether the channels of the residual stream have gates, at the norms that read it.
+        width: whether the channels of the residual stream have gates, wherever it is read.
 
     Raises:
         MethodError: if no part of the model can be gated, or tokens are requested but cannot be cut.

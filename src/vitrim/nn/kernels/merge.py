@@ -1,4 +1,4 @@
-"""Merge similar patches in three launches: match, choose, merge.
+"""Merge similar patches in two launches: match; choose and merge.
 
 B images, N tokens, P prefix tokens, A patches of the first set and E of the second (they alternate), r patches that are
 merged, Q channels by which patches are compared, D width.
@@ -25,6 +25,11 @@ _ROWS, _COLUMNS, _CHUNK = 32, 32, 64
 
 _LEAST = 16
 """The smallest side of a tile of the matrix units."""
+
+_TOKENS, _SHARE = 16, 16
+"""Tokens that one program of the merging writes, at least; and the most programs for as many patches of the first set:
+each of them chooses the pairs anew, in time that grows with the square of the patches.
+"""
 
 
 @triton.jit
@@ -93,43 +98,18 @@ def _match(
         at = tl.min(tl.where(alike == here[:, None], columns[None, :], second), axis=1)
         chosen = tl.where(here > most, at, chosen)
         most = tl.maximum(most, here)
-    # A score that is not a number would leave gaps in what the next kernel writes.
+    # A score that is not a number would be in no order with the others.
     most = tl.where(most == most, most, float("-inf"))
     tl.store(best + image * first + rows, most, mask=rows < first)
     tl.store(partner + image * first + rows, chosen, mask=rows < first)
 
 
 @triton.jit
-def _choose(best, partner, source, first, count, SIZE: tl.constexpr, CHUNK: tl.constexpr):
-    """Mark the `count` pairs with the largest scores; write where the other patches of the first set come from.
-
-    Afterwards `partner` is -1 for patches that stay, and ``source[i]`` is the i-th patch that stays.
-    """
-    image = tl.program_id(0).to(tl.int64)
-    places = tl.arange(0, SIZE)
-    inside = places < first
-    mine = tl.load(best + image * first + places, mask=inside, other=float("-inf"))
-    rank = tl.zeros((SIZE,), tl.int32)
-    for start in range(0, first, CHUNK):
-        others = start + tl.arange(0, CHUNK)
-        theirs = tl.load(best + image * first + others, mask=others < first, other=float("-inf"))
-        before = (theirs[None, :] > mine[:, None]) | (
-            (theirs[None, :] == mine[:, None]) & (others[None, :] < places[:, None])
-        )
-        rank += tl.sum((before & (others < first)[None, :]).to(tl.int32), axis=1)
-    stays = (rank >= count) & inside
-    position = tl.cumsum(stays.to(tl.int32), axis=0) - 1
-    pair = tl.load(partner + image * first + places, mask=inside, other=-1)
-    tl.store(partner + image * first + places, tl.where(stays, -1, pair), mask=inside)
-    tl.store(source + image * first + position, places, mask=stays)
-
-
-@triton.jit
 def _merge(
     x,
     sizes,
+    best,
     partner,
-    source,
     out,
     counts,
     tokens,
@@ -141,59 +121,76 @@ def _merge(
     SIZED: tl.constexpr,
     NORMED: tl.constexpr,
     SIZE: tl.constexpr,
+    CHUNK: tl.constexpr,
     WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
-    """Write one token that is left: the mean of its patches, weighted by their sizes, and its size.
+    """Choose the `count` pairs with the largest scores; write `TOKENS` of the tokens that are left, and their sizes.
 
-    If `NORMED`, the mean is scaled to the weighted mean of their norms.
+    A token is the mean of its patches, weighted by their sizes. If `NORMED`, it is scaled to the weighted mean of their
+    norms. All programs of an image choose alike, so that choosing needs no launch of its own.
     """
-    image, token = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    channels = tl.arange(0, WIDTH)
-    inside = channels < width
+    image, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     x += image * tokens * width
     sizes += image * tokens
+    best += image * first
     partner += image * first
+    places = tl.arange(0, SIZE)
+    known = places < first
+    mine = tl.load(best + places, mask=known, other=float("-inf"))
+    rank = tl.zeros((SIZE,), tl.int32)
+    for start in range(0, first, CHUNK):
+        others = start + tl.arange(0, CHUNK)
+        theirs = tl.load(best + others, mask=others < first, other=float("-inf"))
+        before = (theirs[None, :] > mine[:, None]) | (
+            (theirs[None, :] == mine[:, None]) & (others[None, :] < places[:, None])
+        )
+        rank += tl.sum((before & (others < first)[None, :]).to(tl.int32), axis=1)
+    stays = (rank >= count) & known
+    # Where a patch that stays comes among those that do, and to which patch of the second set another one goes.
+    position = tl.where(stays, tl.cumsum(stays.to(tl.int32), axis=0) - 1, -1)
+    pairs = tl.where(stays, -1, tl.load(partner + places, mask=known, other=-1))
     stay = first - count
-    moved = token - prefix
-    here = token
-    if moved >= 0:
-        if moved < stay:
-            here = prefix + 2 * tl.load(source + image * first + moved)
-        else:
-            here = prefix + 2 * (moved - stay) + 1
-    total = tl.full((), 1.0, tl.float32)
-    if SIZED:
-        total = tl.load(sizes + here)
-    value = tl.load(x + here * width + channels, mask=inside, other=0.0)
-    if moved >= stay:
-        own = moved - stay
-        places = tl.arange(0, SIZE)
-        pairs = tl.load(partner + places, mask=places < first, other=-1)
-        waiting = tl.where(pairs == own, places, SIZE)
-        member = tl.min(waiting, axis=0)
-        if member < SIZE:
-            heavy = value.to(tl.float32) * total
-            norms = tl.full((), 0.0, tl.float32)
-            if NORMED:
-                norms = tl.sqrt(tl.sum(heavy * heavy, axis=0))
-            while member < SIZE:
-                at = prefix + 2 * member
-                weight = tl.full((), 1.0, tl.float32)
-                if SIZED:
-                    weight = tl.load(sizes + at)
-                more = tl.load(x + at * width + channels, mask=inside, other=0.0).to(tl.float32) * weight
-                heavy += more
+    channels = tl.arange(0, WIDTH)
+    inside = channels < width
+    for token in range(block * TOKENS, tl.minimum(block * TOKENS + TOKENS, left)):
+        moved = token - prefix
+        here = token
+        if moved >= 0:
+            if moved < stay:
+                here = prefix + 2 * tl.sum(tl.where(position == moved, places, 0), axis=0)
+            else:
+                here = prefix + 2 * (moved - stay) + 1
+        total = tl.full((), 1.0, tl.float32)
+        if SIZED:
+            total = tl.load(sizes + here)
+        value = tl.load(x + here * width + channels, mask=inside, other=0.0)
+        if moved >= stay:
+            waiting = tl.where(pairs == moved - stay, places, SIZE)
+            member = tl.min(waiting, axis=0)
+            if member < SIZE:
+                heavy = value.to(tl.float32) * total
+                norms = tl.full((), 0.0, tl.float32)
                 if NORMED:
-                    norms += tl.sqrt(tl.sum(more * more, axis=0))
-                total += weight
-                waiting = tl.where(waiting == member, SIZE, waiting)
-                member = tl.min(waiting, axis=0)
-            mean = heavy / total
-            if NORMED:
-                mean *= norms / tl.maximum(tl.sqrt(tl.sum(heavy * heavy, axis=0)), 1e-12)
-            value = mean.to(value.dtype)
-    tl.store(out + (image * left + token) * width + channels, value, mask=inside)
-    tl.store(counts + image * left + token, total)
+                    norms = tl.sqrt(tl.sum(heavy * heavy, axis=0))
+                while member < SIZE:
+                    at = prefix + 2 * member
+                    weight = tl.full((), 1.0, tl.float32)
+                    if SIZED:
+                        weight = tl.load(sizes + at)
+                    more = tl.load(x + at * width + channels, mask=inside, other=0.0).to(tl.float32) * weight
+                    heavy += more
+                    if NORMED:
+                        norms += tl.sqrt(tl.sum(more * more, axis=0))
+                    total += weight
+                    waiting = tl.where(waiting == member, SIZE, waiting)
+                    member = tl.min(waiting, axis=0)
+                mean = heavy / total
+                if NORMED:
+                    mean *= norms / tl.maximum(tl.sqrt(tl.sum(heavy * heavy, axis=0)), 1e-12)
+                value = mean.to(value.dtype)
+        tl.store(out + (image * left + token) * width + channels, value, mask=inside)
+        tl.store(counts + image * left + token, total)
 
 
 def merged(
@@ -225,7 +222,7 @@ def merged(
     x = x.contiguous()
     alike = alike if alike.stride(-1) == 1 else alike.contiguous()
     best = x.new_empty((images, first), dtype=torch.float32)
-    partner, source = (x.new_empty((images, first), dtype=torch.int32) for _ in range(2))
+    partner = x.new_empty((images, first), dtype=torch.int32)
     out, counts = x.new_empty((images, left, width)), x.new_empty((images, left, 1), dtype=torch.float32)
     known: Any = x if sizes is None else sizes.contiguous()
     size = max(triton.next_power_of_2(first), _LEAST)
@@ -247,14 +244,13 @@ def merged(
         COLUMNS=_COLUMNS,
         CHUNK=_CHUNK,
     )
-    launch = _choose[(images,)]
-    launch(best, partner, source, first, count, SIZE=size, CHUNK=_LEAST)
-    launch = _merge[(images, left)]
+    each = max(_TOKENS, size // _SHARE)
+    launch = _merge[(images, triton.cdiv(left, each))]
     launch(
         x,
         known,
+        best,
         partner,
-        source,
         out,
         counts,
         tokens,
@@ -266,6 +262,8 @@ def merged(
         SIZED=sizes is not None,
         NORMED=keeps_norm,
         SIZE=size,
+        CHUNK=_LEAST,
         WIDTH=triton.next_power_of_2(width),
+        TOKENS=each,
     )
     return out, counts

@@ -307,6 +307,9 @@ class Plan(Node):
     def then(self, later: Self, spec: Spec) -> Self:
         """Return one plan that equals this one followed by `later`.
 
+        One exception: where norms follow the branches, a branch that loses all its channels leaves a constant that its
+        norm gives over the residual width of that moment. If `later` cuts that width, the one plan leaves another.
+
         Args:
             later: a plan for the child of this one.
             spec: the parent of this plan, needed because `later` can cut parts that this plan leaves unchanged.

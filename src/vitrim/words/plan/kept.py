@@ -34,8 +34,8 @@ def narrowed(kept: Kept | None, width: int, host: Host, at: str) -> int:
     if not host.channels:
         raise PlanError(
             f"{at}: the residual width can be cut only where everything outside the blocks can follow, but in this "
-            "model something cannot (attention pooling, a stem of another kind, a family that does not say how); cut "
-            "heads and neurons, or describe the model again"
+            "model something cannot (attention pooling without weights, a stem of another kind, a family that does not "
+            "say how); cut heads and neurons, or describe the model again"
         )
     check_kept(kept, width, at)
     if not kept:
