@@ -102,8 +102,7 @@ class BlockPlan(Node):
             )
         if reads and conv.heads not in (None, made_of):
             raise PlanError(
-                f"{at}.mixer: prefix tokens must read with the heads that qk and v keep, but heads names others; leave "
-                "heads out"
+                f"{at}.mixer: heads must be those that qk and v keep, but others are named; leave heads out"
             )
         return conv.model_copy(update={"heads": made_of}) if reads else conv
 
