@@ -7,6 +7,7 @@
 MODEL is a timm name, TRAIN and TEST are tars or folders of images. A draw decides which of the TRAIN images make the
 statistics and which others single cuts and candidates are measured on. Nothing is chosen on TEST. Each row is one
 command with other switches: `vitrim compress MODEL --method post_training --set method.operators=false` and so on.
+"static" is the joint search without tokens, but with the exact saving of the last block.
 
 Appends a line for each draw, budget and row to ``FOLDER/joint.jsonl``; lines that are there are skipped. The
 calibration of a draw is made once. A budget of latency is met by measured times, as in a run: 5 % over at most.
@@ -53,6 +54,7 @@ ROWS: dict[str, dict[str, bool]] = {
     **{f"joint less {kind}": {kind: False} for kind in KINDS},
     **{f"{kind} alone": {other: False for other in KINDS if other != kind} for kind in KINDS},
     "tokens and widths": {kind: False for kind in KINDS if kind not in ("tokens", "widths")},
+    "static": {"tokens": False, "only_prefix": True},
 }
 
 
