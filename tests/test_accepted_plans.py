@@ -40,7 +40,7 @@ OTHERS = {
     "only_prefix",
     "width",
 }
-EXAMPLES = 60 if WHOLE else 28
+EXAMPLES = 60 if WHOLE else 32
 BATCH = None if WHOLE else 2
 """Of an exported file; tracing any batch takes twice as long, and `test_export.py` does it for every family."""
 # Without shrinking, which takes minutes of forward passes; the plan that fails is printed as it was drawn.
