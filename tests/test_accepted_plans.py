@@ -24,6 +24,7 @@ from vitrim.words.costs import cost_of
 from vitrim.words.errors import PlanError, VitrimError
 from vitrim.words.plain import dump, load
 from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import Conv
 from vitrim.words.steps import kinds
 
 OTHERS = {
@@ -52,6 +53,9 @@ FEW = settings(
     phases=(Phase.explicit, Phase.generate),
     suppress_health_check=list(HealthCheck),
 )
+
+
+PRESETS_OF_T2T = [preset for family, preset in PRESETS if family == "t2t"]
 
 
 @functools.cache
@@ -112,8 +116,27 @@ def test_what_a_plan_accepts_runs(tmp_path):
         runs(surgery.apply(model, plan), wanted, tmp_path)
         seen.update(kinds_in(wanted))
 
+    @settings(FEW, max_examples=EXAMPLES // 4)
+    @given(st.data())
+    def check_reads(data):
+        """Only some families let prefix tokens keep the attention beside a convolution; here one block always does."""
+        model = parent(
+            *data.draw(st.sampled_from([("vit", "plain"), ("vit", "registers"), ("t2t", PRESETS_OF_T2T[0])]))
+        )
+        spec = describe(model)
+        blocks = data.draw(plans(spec, tokens=False), label="rest").blocks()
+        at = data.draw(st.integers(0, len(blocks) - 1), label="block")
+        kernel, act = data.draw(st.sampled_from([(1, "none"), (3, "none"), (1, "relu")]), label="convolution")
+        conv = Conv(kernel=kernel, width=5, prefix="attention", act=act)
+        blocks[at] = BlockPlan(mixer=conv, hidden=blocks[at].hidden, mlp=blocks[at].mlp)
+        wanted = accepted(Plan.of(spec, blocks), spec)
+        if wanted is not None:
+            runs(surgery.apply(model, Plan.of(spec, blocks)), wanted, tmp_path)
+            seen.update(kinds_in(wanted))
+
     check()
     check_steps()
+    check_reads()
     missing = (set(OTHERS) | {kind.model_fields["kind"].default for kind in kinds().values()}) - set(seen)
     assert not missing, f"never drawn and accepted: {missing}; {seen}"
     assert seen["second"] > EXAMPLES // 20
