@@ -4,8 +4,8 @@
 # SPViT's two epochs of search train its weights too (dense model as teacher, no labels' loss), so the same budget by
 # whole heads and neurons (`taylor`) is trained for two epochs in the same way, and shown without as well. Both are clipped at 1,
 # which the published search is not. SPViT searches twice: with the published start and penalty, and from closed forms with a ramp (and prefix tokens that
-# keep the attention).
-# Ends with a Markdown table of all runs on the screen. The two searches and the trainings take about a quarter of an hour each.
+# keep the attention); from those, once with the weights of the search and once fitted to the dense weights.
+# Ends with a Markdown table of all runs on the screen. The searches and the training take about a quarter of an hour each.
 set -euo pipefail
 weights=$1 train=$2 test=$3 out=$4
 common=(vit_tiny_patch16_224 --weights "$weights" --data "$train" --test "$test" --budget macs=0.8
@@ -19,6 +19,8 @@ vitrim compress "${common[@]}" --method spvit --out "$out/spvit" $(short method.
   --set method.gate_lr=0.02 --set method.inherit=search --set method.stop=false --set method.start=1.5 --set method.closing=penalty
 vitrim compress "${common[@]}" --method spvit --out "$out/spvit-closed" $(short method.train) \
   --set method.init=closed_form --set method.inherit=search
+vitrim compress "${common[@]}" --method spvit --out "$out/spvit-refitted" $(short method.train) \
+  --set method.init=closed_form --set method.inherit=dense
 vitrim compress "${common[@]}" --method taylor --out "$out/heads" --set method.choice=heads
 vitrim compress "${common[@]}" --method taylor --out "$out/heads-trained" --set method.choice=heads $(short train)
 vitrim report "$out"/*/
