@@ -27,7 +27,7 @@ from vitrim.testing import SHORT, digits
 from vitrim.train import steps_of
 from vitrim.words.budget import SLACK, Budget
 from vitrim.words.costs import cost_of
-from vitrim.words.errors import MethodError
+from vitrim.words.errors import MethodError, VitrimError
 from vitrim.words.plain import dump
 from vitrim.words.plan import BlockPlan, Plan
 from vitrim.words.spec import Conv, folded
@@ -434,3 +434,19 @@ def test_closed_forms_need_images():
     without = type(data)(train=data.train, calibration=None, validation=None, input=data.input)
     with pytest.raises(MethodError, match="no calibration images were given"):
         methods.get("spvit", {"init": "closed_form"}).search(model, without, Budget.parse("macs=0.5"), seed=0)
+
+
+def test_which_prefix_a_search_has():
+    """Published convolutions leave prefix tokens as they are; fitted ones keep their attention where they can."""
+    spec = describe(adopt(timm_model("vit", "plain")))
+    normed = describe(adopt(timm_model("vit", "qk_norm")))
+    swin = describe(adopt(timm_model("swin", "padded")))
+    fits_ = {"init": "closed_form"}
+    assert methods.get("spvit").layout(spec).prefix == "norm"
+    assert methods.get("spvit", fits_).layout(spec).prefix == "attention"
+    assert methods.get("spvit", fits_).layout(normed).prefix == "mean"
+    assert methods.get("spvit", fits_).layout(swin).prefix == "mean"
+    assert methods.get("spvit", fits_ | {"prefix": "zero"}).layout(spec).prefix == "zero"
+    assert methods.get("spvit", {"prefix": "attention"}).layout(spec).prefix == "attention"
+    with pytest.raises(VitrimError, match="prefix=mean must have fitted convolutions"):
+        methods.get("spvit", {"prefix": "mean"})
