@@ -45,6 +45,7 @@ from vitrim.measure.turns import name_of, percentiles, place_of, turns, waiting
 from vitrim.methods.cait.masks import merge_plan
 from vitrim.words.errors import VitrimError
 from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import Conv
 from vitrim.words.steps.merge import Merge
 
 Row = dict[str, Any]
@@ -148,6 +149,10 @@ def children(run: Run) -> Iterator[tuple[str, nn.Module]]:
         steps = [BlockPlan(tokens=Merge(count=count) if i < last else None) for i in range(last + 1)]
         yield f"merging r={count}", vitrim.apply(dense, Plan.of(spec, steps))
     yield "grid merging", vitrim.apply(dense, merge_plan(spec, case["grid"]))
+    for kernel in (1, 3):
+        conv = Conv(kernel=kernel, width=64, prefix="attention", act="none")
+        late = [BlockPlan(mixer=conv if i > last // 2 else None) for i in range(last + 1)]
+        yield f"{kernel} x {kernel} convolutions in the last half", vitrim.apply(dense, Plan.of(spec, late))
     if case["structure"] is not None:
         structure, budget = case["structure"]
         yield f"spvit {structure}", cut(budget, "spvit", structure=structure)

@@ -25,12 +25,12 @@ def test_every_part_is_written_as_it_comes(tmp_path, capsys, monkeypatch):
     assert [row["part"] for row in rows if row["part"] != "latency"] == ["machine", "train", "calibration", "budget"]
     assert asked == [("post_training", "macs=0.5", "cpu"), ("magnitude", "latency=0.5", "cpu")]
     timed = [row for row in rows if row["part"] == "latency"]
-    assert len(timed) == 7 * 2  # children, forms
+    assert len(timed) == 9 * 2  # children, forms
     assert {row["child"]: row["macs"] for row in timed}["half the blocks"] == pytest.approx(1 / 3, abs=1e-3)
     assert all(row["ratio"] > 0 for row in timed)
     text = (tmp_path / "table.md").read_text()
     assert text in capsys.readouterr().out
-    assert text.count("| optimized |") == text.count("| as stored |") == 7
+    assert text.count("| optimized |") == text.count("| as stored |") == 9
 
 
 def test_what_fails_or_has_no_time_is_written_and_the_rest_goes_on(tmp_path, monkeypatch):
@@ -42,7 +42,7 @@ def test_what_fails_or_has_no_time_is_written_and_the_rest_goes_on(tmp_path, mon
     assert "no kernel image" in (tmp_path / "table.md").read_text()
     gpu.main(["--out", str(tmp_path), "--tiny", "--part", "train", "latency", "--minutes", "0"])
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
-    assert sum("left_out" in json.loads(line) for line in lines) == 1 + 14
+    assert sum("left_out" in json.loads(line) for line in lines) == 1 + 18
 
 
 def test_without_a_card_it_says_so(tmp_path, monkeypatch, capsys):
