@@ -74,8 +74,8 @@ class Bench:
         given = {} if args.mean is None else {"mean": (args.mean,) * 3, "std": (args.std,) * 3}
         self.input = Input.of(self.model, **given)
         classes = describe(self.model).classes
-        self.train = open_source(args.train, None, classes=classes)
-        test = open_source(args.test, None, classes=classes)
+        about: dict[str, Any] = {"classes": classes, "class_map": args.class_map}
+        self.train, test = (open_source(source, None, **about) for source in (args.train, args.test))
         pairs = list(eval_loader(test if args.limit is None else test.pick(range(args.limit)), self.input))
         self.test, self.labels = torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
         self.dense = logits_of(self.model, self.test.split(self.batch))
@@ -234,6 +234,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", default=["macs=0.7", "macs=0.5", "macs=0.4"])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--draws", nargs="+", type=int, default=[0])
+    parser.add_argument("--class-map", default="", help="text file with one class name per line")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--probe", type=int, default=80)
     parser.add_argument("--limit", type=int, help="number of TEST images; all if not given")

@@ -193,11 +193,15 @@ def test_only_pointwise_convolutions_stand_behind_merged_patches(known):
     spec, table = describe(model()), read_calibration(Path(known))
     small = merging(spec, (2, 2, 0), False).child(spec)
     budget = Budget(macs=0.5)
-    able, placed = [], []
+    able, placed, few = [], [], dataclasses.replace(ALL, images=2)
     for (path, stage, block), here in zip(small.blocks(), small.arrivals(), strict=True):
         placed.append([kernel for kernel in (1, 3) if why_not_convolve(block, stage, here, kernel) is None])
         group = block_options(table, path, block, stage, here, budget, ALL)
         able.append({choice.conv.kernel for choice in group.choices if choice.conv is not None})
+        # A fit takes more images than that, above all of few patches.
+        assert all(
+            choice.conv is None for choice in block_options(table, path, block, stage, here, budget, few).choices
+        )
     assert placed == [[1, 3], [1], [1]]
     assert able[1] | able[2] == {1}
 

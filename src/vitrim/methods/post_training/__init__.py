@@ -156,7 +156,12 @@ class Method(Node):
             MethodError: if convolutions are wanted that cannot be fitted.
         """
         kernels = kernels_for(spec, images, self.operators)
-        return Kinds(operators=kernels, heads=self.heads, widths=self.widths, depth=self.depth)
+        looked = min(images, self._few(spec, kernels))
+        return Kinds(operators=kernels, heads=self.heads, widths=self.widths, depth=self.depth, images=looked)
+
+    def _few(self, spec: Spec, kernels: Sequence[int]) -> int:
+        """Return the number of images, if there are as many, on which a candidate is compensated."""
+        return max(self.look, needed(spec), images_for(spec, kernels))
 
     def _tabled(self, calibration: Calibration, images: Sequence[Tensor]) -> Tabled:
         merge, kinds = self._merges(calibration.spec), self.kinds(calibration.spec, sum(map(len, images)))
@@ -210,7 +215,7 @@ class Method(Node):
         if not self.candidates:
             return [], tabled.best(budget, 1)[0]
         spec = tabled.calibration.spec
-        few, _ = _divided(images, max(self.look, needed(spec), images_for(spec, tabled.kinds.operators)))
+        few, _ = _divided(images, self._few(spec, tabled.kinds.operators))
         clock = None if budget.table is None else clock_of(model, budget.table.machine)
         bench = Bench(model, few, probe, seed=seed, strength=self.strength, alpha=self.alpha, clock=clock)
         with progress("candidates", self.candidates + self.swaps) as advance:

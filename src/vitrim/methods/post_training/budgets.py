@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from vitrim.cut.compensate import BlockChoice
 from vitrim.cut.spend import Options, choose_options
 from vitrim.methods.post_training.calibration import Calibration
-from vitrim.methods.post_training.operators import convolutions, why_not_convolve
+from vitrim.methods.post_training.operators import convolutions, kernels_at
 from vitrim.methods.post_training.options import ALL, Group, Kinds, block_options, chosen, ways
 from vitrim.methods.post_training.schedule import merging
 from vitrim.words.budget import SLACK, Budget, Price
@@ -72,10 +72,10 @@ def _least(block: Block, kinds: Kinds) -> Block:
 
 def _convolving(block: Block, stage: Stage, arriving: Tokens, kinds: Kinds) -> Block:
     """Return the smallest block with its smallest convolution, if it can have one."""
-    small, kernel = _least(block, kinds), min(kinds.operators)
-    if why_not_convolve(block, stage, arriving, kernel) is not None or not isinstance(block.mixer, Attention):
+    small, kernels = _least(block, kinds), kernels_at(block, stage, arriving, kinds.operators, kinds.images)
+    if not kernels or not isinstance(block.mixer, Attention):
         return small
-    convs = convolutions(stage, block.mixer, kernel)
+    convs = convolutions(stage, block.mixer, min(kernels))
     return small.model_copy(update={"mixer": convs[-1]}) if convs else small
 
 

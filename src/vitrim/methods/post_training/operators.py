@@ -11,7 +11,7 @@ from vitrim.words.errors import MethodError
 from vitrim.words.spec import Attention, Block, Spec, Stage
 from vitrim.words.steps import Tokens, flow_of
 
-__all__ = ["convolutions", "images_for", "kernels_for", "share_of", "why_not_convolve"]
+__all__ = ["convolutions", "images_for", "kernels_at", "kernels_for", "share_of", "why_not_convolve"]
 
 _RANKS = {3: (1 / 3, 1 / 6), 1: (2 / 3, 1 / 3)}
 """Ranks by kernel, as shares of D. A 3 x 3 convolution of rank D / 3 has 0.55 of the multiply-accumulates of the
@@ -53,6 +53,22 @@ def why_not_convolve(block: Block, stage: Stage, arriving: Tokens, kernel: int) 
     if block.tokens is not None and block.tokens.needs_attention:
         return "tokens are chosen by the attention of their block, which must stay"
     return None
+
+
+def kernels_at(block: Block, stage: Stage, arriving: Tokens, kernels: Sequence[int], images: int) -> list[int]:
+    """Return which of some kernels can stand in place of a block's attention and be fitted to so many images.
+
+    Merged patches are fewer in each image, so that a fit behind them takes more images.
+    """
+    patches = stage.patches
+    if stage.window is None:
+        patches = max(1, flow_of(block.tokens, arriving, stage.patches).mixed.patches)
+    return [
+        kernel
+        for kernel in kernels
+        if why_not_convolve(block, stage, arriving, kernel) is None
+        and images_needed(stage.width, patches, kernel) <= images
+    ]
 
 
 def kernels_for(spec: Spec, images: int, wanted: bool | None) -> tuple[int, ...]:

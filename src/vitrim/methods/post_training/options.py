@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from vitrim.cut.compensate import BlockChoice
 from vitrim.cut.spend import power_law
 from vitrim.methods.post_training.calibration import Calibration
-from vitrim.methods.post_training.operators import convolutions, share_of, why_not_convolve
+from vitrim.methods.post_training.operators import convolutions, kernels_at, share_of
 from vitrim.words.budget import Budget, Price
 from vitrim.words.costs import block_cost
 from vitrim.words.spec import Attention, Block, Conv, Stage
@@ -39,12 +39,14 @@ class Kinds:
         heads: whole heads, as long as one is left.
         widths: channels of heads, and neurons.
         depth: attention or MLP of a block becomes a constant, or both.
+        images: number of images to which convolutions are fitted when a candidate is made.
     """
 
     operators: tuple[int, ...] = (3, 1)
     heads: bool = True
     widths: bool = True
     depth: bool = True
+    images: int = 1 << 30
 
     @property
     def any(self) -> bool:
@@ -119,7 +121,7 @@ def block_options(
 
     first, counts = _attention(calibration, path, block, kinds)
     first.costs.extend(map(relative, _heads_priced(counts, block, stage, arriving, budget)))
-    kernels = [kernel for kernel in kinds.operators if why_not_convolve(block, stage, arriving, kernel) is None]
+    kernels = kernels_at(block, stage, arriving, kinds.operators, kinds.images)
     if kernels and isinstance(block.mixer, Attention):
         for conv, loss in _convolutions(calibration, path, stage, block.mixer, kernels):
             choice = BlockChoice(conv=conv)
