@@ -17,7 +17,7 @@ import tarfile
 from pathlib import Path
 
 import torch
-from campaign import HALF
+from campaign import HALF, SIZES, training
 
 from vitrim.data import Input, eval_loader, open_source
 from vitrim.deploy import store
@@ -25,20 +25,7 @@ from vitrim.deploy.parent import open_parent
 from vitrim.train import Train, fit
 from vitrim.words.plain import load
 
-TRAINING = {
-    "epochs": 6,
-    "batch": 32,
-    "lr": 1e-4,
-    "weight_decay": 0.05,
-    "warmup_epochs": 0.5,
-    "augment": {"kind": "light", "hflip": 0.5, "shift": 0.0625},
-    "distill": {"kind": "none"},
-    "mixup": 0,
-    "cutmix": 0,
-    "smoothing": 0.1,
-    "drop_path": None,
-    "ema": None,
-}
+TRAINING = training(SIZES["small"], 6, batch=32, lr=1e-4, distill={"kind": "none"}, smoothing=0.1)
 
 
 def main() -> None:
