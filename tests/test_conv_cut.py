@@ -88,11 +88,11 @@ def test_it_is_the_best_map_of_its_rank():
     rest = ((y - fitted) @ half).square().sum()
     sizes = torch.linalg.svdvals(fitted @ half)
     for rank in (1, 3, 8, 11):
-        inner, back = low_rank_fit(x.mT @ x / 200, y.mT @ x / 200, metric, rank, 0.0)
+        inner, back = low_rank_fit(x.mT @ x / 200, y.mT @ x / 200, metric, 0.0)(rank)
         error = ((y - x @ inner.mT @ back.mT) @ half).square().sum()
         assert inner.shape == (rank, 12)
         assert float(error) == pytest.approx(float(rest + sizes[rank:].square().sum()), rel=1e-9)
-    between = (x @ low_rank_fit(x.mT @ x / 200, y.mT @ x / 200, metric, 3, 0.0)[0].mT).mT.cov(correction=0)
+    between = (x @ low_rank_fit(x.mT @ x / 200, y.mT @ x / 200, metric, 0.0)(3)[0].mT).mT.cov(correction=0)
     assert torch.allclose(between, torch.eye(3, dtype=torch.float64), atol=1e-9)
 
 

@@ -1,9 +1,12 @@
 """Images in the floating type of a model, and sums that need a wider one."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["exact", "fed", "precise", "summing", "wide"]
+__all__ = ["exact", "fed", "precise", "summing", "uncast", "wide"]
 
 
 def fed(images: Tensor, model: nn.Module) -> Tensor:
@@ -30,6 +33,16 @@ def precise(x: Tensor) -> torch.dtype:
 def wide(x: Tensor) -> Tensor:
     """`x` in float32 where its type is shorter: products summed over tokens lose or overflow in half precision."""
     return x.to(precise(x))
+
+
+@contextlib.contextmanager
+def uncast(device: torch.device) -> Iterator[None]:
+    """Within the context, products on `device` have the type of their inputs, whatever autocast is on around it."""
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
 
 
 def summing(device: torch.device) -> torch.dtype:

@@ -23,7 +23,7 @@ from vitrim.cut.compensate.heads import Heads
 from vitrim.cut.compensate.hear import attended
 from vitrim.cut.compensate.place import BlockChoice, Kept, Place, Widths, part
 from vitrim.nn import Attention
-from vitrim.nn.feed import exact, wide
+from vitrim.nn.feed import exact, uncast, wide
 from vitrim.nn.stream import tokens_of
 from vitrim.words.errors import MethodError
 from vitrim.words.spec import Attention as AttentionSpec
@@ -147,9 +147,9 @@ class AttentionCut:
             moments.add(weights, heard.mixed, targets[-1])
             if heard.received is None:
                 continue
-            split = [torch.split(x, widths, dim=-1) for x in (heard.queries, heard.keys)]
+            split = [torch.split(wide(x), widths, dim=-1) for x in (heard.queries, heard.keys)]
             for head, (q, k) in enumerate(zip(*split, strict=True)):
-                received = heard.received[..., head]
+                received = wide(heard.received[..., head])
                 total = received.sum(1, keepdim=True).clamp_min(1e-30)
                 mean = (received[..., None] * k).sum(1, keepdim=True) / total[..., None]
                 queries[head] += _square(q, weights)
@@ -309,7 +309,8 @@ def _identity(like: Tensor) -> Tensor:
 
 def _square(x: Tensor, weights: Tensor) -> Tensor:
     flat = wide(x.flatten(0, 1))
-    return exact(flat.mT @ (weights.reshape(-1, 1).to(flat.dtype) * flat))
+    with uncast(flat.device):
+        return exact(flat.mT @ (weights.reshape(-1, 1).to(flat.dtype) * flat))
 
 
 def _check(at: str, squares: Sequence[Tensor]) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from vitrim.nn.feed import exact, wide
+from vitrim.nn.feed import exact, uncast, wide
 from vitrim.words.errors import MethodError
 
 __all__ = [
@@ -90,21 +90,26 @@ class Moments:
         Raises:
             MethodError: if a value is not finite; the message names the path.
         """
+        with uncast(features.device):
+            self._add(weights, features, targets)
+
+    def _add(self, weights: Tensor, features: Tensor, targets: Tensor) -> None:
         f, t = wide(features.flatten(0, -2)), wide(targets.flatten(0, -2))
-        w = weights.reshape(-1, 1).to(f.dtype)
+        root_w = weights.reshape(-1, 1).to(f.dtype).sqrt()
         self.noise = torch.finfo(f.dtype).eps
         if self.origin is None or self.target_origin is None:
             self.origin, self.target_origin = (exact(x.mean(0)) * self.centred for x in (f, t))
         f, t = f - self.origin.to(f), t - self.target_origin.to(t)
-        # Products of a batch have the model's type, or float32 if that is shorter. Sums over batches are float64.
-        heavy = w * f
+        # Products of a batch have the model's type, or float32 if that is shorter. Sums over batches are float64. Both
+        # factors of a Gram matrix are the same numbers, so that it stays positive if products round their inputs.
+        f, t = root_w * f, root_w * t
         squares = self.squares if self.squares.dim() else exact(f.new_zeros(f.shape[1], f.shape[1]))
-        _add_gram(squares, f, heavy)
-        sums = [exact(part) for part in (heavy.sum(0), (w * t).sum(0), t.mT @ heavy)]
+        _add_gram(squares, f)
+        sums = [exact(part) for part in ((root_w * f).sum(0), (root_w * t).sum(0), t.mT @ f)]
         # A sum in float64 is finite if and only if all its terms are. Nothing of a Gram matrix exceeds its diagonal.
         sound = torch.stack([part.sum() for part in (squares.diagonal(), *sums)]).isfinite().all()
         # One transfer for both, because each makes the host wait for the device.
-        finite, weight = torch.stack([sound.double(), exact(w).sum().to(sound.device)]).tolist()
+        finite, weight = torch.stack([sound.double(), exact(weights).sum().to(sound.device)]).tolist()
         if not finite:
             raise MethodError(
                 f"{self.at}: activations must be finite on the calibration images, but some are NaN or infinite; "
@@ -164,17 +169,16 @@ class Moments:
         return self.products / self.weight - self._target[:, None] * self._mean[None, :]
 
 
-def _add_gram(squares: Tensor, features: Tensor, heavy: Tensor) -> None:
-    """Add ``f' (w f)`` to `squares`, ``(C, C)`` in float64, in place.
+def _add_gram(squares: Tensor, features: Tensor) -> None:
+    """Add ``f' f`` to `squares`, ``(C, C)`` in float64, in place.
 
     Args:
         squares: the sum, on the device of `exact`.
         features: f, ``(n, C)``.
-        heavy: w f, ``(n, C)``.
     """
     for begin in range(0, len(squares), _COLUMNS):
         end = min(begin + _COLUMNS, len(squares))
-        rows = (features[:, begin:end].mT @ heavy[:, begin:]).to(squares.device)
+        rows = (features[:, begin:end].mT @ features[:, begin:]).to(squares.device)
         squares[begin:end, begin:] += rows
         squares[end:, begin:end] += rows[:, end - begin :].mT
 
@@ -223,37 +227,41 @@ def refit(
 
 
 def low_rank_fit(
-    gram: Tensor, cross: Tensor, metric: Tensor, width: int, strength: float, at: str = "weights"
-) -> tuple[Tensor, Tensor]:
-    """Return the linear map of rank d with the least weighted error on the target (reduced-rank regression).
+    gram: Tensor, cross: Tensor, metric: Tensor, strength: float, at: str = "weights"
+) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Return the linear maps of any rank d with the least weighted error on the target (reduced-rank regression).
 
     With the ridge solution ``B = X (G + ridge)^-1``, the error in `metric` of a map of rank d is least for the leading
-    eigenvectors of ``metric^(1/2) B X' metric^(1/2)``.
+    eigenvectors of ``metric^(1/2) B X' metric^(1/2)``. Both are computed once for all ranks.
 
     Args:
         gram: Gram matrix G of the features, ``(C, C)``.
         cross: products X of targets and features, ``(D, C)``.
         metric: ``(D, D)``.
-        width: d, at least 1. Above the rank of B, channels of zeros are added.
         strength: strength of the ridge, as in `refit`.
         at: path of the layer, for messages.
 
     Returns:
-        Two maps, ``(d, C)`` and ``(D, d)``, whose product is the map. The d channels between them are uncorrelated and
-        have a variance of 1, up to the ridge.
+        A function of d, at least 1, that returns two maps, ``(d, C)`` and ``(D, d)``, whose product is the map. The d
+        channels between them are uncorrelated and have a variance of 1, up to the ridge; above the rank of B, channels
+        of zeros are added.
     """
     full = divider(damped(gram, max(strength, TINY), at))(cross)
     mean = float(metric.diagonal().mean())
     half = root(metric + _BLIND * mean * torch.eye(len(metric), dtype=metric.dtype, device=metric.device))
     energy = half @ (full @ cross.mT) @ half
-    values, vectors = torch.linalg.eigh((energy + energy.mT) / 2)
-    values, vectors = values.flip(0)[:width], vectors.flip(1)[:, :width]
-    # The channels have the variances `values`; without energy a channel stays zero.
-    scale = torch.where(values > TINY * values[:1].clamp_min(1e-300), values.clamp_min(1e-300).rsqrt(), 0.0)
-    inner = scale[:, None] * ((half @ vectors).mT @ full)
-    back = (cross @ inner.mT) * (scale > 0)
-    more = max(0, width - len(values))
-    return torch.nn.functional.pad(inner, (0, 0, 0, more)), torch.nn.functional.pad(back, (0, more))
+    rising, columns = torch.linalg.eigh((energy + energy.mT) / 2)
+
+    def fit(width: int) -> tuple[Tensor, Tensor]:
+        values, vectors = rising.flip(0)[:width], columns.flip(1)[:, :width]
+        # The channels have the variances `values`; without energy a channel stays zero.
+        scale = torch.where(values > TINY * values[:1].clamp_min(1e-300), values.clamp_min(1e-300).rsqrt(), 0.0)
+        inner = scale[:, None] * ((half @ vectors).mT @ full)
+        back = (cross @ inner.mT) * (scale > 0)
+        more = max(0, width - len(values))
+        return torch.nn.functional.pad(inner, (0, 0, 0, more)), torch.nn.functional.pad(back, (0, more))
+
+    return fit
 
 
 def root(matrix: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ Memory: F x F in float64 (24 MiB for a 3 x 3 convolution of width 192), and one 
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def images_needed(width: int, patches: int, kernel: int) -> int:
 class ConvCut:
     """Convolutions of any kernel and width in place of the attention of one block.
 
-    Activations and their moments are recorded once for each kernel; a further width costs one eigendecomposition.
+    Activations and their moments are recorded once, and one system is solved for each kernel, whatever the widths.
 
     Args:
         place: the block; its first branch must read a norm.
@@ -78,6 +78,7 @@ class ConvCut:
         self.path, self.worth = f"{place.path}.mixer", place.worth[f"{place.path}.mixer"]
         self.biased = block.form.out_bias
         self._moments: dict[int, Moments] = {}
+        self._fits: dict[int, Callable[[int], tuple[Tensor, Tensor]]] = {}
 
     def cut(self, conv: Conv) -> tuple[Conv, dict[str, object], State]:
         """Return the new mixer, its part of the plan, and its parameters and buffers by name, relative to the block.
@@ -132,7 +133,10 @@ class ConvCut:
     def _fitted(self, kernel: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return the kernel ``(d, F)`` and its bias, and the output layer ``(D, d)`` and its bias."""
         moments = self.moments(kernel)
-        inner, back = low_rank_fit(moments.gram, moments.cross, self.worth.metric, width, self.strength, self.path)
+        if kernel not in self._fits:
+            metric = self.worth.metric
+            self._fits[kernel] = low_rank_fit(moments.gram, moments.cross, metric, self.strength, self.path)
+        inner, back = self._fits[kernel](width)
         inner, back = balanced(inner, back, self._ratio)
         if self.biased:
             return inner, -inner @ moments.mean, back, moments.target
@@ -154,6 +158,10 @@ class ConvCut:
         Raises:
             MethodError: if there are too few images.
         """
+        if kernel == 1 and 3 in self._moments and self.biased:
+            # The features of a token are those in the middle of its neighborhood.
+            middle = torch.arange(4, 9 * self.place.stage.width, 9, device=self._moments[3].squares.device)
+            self._moments[1] = self._moments[3].of(middle)
         if kernel not in self._moments:
             self._check_images(kernel)
             moments = Moments(self.path, centred=self.biased)

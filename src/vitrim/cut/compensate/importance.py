@@ -15,7 +15,7 @@ from vitrim.cut.compensate.closed_form import root
 from vitrim.cut.outputs import gives_values, own_loss
 from vitrim.families import blocks_of, describe
 from vitrim.nn import Attention, Block, Mlp
-from vitrim.nn.feed import exact, fed, wide
+from vitrim.nn.feed import exact, fed, uncast, wide
 from vitrim.nn.modes import evaluating
 
 __all__ = ["Importance", "importances", "last_layers"]
@@ -105,7 +105,8 @@ def _hook(
         gradient = wide(gradient)
         squares.setdefault(path, []).append(gradient.square().sum(-1).float())
         flat = gradient.reshape(-1, gradient.shape[-1])
-        more = exact(flat.mT @ flat)
+        with uncast(flat.device):
+            more = exact(flat.mT @ flat)
         metrics[path] = metrics[path] + more if path in metrics else more
 
     def hook(_module: nn.Module, _inputs: object, out: Tensor) -> None:

@@ -4,6 +4,7 @@ B images, N tokens, D width, M hidden neurons.
 """
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from vitrim.cut.compensate.closed_form import Moments, refit
 from vitrim.cut.compensate.hear import hidden
 from vitrim.cut.compensate.place import Kept, Place, part
-from vitrim.cut.compensate.removal import removal_order
+from vitrim.cut.compensate.removal import removals
 from vitrim.nn import Block, Mlp
 from vitrim.nn.feed import exact
 
@@ -35,6 +36,7 @@ class NeuronCut:
         self.name, self.at = f"mlp.{mlp.last}", f"{place.path}.hidden"
         self.worth = place.worth[f"{place.path}.mlp"]
         self.weight = exact(last.weight.detach())
+        self._gone: list[Tensor] = []
 
     def cut(self, width: int | Kept) -> tuple[Kept, dict[str, Tensor]]:
         """Return the kept neurons, and new parameters by name, relative to the block.
@@ -46,7 +48,7 @@ class NeuronCut:
         if width == 0 or width == ():
             state = {"mlp.bias": self.place.added(self.target, 2)} if biased else {}
             return (), state
-        kept = tuple(sorted(self.order[-width:].tolist())) if isinstance(width, int) else width
+        kept = self._left(width) if isinstance(width, int) else width
         index = torch.tensor(kept, dtype=torch.long)
         moments = self.moments.of(index)
         weight = self.weight[:, index]
@@ -59,8 +61,21 @@ class NeuronCut:
     @functools.cached_property
     def order(self) -> Tensor:
         """All neurons, in order of removal."""
+        self._gone.extend(self._removals)
+        return torch.cat(self._gone).cpu()
+
+    def _left(self, width: int) -> Kept:
+        """Return the neurons that stay if all but `width` are removed."""
+        count = self.last.in_features - width
+        while sum(map(len, self._gone)) < count:
+            self._gone.append(next(self._removals))
+        first = torch.cat(self._gone)[:count].tolist() if count > 0 else []
+        return tuple(sorted({*range(self.last.in_features)} - {*first}))
+
+    @functools.cached_property
+    def _removals(self) -> Iterator[Tensor]:
         known, strength, half = self.moments, self.place.strength, self.worth.half
-        return removal_order(known.gram, self.weight, strength, self.at, half=half, noise=known.noise)
+        return removals(known.gram, self.weight, strength, self.at, half=half, noise=known.noise)
 
     @functools.cached_property
     def moments(self) -> Moments:

@@ -9,12 +9,14 @@ The recursion touches M x M matrices M / 64 times, and most of its time is memor
 Gram matrix is no more exact than that and its condition allows it, and in float64 elsewhere.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from vitrim.cut.compensate.closed_form import TINY, damped
 
-__all__ = ["removal_order", "working_type"]
+__all__ = ["removal_order", "removals", "working_type"]
 
 _CHUNK = 64
 """Number of removals between two updates of the full matrices; the resulting order does not depend on it."""
@@ -52,23 +54,28 @@ def removal_order(
     Raises:
         MethodError: if no neuron varies; the message names the path.
     """
+    return torch.cat(list(removals(gram, weight, strength, at, half=half, noise=noise))).cpu()
+
+
+def removals(
+    gram: Tensor, weight: Tensor, strength: float, at: str = "hidden", *, half: Tensor, noise: float = 0.0
+) -> Iterator[Tensor]:
+    """Yield `removal_order` in parts, so that no more neurons are ordered than are removed."""
     matrix = damped(gram, max(strength, TINY), at)
     inverse, rows = _inverse(matrix), (half @ weight).mT
     kind = working_type(matrix, inverse, noise)
     products = (rows @ rows.mT).to(kind)
     inverse = inverse.to(kind)
     names = torch.arange(len(gram), device=gram.device)
-    order = []
     while len(names):
         count = min(_CHUNK, len(names))
         gone = _remove(inverse, products, count)
-        order.append(names[gone])
+        yield names[gone]
         stay = torch.ones(len(names), dtype=torch.bool, device=gram.device)
         stay[gone] = False
         left = stay.nonzero().squeeze(1)
         names = names[left]
         inverse, products = (x.index_select(0, left).index_select(1, left) for x in (inverse, products))
-    return torch.cat(order).cpu()
 
 
 def working_type(matrix: Tensor, inverse: Tensor, noise: float) -> torch.dtype:

@@ -20,10 +20,12 @@ from vitrim.measure import latency
 from vitrim.methods.post_training.budgets import Reading, Tabled, plan_of
 from vitrim.methods.post_training.notes import Notes
 from vitrim.methods.post_training.options import ways
+from vitrim.methods.post_training.probe import Precision, precision_for
 from vitrim.methods.post_training.schedule import merging
 from vitrim.methods.post_training.sensitivity import divergence, logits_of
 from vitrim.nn import Block
 from vitrim.nn.modes import evaluating
+from vitrim.train.machine import statistics
 from vitrim.words.budget import Budget
 from vitrim.words.costs import cost_of
 from vitrim.words.plain import dump
@@ -97,6 +99,7 @@ class Bench:
         strength: strength of the ridge.
         alpha: share of a refit's target that corrects the stream, without merging.
         clock: function that measures the time of a child over that of the model; None not to.
+        precision: of the passes that weigh tokens, see `vitrim.methods.post_training.probe`.
     """
 
     def __init__(
@@ -109,7 +112,9 @@ class Bench:
         strength: float,
         alpha: float,
         clock: Callable[[nn.Module], float] | None = None,
+        precision: Precision = "fp32",
     ) -> None:
+        self.precision = precision_for(precision, model)
         self.model, self.images, self.probe, self.clock = model, images, probe, clock
         self.seed, self.strength, self.alpha = seed, strength, alpha
         self.spec = describe(model)
@@ -157,7 +162,9 @@ class Bench:
         if self._base is None or self._base[0] != key:
             steps = merging(self.spec, *key)
             base = apply(self.model, steps) if steps != Plan.keep(self.spec) else self.model
-            self._base = (key, base, importances(base, self.images, seed=self.seed))
+            with statistics(next(base.parameters()).device, self.precision):
+                worth = importances(base, self.images, seed=self.seed)
+            self._base = (key, base, worth)
         return self._base[1:]
 
     def _alike(self, reading: Reading) -> list[_Row]:

@@ -6,7 +6,7 @@ D width, r rank.
 from collections.abc import Iterator, Sequence
 
 from vitrim.cut.compensate import images_needed
-from vitrim.words.block import Conv, why_not_read
+from vitrim.words.block import Conv, why_not_conv, why_not_read
 from vitrim.words.errors import MethodError
 from vitrim.words.spec import Attention, Block, Spec, Stage
 from vitrim.words.steps import Tokens, flow_of
@@ -46,13 +46,14 @@ def why_not_convolve(block: Block, stage: Stage, arriving: Tokens, kernel: int) 
         return "a convolution is made of an attention, but the block has none"
     if stage.form.post_norm:
         return "a convolution is fitted where the norm comes before its branch, but here it follows"
-    if block.only_prefix:
-        return "a convolution must have patches, but the block computes only prefix tokens"
-    if stage.window is None and kernel > 1 and flow_of(block.tokens, arriving, stage.patches).mixed.grid is None:
-        return "a 3 x 3 convolution must have patches that fill a grid, but some were dropped or merged"
     if block.tokens is not None and block.tokens.needs_attention:
         return "tokens are chosen by the attention of their block, which must stay"
-    return None
+    made = convolutions(stage, block.mixer, kernel)
+    if not made:
+        return "a convolution is of lower rank than the attention, whose heads share no norm"
+    here = stage.enters if stage.window is not None else flow_of(block.tokens, arriving, stage.patches).mixed
+    node = block.model_copy(update={"mixer": made[0]})
+    return why_not_conv(node, stage.form, stage.prefix, here.patches, here.grid)
 
 
 def kernels_at(block: Block, stage: Stage, arriving: Tokens, kernels: Sequence[int], images: int) -> list[int]:
