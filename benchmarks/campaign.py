@@ -59,13 +59,13 @@ class Size(NamedTuple):
     batch: int
     precision: str
     trials: int
-    calibration: int
+    calibration: int | None
     held_out: int
 
 
 SIZES = {
-    "small": Size(64, 10_000, 5_000, 2, 3, 64, "fp32", 24, 256, 500),
-    "full": Size(160, 40_000, 5_000, 4, 12, 256, "bf16", 40, 256, 2_000),
+    "small": Size(64, 10_000, 5_000, 2, 3, 64, "fp32", 24, None, 500),
+    "full": Size(160, 40_000, 5_000, 4, 12, 256, "bf16", 40, None, 2_000),
     "tiny": Size(32, 60, 40, 0.5, 1, 8, "fp32", 2, 16, 10),
 }
 

@@ -118,8 +118,6 @@ def _int8(net: "nn.Module", name: str, out: Path, how: dict[str, Any], asked: di
     source = read(DataRecipe, asked.pop("data"), at="recipe.data")
     if asked:
         raise RecipeError(f"a setting of export must be of data, but got '{next(iter(asked))}'")
-    if not source.calibration:
-        raise DataError("int8 must be calibrated on images, but data.calibration is 0; leave it out for 256")
     scenes = describe(net).family == "segmentor"
     done = (_int8_of_scenes if scenes else _int8_of_images)(net, name, out, how, source)
     rows = [
@@ -160,14 +158,15 @@ def _int8_of_images(net: "nn.Module", name: str, out: Path, how: dict[str, Any],
 
 def _int8_of_scenes(net: "nn.Module", name: str, out: Path, how: dict[str, Any], source: "DataRecipe") -> "Quantized":
     """Calibrate on crops of training scenes and measure in windows of the exported image size."""
-    from vitrim.data import SceneAugment, SceneLoader
+    from vitrim.data import CALIBRATION, SceneAugment, SceneLoader
     from vitrim.deploy.quantize import quantize
     from vitrim.run.transfer import score
 
     recipe, fitting = written_by(net, name, source)
     train = scenes_of(source.train or "", recipe, "train")
-    stride = max(1, len(train) // source.calibration)
-    some = train.pick(range(0, len(train), stride)[: source.calibration])
+    count = source.calibration or CALIBRATION
+    stride = max(1, len(train) // count)
+    some = train.pick(range(0, len(train), stride)[:count])
     plain = SceneAugment(ratio=(1.0, 1.0), hflip=0, distort=False)
     loader = SceneLoader(
         some, fitting, plain, batch=min(8, len(some)), seed=0, workers=0, rank=0, world=1, accumulate=1, even=False,

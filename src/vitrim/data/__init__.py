@@ -11,9 +11,10 @@ from vitrim.data.order import ask_model
 from vitrim.data.scene_loader import SceneAugment, SceneLoader, to_pixels
 from vitrim.data.scenes import IGNORE, Scenes, open_scenes, scene_splits
 from vitrim.data.source import find_source, open_source, splits_of, test_images
-from vitrim.data.splits import Splits, split
+from vitrim.data.splits import CALIBRATION, Splits, split
 
 __all__ = [
+    "CALIBRATION",
     "IGNORE",
     "Ask",
     "Augment",

@@ -31,6 +31,10 @@ class Splits:
     test: Images | None
 
 
+CALIBRATION = 256
+"""Number of calibration images where nobody asks for another."""
+
+
 class TooFewError(DataError):
     """There are not more images than are to be held out."""
 
@@ -39,7 +43,7 @@ def split(
     source_train: str | Images,
     source_test: str | Images | None = None,
     *,
-    calibration: int = 256,
+    calibration: int = CALIBRATION,
     validation: float = 0.1,
     seed: int,
     class_map: str | Mapping[str, int] = "",

@@ -78,6 +78,8 @@ class Method(Protocol):
     - ``least_images`` is the least number of images in one part of a training step that its children can take.
     - ``held_out`` is the number of training images, or their share if below 1, that its search compares candidates on.
       Without it `DataRecipe.validation` is 0 unless the user sets it.
+    - ``calibrates(spec)`` is the number of calibration images that it asks for, given the model's spec. Without it,
+      there are 256 unless the user sets ``DataRecipe.calibration``.
     - ``shared`` lists settings of `vitrim.train.Train` that the child's training must have in common with the search's
       (``train`` of the method), because both share one learning-rate cycle. What a recipe's ``train`` leaves out is
       then the search's, and another value is refused.

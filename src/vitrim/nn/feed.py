@@ -38,7 +38,7 @@ def wide(x: Tensor) -> Tensor:
 @contextlib.contextmanager
 def uncast(device: torch.device) -> Iterator[None]:
     """Within the context, products on `device` have the type of their inputs, whatever autocast is on around it."""
-    if not torch.is_autocast_enabled(device.type):
+    if not (torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)):
         yield
         return
     with torch.autocast(device.type, enabled=False):

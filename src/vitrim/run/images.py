@@ -7,7 +7,18 @@ from typing import Any
 
 from torch import nn
 
-from vitrim.data import Images, Input, Reading, Splits, ask_model, check_classes, find_source, split, test_images
+from vitrim.data import (
+    CALIBRATION,
+    Images,
+    Input,
+    Reading,
+    Splits,
+    ask_model,
+    check_classes,
+    find_source,
+    split,
+    test_images,
+)
 from vitrim.run.recipe import DataRecipe
 from vitrim.words.errors import RunError
 from vitrim.words.plain import read_json, write_json
@@ -52,6 +63,7 @@ def open_splits(
     classes: int,
     seed: int,
     validation: float | None = None,
+    calibration: int = CALIBRATION,
     order: str = "",
     say: Callable[[str], None] = lambda _: None,
 ) -> Splits | None:
@@ -66,6 +78,7 @@ def open_splits(
         classes: number of its outputs; labels are not used if there are none (`num_classes=0`).
         seed: seed of the draw of calibration and validation images.
         validation: the validation setting, in place of the recipe's.
+        calibration: number of calibration images if the recipe leaves it open.
         order: numbering of the class folders that an earlier run found.
         say: called with the lines.
 
@@ -79,7 +92,7 @@ def open_splits(
     parts = split(
         first,
         test,
-        calibration=data.calibration,
+        calibration=calibration if data.calibration is None else data.calibration,
         validation=(data.validation if validation is None else validation) or 0.0,
         seed=seed,
         **vars(reading),

@@ -14,7 +14,7 @@ from vitrim import methods
 from vitrim.cut.fill import fill
 from vitrim.cut.observe import axes
 from vitrim.cut.outputs import gives_values
-from vitrim.data import Input, Splits, images_of
+from vitrim.data import CALIBRATION, Input, Splits, images_of
 from vitrim.data.splits import TooFewError
 from vitrim.deploy import store
 from vitrim.deploy.parent import open_parent, open_teacher
@@ -359,10 +359,13 @@ def _splits(
     if train is not None or test is not None:
         say(f"reading {recipe.data.train or 'images'}")
 
+    asks = getattr(method, "calibrates", None)
+    wanted = CALIBRATION if asks is None else asks(spec)
+
     def opened(validation: float | None) -> Splits | None:
         return open_splits(
             recipe.data, train, test, model=parent, input=input, classes=spec.classes, seed=recipe.seed,
-            validation=validation, order=order, say=say,
+            validation=validation, calibration=wanted, order=order, say=say,
         )  # fmt: skip
 
     try:

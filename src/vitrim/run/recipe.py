@@ -63,7 +63,8 @@ class DataRecipe(Node):
         depth: which level of folders below the source (or its split) holds the classes, from 1; None where only one
             level is possible.
         skip_damaged: decode every image once and leave out damaged ones, instead of stopping at the first.
-        calibration: number of calibration images, for scores.
+        calibration: number of calibration images, for scores. None for as many as the method asks for, which is 256 for
+            most.
         validation: number of training images to hold out, or their share if below 1. Searches compare candidates on
             them, and accuracy on them is logged and drawn after each epoch. None for as many as the method asks for,
             which is 0 for most.
@@ -78,7 +79,7 @@ class DataRecipe(Node):
     class_order: Literal["auto", "plain", "natural"] = "auto"
     depth: PositiveInt | None = None
     skip_damaged: bool = False
-    calibration: PositiveInt = 256
+    calibration: PositiveInt | None = None
     validation: float | None = Field(default=None, ge=0)
     cache: float = Field(default=0.25, ge=0, le=1)
     mean: tuple[float, ...] | None = None

@@ -2,6 +2,7 @@
 
 from vitrim.cut.compensate.attention import AttentionCut
 from vitrim.cut.compensate.convs import ConvCut, images_needed
+from vitrim.cut.compensate.enough import images_for_tokens
 from vitrim.cut.compensate.hear import arriving, passed, resumed
 from vitrim.cut.compensate.importance import Importance, importances
 from vitrim.cut.compensate.neurons import NeuronCut
@@ -20,6 +21,7 @@ __all__ = [
     "arriving",
     "compensated",
     "cut_block",
+    "images_for_tokens",
     "images_needed",
     "importances",
     "passed",

@@ -39,7 +39,7 @@ from vitrim.cut.surgery import apply, cut_tensors
 from vitrim.data import Augment
 from vitrim.families import describe
 from vitrim.methods import Data, Found
-from vitrim.methods._init import in_order
+from vitrim.methods._init import calibrates, in_order
 from vitrim.methods._ramp import ramped
 from vitrim.methods.cait.masks import Channels, Merge, free_axes, merge_plan, thirds
 from vitrim.methods.cait.slots import Rules, allocate_slots, plan_of
@@ -151,6 +151,10 @@ class Method(Node):
                 "train.precision must be fp32 or bf16, because a loss scale would change scores, but is fp16"
             )
         return self
+
+    def calibrates(self, spec: Spec) -> int:
+        """See `vitrim.methods.Method`."""
+        return calibrates(spec, self.init)
 
     def search(
         self,

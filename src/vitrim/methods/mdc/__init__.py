@@ -43,7 +43,7 @@ from vitrim.cut.spend import Policies, Scaled, scaled, spend
 from vitrim.data import eval_loader
 from vitrim.families import describe
 from vitrim.methods import Data, Found
-from vitrim.methods._init import closed_form, compensation
+from vitrim.methods._init import calibrates, closed_form, compensation, few, few_for
 from vitrim.methods.mdc.bayes import Objective, Proposal, Trial, best_of, search, trials_of
 from vitrim.methods.mdc.decode import PRESETS, Bounds, Frame, Rounding, natural, selection_blocks
 from vitrim.methods.mdc.scores import Settings, score
@@ -150,7 +150,7 @@ class Method(Node):
     def passes(self, spec: Spec, calibration: int, validation: int) -> float:
         """See `vitrim.methods.Method`: scores, and a measurement of each policy on the held-out images."""
         steps = (1 + len(spec.blocks())) * min(calibration, _FEW) if self._measures_heads else 0
-        each = validation + (4.0 * min(calibration, _FEW) if self.init == "closed_form" else 0.0)
+        each = validation + (4.0 * min(calibration, few_for(spec)) if self.init == "closed_form" else 0.0)
         return 3.0 * calibration + steps + (self.trials * each if self.held_out else 0.0)
 
     @property
@@ -162,6 +162,10 @@ class Method(Node):
         if not self.heads and not self.neurons and self.tokens == 0:
             raise ValueError("heads, neurons or tokens must be above 0, but all are 0; leave one out")
         return self
+
+    def calibrates(self, spec: Spec) -> int:
+        """See `vitrim.methods.Method`."""
+        return calibrates(spec, self.init)
 
     def search(
         self,
@@ -337,11 +341,11 @@ class Method(Node):
             reference_logits(dense, loader, **how) if self.measure in ("auto", "agreement") or not labeled else None
         )
 
-        few = [next(iter(self._loader(dense, data.calibration, data, _FEW)))[0]] if self.init == "closed_form" else []
+        some = few(describe(dense), data) if self.init == "closed_form" else []
 
         def objective(policy: Policies) -> tuple[float, dict[str, Any]]:
             told = dict(chooser.told(policy))
-            with chooser.child(parent, policy, few, seed) as child:
+            with chooser.child(parent, policy, some, seed) as child:
                 if theirs is not None and not labeled:
                     with evaluating(child):
                         found = as_classes(logits_of(child, [x for x, _ in loader]))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from vitrim.data import eval_loader
 from vitrim.families import describe
 from vitrim.methods import Data, Found
+from vitrim.methods._init import calibrates, few_for
 from vitrim.methods.post_training.budgets import Reading, Tabled, check_reach
 from vitrim.methods.post_training.calibration import Calibration, read_calibration, write_calibration
 from vitrim.methods.post_training.look import Bench, clock_of, look, record_of, won
@@ -33,7 +34,7 @@ from vitrim.methods.post_training.operators import images_for, kernels_for
 from vitrim.methods.post_training.options import Kinds
 from vitrim.methods.post_training.probe import Precision
 from vitrim.methods.post_training.schedule import Kind, merging, schedules
-from vitrim.methods.post_training.sensitivity import calibrate, needed
+from vitrim.methods.post_training.sensitivity import calibrate
 from vitrim.words.budget import Budget
 from vitrim.words.errors import MethodError
 from vitrim.words.plain import Node
@@ -49,11 +50,6 @@ CELLS = "cells.jsonl"
 
 LOOKED = "looked.jsonl"
 """File of the trials that were measured, by which a search that was stopped goes on."""
-
-
-_NEEDED = 24
-"""Candidates are compensated with so many times the least number of images: six tokens for every neuron. With fewer,
-narrow layers look worse than they will be where images have few tokens."""
 
 
 class Method(Node):
@@ -120,6 +116,10 @@ class Method(Node):
         looks = (self.candidates + self.swaps) * (3.0 * min(self.look, calibration) + probe)
         return tables + looks + 3.0 * calibration
 
+    def calibrates(self, spec: Spec) -> int:
+        """See `vitrim.methods.Method`."""
+        return calibrates(spec, "closed_form")
+
     @property
     def held_out(self) -> int:
         """Return the number of training images that cuts are measured on; 0 if a calibration is given."""
@@ -169,7 +169,7 @@ class Method(Node):
 
     def _few(self, spec: Spec, kernels: Sequence[int]) -> int:
         """Return the number of images, if there are as many, on which a candidate is compensated."""
-        return max(self.look, _NEEDED * needed(spec), images_for(spec, kernels))
+        return max(self.look, few_for(spec), images_for(spec, kernels))
 
     def _tabled(self, calibration: Calibration, images: Sequence[Tensor]) -> Tabled:
         merge, kinds = self._merges(calibration.spec), self.kinds(calibration.spec, sum(map(len, images)))

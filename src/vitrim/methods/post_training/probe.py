@@ -4,8 +4,8 @@ These passes take more than half of a calibration. On CPUs whose matrix units mu
 products in bf16. The Kullback-Leibler divergence is quadratic in the error of the outputs, so the rounding adds little
 to it, and what it adds is measured with the block that was not cut and subtracted. For 180 cuts of an ImageNet ViT-Ti
 on 12 images, losses differed from those in float32 by 1 % (median; 6 % at the 90th percentile), for 0.57 of the time.
-The statistics of single cuts, and the losses of schedules of merging, are computed in the same type. All losses by which
-candidates are compared stay in the model's type, and so does the compensation of what is chosen.
+The statistics of single cuts, and the losses of schedules of merging, are computed in the same type. All losses by
+which candidates are compared stay in the model's type, and so does the compensation of what is chosen.
 """
 
 import functools

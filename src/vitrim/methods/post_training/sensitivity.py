@@ -19,6 +19,7 @@ from vitrim.cut.compensate import (
     Place,
     Walk,
     arriving,
+    images_for_tokens,
     importances,
     passed,
 )
@@ -78,7 +79,7 @@ def needed(spec: Spec) -> int:
 
     With fewer tokens the ridge does not give a usable fit.
     """
-    return max(-(-max(_widths(block), default=1) // (4 * stage.tokens)) for _, stage, block in spec.blocks())
+    return images_for_tokens(spec, 1 / 4)
 
 
 def enough(spec: Spec, kernels: Sequence[int]) -> int:
@@ -88,16 +89,7 @@ def enough(spec: Spec, kernels: Sequence[int]) -> int:
         spec: the model.
         kernels: of the convolutions that are measured.
     """
-    patches = _PATCHES * images_for(spec, kernels)
-    return max(_LEAST, 4 * _TOKENS * needed(spec), patches)
-
-
-def _widths(block: object) -> Iterator[int]:
-    mixer, hidden = getattr(block, "mixer", None), getattr(block, "hidden", None)
-    if isinstance(mixer, AttentionSpec):
-        yield sum(mixer.v)
-    if hidden:
-        yield hidden
+    return max(_LEAST, images_for_tokens(spec, _TOKENS), _PATCHES * images_for(spec, kernels))
 
 
 def calibrate(

@@ -41,6 +41,7 @@ from torch.utils.data import Subset
 from vitrim.data import Augment, eval_loader
 from vitrim.families import describe
 from vitrim.methods import Data, Found
+from vitrim.methods._init import calibrates
 from vitrim.methods._ramp import ramped
 from vitrim.methods.spvit import gates
 from vitrim.methods.spvit.fitted import fits, refitted, start_
@@ -182,6 +183,10 @@ class Method(Node):
     def asks(self) -> str:
         """Return the data that this search needs; a released structure needs none."""
         return "nothing" if self.structure is not None else self.needs
+
+    def calibrates(self, spec: Spec) -> int:
+        """See `vitrim.methods.Method`."""
+        return calibrates(spec, self.init)
 
     def search(
         self,

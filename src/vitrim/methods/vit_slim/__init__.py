@@ -58,7 +58,7 @@ from vitrim.cut.shares import (
 from vitrim.data import Augment, eval_loader
 from vitrim.families import describe
 from vitrim.methods import Data, Found
-from vitrim.methods._init import closed_form, compensation, in_order
+from vitrim.methods._init import calibrates, closed_form, compensation, in_order
 from vitrim.methods.vit_slim.gates import (
     TokenGated,
     gate_model,
@@ -177,6 +177,10 @@ class Method(Node):
         if (self.attention is not None or self.mlp is not None) and self.choice != "free":
             raise ValueError(f"shares of channels need choice=free, but choice is {self.choice}; leave one out")
         return self
+
+    def calibrates(self, spec: Spec) -> int:
+        """See `vitrim.methods.Method`."""
+        return calibrates(spec, self.init)
 
     def search(
         self,
