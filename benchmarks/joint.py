@@ -68,9 +68,11 @@ class Bench:
     """The model, the images, and what is the same for all rows."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.out, self.batch, self.size = args.out, args.batch, (args.images, args.probe)
+        self.out, self.batch = args.out, args.batch
         self.out.mkdir(parents=True, exist_ok=True)
         self.model = open_parent(args.model, weights=args.weights)
+        asked: Any = methods.get("post_training", {})
+        self.size = (args.images or asked.calibrates(describe(self.model)), args.probe)
         given = {} if args.mean is None else {"mean": (args.mean,) * 3, "std": (args.std,) * 3}
         self.input = Input.of(self.model, **given)
         classes = describe(self.model).classes
@@ -181,10 +183,10 @@ class Bench:
             print(json.dumps(line), flush=True)
 
 
-def versions(args: argparse.Namespace) -> dict[str, Any]:
+def versions(args: argparse.Namespace, images: int) -> dict[str, Any]:
     """What a figure was taken with."""
     return {
-        "images": args.images,
+        "images": images,
         "probe": args.probe,
         "test": args.limit,
         "threads": torch.get_num_threads(),
@@ -235,7 +237,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--draws", nargs="+", type=int, default=[0])
     parser.add_argument("--class-map", default="", help="text file with one class name per line")
-    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--images", type=int, help="calibration images; what the method asks for if not given")
     parser.add_argument("--probe", type=int, default=80)
     parser.add_argument("--limit", type=int, help="number of TEST images; all if not given")
     parser.add_argument("--batch", type=int, default=32)
@@ -265,7 +267,7 @@ def main() -> None:
             for row in args.rows:
                 if (row, budget, draw) in done:
                     continue
-                line = bench.record(row, budget, draw) | versions(args)
+                line = bench.record(row, budget, draw) | versions(args, bench.size[0])
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
                 lines.append(line)
