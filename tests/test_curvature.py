@@ -139,3 +139,27 @@ def test_a_sure_model_is_measured():
         model.head.weight *= 1e4
         model.head.bias *= 1e4
     assert calibrated(model).losses == calibrated(model, estimates=False).losses
+
+
+@pytest.mark.parametrize(("family", "preset"), FEW)
+def test_a_calibration_in_bf16_is_near_one_in_float32(family, preset):
+    """Statistics, estimates and measured losses of every family."""
+    model = adopted(family, preset).float()
+    x = images(describe(model), 60).float()
+    whole, ours = (
+        methods.get("post_training", {"probe": 12, "precision": precision, "strength": 0.1}).calibrated(
+            model,
+            Data(train=None, calibration=None, validation=None, input=Input.of(model)),
+            list(x[:48].split(12)),
+            list(x[48:].split(12)),
+            0,
+        )
+        for precision in ("fp32", "bf16")
+    )
+    assert ours.losses.keys() == whole.losses.keys()
+    gaps = []
+    for name, losses in whole.losses.items():
+        gaps += [abs(one - other) / other for one, other in zip(ours.losses[name], losses, strict=True) if other > 1e-4]
+    gaps += [abs(a - b) / b for a, b in zip(ours.merged, whole.merged, strict=True) if b > 1e-4]
+    assert gaps
+    assert sorted(gaps)[len(gaps) // 2] < 0.15
