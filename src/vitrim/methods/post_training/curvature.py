@@ -7,8 +7,8 @@ from the dense output p is ``1/2 (J e)' (diag p - p p') (J e)`` to the second. W
 ``diag p - p p'``, this is the mean of ``1/2 (g . e)^2`` over draws of v, where ``g = J' v`` is one gradient for each
 block. Each draw costs one backward pass over all blocks; an estimate then costs one block.
 
-Larger errors leave the range of the second order: by a factor of 1.0 to 1.8 up to 0.1 nats, and up to 5 for a block that
-is gone. So the largest cut of each kind is measured by running the rest of the model, and the others are estimates
+Larger errors leave the range of the second order: by a factor of 1.0 to 1.8 up to 0.1 nats, and up to 5 for a block
+that is gone. So the largest cut of each kind is measured by running the rest of the model, and the others are estimates
 times a factor between 1 and its factor (`corrected`). On an ImageNet ViT-Ti and 80 images, 154 estimates differ from
 the measured losses by 10 to 34 % (standard deviation by kind of cut, `benchmarks/estimates.py`); a loss that is
 measured on 80 images has a standard error of about 20 %.
