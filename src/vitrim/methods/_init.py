@@ -1,5 +1,7 @@
 """What closed forms give a search: channels in the order of their value, losses, and weights for what it found."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from vitrim.cut.compensate import images_for_tokens, recovered, turned
@@ -15,7 +17,7 @@ from vitrim.words.plan import Plan
 from vitrim.words.progress import progress
 from vitrim.words.spec import Spec
 
-__all__ = ["calibrates", "closed_form", "compensation", "few", "few_for", "in_order"]
+__all__ = ["calibrates", "closed_form", "compensation", "few", "few_for", "first", "in_order"]
 
 _TOKENS, _FEW_TOKENS = 16, 6
 """Tokens for each neuron of the widest layer: of all calibration images, and of those with which candidates are
@@ -52,12 +54,16 @@ def few(spec: Spec, data: Data) -> list[Tensor]:
     Raises:
         MethodError: if there are no calibration images.
     """
-    images, left = _images(data), few_for(spec)
-    found = []
-    for x in images:
-        if left > 0:
-            found.append(x[:left])
-        left -= len(x)
+    return first(_images(data), few_for(spec))
+
+
+def first(batches: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Return batches of the first `count` images, or of all if there are fewer."""
+    found: list[Tensor] = []
+    for batch in batches:
+        if count > 0:
+            found.append(batch[:count])
+            count -= len(batch)
     return found
 
 

@@ -27,6 +27,7 @@ from vitrim.cut.outputs import divergence, logits_of
 from vitrim.cut.surgery import apply
 from vitrim.data import Input
 from vitrim.families import blocks_of, describe
+from vitrim.methods._init import first
 from vitrim.methods.post_training.calibration import Calibration
 from vitrim.methods.post_training.curvature import Curvature, corrected
 from vitrim.methods.post_training.notes import Notes
@@ -135,7 +136,7 @@ def calibrate(
             "data.calibration"
         )
     kernels = kernels_for(spec, few, operators)
-    images = list(first(images, enough(spec, kernels)))
+    images = first(images, enough(spec, kernels))
     leaving = last_exact(spec, exact)
     base = apply(model, leaving) if leaving != Plan.keep(spec) else model
     kind, device = precision_for(precision, base), next(base.parameters()).device
@@ -293,14 +294,6 @@ class _Row:
         half = self.place.rebuilt(mixer, block.spec.hidden, state)
         _, more = NeuronCut(self.place, half).cut(0)
         return self.place.rebuilt(mixer, 0, state | more)
-
-
-def first(images: Sequence[Tensor], count: int) -> Iterator[Tensor]:
-    """Yield batches of the first `count` images."""
-    for batch in images:
-        if count > 0:
-            yield batch[:count]
-            count -= len(batch)
 
 
 def _left(size: int, share: float) -> int:
