@@ -37,6 +37,21 @@ from vitrim.words.spec import why_not_mixed
 
 HALF = Bounds(heads=0.5, neurons=0.5, tokens=0.5)
 
+MEASURES_UNTIL_KILLED = """
+import os, signal, sys
+from tests.test_mdc_search import TestSearch, open_study, peak
+
+url, when, measured = sys.argv[1], int(sys.argv[2]), []
+
+def stopping(policy):
+    if len(measured) == when:
+        os.kill(os.getpid(), signal.SIGKILL)
+    measured.append(policy)
+    return peak(policy)
+
+TestSearch().run(open_study(url, "s", {}), objective=stopping, alone=False)
+"""
+
 
 @functools.cache
 def deit(size):
@@ -315,21 +330,11 @@ class TestSearch:
         """The trial of a killed process is measured again before any other, so the search ends as if left alone."""
         url = f"sqlite:///{tmp_path / 'trials.db'}"
         whole = self.run(self.memory())
-        pid = os.fork()
-        if not pid:  # the child measures until it is killed
-            measured = []
-
-            def stopping(policy):
-                if len(measured) == when:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                measured.append(policy)
-                return peak(policy)
-
-            try:
-                self.run(open_study(url, "s", {}), objective=stopping, alone=False)
-            finally:
-                os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        # A new process: a fork starts with the locks and threads of whatever ran before, and sometimes ended with an error.
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURES_UNTIL_KILLED, url, str(when)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr
         study = open_study(url, "s", {})
         assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * when + ["RUNNING"]
         went_on = self.run(study, alone=False)
