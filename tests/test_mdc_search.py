@@ -330,7 +330,7 @@ class TestSearch:
         """The trial of a killed process is measured again before any other, so the search ends as if left alone."""
         url = f"sqlite:///{tmp_path / 'trials.db'}"
         whole = self.run(self.memory())
-        # A new process: a fork starts with the locks and threads of whatever ran before, and sometimes ended with an error.
+        # A new process: a fork starts with the locks and threads of whatever ran before, and sometimes failed.
         done = subprocess.run(
             [sys.executable, "-c", MEASURES_UNTIL_KILLED, url, str(when)], capture_output=True, text=True, check=False
         )
