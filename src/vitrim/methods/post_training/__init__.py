@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vitrim.data import eval_loader
 from vitrim.families import describe
 from vitrim.methods import Data, Found
-from vitrim.methods._init import calibrates, few_for
+from vitrim.methods._init import calibrates, few_for, first
 from vitrim.methods.post_training.budgets import Reading, Tabled, check_reach
 from vitrim.methods.post_training.calibration import Calibration, read_calibration, write_calibration
 from vitrim.methods.post_training.look import Bench, clock_of, look, record_of, won
@@ -113,7 +113,7 @@ class Method(Node):
         """See `vitrim.methods.Method`; fitted to 89 s of calibration for a ViT-Ti at 58 images a second."""
         blocks, probe = len(spec.blocks()), min(self.probe, validation or calibration // 5)
         tables = 0.0 if self.calibration is not None else ((3.7 if self.estimates else 7.5) * blocks + 20.0) * probe
-        looks = (self.candidates + self.swaps) * (3.0 * min(self.look, calibration) + probe)
+        looks = (self.candidates + self.swaps) * (3.0 * min(max(self.look, few_for(spec)), calibration) + probe)
         return tables + looks + 3.0 * calibration
 
     def calibrates(self, spec: Spec) -> int:
@@ -223,7 +223,7 @@ class Method(Node):
         if not self.candidates:
             return [], tabled.best(budget, 1)[0]
         spec = tabled.calibration.spec
-        few, _ = _divided(images, self._few(spec, tabled.kinds.operators))
+        few = first(images, self._few(spec, tabled.kinds.operators))
         clock = None if budget.table is None else clock_of(model, budget.table.machine)
         bench = self._bench(model, few, probe, seed, clock)
         with progress("candidates", self.candidates + self.swaps) as advance:
