@@ -8,19 +8,16 @@ standard deviation of the logarithm of the estimated over the measured loss.
 """
 
 import argparse
-import datetime
 import json
 import math
-import platform
 import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
+from joint import versions
 
-import vitrim
 from vitrim import methods
 from vitrim.data import Input, eval_loader, open_source
 from vitrim.deploy.parent import open_parent
@@ -65,15 +62,7 @@ def main() -> None:
                 "mean_log_ratio": round(statistics.mean(values), 4),
                 "spread_log_ratio": round(statistics.stdev(values), 4),
                 "seconds": {str(key): round(one.seconds, 1) for key, one in made.items()},
-                "images": args.images,
-                "probe": args.probe,
-                "seed": args.seed,
-                "threads": torch.get_num_threads(),
-                "machine": platform.processor() or platform.machine(),
-                "vitrim": vitrim.__version__,
-                "torch": torch.__version__,
-                "timm": timm.__version__,
-                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+                **versions(images=args.images, probe=args.probe, seed=args.seed),
             }
             file.write(json.dumps(line) + "\n")
             print(json.dumps(line), flush=True)

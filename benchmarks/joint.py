@@ -183,12 +183,10 @@ class Bench:
             print(json.dumps(line), flush=True)
 
 
-def versions(args: argparse.Namespace, images: int) -> dict[str, Any]:
+def versions(**about: Any) -> dict[str, Any]:
     """What a figure was taken with."""
     return {
-        "images": images,
-        "probe": args.probe,
-        "test": args.limit,
+        **about,
         "threads": torch.get_num_threads(),
         "machine": platform.processor() or platform.machine(),
         "vitrim": vitrim.__version__,
@@ -267,7 +265,9 @@ def main() -> None:
             for row in args.rows:
                 if (row, budget, draw) in done:
                     continue
-                line = bench.record(row, budget, draw) | versions(args, bench.size[0])
+                line = bench.record(row, budget, draw) | versions(
+                    images=bench.size[0], probe=args.probe, test=args.limit
+                )
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
                 lines.append(line)
