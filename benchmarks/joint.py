@@ -2,6 +2,7 @@
 
     python benchmarks/joint.py MODEL TRAIN TEST --weights FILE --out FOLDER --budgets macs=0.7 latency=0.5 --draws 0 1
     python benchmarks/joint.py MODEL TRAIN TEST --weights FILE --out FOLDER --times
+    python benchmarks/joint.py MODEL TRAIN TEST --weights FILE --out FOLDER --minutes 4
     python benchmarks/joint.py --table RECORD.jsonl
 
 MODEL is a timm name, TRAIN and TEST are tars or folders of images. A draw decides which of the TRAIN images make the
@@ -13,7 +14,9 @@ Appends a line for each draw, budget and row to ``FOLDER/joint.jsonl``; lines th
 calibration of a draw is made once. A budget of latency is met by measured times, as in a run: 5 % over at most.
 Differences to the dense model are paired, on the same images, with their standard error. A row that cannot reach a
 budget says so. With ``--times``, the children that lie in FOLDER are timed in turns with the dense model, on a quiet
-machine, and ``FOLDER/times.jsonl`` is written.
+machine, and ``FOLDER/times.jsonl`` is written. With ``--minutes``, those of the rows, budgets and draws are distilled
+for so long, as ``vitrim compress --minutes`` does, on the TRAIN images but those that candidates were measured on, and
+``FOLDER/minutes.jsonl`` is written; its ``gain`` is the paired difference in divergence to the child before.
 """
 
 import argparse
@@ -41,8 +44,10 @@ from vitrim.methods.post_training.calibration import write_calibration
 from vitrim.methods.post_training.sensitivity import logits_of
 from vitrim.run.latency_budget import meet, table_for, time_child
 from vitrim.run.recipe import Measure
+from vitrim.train import DISTILLED, Train, fit
 from vitrim.words.budget import Budget
 from vitrim.words.errors import BudgetError
+from vitrim.words.plain import load
 
 KINDS = tuple(
     kind
@@ -119,17 +124,30 @@ class Bench:
             return about | {"refused": str(problem)}
         seconds = time.perf_counter() - start
         vitrim.save(child, self.out / f"{row.replace(' ', '_')}-{text}-{draw}.safetensors")
+        known, apart = self.apart(child)
+        root = len(apart) ** 0.5
+        known |= {
+            "seconds": round(seconds, 1),
+            "macs_ratio": measure.cost(child).macs / measure.cost(self.model).macs,
+            "time_ratio": ratio,
+            "trials": sum("trial" in record for record in found.trials),
+        }
+        torch.save(apart, self.out / f"{row.replace(' ', '_')}-{text}-{draw}.kl")
+        joint = self.out / f"joint-{text}-{draw}.kl"
+        if row != "joint" and joint.is_file():
+            gap = apart - torch.load(joint)
+            known |= {"kl_over_joint": float(gap.mean()), "kl_over_joint_error": float(gap.std()) / root}
+        return about | known
+
+    def apart(self, child: nn.Module) -> tuple[dict[str, Any], Tensor]:
+        """Measure a child on the test images: plain numbers, and its divergence from the dense output of each image."""
         logits = logits_of(child.eval(), self.test.split(self.batch))
         apart = divergences(self.dense, logits)
         root = len(apart) ** 0.5
         known: dict[str, Any] = {
-            "seconds": round(seconds, 1),
-            "macs_ratio": measure.cost(child).macs / measure.cost(self.model).macs,
-            "time_ratio": ratio,
             "kl": float(apart.mean()),
             "kl_error": float(apart.std()) / root,
             "agreement": 100 * float((logits.argmax(-1) == self.dense.argmax(-1)).double().mean()),
-            "trials": sum("trial" in record for record in found.trials),
         }
         if bool((self.labels >= 0).all()):
             hits, before = ((x.argmax(-1) == self.labels).double() * 100 for x in (logits, self.dense))
@@ -139,12 +157,22 @@ class Bench:
                 "change": float((hits - before).mean()),
                 "change_error": float((hits - before).std()) / root,
             }
-        torch.save(apart, self.out / f"{row.replace(' ', '_')}-{text}-{draw}.kl")
-        joint = self.out / f"joint-{text}-{draw}.kl"
-        if row != "joint" and joint.is_file():
-            gap = apart - torch.load(joint)
-            known |= {"kl_over_joint": float(gap.mean()), "kl_over_joint_error": float(gap.std()) / root}
-        return about | known
+        return known, apart
+
+    def distilled(self, row: str, text: str, draw: int, minutes: float) -> dict[str, Any]:
+        """Distil a child that was stored, and measure it before and after."""
+        child = vitrim.load(self.out / f"{row.replace(' ', '_')}-{text}-{draw}.safetensors")
+        before, apart = self.apart(child)
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(draw)).tolist()
+        kept = {*order[self.size[0] : sum(self.size)]}
+        images = self.train.pick([i for i in range(len(self.train)) if i not in kept])
+        settings = load(Train, {**DISTILLED, "minutes": minutes})
+        fitted = fit(child, images, settings, input=self.input, seed=draw, teacher=self.model)
+        after, now = self.apart(fitted.model)
+        gain = apart - now
+        about = {"row": row, "budget": text, "draw": draw, "minutes": minutes, "steps": fitted.steps}
+        about |= {f"{name}_before": before[name] for name in ("kl", "change") if name in before}
+        return about | after | {"gain": float(gain.mean()), "gain_error": float(gain.std()) / len(gain) ** 0.5}
 
     def found(
         self, method: methods.Method, data: Data, budget: Budget, draw: int
@@ -247,6 +275,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--times", action="store_true")
+    parser.add_argument("--minutes", type=float, help="distil the stored children for so long")
     parser.add_argument("--table", type=Path)
     args = parser.parse_args()
     if args.table is not None:
@@ -254,7 +283,7 @@ def main() -> None:
         return
     if args.test is None:
         parser.error("MODEL, TRAIN and TEST must be given, or --table RECORD.jsonl")
-    bench, path = Bench(args), args.out / "joint.jsonl"
+    bench, path = Bench(args), args.out / ("joint.jsonl" if args.minutes is None else "minutes.jsonl")
     if args.times:
         bench.times()
         return
@@ -265,9 +294,11 @@ def main() -> None:
             for row in args.rows:
                 if (row, budget, draw) in done:
                     continue
-                line = bench.record(row, budget, draw) | versions(
-                    images=bench.size[0], probe=args.probe, test=args.limit
-                )
+                if args.minutes is None:
+                    line = bench.record(row, budget, draw)
+                else:
+                    line = bench.distilled(row, budget, draw, args.minutes)
+                line |= versions(images=bench.size[0], probe=args.probe, test=args.limit)
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
                 lines.append(line)

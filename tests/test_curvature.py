@@ -13,6 +13,7 @@ from tests.samples import FEW, adopted, images
 from vitrim import methods
 from vitrim.cut.compensate import arriving
 from vitrim.cut.outputs import logits_of
+from vitrim.cut.surgery import apply
 from vitrim.data import Input
 from vitrim.families import blocks_of, describe
 from vitrim.methods import Data
@@ -20,6 +21,8 @@ from vitrim.methods.post_training import curvature
 from vitrim.methods.post_training.curvature import Curvature, corrected
 from vitrim.nn.copying import copied
 from vitrim.nn.modes import evaluating
+from vitrim.words.plan import BlockPlan, Plan
+from vitrim.words.spec import Skip
 
 
 def test_drawn_vectors_have_the_moments_of_the_fisher_matrix():
@@ -33,21 +36,34 @@ def test_drawn_vectors_have_the_moments_of_the_fisher_matrix():
         assert float(v.sum(-1).abs().max()) < 1e-12  # a shift of all logits changes nothing
 
 
-def changed(block, size):
-    """The block with other weights in its last layer."""
+def changed(block, size, branch):
+    """The block with other weights in one branch."""
     other = copied(block)
     with torch.no_grad():
-        for number, parameter in enumerate(other.mlp.parameters()):
+        for number, parameter in enumerate((other.attn if branch == "mixer" else other.mlp).parameters()):
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
             parameter += size * noise
     return other
 
 
-@pytest.mark.parametrize(("family", "preset"), [("vit", "plain"), ("vit", "registers"), ("swin", "windows")])
-def test_an_estimate_is_the_loss_of_a_small_error(family, preset, monkeypatch):
-    """In every block of every stage: the second-order term of the measured divergence, up to the draws."""
+@pytest.mark.parametrize(
+    ("family", "preset", "plans"),
+    [
+        ("vit", "plain", None),
+        ("vit", "registers", None),
+        ("swin", "windows", None),
+        ("vit", "plain", (BlockPlan(mlp=Skip()), BlockPlan(hidden=()), BlockPlan(only_prefix=True))),
+    ],
+)
+def test_an_estimate_is_the_loss_of_a_small_error(family, preset, plans, monkeypatch):
+    """In both branches of every block of every stage, also where a block has no MLP, or a constant in its place.
+
+    It is the second-order term of the measured divergence, up to the draws.
+    """
     monkeypatch.setattr(curvature, "_DRAWS", 300)
     model = adopted(family, preset).double()
+    if plans is not None:
+        model = apply(model, Plan.of(describe(model), plans)).eval()
     spec, x = describe(model), [batch.double() for batch in images(describe(model), 4).split(3)]
     blocks = [block for _, block in blocks_of(model)]
     dense = logits_of(model, x).double()
@@ -57,14 +73,15 @@ def test_an_estimate_is_the_loss_of_a_small_error(family, preset, monkeypatch):
         for index, block in enumerate(blocks):
             before = None if entering is None else [blocks[index - 1](batch) for batch in entering]
             entering = arriving(model, blocks, index, x, before)
-            new = changed(block, 1e-3)
-            (estimate,) = found.losses(index, block, entering, [new])
-            handle = block.register_forward_hook(lambda _m, given, _out, new=new: new(given[0]))
-            ours = torch.cat([model(batch) for batch in x]).detach()
-            handle.remove()
-            loss = F.kl_div(ours.log_softmax(-1), dense.log_softmax(-1), reduction="batchmean", log_target=True)
-            assert estimate == pytest.approx(float(loss), rel=0.25), (index, spec.family)
-            assert float(loss) > 0
+            for branch in ("mixer", "mlp") if block.mlp is not None else ("mixer",):
+                new = changed(block, 1e-3, branch)
+                (estimate,) = found.losses(index, block, entering, [new], branch)
+                handle = block.register_forward_hook(lambda _m, given, _out, new=new: new(given[0]))
+                ours = torch.cat([model(batch) for batch in x]).detach()
+                handle.remove()
+                loss = F.kl_div(ours.log_softmax(-1), dense.log_softmax(-1), reduction="batchmean", log_target=True)
+                assert estimate == pytest.approx(float(loss), rel=0.25), (index, branch, spec.family)
+                assert float(loss) > 0
 
 
 def test_memory_bounds_the_draws(monkeypatch):
@@ -74,8 +91,8 @@ def test_memory_bounds_the_draws(monkeypatch):
         monkeypatch.setattr(curvature, "_MEMORY", memory)
         with evaluating(model, frozen=True):
             found = Curvature(model, blocks, x, "fp32", seed=0)
-        assert {tensor.shape[1] for row in found.gradients for tensor in row} == {draws}
-        assert [tensor.shape[0] for tensor in found.gradients[0]] == [4, 2]
+        assert {tensor.shape[1] for row in found.gradients.values() for tensor in row} == {draws}
+        assert [tensor.shape[0] for tensor in found.gradients[0, "mlp"]] == [4, 2]
 
 
 positive = st.floats(1e-9, 1e3)

@@ -1,11 +1,13 @@
 """Half, bfloat16 and double parents: every method, training, evaluation, compensation, curves and transfer."""
 
+import copy
 from typing import Any
 
 import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import vitrim
@@ -16,6 +18,7 @@ from vitrim.cut.surgery import apply
 from vitrim.data import eval_loader
 from vitrim.deploy import store
 from vitrim.families import adopt
+from vitrim.nn import attention as attend
 from vitrim.nn.feed import fed, wide
 from vitrim.run.curve import pareto
 from vitrim.run.transfer import TransferRecipe
@@ -167,3 +170,37 @@ def test_images_in_the_type_of_a_model():
     assert fed(x, nn.Linear(2, 2)) is x
     assert wide(x.half()).dtype == torch.float32
     assert wide(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_fused_attention_in_bf16_has_its_gradients_in_float32_on_a_cpu(masked, monkeypatch):
+    """Its backward pass in bf16 is slow there. Outputs stay bf16, and the gradients are no worse than bf16's."""
+    real, kinds = F.scaled_dot_product_attention, []
+
+    def heard(q, k, v, **rest):
+        kinds.append((q.dtype, k.dtype, v.dtype))
+        return real(q, k, v, **rest)
+
+    attention = small(torch.float32).blocks[0].attn
+    monkeypatch.setattr(F, "scaled_dot_product_attention", heard)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 17, 32, generator=draw)
+    bias = torch.randn(3, 1, 1, 17, generator=draw) if masked else None
+
+    def gradient(kind, fused=True):
+        part = copy.deepcopy(attention).to(kind)
+        part.fused_attn = fused
+        given = x.to(kind).requires_grad_()
+        out = part(given, key_bias=None if bias is None else bias.to(kind))
+        assert out.dtype == kind
+        return torch.autograd.grad(out.square().sum(), given)[0].double()
+
+    exact = gradient(torch.float64, fused=False)
+    ours = gradient(torch.bfloat16)
+    with torch.no_grad():
+        attention.bfloat16()(x.bfloat16(), key_bias=None if bias is None else bias.bfloat16())
+    assert kinds == [(torch.float32,) * 3, (torch.bfloat16,) * 3]
+    monkeypatch.setattr(attend, "_slow_backward", lambda *_: False)
+    plain = gradient(torch.bfloat16)
+    assert kinds[-1] == (torch.bfloat16,) * 3
+    assert float((ours - exact).norm()) <= 1.05 * float((plain - exact).norm())

@@ -15,7 +15,7 @@ from vitrim.nn import Attention, Block, Mlp
 from vitrim.nn.feed import fed
 from vitrim.nn.stream import Residual
 
-__all__ = ["Attended", "Mixed", "arriving", "attended", "hidden", "mixed", "passed", "resumed"]
+__all__ = ["Attended", "Mixed", "arriving", "attended", "hidden", "middle", "mixed", "passed", "resumed"]
 
 
 class _Enough(Exception):
@@ -132,6 +132,20 @@ def mixed(block: Block, x: Residual) -> Mixed:
 
 
 @torch.no_grad()
+def middle(block: Block, x: Residual) -> Tensor:
+    """Run `block` on `x` up to its MLP, which it must have, and return the residual stream there, ``(B, N, D)``."""
+    heard: list[Tensor] = []
+
+    def enters(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        heard.append(inputs[0])
+        raise _Enough
+
+    with _hooked(block.enter2.register_forward_pre_hook(enters)), contextlib.suppress(_Enough):
+        block(x)
+    return heard[0]
+
+
+@torch.no_grad()
 def hidden(block: Block, x: Residual) -> tuple[Tensor, Tensor, Tensor]:
     """Run `block` on `x` up to the end of its MLP.
 
@@ -143,7 +157,7 @@ def hidden(block: Block, x: Residual) -> tuple[Tensor, Tensor, Tensor]:
     assert isinstance(mlp, Mlp)
     heard: dict[str, Tensor] = {}
 
-    def middle(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def enters(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         heard["middle"] = inputs[0]
 
     def last(_module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
@@ -151,7 +165,7 @@ def hidden(block: Block, x: Residual) -> tuple[Tensor, Tensor, Tensor]:
         raise _Enough
 
     handles = (
-        block.enter2.register_forward_pre_hook(middle),
+        block.enter2.register_forward_pre_hook(enters),
         mlp.get_submodule(mlp.last).register_forward_hook(last),
     )
     with _hooked(*handles), contextlib.suppress(_Enough):

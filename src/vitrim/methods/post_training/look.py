@@ -25,7 +25,7 @@ from vitrim.methods.post_training.schedule import merging
 from vitrim.methods.post_training.sensitivity import divergence, logits_of
 from vitrim.nn import Block
 from vitrim.nn.modes import evaluating
-from vitrim.train.machine import statistics
+from vitrim.train.machine import autocast
 from vitrim.words.budget import Budget
 from vitrim.words.costs import cost_of
 from vitrim.words.plain import dump
@@ -162,7 +162,7 @@ class Bench:
         if self._base is None or self._base[0] != key:
             steps = merging(self.spec, *key)
             base = apply(self.model, steps) if steps != Plan.keep(self.spec) else self.model
-            with statistics(next(base.parameters()).device, self.precision):
+            with autocast(next(base.parameters()).device, self.precision):
                 worth = importances(base, self.images, seed=self.seed)
             self._base = (key, base, worth)
         return self._base[1:]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vitrim.cut.compensate import resumed
 from vitrim.cut.outputs import divergence, logits_of
+from vitrim.methods._init import first
 from vitrim.nn import Block
 from vitrim.nn.device import why_not_type
 from vitrim.nn.feed import fed
@@ -25,6 +26,11 @@ from vitrim.train.machine import autocast, multiplies_bf16
 from vitrim.words.errors import MethodError
 
 __all__ = ["Precision", "Probe", "precision_for"]
+
+_WHOLE = 40
+"""Number of images on which schedules of merging are measured. A schedule is chosen among candidates that are measured
+on all. On an ImageNet ViT-Ti at 0.4 of the MACs the search ended with the same divergence as with 80 (draws 0 and 1);
+with 40 for single cuts, too, it ended at 0.208 in place of 0.186 nats (means over draws 0, 1 and 2)."""
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -103,16 +109,19 @@ class Probe:
         return max(found - floor, 0.0) if floor else found
 
     def whole(self, child: nn.Module) -> float:
-        """Return the divergence of another model of the same images, nats, in the precision of the passes."""
+        """Return the divergence of another model of the first images, nats, in the precision of the passes."""
         if self.precision == "fp32":
-            return divergence(self.dense, logits_of(child, self.images))
+            return self._apart(child)
         with autocast(next(self.model.parameters()).device, self.precision):
-            return max(divergence(self.dense, logits_of(child, self.images)) - self._rounding, 0.0)
+            return max(self._apart(child) - self._rounding, 0.0)
 
     @functools.cached_property
     def _rounding(self) -> float:
         """What rounding adds to the divergence of a whole model."""
-        return divergence(self.dense, logits_of(self.model, self.images))
+        return self._apart(self.model)
+
+    def _apart(self, model: nn.Module) -> float:
+        return divergence(self.dense[:_WHOLE], logits_of(model, first(self.images, _WHOLE)))
 
     @torch.no_grad()
     def _divergence(self, old: Block, entering: Sequence[Residual], new: Block) -> float:

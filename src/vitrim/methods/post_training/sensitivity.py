@@ -29,7 +29,7 @@ from vitrim.data import Input
 from vitrim.families import blocks_of, describe
 from vitrim.methods._init import first
 from vitrim.methods.post_training.calibration import Calibration
-from vitrim.methods.post_training.curvature import Curvature, corrected
+from vitrim.methods.post_training.curvature import Branch, Curvature, corrected
 from vitrim.methods.post_training.notes import Notes
 from vitrim.methods.post_training.operators import convolutions, images_for, kernels_for, share_of, why_not_convolve
 from vitrim.methods.post_training.probe import Precision, Probe, precision_for
@@ -38,7 +38,7 @@ from vitrim.nn import Attention, Block
 from vitrim.nn.modes import evaluating
 from vitrim.nn.stream import Residual
 from vitrim.nn.weights import fingerprint
-from vitrim.train.machine import statistics
+from vitrim.train.machine import autocast, statistics
 from vitrim.words.errors import MethodError
 from vitrim.words.plan import Plan
 from vitrim.words.spec import Attention as AttentionSpec
@@ -52,10 +52,10 @@ _CUTS = (0.25, 0.5, 0.75)
 _LEAST = 64
 """Number of images, if there are as many, that are used in any case."""
 
-_TOKENS, _PATCHES = 12, 6
+_TOKENS, _PATCHES = 8, 4
 """Tokens for each neuron, and patches for each feature of a convolution, of the images that are used. The losses of
 single cuts carry the error of a few probe images, and a better fit does not show; the cut that is chosen is compensated
-with all images."""
+with all images. A ViT-Ti at 224 pixels uses the least number in any case."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +67,14 @@ class Cell:
         shares: removed shares.
         made: for each of them, a function that returns the block that was cut.
         anchors: indices of the cuts that are measured by running the rest of the model; the others are estimated.
+        branch: the branch that the cuts change; where they change both, all are measured.
     """
 
     name: str
     shares: tuple[float, ...]
     made: Sequence[Callable[[], Block]]
     anchors: frozenset[int]
+    branch: Branch = "mixer"
 
 
 def needed(spec: Spec) -> int:
@@ -143,9 +145,10 @@ def calibrate(
     measure = Probe(base, [block for _, block in blocks_of(base)], probe, kind)
     shares: dict[str, tuple[float, ...]] = {}
     losses: dict[str, tuple[float, ...]] = {}
-    with evaluating(base, frozen=True), torch.no_grad(), statistics(device, kind):
+    with evaluating(base, frozen=True), autocast(device, kind):
         worth = importances(base, images, seed=seed)
         curvature = Curvature(base, measure.blocks, probe, kind, seed) if estimates else None
+    with evaluating(base, frozen=True), torch.no_grad(), statistics(device, kind):
         walk = Walk(base, images, worth, strength, 0.0)
         place, entering = walk.first(), arriving(base, walk.blocks, 0, probe, None)
         if len(spec.stages) == 1:
@@ -214,7 +217,7 @@ class _Row:
         blocks = [make() for make in cell.made]
         known = {i: self._measured(block) for i, block in enumerate(blocks) if i in cell.anchors}
         if self.curvature is not None and len(known) < len(blocks):
-            estimates = self.curvature.losses(self.index, self.place.block, self.entering, blocks)
+            estimates = self.curvature.losses(self.index, self.place.block, self.entering, blocks, cell.branch)
             found = corrected(estimates, [known.get(i) for i in range(len(blocks))])
             if found is not None:
                 return found
@@ -248,7 +251,7 @@ class _Row:
             neurons = NeuronCut(self.place, block)
             sizes = [*(_left(hidden, share) for share in _CUTS), 0] if form.hidden_norm is None else [0]
             made = [functools.partial(self._neurons, neurons, width) for width in sizes]
-            yield Cell("hidden", (*_CUTS, 1.0)[-len(sizes) :], made, frozenset((len(sizes) - 1,)))
+            yield Cell("hidden", (*_CUTS, 1.0)[-len(sizes) :], made, frozenset((len(sizes) - 1,)), "mlp")
         if hidden and isinstance(block.attn, Attention):
             yield Cell("block", (1.0,), [functools.partial(self._gone, cut)], frozenset((0,)))
 
