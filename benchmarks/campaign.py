@@ -99,7 +99,7 @@ def rows(size: Size) -> dict[str, tuple[dict[str, Any], float]]:
         "random": ({"name": "random"}, 0),
         "taylor": ({"name": "taylor"}, 0),
         "taylor_ridge": ({"name": "taylor"}, 0),
-        "post_training": ({"name": "post_training"}, 0),
+        "post_training": ({"name": "post_training", "tokens": False}, 0),
         "vit_slim": (
             {
                 "name": "vit_slim",

@@ -27,7 +27,8 @@ MINUTES = 3.0
 SMALL = 0.5
 """Share of the parent up to which a budget is small; above, little is lost. At 0.5, 320 steps of 16 images turned a
 divergence of 0.117 nats into 0.090 (paired error 0.007) on 200 training images kept apart (ViT-Ti); at 0.4, four
-minutes gained 0.006 (0.012) on 500 validation images. Two cores took 344 such steps in three minutes."""
+minutes turned 0.189 into 0.129 and at 0.3 0.441 into 0.249 on 500 validation images (means over three draws,
+benchmarks/joint_minutes.jsonl)."""
 
 _STEP = 3.0
 """Cost of a step of training, in forward passes: one forward, and a backward of twice its cost."""

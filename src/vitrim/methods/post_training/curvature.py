@@ -37,7 +37,7 @@ __all__ = ["Branch", "Curvature", "corrected"]
 Branch = Literal["mixer", "mlp"]
 
 _DRAWS = 4
-_MEMORY = 1 << 30
+_MEMORY = 2 << 30
 """Bytes that the gradients may take; larger models get fewer draws, but at least one."""
 
 _LEAST, _MOST = 0.2, 10.0
