@@ -10,9 +10,9 @@ encoded strips of 32 x 32 pictures, 500 one under another).
 The model is fine-tuned once, with seed 0. Then each row is one run folder of `vitrim.run.pipeline.run`, so the command
 resumes where it stopped. Search and training of a row take as many epochs as the dense control is trained on,
 with the fine-tuned model as the teacher. Published methods start from closed forms (``init = "closed_form"``). `taylor`
-and `random` cut bare; `taylor_ridge` compensates in closed form. Results are appended to ``FOLDER/results.jsonl``.
-``--table`` only prints the table and draws ``campaign.svg``.
-Differences to the control are paired, on the same test images and the same seed, with their standard error.
+and `random` cut bare; `taylor_ridge` compensates in closed form; `post_training` merges no patches
+(docs/results.md). Results are appended to ``FOLDER/results.jsonl``. ``--table`` only prints the table and draws
+``campaign.svg``. Differences to the control are paired, on the same test images and the same seed, with their standard error.
 
 - small: 64 px, 10,000 training and 5,000 test images, 3 epochs in all, batch 64: for two CPU cores.
 - full: 160 px, 40,000 training and 5,000 test images, 12 epochs in all, batch 256, bfloat16: for a GPU.
