@@ -12,7 +12,8 @@ resumes where it stopped. Search and training of a row take as many epochs as th
 with the fine-tuned model as the teacher. Published methods start from closed forms (``init = "closed_form"``). `taylor`
 and `random` cut bare; `taylor_ridge` compensates in closed form; `post_training` merges no patches
 (docs/results.md). Results are appended to ``FOLDER/results.jsonl``. ``--table`` only prints the table and draws
-``campaign.svg``. Differences to the control are paired, on the same test images and the same seed, with their standard error.
+``campaign.svg``. Differences to the control are paired, on the same test images and the same seed, with their standard
+error.
 
 - small: 64 px, 10,000 training and 5,000 test images, 3 epochs in all, batch 64: for two CPU cores.
 - full: 160 px, 40,000 training and 5,000 test images, 12 epochs in all, batch 256, bfloat16: for a GPU.
