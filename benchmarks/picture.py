@@ -1,7 +1,7 @@
 """The picture of the README: ``python benchmarks/picture.py [--out docs/accuracy_time.svg]``.
 
-Top-1 on 500 ImageNet validation images against measured time, from committed records: ``joint.jsonl`` and
-``joint_times.jsonl`` (benchmarks/joint.py), and for widths alone ``post_training.jsonl`` and
+Top-1 on 500 ImageNet validation images against measured time, from committed records: ``joint_estimates.jsonl``
+and ``joint_times.jsonl`` (benchmarks/joint.py), and for widths alone ``post_training.jsonl`` and
 ``post_training_latency.jsonl`` (benchmarks/post_training.py). Points are means over the draws of images; bars
 are the standard error of one paired difference to the dense model on these images.
 """
@@ -19,7 +19,7 @@ from matplotlib import pyplot as plt
 
 HERE = Path(__file__).parent
 KINDS = {
-    ("joint", "joint.jsonl", "joint_times.jsonl"): ("vitrim, post_training", "#3949ab", "o"),
+    ("joint", "joint_estimates.jsonl", "joint_times.jsonl"): ("vitrim, post_training", "#3949ab", "o"),
     ("widths", "post_training.jsonl", "post_training_latency.jsonl"): ("widths alone", "#9e9e9e", "s"),
 }
 """By kind, its records and those of its times."""
