@@ -89,14 +89,19 @@ class Bench:
         self.measure = Measure(batch=args.time_batch, threads=args.threads, seconds=args.seconds)
         self.look = {"candidates": args.candidates, "swaps": args.swaps}
 
-    def data(self, draw: int) -> Data:
-        """The images of a draw."""
+    def parts(self, draw: int) -> tuple[list[int], list[int], list[int]]:
+        """Numbers of the TRAIN images of a draw: for statistics, for the probe, and the others."""
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(draw)).tolist()
         first, second = self.size
+        return sorted(order[:first]), sorted(order[first : first + second]), sorted(order[first + second :])
+
+    def data(self, draw: int) -> Data:
+        """The images of a draw."""
+        first, second, _ = self.parts(draw)
         return Data(
             train=None,
-            calibration=self.train.pick(sorted(order[:first])),
-            validation=self.train.pick(sorted(order[first : first + second])),
+            calibration=self.train.pick(first),
+            validation=self.train.pick(second),
             input=self.input,
         )
 
@@ -163,9 +168,8 @@ class Bench:
         """Distil a child that was stored, and measure it before and after."""
         child = vitrim.load(self.out / f"{row.replace(' ', '_')}-{text}-{draw}.safetensors")
         before, apart = self.apart(child)
-        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(draw)).tolist()
-        kept = {*order[self.size[0] : sum(self.size)]}
-        images = self.train.pick([i for i in range(len(self.train)) if i not in kept])
+        first, _, others = self.parts(draw)
+        images = self.train.pick(sorted(first + others))
         settings = load(Train, {**DISTILLED, "minutes": minutes})
         fitted = fit(child, images, settings, input=self.input, seed=draw, teacher=self.model)
         after, now = self.apart(fitted.model)
@@ -288,11 +292,11 @@ def main() -> None:
         bench.times()
         return
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    done = {(line["row"], line["budget"], line["draw"]) for line in lines}
+    done = {(line["row"], line["budget"], line["draw"], line.get("minutes")) for line in lines}
     for draw in args.draws:
         for budget in args.budgets:
             for row in args.rows:
-                if (row, budget, draw) in done:
+                if (row, budget, draw, args.minutes) in done:
                     continue
                 if args.minutes is None:
                     line = bench.record(row, budget, draw)

@@ -169,7 +169,7 @@ def calibrating() -> dict[str, float]:
 
 
 def calibrating_base() -> dict[str, float]:
-    """The same for ViT-B; at most 720. It takes a quarter of an hour, so it is left out unless it is asked for."""
+    """The same for ViT-B; at most 720. It takes many minutes, so it is left out unless it is asked for."""
     found = _searched("vit_base_patch16_224", {"candidates": 0})
     return {f"base_{name}": value for name, value in found.items()}
 

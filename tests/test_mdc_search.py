@@ -10,7 +10,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 import warnings
 
 import numpy as np
@@ -21,6 +20,7 @@ import torch
 
 from tests.conftest import HANGS
 from tests.samples import PRESETS, adopted
+from tests.test_progress import until
 from vitrim import cli, families
 from vitrim.cut.spend import Space, project, scaled
 from vitrim.families import describe
@@ -326,21 +326,17 @@ class TestSearch:
             change = "update trial_heartbeats set heartbeat = datetime(heartbeat, '-1 hour') where trial_id = ?"
             return asked(f"{change} returning heartbeat", trial)
 
-        def until(condition):
-            end = time.monotonic() + 600
-            while not condition() and time.monotonic() < end:
-                time.sleep(0.05)
-            assert condition()
-
         def slow(policy):
             if measuring.is_set():
                 return peak(policy)
             mine = other.trials[-1]._trial_id
-            until(lambda: asked("select count(*) from trial_heartbeats where trial_id = ?", mine))
+            until(lambda: asked("select count(*) from trial_heartbeats where trial_id = ?", mine), seconds=600)
             before = set_back(mine)
-            until(lambda: asked("select heartbeat from trial_heartbeats where trial_id = ?", mine) > before)
+            until(
+                lambda: asked("select heartbeat from trial_heartbeats where trial_id = ?", mine) > before, seconds=600
+            )
             measuring.set()
-            until(lambda: study.trials[0].state.name == "FAIL")
+            until(lambda: study.trials[0].state.name == "FAIL", seconds=600)
             return peak(policy)
 
         with concurrent.futures.ThreadPoolExecutor() as pool:

@@ -182,11 +182,11 @@ class Attention(Projections):
         if self.fused_attn and not (odd and q.device.type == "cpu"):
             drop = self.attn_drop.p if self.training else 0.0
             if _slow_backward(q, k, v):
-                bias = attn_mask is not None and attn_mask.is_floating_point()
+                mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.float()
                 with uncast(q.device):
                     return F.scaled_dot_product_attention(
                         *(q.float(), k.float(), v.float()),
-                        attn_mask=attn_mask.float() if attn_mask is not None and bias else attn_mask,
+                        attn_mask=mask,
                         dropout_p=drop,
                         is_causal=is_causal,
                         scale=self.scale,
