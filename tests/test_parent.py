@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import random
 import re
 
 import pytest
@@ -98,13 +99,14 @@ def test_weights_of_another_architecture_leave_the_model_alone():
 def test_damaged_weights(tmp_path):
     whole = tmp_path / "whole.safetensors"
     save_file(tiny().state_dict(), whole)
-    data = whole.read_bytes()
+    data, noise = whole.read_bytes(), random.Random(0).randbytes(4096)
     cases = {
         "half.safetensors": data[: len(data) // 2],
         "head.safetensors": data[:7],
-        "noise.safetensors": os.urandom(4096),
+        "noise.safetensors": noise,
         "empty.safetensors": b"",
-        "noise.pth": os.urandom(4096),
+        "noise.pth": noise,
+        "brace.pth": b"{" + noise,
         "empty.pth": b"",
     }
     for name, content in cases.items():

@@ -241,6 +241,10 @@ def _globals(operations: list[tuple[str, Any]]) -> Iterator[str]:
 # -- files of other kinds
 
 
+_CONTROL = frozenset(range(32)) - {*b"\t\n\r"}
+"""Bytes that no JSON text contains; damaged weights that happen to begin with a brace do."""
+
+
 def what_else_it_is(path: Path) -> str | None:
     """Return a clause on what a file is instead of weights and the way out, or None if it may be weights."""
     with path.open("rb") as file:
@@ -258,7 +262,7 @@ def what_else_it_is(path: Path) -> str | None:
         return f"it is a TensorFlow Lite model; {_ORIGINAL}"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "it is an HTML page, not a download; fetch the file itself"
-    if text.startswith(b"{") and not _is_safetensors(path):
+    if text.startswith(b"{") and not _CONTROL & {*head} and not _is_safetensors(path):
         return "it is a JSON file; give the weights themselves, joined in one file if they are in several"
     if not zipfile.is_zipfile(path):
         return None
